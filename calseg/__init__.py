@@ -1,0 +1,29 @@
+"""Variational label smoothing for calibrated segmentation: fused losses for PyTorch."""
+
+from calseg._version import __version__
+from calseg.functional import (
+    accumulate_soft_labels,
+    gaussian_kl,
+    sample_soft_labels,
+    soft_cross_entropy,
+    vls_cross_entropy,
+    vls_elbo,
+)
+from calseg.losses import GaussianKLLoss, SoftCrossEntropyLoss, VLSCrossEntropyLoss, VLSElboLoss
+from calseg.ops import empty_cache, info
+
+__all__ = [
+    "GaussianKLLoss",
+    "SoftCrossEntropyLoss",
+    "VLSCrossEntropyLoss",
+    "VLSElboLoss",
+    "__version__",
+    "accumulate_soft_labels",
+    "empty_cache",
+    "gaussian_kl",
+    "info",
+    "sample_soft_labels",
+    "soft_cross_entropy",
+    "vls_cross_entropy",
+    "vls_elbo",
+]

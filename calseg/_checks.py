@@ -1,0 +1,129 @@
+"""Argument checks shared by the operations: which argument, what was given, what is wanted."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calseg.ops import FLOAT_DTYPES, LABEL_DTYPES
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def describe(value: Any) -> str:
+    """A value as an error message shows it: a tensor by dtype, shape and device."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def check_scores(name: str, value: Any) -> None:
+    """A floating tensor with a class axis: ``[C]``, ``[N, C]`` or ``[N, C, *S]``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {describe(value)}, wanted a tensor [C], [N, C] or [N, C, *S]")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: got {describe(value)}, wanted float32, float64, bfloat16 or float16")
+    sizes = value.shape
+    if not sizes or sizes[1 if len(sizes) > 1 else 0] == 0:
+        raise ValueError(f"{name}: got {describe(value)}, wanted [C], [N, C] or [N, C, *S] with at least one class")
+
+
+def check_like(name: str, value: Any, other_name: str, other: Tensor) -> None:
+    """A floating tensor of the same shape, on the same device."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {describe(value)}, wanted a tensor like {other_name}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: got {describe(value)}, wanted float32, float64, bfloat16 or float16")
+    if value.shape != other.shape:
+        raise ValueError(f"{name}: got {describe(value)}, wanted the shape of {other_name}, {list(other.shape)}")
+    if value.device != other.device:
+        raise ValueError(f"{name}: got {describe(value)}, wanted it on {other.device}, where {other_name} is")
+
+
+def check_labels(name: str, value: Any, scores: Tensor) -> Tensor:
+    """Integer labels ``[N, *S]``, or ``[N, 1, *S]``, which loses its singleton axis."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {describe(value)}, wanted a tensor of class indices")
+    if value.dtype not in LABEL_DTYPES:
+        raise TypeError(
+            f"{name}: got {describe(value)}, wanted integer class indices (labels held as floats: {name}.long())"
+        )
+    sizes, wanted = value.shape, scores.shape[:1] + scores.shape[2:] if scores.dim() > 1 else scores.shape[:0]
+    if len(sizes) == scores.dim() > 1 and sizes[1] == 1:
+        value = value.squeeze(1)
+    if value.shape != wanted:
+        raise ValueError(
+            f"{name}: got {describe(value)}, wanted shape {list(wanted)} for scores of shape {list(scores.shape)}"
+        )
+    if value.device != scores.device:
+        raise ValueError(f"{name}: got {describe(value)}, wanted it on {scores.device}")
+    return value
+
+
+def check_weight(weight: Any, scores: Tensor) -> None:
+    """Class weights ``[C]``."""
+    if weight is None:
+        return
+    classes = scores.shape[1 if scores.dim() > 1 else 0]
+    if not isinstance(weight, Tensor) or weight.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"weight: got {describe(weight)}, wanted a floating tensor of shape [{classes}]")
+    if weight.dim() != 1 or weight.shape[0] != classes:
+        raise ValueError(f"weight: got {describe(weight)}, wanted shape [{classes}]: one value per class")
+    if weight.device != scores.device:
+        raise ValueError(f"weight: got {describe(weight)}, wanted it on {scores.device}")
+    if weight.requires_grad:
+        raise ValueError("weight: got a tensor that requires a gradient, wanted a constant")
+
+
+def check_reduction(reduction: Any) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: got {describe(reduction)}, wanted 'none', 'mean' or 'sum'")
+
+
+def check_number(name: str, value: Any, low: float, high: float, wanted: str, *, open_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {describe(value)}, wanted a number {wanted}")
+    if not (low <= value <= high) or (open_low and value == low):  # NaN fails the comparison
+        raise ValueError(f"{name}: got {value!r}, wanted a number {wanted}")
+
+
+def check_finite(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {describe(value)}, wanted a finite number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: got {value!r}, wanted a finite number")
+
+
+def check_integer(name: str, value: Any, low: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {describe(value)}, wanted an integer")
+    if low is not None and value < low:
+        raise ValueError(f"{name}: got {value}, wanted at least {low}")
+
+
+def check_sampling(num_samples: Any, temperature: Any) -> None:
+    check_integer("num_samples", num_samples, 1)
+    check_number("temperature", temperature, 0.0, math.inf, "above 0", open_low=True)
+    if temperature == math.inf:
+        raise ValueError("temperature: got inf, wanted a finite number above 0")
+
+
+def check_prior(beta: Any, prior_mu: Any, prior_logvar: Any) -> None:
+    check_finite("beta", beta)
+    check_finite("prior_mu", prior_mu)
+    check_finite("prior_logvar", prior_logvar)
+
+
+def check_seed(seed: Any, device: torch.device) -> int | Tensor:
+    """A 64-bit int, or a 0-d int64 tensor on the device."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != device:
+            raise ValueError(f"seed: got {describe(seed)}, wanted a 0-d int64 tensor on {device}")
+        return seed
+    check_integer("seed", seed)
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: got {seed}, wanted a 64-bit number")
+    return int(seed)

@@ -1,0 +1,587 @@
+"""The operations: argument checks and the choice of the backend. The formulas are those of the README's mathematics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction
+
+from calseg import _checks as check
+from calseg import autograd, compiled, ops, reference, rng
+from calseg.ops import Gaussian, Labels
+
+
+def _loss_dtype(scores: Tensor) -> torch.dtype:
+    """The input's dtype; float32 for low precision under autocast, as for ``F.cross_entropy``."""
+    if scores.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(scores.device.type):
+        return torch.float32
+    return scores.dtype
+
+
+def _flat(tensor: Tensor | None, axes: int = 3) -> Tensor | None:
+    """``[N, C, S]`` (axes 3) or ``[N, S]`` (axes 2) for the reference, as :func:`calseg.ops.shape_of` numbers voxels."""
+    if tensor is None:
+        return None
+    if axes == 2:
+        return tensor.reshape(1, -1) if tensor.dim() < 2 else tensor.flatten(1)
+    if tensor.dim() == 1:
+        return tensor[None, :, None]
+    return tensor.transpose(0, 1)[None] if tensor.dim() == 2 else tensor.flatten(2)
+
+
+def _unflat(result: Tensor, like: Tensor) -> Tensor:
+    """``[1 or N, C, S]`` of the reference back to the shape of ``like``."""
+    if like.dim() == 1:
+        return result[0, :, 0]
+    return result[0].transpose(0, 1) if like.dim() == 2 else result.view(like.shape)
+
+
+def _transformed() -> bool:
+    """Inside torch.func.grad, vmap and friends: the reference is differentiable and batched to any depth."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _backend(scores: Tensor, backend: str | None) -> str:
+    return "reference" if backend is None and _transformed() else ops.choose_backend(scores, backend)
+
+
+def _seed(seed: int | Tensor | None, device: torch.device) -> int | Tensor:
+    if seed is None:
+        return compiled.draw_seed() if torch.compiler.is_compiling() else rng.draw_seed()
+    return check.check_seed(seed, device)
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _check_reuse(logits: Tensor, backend: str) -> None:
+    """Refuse to reuse the logits' storage where somebody else could see it change."""
+    problem = None
+    if backend != "cpu" or torch.compiler.is_compiling():
+        problem = "it needs the eager CPU backend"
+    elif logits.is_leaf:
+        problem = "input is a leaf (a parameter or data of the caller's), which nobody expects to be overwritten"
+    elif logits._is_view() or logits.untyped_storage().nbytes() != logits.numel() * logits.element_size():
+        problem = "input shares its storage with another tensor"
+    if problem:
+        raise ValueError(f"reuse_logits: {problem}")
+
+
+def vls_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    mu: Tensor | None = None,
+    logvar: Tensor | None = None,
+    soft_labels: Tensor | None = None,
+    alpha: float = 0.1,
+    temperature: float = 1.0,
+    num_samples: int = 4,
+    beta: float = 1.0,
+    prior_mu: float = 0.0,
+    prior_logvar: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+    reuse_logits: bool = False,
+) -> Tensor:
+    r"""Cross-entropy on variational soft labels; a drop-in for :func:`torch.nn.functional.cross_entropy`.
+
+    Without ``mu, logvar`` and ``soft_labels`` this *is* ``F.cross_entropy``, in value and gradient, class-probability
+    targets included. With them, per voxel,
+
+    .. math::
+        Y = (1 - \alpha)\,\mathrm{onehot}(y) + \frac{\alpha}{m} \sum_k \mathrm{softmax}\left(
+            (\mu + e^{\mathrm{logvar}/2} \epsilon_k) / \tau\right), \qquad
+        \ell = -\sum_c w_c \left((1 - ls) Y_c + ls / C\right) \log \mathrm{softmax}(x)_c
+            + \beta\, \mathrm{KL}(N(\mu, e^{\mathrm{logvar}}) \,\|\, N(\mu_0, e^{\mathrm{logvar}_0})).
+
+    Args:
+        input: logits ``[C]``, ``[N, C]`` or ``[N, C, *S]``; float32, float64, bfloat16 or float16. Channel-first and
+            channels-last are read as they are.
+        target: class indices ``[N, *S]`` of any integer dtype, or ``[N, 1, *S]``; or, without the arguments of VLS,
+            class probabilities of the shape of ``input``.
+        weight: class weights ``[C]``; default ones.
+        size_average: deprecated, as in PyTorch.
+        ignore_index: voxels with this label add nothing to loss and gradients. Default -100.
+        reduce: deprecated, as in PyTorch.
+        reduction: ``"mean"`` (the loss over the sum of ``weight[target]``, the KL over the number of voxels that
+            count), ``"sum"`` or ``"none"`` (``[N, *S]``). Default ``"mean"``.
+        label_smoothing: uniform smoothing in [0, 1] on top. Default 0.
+        mu: mean of the Gaussian over the logits, the shape of ``input``.
+        logvar: its log-variance, the shape of ``input``.
+        soft_labels: soft labels ``Y`` of the shape of ``input`` (from :func:`sample_soft_labels`,
+            :func:`accumulate_soft_labels` or several raters), taken as they are, instead of ``mu, logvar``.
+        alpha: share of the estimate in the sampled soft label, in [0, 1]. Default 0.1.
+        temperature: of the sampled softmax, above 0. Default 1.
+        num_samples: noise samples per voxel, at least 1. Default 4.
+        beta: factor of the KL term; 0 leaves it out. Default 1.
+        prior_mu: mean of the prior. Default 0.
+        prior_logvar: log-variance of the prior. Default 0.
+        seed: 64-bit seed of the noise, an int or a 0-d int64 tensor; default: drawn from PyTorch's default generator.
+        backend: ``"cpu"`` (native) or ``"reference"`` (plain PyTorch, differentiable to any order); default: the
+            fastest that there is.
+        reuse_logits: let backward write the gradient of ``input`` over ``input`` itself, which saves memory of its
+            size; ``input`` then holds no logits after backward. Needs an ``input`` that is not a leaf and shares its
+            storage with no other tensor. A backward that keeps the graph takes new memory. Default False.
+
+    Returns:
+        A 0-d tensor, or ``[N, *S]`` with ``reduction="none"``; the dtype of ``input`` (float32 for low precision
+        under autocast).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range.
+        IndexError: a label that is neither a class nor ``ignore_index``; nothing has been computed then.
+
+    Note:
+        A class with probability 0 in the soft label and logit -inf adds 0 (the limit), where ``F.cross_entropy`` with
+        class probabilities gives NaN.
+
+    Example:
+        >>> import torch, calseg
+        >>> logits = torch.randn(2, 3, 8, 8, 8, requires_grad=True)
+        >>> mu, logvar = torch.randn(2, 3, 8, 8, 8), torch.zeros(2, 3, 8, 8, 8)
+        >>> target = torch.randint(0, 3, (2, 8, 8, 8), dtype=torch.uint8)
+        >>> loss = calseg.vls_cross_entropy(logits, target, mu=mu, logvar=logvar, alpha=0.2)
+        >>> loss.backward()
+        >>> logits.grad.shape
+        torch.Size([2, 3, 8, 8, 8])
+
+    Source: Guo et al., *CALSeg*, ICASSP 2024, doi 10.1109/ICASSP48485.2024.10446030.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    check.check_scores("input", input)
+    check.check_reduction(reduction)
+    check.check_number("label_smoothing", label_smoothing, 0.0, 1.0, "in [0, 1]")
+    check.check_integer("ignore_index", ignore_index)
+    check.check_weight(weight, input)
+
+    sampled = mu is not None or logvar is not None
+    if sampled:
+        if soft_labels is not None:
+            raise ValueError("soft_labels: got both soft_labels and mu, logvar; wanted one or the other")
+        if mu is None or logvar is None:
+            missing = "mu" if mu is None else "logvar"
+            raise ValueError(f"{missing}: got None, wanted mu and logvar together")
+        check.check_like("mu", mu, "input", input)
+        check.check_like("logvar", logvar, "input", input)
+        check.check_number("alpha", alpha, 0.0, 1.0, "in [0, 1]")
+        check.check_sampling(num_samples, temperature)
+        check.check_prior(beta, prior_mu, prior_logvar)
+    elif soft_labels is not None:
+        check.check_like("soft_labels", soft_labels, "input", input)
+
+    if not sampled and soft_labels is None and _is_probabilities(target, input):
+        if ignore_index >= 0:
+            raise ValueError(f"ignore_index: got {ignore_index}, wanted none with class probabilities as target")
+        check.check_like("target", target, "input", input)
+        return _soft_cross_entropy(
+            input, target, None, weight, label_smoothing, reduction, backend, reuse_logits=reuse_logits
+        )
+    labels = Labels(check.check_labels("target", target, input), ignore_index)
+
+    seed_value: int | Tensor = _seed(seed, input.device) if sampled and alpha else 0
+    chosen = _backend(input, backend)
+    if reuse_logits:
+        _check_reuse(input, chosen)
+    if chosen == "reference":
+        loss = reference.vls_cross_entropy(
+            _flat(input), _flat(labels.tensor, 2), _flat(mu), _flat(logvar), _flat(soft_labels), weight,
+            ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, alpha=alpha,
+            temperature=temperature, num_samples=num_samples, beta=beta, prior_mu=prior_mu,
+            prior_logvar=prior_logvar, seed=seed_value, out_dtype=_loss_dtype(input),
+        )  # fmt: skip
+        return loss.view(ops.voxel_shape(input)) if reduction == "none" else loss
+
+    if mu is None or logvar is None or not (alpha or beta):
+        return _cross_entropy(input, soft_labels, labels, weight, label_smoothing, reduction, reuse_logits)
+    sampling = (num_samples, temperature, beta, prior_mu, prior_logvar, seed_value)
+    options = {
+        "label_smoothing": float(label_smoothing),
+        "alpha": float(alpha),
+        "reduction": reduction,
+        "loss_dtype": _loss_dtype(input),
+    }
+    if torch.compiler.is_compiling():
+        return compiled.vls_cross_entropy(input, mu, logvar, labels, weight, sampling, options)
+    if _wants_gradient(input, mu, logvar):
+        return autograd.VLSCrossEntropy.apply(input, mu, logvar, labels, weight, sampling, options, reuse_logits)
+    return ops.vls_cross_entropy(input, Gaussian(mu, logvar, *sampling), labels, weight, **options)
+
+
+def soft_cross_entropy(
+    input: Tensor,
+    soft_target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_mask: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    r"""Cross-entropy against probabilities: ``-sum_c w[c] * soft_target[c] * log softmax(input)[c]``.
+
+    ``F.cross_entropy`` with class probabilities, plus a mask of voxels to leave out. Both arguments get gradients.
+
+    Args:
+        input: logits ``[C]``, ``[N, C]`` or ``[N, C, *S]``.
+        soft_target: probabilities of the shape of ``input``, of any floating dtype.
+        weight: class weights ``[C]``; default ones.
+        ignore_mask: bool ``[N, *S]`` or ``[N, 1, *S]``, True where a voxel is left out. Default: none is.
+        label_smoothing: uniform smoothing in [0, 1] on top. Default 0.
+        reduction: ``"mean"`` (over the voxels that count), ``"sum"`` or ``"none"``. Default ``"mean"``.
+        backend: see :func:`vls_cross_entropy`.
+
+    Returns:
+        A 0-d tensor, or ``[N, *S]`` with ``reduction="none"``, in the dtype of ``input``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range.
+
+    Example:
+        >>> import torch, calseg
+        >>> raters = torch.softmax(torch.randn(1, 2, 16, 16), 1)
+        >>> calseg.soft_cross_entropy(torch.zeros(1, 2, 16, 16), raters)
+        tensor(0.6931)
+    """
+    check.check_scores("input", input)
+    check.check_like("soft_target", soft_target, "input", input)
+    check.check_reduction(reduction)
+    check.check_number("label_smoothing", label_smoothing, 0.0, 1.0, "in [0, 1]")
+    check.check_weight(weight, input)
+    labels: Labels | None = None
+    if ignore_mask is not None:
+        if not isinstance(ignore_mask, Tensor) or ignore_mask.dtype != torch.bool:
+            raise TypeError(f"ignore_mask: got {check.describe(ignore_mask)}, wanted a bool tensor")
+        mask = check.check_labels("ignore_mask", ignore_mask.view(torch.uint8), input)
+        labels = Labels(mask, 1, True)
+    return _soft_cross_entropy(input, soft_target, labels, weight, label_smoothing, reduction, backend)
+
+
+def _is_probabilities(target: Any, input: Tensor) -> bool:
+    return isinstance(target, Tensor) and target.is_floating_point() and target.shape == input.shape
+
+
+def _soft_cross_entropy(
+    input: Tensor,
+    soft_target: Tensor,
+    mask: Labels | None,
+    weight: Tensor | None,
+    label_smoothing: float,
+    reduction: str,
+    backend: str | None,
+    *,
+    reuse_logits: bool = False,
+) -> Tensor:
+    chosen = _backend(input, backend)
+    if reuse_logits:
+        _check_reuse(input, chosen)
+    if chosen == "reference":
+        loss = reference.soft_cross_entropy(
+            _flat(input), _flat(soft_target), None if mask is None else _flat(mask.tensor, 2) == mask.ignore_index,
+            weight, label_smoothing=label_smoothing, reduction=reduction, out_dtype=_loss_dtype(input),
+        )  # fmt: skip
+        return loss.view(ops.voxel_shape(input)) if reduction == "none" else loss
+    return _cross_entropy(input, soft_target, mask, weight, label_smoothing, reduction, reuse_logits)
+
+
+def _cross_entropy(
+    input: Tensor,
+    soft_labels: Tensor | None,
+    labels: Labels | None,
+    weight: Tensor | None,
+    label_smoothing: float,
+    reduction: str,
+    reuse_logits: bool,
+) -> Tensor:
+    """The native cross-entropy."""
+    options = {"label_smoothing": float(label_smoothing), "reduction": reduction, "loss_dtype": _loss_dtype(input)}
+    if torch.compiler.is_compiling():
+        return compiled.cross_entropy(input, soft_labels, labels, weight, options)
+    if _wants_gradient(input, soft_labels):
+        return autograd.CrossEntropy.apply(input, soft_labels, labels, weight, options, reuse_logits)
+    return ops.cross_entropy(input, soft_labels, labels, weight, **options)
+
+
+def vls_elbo(
+    mu: Tensor,
+    logvar: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    num_samples: int = 4,
+    beta: float = 1.0,
+    prior_mu: float = 0.0,
+    prior_logvar: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""The stage-1 objective in dense form: the negative evidence lower bound of the labels.
+
+    .. math::
+        E = -\frac{1}{m} \sum_k w_y \log \mathrm{softmax}(\mu + e^{\mathrm{logvar}/2} \epsilon_k)_y
+            + \beta\, \mathrm{KL}(N(\mu, e^{\mathrm{logvar}}) \,\|\, N(\mu_0, e^{\mathrm{logvar}_0})).
+
+    Args:
+        mu: mean of the Gaussian over the logits, ``[C]``, ``[N, C]`` or ``[N, C, *S]``.
+        logvar: its log-variance, the shape of ``mu``.
+        target: class indices ``[N, *S]`` or ``[N, 1, *S]``, any integer dtype.
+        weight: class weights ``[C]``; default ones.
+        num_samples: noise samples per voxel. Default 4.
+        beta: factor of the KL term. Default 1.
+        prior_mu: mean of the prior. Default 0.
+        prior_logvar: log-variance of the prior. Default 0.
+        ignore_index: label of voxels that do not count. Default -100.
+        reduction: as in :func:`vls_cross_entropy`. Default ``"mean"``.
+        seed: as in :func:`vls_cross_entropy`.
+        backend: as in :func:`vls_cross_entropy`.
+
+    Returns:
+        A 0-d tensor, or ``[N, *S]`` with ``reduction="none"``, in the dtype of ``mu``.
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`vls_cross_entropy`.
+
+    Example:
+        >>> import torch, calseg
+        >>> mu = torch.zeros(1, 3, 4, 4, 4, requires_grad=True)
+        >>> logvar = torch.zeros(1, 3, 4, 4, 4, requires_grad=True)
+        >>> calseg.vls_elbo(mu, logvar, torch.zeros(1, 4, 4, 4, dtype=torch.int16)).backward()
+        >>> bool((mu.grad[:, 0] < 0).all())
+        True
+    """
+    check.check_scores("mu", mu)
+    check.check_like("logvar", logvar, "mu", mu)
+    check.check_reduction(reduction)
+    check.check_integer("ignore_index", ignore_index)
+    check.check_integer("num_samples", num_samples, 1)
+    check.check_prior(beta, prior_mu, prior_logvar)
+    check.check_weight(weight, mu)
+    labels = Labels(check.check_labels("target", target, mu), ignore_index)
+    seed_value = _seed(seed, mu.device)
+    if _backend(mu, backend) == "reference":
+        loss = reference.vls_elbo(
+            _flat(mu), _flat(logvar), _flat(labels.tensor, 2), weight, num_samples=num_samples, beta=beta,
+            prior_mu=prior_mu, prior_logvar=prior_logvar, ignore_index=ignore_index, reduction=reduction,
+            seed=seed_value, out_dtype=_loss_dtype(mu),
+        )  # fmt: skip
+        return loss.view(ops.voxel_shape(mu)) if reduction == "none" else loss
+    sampling = (num_samples, 1.0, beta, prior_mu, prior_logvar, seed_value)
+    return _elbo_or_kl(mu, logvar, labels, weight, sampling, reduction)
+
+
+def gaussian_kl(
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: float = 0.0,
+    prior_logvar: float = 0.0,
+    reduction: str = "mean",
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    r"""``KL(N(mu, exp(logvar)) || N(prior_mu, exp(prior_logvar)))``, summed over the class axis.
+
+    Args:
+        mu: mean, ``[C]``, ``[N, C]`` or ``[N, C, *S]`` (a latent code is ``[N, L]``).
+        logvar: log-variance, the shape of ``mu``.
+        prior_mu: mean of the prior. Default 0.
+        prior_logvar: log-variance of the prior. Default 0.
+        reduction: ``"mean"`` over ``[N, *S]`` (not over classes: the KL is additive in them), ``"sum"`` or
+            ``"none"``. Default ``"mean"``.
+        backend: as in :func:`vls_cross_entropy`.
+
+    Returns:
+        A 0-d tensor, or ``[N, *S]`` with ``reduction="none"``, in nats, in the dtype of ``mu``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range.
+
+    Example:
+        >>> import torch, calseg
+        >>> calseg.gaussian_kl(torch.ones(2, 3), torch.zeros(2, 3))
+        tensor(1.5000)
+
+    Source: Kingma and Welling, *Auto-Encoding Variational Bayes*, 2014, appendix B.
+    """
+    check.check_scores("mu", mu)
+    check.check_like("logvar", logvar, "mu", mu)
+    check.check_reduction(reduction)
+    check.check_prior(1.0, prior_mu, prior_logvar)
+    if _backend(mu, backend) == "reference":
+        kl = reference.gaussian_kl(
+            _flat(mu), _flat(logvar), prior_mu=prior_mu, prior_logvar=prior_logvar, reduction=reduction,
+            out_dtype=_loss_dtype(mu),
+        )  # fmt: skip
+        return kl.view(ops.voxel_shape(mu)) if reduction == "none" else kl
+    return _elbo_or_kl(mu, logvar, None, None, (1, 1.0, 1.0, prior_mu, prior_logvar, 0), reduction)
+
+
+def _elbo_or_kl(
+    mu: Tensor, logvar: Tensor, labels: Labels | None, weight: Tensor | None, sampling: tuple[Any, ...], reduction: str
+) -> Tensor:
+    """The native ELBO; without labels, its KL term alone."""
+    options: dict[str, Any] = {"reduction": reduction, "loss_dtype": _loss_dtype(mu)}
+    if torch.compiler.is_compiling():
+        return compiled.elbo_or_kl(mu, logvar, labels, weight, sampling, options)
+    if _wants_gradient(mu, logvar):
+        return autograd.VLSElbo.apply(mu, logvar, labels, weight, sampling, options)
+    return ops.elbo_or_kl(Gaussian(mu, logvar, *sampling), labels, weight, **options)
+
+
+def sample_soft_labels(
+    mu: Tensor,
+    logvar: Tensor,
+    target: Tensor | None = None,
+    *,
+    num_samples: int = 4,
+    temperature: float = 1.0,
+    alpha: float = 0.1,
+    ignore_index: int = -100,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Soft labels from a Gaussian over the logits of every voxel.
+
+    ``mean_k softmax((mu + exp(logvar / 2) * eps_k) / temperature)``, and with a target
+    ``(1 - alpha) * onehot(target) + alpha`` times that. No noise is stored: backward draws it again.
+
+    Args:
+        mu: mean, ``[C]``, ``[N, C]`` or ``[N, C, *S]``.
+        logvar: log-variance, the shape of ``mu``.
+        target: class indices ``[N, *S]`` or ``[N, 1, *S]``. Default None: the estimate alone.
+        num_samples: noise samples per voxel. Default 4.
+        temperature: of the softmax, above 0. Default 1.
+        alpha: share of the estimate where there is a target, in [0, 1]. Default 0.1.
+        ignore_index: label of voxels whose soft label is zero in every class (they add nothing to a soft
+            cross-entropy). Default -100.
+        seed: as in :func:`vls_cross_entropy`.
+        backend: as in :func:`vls_cross_entropy`.
+
+    Returns:
+        Probabilities of the shape and dtype of ``mu``.
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`vls_cross_entropy`.
+
+    Example:
+        >>> import torch, calseg
+        >>> mu, logvar = torch.randn(1, 4, 8, 8, 8), torch.zeros(1, 4, 8, 8, 8)
+        >>> soft = calseg.sample_soft_labels(mu, logvar, num_samples=8, temperature=2.0, seed=0)
+        >>> torch.allclose(soft.sum(1), torch.ones(1, 8, 8, 8))
+        True
+    """
+    check.check_scores("mu", mu)
+    check.check_like("logvar", logvar, "mu", mu)
+    check.check_sampling(num_samples, temperature)
+    check.check_number("alpha", alpha, 0.0, 1.0, "in [0, 1]")
+    check.check_integer("ignore_index", ignore_index)
+    labels = None if target is None else Labels(check.check_labels("target", target, mu), ignore_index)
+    seed_value = _seed(seed, mu.device)
+    if _backend(mu, backend) == "reference":
+        soft_labels = reference.sample_soft_labels(
+            _flat(mu), _flat(logvar), None if labels is None else _flat(labels.tensor, 2), num_samples=num_samples,
+            temperature=temperature, alpha=alpha, ignore_index=ignore_index, seed=seed_value,
+        )  # fmt: skip
+        return _unflat(soft_labels, mu)
+    sampling = (num_samples, temperature, 0.0, 0.0, 0.0, seed_value)
+    if torch.compiler.is_compiling():
+        return compiled.sample_soft_labels(mu, logvar, labels, sampling, float(alpha))
+    if _wants_gradient(mu, logvar):
+        return autograd.SampleSoftLabels.apply(mu, logvar, labels, sampling, float(alpha))
+    return ops.sample_soft_labels(Gaussian(mu, logvar, *sampling), labels, alpha=float(alpha))
+
+
+def accumulate_soft_labels(
+    logit_maps: Iterable[Tensor],
+    target: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    alpha: float = 0.1,
+    ignore_index: int = -100,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Soft labels from logit maps that arrive one at a time (the paper's decoder, run once per latent sample).
+
+    ``y_hat = mean_k softmax(nu_k / temperature)``, and with a target ``(1 - alpha) * onehot(target) + alpha * y_hat``.
+    Only the running sum is held, so memory does not grow with the number of maps; pass a generator. Where a map
+    requires a gradient, the result does too (autograd then keeps the maps).
+
+    Args:
+        logit_maps: logits ``nu_k``, each ``[C]``, ``[N, C]`` or ``[N, C, *S]``, all of one shape; at least one.
+        target: class indices ``[N, *S]`` or ``[N, 1, *S]``. Default None: the estimate alone.
+        temperature: of the softmax, above 0. Default 1.
+        alpha: share of the estimate where there is a target, in [0, 1]. Default 0.1.
+        ignore_index: label of voxels whose soft label is zero in every class. Default -100.
+        backend: as in :func:`vls_cross_entropy`.
+
+    Returns:
+        Probabilities of the shape of the maps, in their dtype, float32 at least.
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`vls_cross_entropy`.
+
+    Example:
+        >>> import torch, calseg
+        >>> decoder = torch.nn.Conv3d(3, 4, 1)
+        >>> latents = (torch.randn(1, 3, 8, 8, 8) for _ in range(5))
+        >>> with torch.no_grad():
+        ...     soft = calseg.accumulate_soft_labels((decoder(z) for z in latents), temperature=2.0)
+        >>> torch.allclose(soft.sum(1), torch.ones(1, 8, 8, 8))
+        True
+
+    Source: Guo et al., *CALSeg*, ICASSP 2024, section 2.
+    """
+    check.check_sampling(1, temperature)
+    check.check_number("alpha", alpha, 0.0, 1.0, "in [0, 1]")
+    check.check_integer("ignore_index", ignore_index)
+    maps = _checked_maps(logit_maps)
+    first = next(maps, None)
+    if first is None:
+        raise ValueError("logit_maps: got none, wanted at least one map of logits")
+    maps = chain((first,), maps)
+    labels = None if target is None else Labels(check.check_labels("target", target, first), ignore_index)
+    if _backend(first, backend) == "reference":
+        soft_labels = reference.accumulate_soft_labels(
+            map(_flat, maps), None if labels is None else _flat(labels.tensor, 2), temperature=temperature,
+            alpha=alpha, ignore_index=ignore_index,
+        )  # fmt: skip
+        return _unflat(soft_labels, first)
+
+    total = torch.zeros_like(first, dtype=reference.compute_dtype(first.dtype), requires_grad=False)
+    count = 0
+    for count, logits in enumerate(maps, 1):
+        if torch.compiler.is_compiling():
+            total = compiled.accumulate_softmax(total, logits, float(temperature))
+        elif _wants_gradient(total, logits):
+            total = autograd.AccumulateSoftmax.apply(total, logits, float(temperature))
+        else:
+            ops.accumulate_softmax(total, logits, temperature=float(temperature))
+    if torch.compiler.is_compiling():
+        return compiled.blend_soft_labels(total, labels, float(alpha), 1 / count)
+    if _wants_gradient(total):
+        return autograd.BlendSoftLabels.apply(total, labels, float(alpha), 1 / count)
+    ops.blend_soft_labels(total, labels, alpha=float(alpha), scale=1 / count)
+    return total
+
+
+def _checked_maps(logit_maps: Iterable[Tensor]) -> Iterator[Tensor]:
+    shape = None
+    for index, logits in enumerate(logit_maps):
+        check.check_scores(f"logit_maps[{index}]", logits)
+        if shape is not None and (logits.shape, logits.device) != shape:
+            raise ValueError(f"logit_maps[{index}]: got {check.describe(logits)}, wanted {list(shape[0])} on {shape[1]} as before")
+        shape = logits.shape, logits.device
+        yield logits

@@ -1,0 +1,78 @@
+"""The noise contract in plain PyTorch: ``eps`` as a pure function of ``(seed, voxel, class, sample)``.
+
+Philox4x32 with 7 rounds (Salmon et al., *Parallel random numbers: as easy as 1, 2, 3*, SC 2011) makes the words,
+Box-Muller the normals. Every backend draws the same noise, so backward regenerates what forward drew and no tiling
+or number of threads changes a result.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+PHILOX_ROUNDS = 7
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_MASK32 = 0xFFFFFFFF
+
+
+def _mul_hi_lo(a: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    # int64 wraps: its 64 bits are those of the unsigned product, and the mask undoes the arithmetic shift.
+    product = a * multiplier
+    return (product >> 32) & _MASK32, product & _MASK32
+
+
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32-7: four 32-bit words for a 128-bit counter and a 64-bit key, all held in int64 tensors."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(PHILOX_ROUNDS):
+        hi0, lo0 = _mul_hi_lo(c0, _M0)
+        hi1, lo1 = _mul_hi_lo(c2, _M1)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + _W0) & _MASK32, (k1 + _W1) & _MASK32
+    return c0, c1, c2, c3
+
+
+def _box_muller(word_a: Tensor, word_b: Tensor) -> tuple[Tensor, Tensor]:
+    u1 = ((word_a >> 8).double() + 0.5) * 2.0**-24
+    u2 = (word_b >> 8).double() * 2.0**-24
+    radius, angle = torch.sqrt(-2.0 * torch.log(u1)), 2.0 * math.pi * u2
+    return radius * torch.cos(angle), radius * torch.sin(angle)
+
+
+def standard_normal(
+    seed: int | Tensor, num_voxels: int, num_classes: int, sample: int, *, first_voxel: int = 0, device: torch.device
+) -> Tensor:
+    """Noise of one sample.
+
+    Args:
+        seed: 64-bit seed, an int or a 0-d int64 tensor (a negative one stands for its two's complement).
+        num_voxels: number of voxels.
+        num_classes: number of classes C.
+        sample: index k of the sample.
+        first_voxel: linear index of the first voxel over ``[N, *S]`` in row-major order.
+        device: where the noise is made.
+
+    Returns:
+        float64 ``[C, num_voxels]``.
+    """
+    padded = num_classes if num_classes <= 2 else -(-num_classes // 4) * 4
+    lanes = torch.arange(sample * padded, sample * padded + num_classes, device=device)
+    first_quad, last_quad = sample * padded // 4, (sample * padded + num_classes - 1) // 4
+    quad = torch.arange(first_quad, last_quad + 1, device=device)[:, None]
+    voxel = torch.arange(first_voxel, first_voxel + num_voxels, device=device)[None, :]
+    if isinstance(seed, int):  # two's complement, as an int64 tensor holds it
+        seed = torch.tensor((seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
+    key = (seed & _MASK32, (seed >> 32) & _MASK32)
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    r0, r1, r2, r3 = philox4x32((voxel & _MASK32, voxel >> 32, quad, zero), key)
+    normals = torch.stack([*_box_muller(r0, r1), *_box_muller(r2, r3)], dim=1)  # [quads, 4, voxels]
+    return normals.flatten(0, 1)[lanes - 4 * first_quad]
+
+
+def draw_seed() -> Tensor:
+    """One 64-bit seed from PyTorch's default generator, as a 0-d int64 tensor: ``torch.manual_seed`` reproduces it."""
+    return torch.empty((), dtype=torch.int64).random_(-(2**63), None)

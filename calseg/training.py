@@ -1,0 +1,532 @@
+"""Training and evaluation behind ``calseg train``. Needs the extra ``calseg[train]`` (MONAI, nibabel).
+
+A run is a folder: ``config.json``, ``split.json``, ``checkpoint.pt`` and, at the end, ``metrics.json``. Each
+is written to a temporary file and renamed, so that an interruption leaves the previous one whole. Every
+random draw is a pure function of (seed, iteration): a resumed run ends bit for bit where an uninterrupted one
+on the same machine would, and a checkpoint holds no state of a random generator.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from calseg.functional import vls_cross_entropy, vls_elbo
+from monai.inferers import sliding_window_inference
+from numpy.typing import NDArray
+from torch import Tensor
+
+from calseg.data import IGNORE_INDEX, CaseCache, Dataset, LabelMap, PatchSampler, find_cases, split_cases
+from calseg.nets import Output, SegmentationNet, build_net
+
+CHECKPOINT_FORMAT = 1
+LOSSES = ("cross_entropy", "vls")
+RUN_FILES = ("config.json", "split.json", "checkpoint.pt", "metrics.json")
+
+Progress = Callable[[str, int, int, float | None], None]
+"""Called as ``progress(stage, done, total, loss)``; stages are "read", "train" and "evaluate"."""
+
+
+class TrainingError(ValueError):
+    """The run cannot start or go on, for a reason the user can act on."""
+
+
+class RunInterruptedError(Exception):
+    """A signal stopped the run after a checkpoint was written; ``code`` is the shell's exit code for it."""
+
+    def __init__(self, run: Path, iteration: int, number: int) -> None:
+        super().__init__(
+            f"interrupted after iteration {iteration}, which is saved in {run / 'checkpoint.pt'}"
+        )
+        self.code = 128 + number
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides the result of a run on given cases; ``calseg train --help`` explains each."""
+
+    loss: str = "cross_entropy"
+    iterations: int = 300
+    batch_size: int = 2
+    patch_size: tuple[int, int, int] = (48, 64, 48)
+    learning_rate: float = 3e-3
+    seed: int = 0
+    val_fraction: float = 0.2
+    split_seed: int = 0
+    foreground: float = 1 / 3
+    flip_axes: tuple[int, ...] = ()
+    alpha: float = 0.1
+    temperature: float = 1.0
+    num_samples: int = 4
+    beta: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise TrainingError(f"loss must be one of {', '.join(LOSSES)}; got {self.loss!r}")
+        for name in ("iterations", "batch_size", "num_samples"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("learning_rate", "temperature"):
+            if not (0 < getattr(self, name) < math.inf):
+                raise TrainingError(f"{name} must be positive and finite; got {getattr(self, name)}")
+        for name in ("foreground", "alpha"):
+            if not (0 <= getattr(self, name) <= 1):
+                raise TrainingError(f"{name} must lie in [0, 1]; got {getattr(self, name)}")
+        if not (0 < self.val_fraction < 1):
+            raise TrainingError(f"val_fraction must lie strictly between 0 and 1; got {self.val_fraction}")
+        if not (0 <= self.beta < math.inf):
+            raise TrainingError(f"beta must be finite and not negative; got {self.beta}")
+        if self.seed < 0 or self.split_seed < 0:
+            raise TrainingError("seed and split_seed must not be negative")
+        if len(self.patch_size) != 3 or any(side < 8 or side % 8 for side in self.patch_size):
+            raise TrainingError(f"patch_size must be three positive multiples of 8; got {self.patch_size}")
+        if max(self.patch_size) == 8:
+            raise TrainingError(
+                "patch_size (8, 8, 8) leaves one voxel at the network's coarsest level; enlarge a side"
+            )
+        if any(axis not in (0, 1, 2) for axis in self.flip_axes):
+            raise TrainingError(f"flip_axes are among 0, 1 and 2; got {self.flip_axes}")
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of ``dataclasses.asdict`` after a trip through JSON."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a whole file or leave the old one as it was: temporary file, flush to disk, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        kept = "; the previous one is kept" if path.exists() else ""
+        raise TrainingError(f"{path}: cannot be written ({error.strerror or error}){kept}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` as JSON, atomically."""
+    write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON, or raise a :class:`TrainingError` that names the file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{path}: not readable as JSON ({error})") from error
+
+
+def prepare_run(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Make ``out`` ready for a new run, or check that it holds one to resume. Foreign files stay."""
+    if resume and overwrite:
+        raise TrainingError("--resume and --overwrite exclude each other")
+    if out.exists() and not out.is_dir():
+        raise TrainingError(f"{out}: exists and is not a folder")
+    if resume:
+        if not (out / "checkpoint.pt").is_file():
+            raise TrainingError(f"{out / 'checkpoint.pt'}: not found; there is no run to resume in {out}")
+        return
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise TrainingError(
+            f"{out}: not empty; give --resume to continue the run in it, or --overwrite to start anew"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in RUN_FILES:
+            (out / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise TrainingError(f"{out}: cannot be made ready ({error.strerror or error})") from error
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint without running code from it (``weights_only``)."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise TrainingError(f"{path}: not found") from None
+    except Exception as error:  # a broken archive surfaces as one of many kinds of exception
+        raise TrainingError(
+            f"{path}: corrupt, or not a checkpoint of calseg ({type(error).__name__})"
+        ) from error
+    if not isinstance(content, dict) or "format" not in content:
+        raise TrainingError(f"{path}: not a checkpoint of calseg")
+    if content["format"] != CHECKPOINT_FORMAT:
+        raise TrainingError(
+            f"{path}: checkpoint format {content['format']}, but this version of calseg reads {CHECKPOINT_FORMAT}"
+        )
+    return content
+
+
+# --------------------------------------------------------------------------------------------- objective
+
+
+def noise_seed(seed: int, iteration: int, stream: int) -> int:
+    """A 63-bit seed for the noise of one loss call, a pure function of its arguments."""
+    high, low = np.random.SeedSequence((seed, 2, iteration, stream)).generate_state(2)
+    return (int(high) << 31) ^ int(low)
+
+
+def objective(output: Output, label: Tensor, config: TrainConfig, iteration: int) -> Tensor:
+    """The training loss, a scalar: the mean over the labelled voxels of ``label[N, x, y, z]``.
+
+    With a dense head it is the stage-1 ELBO of (mu, logvar) plus the cross-entropy of the logits with the
+    soft labels that (mu, logvar), held fixed, give. Sums are divided here, so that a batch without a labelled
+    voxel gives 0 and not NaN.
+    """
+    voxels = (label != IGNORE_INDEX).sum().clamp(min=1)
+    if output.mu is None or output.logvar is None:
+        return vls_cross_entropy(output.logits, label, ignore_index=IGNORE_INDEX, reduction="sum") / voxels
+    elbo = vls_elbo(
+        output.mu,
+        output.logvar,
+        label,
+        num_samples=config.num_samples,
+        beta=config.beta,
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
+        seed=noise_seed(config.seed, iteration, 0),
+    )
+    soft = vls_cross_entropy(
+        output.logits,
+        label,
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
+        mu=output.mu.detach(),
+        logvar=output.logvar.detach(),
+        alpha=config.alpha,
+        temperature=config.temperature,
+        num_samples=config.num_samples,
+        beta=0.0,
+        seed=noise_seed(config.seed, iteration, 1),
+    )
+    return (elbo + soft) / voxels
+
+
+def learning_rate(config: TrainConfig, iteration: int) -> float:
+    """Linear warm-up over the first 5 %, then polynomial decay with exponent 0.9 (as nnU-Net's)."""
+    warm = max(config.iterations // 20, 1)
+    decay = (1 - iteration / config.iterations) ** 0.9
+    return config.learning_rate * min((iteration + 1) / warm, 1.0) * float(decay)
+
+
+# -------------------------------------------------------------------------------------------- evaluation
+
+
+class Scores:
+    """Proper scores and calibration error of a stream of predictions, from int64 counts and float64 sums.
+
+    Per region ("all" voxels, and "foreground": the voxels whose label is above 0) it holds the voxel count,
+    the summed negative log-likelihood, the squared error of the probabilities summed over the classes, and
+    for ``bins`` equal bins of the top probability (``[lo, hi)``, the last closed) confidences and hits.
+    """
+
+    def __init__(self, bins: int = 15) -> None:
+        self.bins = bins
+        self.voxels = dict.fromkeys(("all", "foreground"), 0)
+        self.sums = {region: torch.zeros(2, dtype=torch.float64) for region in self.voxels}
+        self.hits = {region: torch.zeros(bins, dtype=torch.int64) for region in self.voxels}
+        self.confidence = {region: torch.zeros(bins, dtype=torch.float64) for region in self.voxels}
+
+    def update(self, logits: Tensor, label: Tensor) -> None:
+        """Add ``logits`` float ``[C, *S]`` and ``label``, integers ``[*S]``; :data:`IGNORE_INDEX` is skipped."""
+        # Slices of about a million voxels bound the float64 copies.
+        flat, classes = logits.reshape(len(logits), -1), label.reshape(-1)
+        for start in range(0, flat.shape[1], 1 << 20):
+            self._update(flat[:, start : start + (1 << 20)], classes[start : start + (1 << 20)].long())
+
+    def _update(self, logits: Tensor, label: Tensor) -> None:
+        valid = label != IGNORE_INDEX
+        label = label[valid]
+        log_p = torch.log_softmax(logits[:, valid].double(), 0)
+        p = log_p.exp()
+        nll = -log_p.gather(0, label[None])[0]
+        brier = p.square().sum(0) + 1 - 2 * p.gather(0, label[None])[0]
+        confidence, top = p.max(0)
+        index = (confidence * self.bins).long().clamp(max=self.bins - 1)
+        for region, inside in (("all", slice(None)), ("foreground", label > 0)):
+            self.voxels[region] += int(label[inside].numel())
+            self.sums[region] += torch.stack([nll[inside].sum(), brier[inside].sum()]).cpu()
+            self.hits[region] += torch.bincount(
+                index[inside][(top == label)[inside]], minlength=self.bins
+            ).cpu()
+            self.confidence[region] += torch.bincount(index[inside], confidence[inside], self.bins).cpu()
+
+    def compute(self) -> dict[str, dict[str, float | None]]:
+        """``{region: {"nll", "brier", "ece"}}``; None where the region has no voxel."""
+        result: dict[str, dict[str, float | None]] = {}
+        for region, voxels in self.voxels.items():
+            nll, brier = self.sums[region].tolist()
+            gap = float((self.confidence[region] - self.hits[region]).abs().sum())
+            result[region] = {
+                name: value / voxels if voxels else None
+                for name, value in (("nll", nll), ("brier", brier), ("ece", gap))
+            }
+        return result
+
+
+def dice_per_class(prediction: Tensor, label: Tensor, num_classes: int) -> list[float | None]:
+    """Dice of classes 1, 2, ... over the voxels not ignored; None for a class that neither map holds."""
+    valid = label != IGNORE_INDEX
+    result: list[float | None] = []
+    for number in range(1, num_classes):
+        mine, true = (prediction == number) & valid, label == number
+        total = int(mine.sum()) + int(true.sum())
+        result.append(2 * int((mine & true).sum()) / total if total else None)
+    return result
+
+
+def predict_volume(net: SegmentationNet, image: NDArray[np.float32], patch_size: Sequence[int]) -> Tensor:
+    """Logits float32 ``[C, x, y, z]`` of a normalised image ``[channels, x, y, z]``, by sliding window.
+
+    Windows of the training patch's size overlap by half and their logits are averaged with Gaussian weights;
+    a volume that one window covers is padded with 0, as in training.
+    """
+    device = next(net.parameters()).device
+    with torch.inference_mode():
+        logits = sliding_window_inference(
+            torch.from_numpy(image)[None].to(device),
+            roi_size=tuple(patch_size),
+            sw_batch_size=2,
+            predictor=net.predict,
+            overlap=0.5,
+            mode="gaussian",
+        )
+    assert isinstance(logits, Tensor)
+    return logits[0]
+
+
+def evaluate(
+    net: SegmentationNet,
+    cache: CaseCache,
+    names: Sequence[str],
+    patch_size: Sequence[int],
+    progress: Progress,
+    also: Callable[[str, Tensor], None] | None = None,
+) -> dict[str, Any]:
+    """Score whole volumes; ``also(name, logits)`` sees every prediction.
+
+    The Dice of a class is the mean over the cases where the prediction or the label holds it.
+    """
+    net.eval()
+    scores = Scores()
+    class_names = cache.dataset.class_names
+    cases: dict[str, dict[str, float | None]] = {}
+    for done, name in enumerate(names, 1):
+        case = cache.get(name)
+        logits = predict_volume(net, case.image, patch_size)
+        label = torch.from_numpy(case.label).to(logits.device)
+        scores.update(logits, label)
+        dice = dice_per_class(logits.argmax(0), label, len(class_names))
+        cases[name] = dict(zip(class_names[1:], dice, strict=True))
+        if also is not None:
+            also(name, logits)
+        progress("evaluate", done, len(names), None)
+    by_class = {name: _mean([case[name] for case in cases.values()]) for name in class_names[1:]}
+    return {
+        "dice": by_class,
+        "dice_mean": _mean(list(by_class.values())),
+        "voxels": dict(scores.voxels),
+        **scores.compute(),
+        "cases": cases,
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM, so that the iteration in progress can end; a second one acts at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # Python delivers signals to the main thread only
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    for number in previous:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def no_progress(stage: str, done: int, total: int, loss: float | None) -> None:
+    """The progress report of those who want none."""
+
+
+def _fingerprint(dataset: Dataset, config: TrainConfig) -> dict[str, Any]:
+    """What a resumed run must share with the run that it continues, in JSON's types."""
+    names = [case.name for case in dataset.cases]
+    training, validation = split_cases(names, config.val_fraction, config.split_seed)
+    content = {
+        "config": asdict(config),
+        "classes": dataset.class_names,
+        "channels": dataset.channel_names,
+        "split": {"training": training, "validation": validation},
+    }
+    return dict(json.loads(json.dumps(content)))
+
+
+def _check_same(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    ours, theirs = wanted["config"], saved.get("config", {})
+    changed = [
+        f"{item.name} is {ours[item.name]!r} but was {theirs.get(item.name)!r}"
+        for item in fields(TrainConfig)
+        if ours[item.name] != theirs.get(item.name)
+    ]
+    if changed:
+        raise TrainingError(f"{path}: cannot be resumed with other settings: {'; '.join(changed)}")
+    for key in ("classes", "channels", "split"):
+        if saved.get(key) != wanted[key]:
+            raise TrainingError(f"{path}: cannot be resumed on other data: the {key} of DATA changed since")
+
+
+def train(
+    data: str | Path,
+    out: str | Path,
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "cpu",
+    checkpoint_every: int = 50,
+    progress: Progress = no_progress,
+    also: Callable[[str, Tensor], None] | None = None,
+) -> dict[str, Any]:
+    """Train on the cases of ``data`` and score the validation cases; returns what ``metrics.json`` holds.
+
+    ``also`` is passed to :func:`evaluate`. Raises :class:`~calseg.data.DataError` or :class:`TrainingError`
+    for what the user can mend, and :class:`RunInterruptedError` once a checkpoint is written after SIGINT or SIGTERM.
+    """
+    dataset = find_cases(data)
+    content = _fingerprint(dataset, config)
+    run = Path(out)
+    prepare_run(run, resume=resume, overwrite=overwrite)
+    checkpoint = run / "checkpoint.pt"
+
+    net = build_net(len(dataset.channel_names), len(dataset.class_names), loss=config.loss, seed=config.seed)
+    net.to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=1e-4)
+    iteration, seconds = 0, 0.0
+    if resume:
+        saved = load_checkpoint(checkpoint)
+        _check_same(checkpoint, saved, content)
+        try:
+            net.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            iteration, seconds = int(saved["iteration"]), float(saved["seconds"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise TrainingError(f"{checkpoint}: does not fit this version of calseg ({error})") from error
+    write_json(run / "config.json", {"data": str(Path(data).resolve()), **content["config"]})
+    write_json(run / "split.json", content["split"])
+
+    cache = CaseCache(dataset)
+    _read_all(cache, progress)
+    training = tuple(content["split"]["training"])
+    sampler = PatchSampler(
+        training, config.patch_size, config.batch_size, config.seed, config.foreground, config.flip_axes
+    )
+
+    def save() -> None:
+        buffer = io.BytesIO()  # serialised first, so that a full disk surfaces in write_atomic alone
+        state = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
+        counters = {"format": CHECKPOINT_FORMAT, "iteration": iteration, "seconds": seconds}
+        torch.save({**content, **state, **counters}, buffer)
+        write_atomic(checkpoint, buffer.getvalue())
+
+    if not resume:
+        save()
+    net.train()
+    begun = time.perf_counter() - seconds
+    with _signals() as received:
+        while iteration < config.iterations:
+            loss = _step(net, optimizer, sampler.batch(cache, iteration), config, iteration, device)
+            iteration += 1
+            seconds = time.perf_counter() - begun
+            progress("train", iteration, config.iterations, loss)
+            if iteration % checkpoint_every == 0 or iteration == config.iterations or received:
+                save()
+            if received:
+                raise RunInterruptedError(run, iteration, received[0])
+
+    begun = time.perf_counter()
+    scores = evaluate(net, cache, content["split"]["validation"], config.patch_size, progress, also)
+    metrics = {
+        "dataset": dataset.name,
+        "loss": config.loss,
+        "iterations": iteration,
+        "classes": list(dataset.class_names),
+        **scores,
+        "seconds": {"train": seconds, "evaluate": time.perf_counter() - begun},
+        "config": content["config"],
+    }
+    write_json(run / "metrics.json", metrics)
+    return metrics
+
+
+def _read_all(cache: CaseCache, progress: Progress) -> None:
+    """Read every case once, so that a bad file stops the run now and not after an hour."""
+    cases = cache.dataset.cases
+    for done, case in enumerate(cases, 1):
+        cache.get(case.name)
+        progress("read", done, len(cases), None)
+
+
+def _step(
+    net: SegmentationNet,
+    optimizer: torch.optim.Optimizer,
+    batch: tuple[NDArray[np.float32], LabelMap],
+    config: TrainConfig,
+    iteration: int,
+    device: str,
+) -> float:
+    """One update in place; returns the loss."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, iteration)
+    image, label = (torch.from_numpy(part).to(device) for part in batch)
+    loss = objective(net(image), label, config, iteration)
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"the loss is {value} at iteration {iteration + 1}; a smaller --learning-rate may help "
+            "(the last checkpoint is kept)"
+        )
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 12.0)
+    optimizer.step()
+    return value

@@ -1,0 +1,111 @@
+#include "buffer_pool.h"
+
+#if defined(__linux__)
+#include <pthread.h>
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <mutex>
+#include <vector>
+#endif
+
+namespace calseg {
+
+#if !defined(__linux__)
+
+void* pool_allocate(std::size_t) { return nullptr; }
+void pool_release(void*) {}
+void pool_trim() {}
+std::size_t pool_held_bytes() { return 0; }
+
+#else
+
+namespace {
+
+constexpr std::size_t kHugePage = 2u << 20;
+
+struct Block {
+    void* memory;
+    std::size_t bytes;
+};
+
+// Never destroyed: tensors may outlive the module's statics.
+struct Pool {
+    std::mutex mutex;
+    std::vector<Block> free, used;
+};
+Pool& pool() {
+    static Pool* const instance = [] {
+        auto* made = new Pool;
+        pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); }, [] { pool().mutex.unlock(); });
+        return made;
+    }();
+    return *instance;
+}
+
+void unmap_all(std::vector<Block>& blocks) {
+    for (const Block& block : blocks) munmap(block.memory, block.bytes);
+    blocks.clear();
+}
+
+void* map_huge(std::size_t bytes) {
+    char* raw = static_cast<char*>(mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (raw == MAP_FAILED) return nullptr;
+    char* aligned = reinterpret_cast<char*>((reinterpret_cast<std::uintptr_t>(raw) + kHugePage - 1) / kHugePage * kHugePage);
+    if (aligned > raw) munmap(raw, static_cast<std::size_t>(aligned - raw));
+    if (const std::size_t tail = static_cast<std::size_t>(raw + kHugePage - aligned)) munmap(aligned + bytes, tail);
+    madvise(aligned, bytes, MADV_HUGEPAGE);
+    return aligned;
+}
+
+}  // namespace
+
+void* pool_allocate(std::size_t bytes) {
+    bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    Pool& p = pool();
+    const std::lock_guard<std::mutex> lock(p.mutex);
+    p.used.reserve(p.used.size() + 1);
+    p.free.reserve(p.free.size() + p.used.size() + 1);  // releasing must not need memory
+    auto best = p.free.end();
+    for (auto it = p.free.begin(); it != p.free.end(); ++it)
+        if (it->bytes >= bytes && it->bytes <= bytes + bytes / 4 && (best == p.free.end() || it->bytes < best->bytes)) best = it;
+    if (best != p.free.end()) {
+        p.used.push_back(*best);
+        p.free.erase(best);
+        return p.used.back().memory;
+    }
+    // Nothing fits: sizes have changed. What is kept goes back, so that the pool never holds more than was in use at once.
+    unmap_all(p.free);
+    void* memory = map_huge(bytes);
+    if (memory) p.used.push_back({memory, bytes});
+    return memory;
+}
+
+void pool_release(void* memory) {
+    Pool& p = pool();
+    const std::lock_guard<std::mutex> lock(p.mutex);
+    for (auto it = p.used.begin(); it != p.used.end(); ++it)
+        if (it->memory == memory) {
+            p.free.push_back(*it);
+            p.used.erase(it);
+            return;
+        }
+}
+
+void pool_trim() {
+    Pool& p = pool();
+    const std::lock_guard<std::mutex> lock(p.mutex);
+    unmap_all(p.free);
+}
+
+std::size_t pool_held_bytes() {
+    Pool& p = pool();
+    const std::lock_guard<std::mutex> lock(p.mutex);
+    std::size_t bytes = 0;
+    for (const Block& block : p.free) bytes += block.bytes;
+    return bytes;
+}
+
+#endif
+
+}  // namespace calseg

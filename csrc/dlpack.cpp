@@ -1,0 +1,76 @@
+#include "dlpack.h"
+
+#include <memory>
+#include <vector>
+
+#include "buffer_pool.h"
+
+namespace calseg {
+namespace {
+
+struct DLDevice {
+    int32_t device_type, device_id;
+};
+struct DLDataType {
+    uint8_t code, bits;
+    uint16_t lanes;
+};
+struct DLTensor {
+    void* data;
+    DLDevice device;
+    int32_t ndim;
+    DLDataType dtype;
+    int64_t *shape, *strides;
+    uint64_t byte_offset;
+};
+struct DLManagedTensor {
+    DLTensor tensor;
+    void* context;
+    void (*deleter)(DLManagedTensor*);
+};
+
+struct Owned {
+    DLManagedTensor managed;
+    std::vector<int64_t> sizes, strides;
+};
+
+void release(DLManagedTensor* managed) {
+    auto* owned = static_cast<Owned*>(managed->context);
+    pool_release(managed->tensor.data);
+    delete owned;
+}
+
+DLDataType dl_dtype(DType dtype) {
+    switch (dtype) {
+        case DType::f64: return {2, 64, 1};
+        case DType::f16: return {2, 16, 1};
+        case DType::bf16: return {4, 16, 1};
+        default: return {2, 32, 1};
+    }
+}
+
+}  // namespace
+
+pybind11::object empty_pooled(DType dtype, const pybind11::tuple& sizes, const pybind11::tuple& strides) {
+    auto owned = std::make_unique<Owned>();
+    int64_t elements = 1;
+    for (const auto& size : sizes) {
+        owned->sizes.push_back(size.cast<int64_t>());
+        elements *= owned->sizes.back();
+    }
+    for (const auto& stride : strides) owned->strides.push_back(stride.cast<int64_t>());
+    const DLDataType type = dl_dtype(dtype);
+    void* memory = pool_allocate(static_cast<std::size_t>(elements) * type.bits / 8);
+    if (!memory) return pybind11::none();
+    owned->managed = {{memory, {1, 0}, static_cast<int32_t>(owned->sizes.size()), type, owned->sizes.data(), owned->strides.data(), 0},
+                      owned.get(), release};
+    // A capsule that nobody consumes frees what it holds; a consumer renames it and calls the deleter itself.
+    return pybind11::reinterpret_steal<pybind11::object>(PyCapsule_New(&owned.release()->managed, "dltensor", [](PyObject* capsule) {
+        if (PyCapsule_IsValid(capsule, "dltensor")) {
+            auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+            managed->deleter(managed);
+        }
+    }));
+}
+
+}  // namespace calseg

@@ -1,0 +1,167 @@
+#include "operations.h"
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "dispatch.h"
+#include "parallel.h"
+
+namespace calseg {
+namespace {
+
+struct Free {
+    void operator()(void* memory) const { ::operator delete[](memory, std::align_val_t{64}); }
+};
+
+template <class Args>
+struct Run {
+    const Kernel<Args>& kernel;
+    const Args& args;
+    char* scratch;
+    int64_t scratch_bytes;
+
+    static void chunk(void* self, int64_t index, int thread) {
+        const Run& run = *static_cast<Run*>(self);
+        run.kernel.run_chunk(run.args, index, run.scratch + thread * run.scratch_bytes);
+    }
+};
+
+template <class Args>
+void run(const Kernel<Args>& kernel, const Args& args, int num_threads) {
+    const int64_t chunks = kernel.num_chunks(args);
+    if (chunks < num_threads) num_threads = static_cast<int>(chunks);
+    if (chunks == 0) return;
+    const int64_t bytes = (kernel.scratch_bytes(args) + 63) / 64 * 64;
+    const std::unique_ptr<void, Free> scratch(::operator new[](static_cast<std::size_t>(bytes * num_threads + 64), std::align_val_t{64}));
+    Run<Args> work{kernel, args, static_cast<char*>(scratch.get()), bytes};
+    parallel_for(chunks, num_threads, &Run<Args>::chunk, &work);
+}
+
+LabelSums scan(const Labels& labels, const Shape& shape, const double* weight, int num_threads) {
+    LabelSums total;
+    if (!labels.view) {
+        total.counted = shape.voxels();
+        return total;
+    }
+    ScanLabelsArgs args{shape, labels, labels.is_mask ? nullptr : weight, nullptr};
+    const Kernel<ScanLabelsArgs>& kernel = kernels().scan_labels;
+    std::vector<LabelSums> sums(static_cast<std::size_t>(kernel.num_chunks(args)));
+    args.chunk_sums = sums.data();
+    run(kernel, args, num_threads);
+    for (const LabelSums& chunk : sums) {
+        total.counted += chunk.counted;
+        total.weight += chunk.weight;
+        if (total.bad_position < 0 && chunk.bad_position >= 0) {
+            total.bad_position = chunk.bad_position;
+            total.bad_value = chunk.bad_value;
+        }
+    }
+    return total;
+}
+
+Outcome bad_label(const LabelSums& sums) { return {0.0, sums.bad_position, sums.bad_value}; }
+
+// The mean's divisors: of the loss, and of the KL term.
+struct Divisors {
+    double loss = 1.0, kl = 1.0;
+};
+
+Divisors divisors(const LabelSums& sums, const Labels& labels, const double* weight, Reduction reduction) {
+    if (reduction != Reduction::mean) return {};
+    const double voxels = static_cast<double>(sums.counted);
+    return {weight && labels.view && !labels.is_mask ? sums.weight : voxels, voxels};
+}
+
+void scale_upstream(Upstream& upstream, const Divisors& by) {
+    upstream.scale /= by.loss;
+    upstream.kl_scale /= by.kl;
+}
+
+// Chunk sums in the order of the chunks: the same for any number of threads.
+LossSums sum_chunks(const std::vector<LossSums>& chunks) {
+    LossSums total;
+    for (const LossSums& chunk : chunks) {
+        total.loss += chunk.loss;
+        total.kl += chunk.kl;
+    }
+    return total;
+}
+
+}  // namespace
+
+Outcome cross_entropy(CrossEntropyArgs args, Reduction reduction, int num_threads) {
+    const LabelSums labels = scan(args.labels, args.shape, args.weight, num_threads);
+    if (labels.bad_position >= 0) return bad_label(labels);
+    const Divisors by = divisors(labels, args.labels, args.weight, reduction);
+    scale_upstream(args.upstream, by);
+    const auto& kernel = kernels().cross_entropy;
+    std::vector<LossSums> sums(static_cast<std::size_t>(kernel.num_chunks(args)));
+    args.chunk_sums = sums.data();
+    run(kernel, args, num_threads);
+    return {sum_chunks(sums).loss / by.loss, -1, 0};
+}
+
+Outcome vls_cross_entropy(VLSCrossEntropyArgs args, Reduction reduction, int num_threads) {
+    const LabelSums labels = scan(args.ce.labels, args.ce.shape, args.ce.weight, num_threads);
+    if (labels.bad_position >= 0) return bad_label(labels);
+    const Divisors by = divisors(labels, args.ce.labels, args.ce.weight, reduction);
+    scale_upstream(args.ce.upstream, by);
+    const auto& kernel = kernels().vls_cross_entropy;
+    std::vector<LossSums> sums(static_cast<std::size_t>(kernel.num_chunks(args)));
+    args.ce.chunk_sums = sums.data();
+    run(kernel, args, num_threads);
+    const LossSums total = sum_chunks(sums);
+    return {total.loss / by.loss + (args.gaussian.beta != 0.0 ? args.gaussian.beta * total.kl / by.kl : 0.0), -1, 0};
+}
+
+Outcome vls_elbo(VLSElboArgs args, Reduction reduction, int num_threads) {
+    const LabelSums labels = scan(args.labels, args.shape, args.weight, num_threads);
+    if (labels.bad_position >= 0) return bad_label(labels);
+    const Divisors by = divisors(labels, args.labels, args.weight, reduction);
+    scale_upstream(args.upstream, by);
+    const auto& kernel = kernels().vls_elbo;
+    std::vector<LossSums> sums(static_cast<std::size_t>(kernel.num_chunks(args)));
+    args.chunk_sums = sums.data();
+    run(kernel, args, num_threads);
+    const LossSums total = sum_chunks(sums);
+    return {total.loss / by.loss + (args.gaussian.beta != 0.0 ? args.gaussian.beta * total.kl / by.kl : 0.0), -1, 0};
+}
+
+Outcome gaussian_kl(GaussianKLArgs args, Reduction reduction, int num_threads) {
+    const double voxels = reduction == Reduction::mean ? static_cast<double>(args.shape.voxels()) : 1.0;
+    scale_upstream(args.upstream, {voxels, voxels});
+    const auto& kernel = kernels().gaussian_kl;
+    std::vector<LossSums> sums(static_cast<std::size_t>(kernel.num_chunks(args)));
+    args.chunk_sums = sums.data();
+    run(kernel, args, num_threads);
+    return {sum_chunks(sums).kl / voxels, -1, 0};
+}
+
+Outcome sample_soft_labels(const SoftLabelsArgs& args, int num_threads) {
+    const LabelSums labels = scan(args.labels, args.shape, nullptr, num_threads);
+    if (labels.bad_position >= 0) return bad_label(labels);
+    run(kernels().sample_soft_labels, args, num_threads);
+    return {};
+}
+
+Outcome sample_soft_labels_backward(const SoftLabelsArgs& args, int num_threads) {
+    run(kernels().sample_soft_labels_backward, args, num_threads);
+    return {};
+}
+
+Outcome blend_soft_labels(const BlendArgs& args, int num_threads) {
+    const LabelSums labels = scan(args.labels, args.shape, nullptr, num_threads);
+    if (labels.bad_position >= 0) return bad_label(labels);
+    run(kernels().blend_soft_labels, args, num_threads);
+    return {};
+}
+
+void accumulate_softmax(const AccumulateArgs& args, int num_threads) { run(kernels().accumulate_softmax, args, num_threads); }
+
+void accumulate_softmax_backward(const AccumulateArgs& args, int num_threads) {
+    run(kernels().accumulate_softmax_backward, args, num_threads);
+}
+
+}  // namespace calseg

@@ -1,0 +1,26 @@
+// The operations as the host calls them: labels are checked first, then one kernel runs over all chunks.
+#pragma once
+
+#include "kernels.h"
+
+namespace calseg {
+
+enum class Reduction : int32_t { none, mean, sum };
+
+// The first label out of range, if any; nothing was written then.
+struct Outcome {
+    double loss = 0.0;  // of mean and sum
+    int64_t bad_position = -1, bad_value = 0;
+};
+
+Outcome cross_entropy(CrossEntropyArgs args, Reduction reduction, int num_threads);
+Outcome vls_cross_entropy(VLSCrossEntropyArgs args, Reduction reduction, int num_threads);
+Outcome vls_elbo(VLSElboArgs args, Reduction reduction, int num_threads);
+Outcome gaussian_kl(GaussianKLArgs args, Reduction reduction, int num_threads);
+Outcome sample_soft_labels(const SoftLabelsArgs& args, int num_threads);
+Outcome sample_soft_labels_backward(const SoftLabelsArgs& args, int num_threads);
+Outcome blend_soft_labels(const BlendArgs& args, int num_threads);
+void accumulate_softmax(const AccumulateArgs& args, int num_threads);
+void accumulate_softmax_backward(const AccumulateArgs& args, int num_threads);
+
+}  // namespace calseg
