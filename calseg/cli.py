@@ -1,51 +1,319 @@
 """The command line: ``calseg info``, ``calseg demo``, ``calseg train``.
 
-Only ``info`` runs without the extra ``calseg[train]``; nothing of that extra is imported before it is needed.
+Without the extra ``calseg[train]`` only ``info`` runs; nothing of that extra is imported before it is needed.
 Exit codes: 0, 2 for what the user can mend (one line on stderr), 130 and 143 after SIGINT and SIGTERM.
 """
 
-# Annotations stay objects here (no "from __future__ import annotations"): typer reads those of functions that
-# are defined inside a function, where it could not resolve names from strings.
+# No "from __future__ import annotations" here: typer evaluates the annotations of the commands, and could not
+# resolve the names in them from strings, for they are local to build_app.
 
 import json
+import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
+
+import calseg
 
 EXTRA = ("typer", "rich", "monai", "nibabel")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    command = " ".join(["calseg", *[word for word in arguments[:1] if not word.startswith("-")]])
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    command = "calseg" if arguments[0].startswith("-") else f"calseg {arguments[0]}"
     try:
-        try:
-            app = build_app()
-        except ModuleNotFoundError:
-            if command != "calseg info":
-                raise
-            print_info(as_json="--json" in arguments)  # works without the extra
-            raise SystemExit(0) from None
-        app(args=arguments, prog_name="calseg")
+        app = build_app()
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in EXTRA:
             raise
-        fail(f"{command} needs {error.name}: pip install 'calseg[train]'")
-    raise SystemExit(0)
+        if command == "calseg info":
+            print_info(as_json="--json" in arguments)
+            raise SystemExit(0) from None
+        _fail(command, f"needs {error.name}: pip install 'calseg[train]'")
+    _run(app, arguments, command)
 
 
-def fail(message: str, code: int = 2) -> NoReturn:
+def _fail(command: str, message: str, code: int = 2) -> NoReturn:
     """One line on stderr, and out."""
-    print(message if message.startswith("calseg ") else f"calseg: {message}", file=sys.stderr)
+    print(f"{command}: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def _run(app: Any, arguments: Sequence[str], command: str) -> NoReturn:
+    """Turn every failure that the user can mend into one line and an exit code."""
+    import typer
+
+    from calseg.data import DataError
+    from calseg.training import RunInterruptedError, TrainingError
+
+    click_error: Any = typer.BadParameter.__mro__[2]  # ClickException, which newer typer ships as its own
+    try:
+        code = app(args=list(arguments), prog_name="calseg", standalone_mode=False)
+    except (DataError, TrainingError) as error:
+        _fail(command, str(error))
+    except RunInterruptedError as error:
+        again = [word for word in arguments if word not in ("--overwrite", "--resume")]
+        again += ["--resume"] if command == "calseg train" else []
+        _fail(command, f"{error}; continue with: {shlex.join(['calseg', *again])}", error.code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail(command, "interrupted", 130)
+    except click_error as error:
+        _fail(command, f"{error.format_message()} (see {command} --help)")
+    raise SystemExit(code if isinstance(code, int) else 0)
 
 
 def build_app() -> Any:
     """The typer application with its three commands."""
     import typer
 
-    # The defaults shown in the help are those of the two configurations; both modules import without MONAI.
-    from calseg.config import DemoConfig, TrainConfig
+    from calseg.demo import DemoConfig, run_demo
+    from calseg.training import LOSSES, TrainConfig, read_json, train
+
+    app = typer.Typer(add_completion=False, help=calseg.__doc__)
+    base, demo_base = TrainConfig(), DemoConfig()
+    Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in RUN where it stopped.")]
+    Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")]
+    Device = Annotated[str, typer.Option(help="Device to train on: cpu, cuda, cuda:1, ...")]
+    Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves PyTorch's choice.")]
+
+    @app.command("info")
+    def info_command(
+        as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    ) -> None:
+        """Versions, backends and instruction sets."""
+        print_info(as_json=as_json)
+
+    @app.command("train")
+    def train_command(
+        context: typer.Context,
+        data: Annotated[
+            Path,
+            typer.Argument(help="Folder in the Medical Segmentation Decathlon's or nnU-Net's raw layout."),
+        ],
+        out: Annotated[Path, typer.Option(help="Folder of the run: checkpoint, split, metrics.")],
+        loss: Annotated[str, typer.Option(help=f"One of {', '.join(LOSSES)}.")] = base.loss,
+        iterations: Annotated[int, typer.Option(help="Updates of the network.")] = base.iterations,
+        batch_size: Annotated[int, typer.Option(help="Patches per update.")] = base.batch_size,
+        patch_size: Annotated[
+            tuple[int, int, int], typer.Option(help="Voxels of a patch along x, y, z: multiples of 8.")
+        ] = base.patch_size,
+        learning_rate: Annotated[
+            float, typer.Option(help="Peak rate of AdamW, after a warm-up and before polynomial decay.")
+        ] = base.learning_rate,
+        seed: Annotated[int, typer.Option(help="Seed of the weights, patches and noise.")] = base.seed,
+        val_fraction: Annotated[
+            float, typer.Option(help="Share of the cases that validate.")
+        ] = base.val_fraction,
+        split_seed: Annotated[
+            int, typer.Option(help="Seed of the split, apart from --seed so that runs stay comparable.")
+        ] = base.split_seed,
+        foreground: Annotated[
+            float, typer.Option(help="Share of the patches centred on a voxel that is not background.")
+        ] = base.foreground,
+        flip_axis: Annotated[
+            list[int] | None, typer.Option(help="Mirror patches along this axis (0 to 2); may be repeated.")
+        ] = None,
+        alpha: Annotated[
+            float, typer.Option(help="vls: weight of the estimated soft label against the hard label.")
+        ] = base.alpha,
+        temperature: Annotated[
+            float, typer.Option(help="vls: temperature of the sampled softmax.")
+        ] = base.temperature,
+        num_samples: Annotated[int, typer.Option(help="vls: noise samples per voxel.")] = base.num_samples,
+        beta: Annotated[
+            float,
+            typer.Option(
+                help="vls: weight of the KL term. The prior N(0, 1) holds for the logits of every voxel, so"
+                " that 0.1 already flattens confident voxels, and 1 keeps the network from learning."
+            ),
+        ] = base.beta,
+        resume: Resume = False,
+        overwrite: Overwrite = False,
+        checkpoint_every: Annotated[int, typer.Option(min=1, help="Updates between checkpoints.")] = 50,
+        device: Device = "cpu",
+        threads: Threads = 0,
+    ) -> None:
+        """Train a small 3-D U-Net (MONAI's) with cross-entropy or variational label smoothing, and score it.
+
+        Ctrl-C saves a checkpoint; --resume takes the settings from the run, and ends where an uninterrupted
+        run would have, bit for bit on the same machine.
+        """
+        given: dict[str, Any] = {
+            "loss": loss,
+            "iterations": iterations,
+            "batch_size": batch_size,
+            "patch_size": patch_size,
+            "learning_rate": learning_rate,
+            "seed": seed,
+            "val_fraction": val_fraction,
+            "split_seed": split_seed,
+            "foreground": foreground,
+            "alpha": alpha,
+            "temperature": temperature,
+            "num_samples": num_samples,
+            "beta": beta,
+        }
+        settings = TrainConfig(**given, flip_axes=tuple(flip_axis or ()))
+        if resume and (out / "config.json").is_file():
+            # What the user did not type comes from the run; what differs from it is refused by train().
+            source = {name: context.get_parameter_source(name) for name in given}
+            source["flip_axes"] = context.get_parameter_source("flip_axis")
+            typed = [name for name, where in source.items() if where and where.name == "COMMANDLINE"]
+            saved = {key: value for key, value in read_json(out / "config.json").items() if key != "data"}
+            settings = replace(
+                TrainConfig.from_json(saved),
+                **{name: getattr(settings, name) for name in typed},
+            )
+        with _progress_bars() as progress:
+            _set_threads(threads)
+            metrics = train(
+                data,
+                out,
+                settings,
+                resume=resume,
+                overwrite=overwrite,
+                device=device,
+                checkpoint_every=checkpoint_every,
+                progress=progress,
+            )
+        print_metrics({settings.loss: metrics})
+        print(f"written to {out / 'metrics.json'}")
+
+    @app.command("demo")
+    def demo_command(
+        out: Annotated[Path, typer.Option(help="Folder for the data and both runs.")] = Path("calseg-demo"),
+        cases: Annotated[int, typer.Option(help="Volumes to simulate.")] = demo_base.cases,
+        raters: Annotated[int, typer.Option(help="Raters to simulate.")] = demo_base.raters,
+        side: Annotated[int, typer.Option(help="Mean side of a volume in voxels.")] = demo_base.side,
+        iterations: Annotated[int, typer.Option(help="Updates per network.")] = demo_base.iterations,
+        seed: Annotated[int, typer.Option(help="Seed of the data and of the training.")] = demo_base.seed,
+        overwrite: Overwrite = False,
+        device: Device = "cpu",
+        threads: Threads = 0,
+    ) -> None:
+        """Simulate volumes with ambiguous borders and several raters, train with both losses, and compare.
+
+        Started again with the same settings it continues an interrupted demo, and shows a finished one.
+        """
+        config = DemoConfig(cases=cases, raters=raters, side=side, iterations=iterations, seed=seed)
+        with _progress_bars() as progress:
+            _set_threads(threads)
+            results = run_demo(out, config, overwrite=overwrite, device=device, progress=progress)
+        print_metrics(results)
+        print(f"written to {out / 'demo.json'}; the data set is {out / 'data'}")
+
+    return app
+
+
+def _set_threads(count: int) -> None:
+    import torch
+
+    if count:
+        torch.set_num_threads(count)
+
+
+# ------------------------------------------------------------------------------------------------- output
+
+
+def print_info(*, as_json: bool) -> None:
+    """What :func:`calseg.info` returns, as JSON or one line per entry."""
+    content = calseg.info()
+    if as_json:
+        print(json.dumps(content, indent=2, default=str))
+        return
+    rows = list(_flatten(content))
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:{width}}  {value}")
+
+
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, (list, tuple)):
+            yield f"{prefix}{key}", ", ".join(str(item) for item in value) or "-"
+        else:
+            yield f"{prefix}{key}", "-" if value is None else str(value)
+
+
+@contextmanager
+def _progress_bars() -> Iterator[Any]:
+    """A progress callback that draws one bar on stderr per stage."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:>9}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
+    bars = Progress(*columns, console=Console(stderr=True))
+    open_task: list[Any] = []
+
+    def progress(stage: str, done: int, total: int, loss: float | None) -> None:
+        bars.start()  # only now, so that an error before the first stage stays a single line
+        if not open_task or open_task[0] != stage:
+            open_task[:] = [stage, bars.add_task(stage, total=total, loss="")]
+        bars.update(open_task[1], completed=done, loss="" if loss is None else f"loss {loss:.4f}")
+
+    try:
+        yield progress
+    finally:
+        if open_task:
+            bars.stop()
+
+
+def print_metrics(runs: Mapping[str, Mapping[str, Any]]) -> None:
+    """One table, a column per run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    first = next(iter(runs.values()))
+    count = len(first["cases"])
+    table = Table()
+    table.add_column("score")
+    table.add_column("over")
+    for name in runs:
+        table.add_column(name, justify="right")
+
+    def row(score: str, over: str, *path: str, digits: int = 4) -> None:
+        values = []
+        for metrics in runs.values():
+            value: Any = metrics
+            for key in path:
+                value = value[key]
+            values.append("-" if value is None else f"{value:.{digits}f}")
+        table.add_row(score, over, *values)
+
+    for name in first["dice"]:
+        row(f"Dice {name}", "cases", "dice", name)
+    row("Dice mean", "classes", "dice_mean")
+    for region in ("all", "foreground"):
+        table.add_section()
+        for score in ("nll", "brier", "ece"):
+            row(score.upper() if score != "brier" else "Brier", region, region, score)
+    if "raters" in first:
+        table.add_section()
+        for score in ("nll", "brier", "ece"):
+            row(score.upper() if score != "brier" else "Brier", "all, other raters", "raters", "all", score)
+        row("squared error", "all, true probability", "truth", "brier")
+    table.add_section()
+    row("training", "seconds", "seconds", "train", digits=0)
+    print(
+        f"{first['dataset']}: {first['iterations']} iterations, {count} validation case{'s' * (count != 1)}"
+    )
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    print("foreground: voxels whose label is not 0; ECE: 15 equal bins of the top probability")

@@ -28,7 +28,11 @@ def _gradient_of(tensor: Tensor | None, needed: bool, like: Tensor) -> Tensor:
 
 
 def _fake_gradient_of(tensor: Tensor | None, needed: bool, like: Tensor) -> Tensor:
-    return torch.empty_like(tensor) if needed and tensor is not None else _absent(like)
+    return _fake_like(tensor) if needed and tensor is not None else _absent(like)
+
+
+def _fake_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=ops.layout_like(tensor))
 
 
 def _present(tensor: Tensor, needed: bool) -> Tensor | None:
@@ -228,7 +232,7 @@ def sample_operator(
 
 @sample_operator.register_fake
 def _(mu, *_options):  # type: ignore[no-untyped-def]
-    return torch.empty_like(mu)
+    return _fake_like(mu)
 
 
 @custom_op("calseg::sample_soft_labels_backward", mutates_args=())
@@ -247,7 +251,7 @@ def sample_backward_operator(
 
 @sample_backward_operator.register_fake
 def _(mu, logvar, *_options):  # type: ignore[no-untyped-def]
-    return torch.empty_like(mu), torch.empty_like(logvar)
+    return _fake_like(mu), _fake_like(logvar)
 
 
 def _setup_sample(ctx: Any, inputs: Any, output: Any) -> None:
@@ -282,14 +286,14 @@ def blend_operator(
     estimate: Tensor, labels: Tensor | None, ignore_index: int, alpha: float, scale: float
 ) -> Tensor:
     """``(1 - alpha) * onehot(labels) + alpha * scale * estimate``, 0 where ignored."""
-    blended = estimate.clone()
+    blended = estimate.clone(memory_format=ops.layout_like(estimate))
     ops.blend_soft_labels(blended, _labels(labels, ignore_index, False), alpha=alpha, scale=scale)
     return blended
 
 
 @blend_operator.register_fake
 def _(estimate, *_options):  # type: ignore[no-untyped-def]
-    return torch.empty_like(estimate)
+    return _fake_like(estimate)
 
 
 def _setup_blend(ctx: Any, inputs: Any, output: Any) -> None:

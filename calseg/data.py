@@ -227,7 +227,7 @@ def load_case(case: Case, dataset: Dataset) -> tuple[Volume, LabelMap]:
 
 
 def read_volume(path: Path) -> NDArray[Any]:
-    """The voxels of a NIfTI file, scaled as its header says. Gzip is read to its end, which verifies its checksum."""
+    """The voxels of a NIfTI file, scaled as it says. Gzip is read to its end: the checksum is verified."""
     try:
         data = path.read_bytes()
         if path.name.endswith(".gz"):
@@ -282,7 +282,9 @@ def _read_label(path: Path, dataset: Dataset) -> LabelMap:
     if outside.any():
         found = ", ".join(f"{value:g}" for value in np.unique(voxels[outside])[:5])
         raise DataError(f"{path}: labels outside the classes 0 to {classes - 1} of dataset.json: {found}")
-    return np.where(ignored, IGNORE_INDEX, voxels).astype(np.int16)
+    label = np.where(ignored, 0, voxels).astype(np.int16)
+    label[ignored] = IGNORE_INDEX  # after the cast, for uint8 would wrap it around
+    return label
 
 
 def normalise(image: Volume) -> Volume:
@@ -442,4 +444,5 @@ def _vary(image: Volume, rng: np.random.Generator) -> Volume:
     gain = rng.uniform(0.9, 1.1, shape).astype(np.float32)
     offset = rng.uniform(-0.1, 0.1, shape).astype(np.float32)
     noise = rng.standard_normal(image.shape, dtype=np.float32) * np.float32(rng.uniform(0, 0.1))
-    return image * gain + offset + noise
+    varied: Volume = image * gain + offset + noise
+    return varied

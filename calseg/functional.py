@@ -68,6 +68,8 @@ def _check_reuse(logits: Tensor, backend: str) -> None:
         problem = "input is a leaf (a parameter or data of the caller's), which nobody expects to be overwritten"
     elif logits._is_view() or logits.untyped_storage().nbytes() != logits.numel() * logits.element_size():
         problem = "input shares its storage with another tensor"
+    elif not ops.is_walked_in_place(logits):
+        problem = "input has a memory layout that the kernels read through a copy"
     if problem:
         raise ValueError(f"reuse_logits: {problem}")
 
@@ -560,7 +562,9 @@ def accumulate_soft_labels(
         )  # fmt: skip
         return _unflat(soft_labels, first)
 
-    total = torch.zeros_like(first, dtype=reference.compute_dtype(first.dtype), requires_grad=False)
+    total = torch.zeros_like(
+        first, dtype=reference.compute_dtype(first.dtype), memory_format=ops.layout_like(first), requires_grad=False
+    )
     count = 0
     for count, logits in enumerate(maps, 1):
         if torch.compiler.is_compiling():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from monai.networks.nets import UNet
+from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
 
 
@@ -48,6 +48,9 @@ class SegmentationNet(nn.Module):
         self.logits = nn.Conv3d(features[0], num_classes, 1)
         self.mu = nn.Conv3d(features[0], num_classes, 1) if dense_head else None
         self.logvar = nn.Conv3d(features[0], num_classes, 1) if dense_head else None
+        if self.mu is not None:
+            # Heads that start equal ask the same of the trunk; unequal ones delay each other.
+            self.mu.load_state_dict(self.logits.state_dict())
         if self.logvar is not None and self.logvar.bias is not None:
             # sigma = exp(logvar / 2) = 0.5 everywhere at first: noise that neither drowns mu nor vanishes.
             nn.init.zeros_(self.logvar.weight)

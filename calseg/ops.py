@@ -116,6 +116,8 @@ def _view(tensor: Tensor | None) -> tuple[View | None, Tensor | None]:
     """How the kernels see a tensor with a class axis, and the tensor that must stay alive meanwhile."""
     if tensor is None:
         return None, None
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
     code, sizes = _DTYPES[tensor.dtype], tensor.shape
     if len(sizes) == 1:
         return (tensor.data_ptr(), code, 0, tensor.stride(0), 1), tensor
@@ -128,10 +130,19 @@ def _view(tensor: Tensor | None) -> tuple[View | None, Tensor | None]:
     return (tensor.data_ptr(), code, strides[0], strides[1], step), tensor
 
 
+def _out_view(tensor: Tensor | None) -> View | None:
+    """How the kernels see a tensor they write: never a copy, which would be lost."""
+    view, seen = _view(tensor)
+    assert seen is tensor, "the kernels cannot write this layout"
+    return view
+
+
 def _label_view(labels: Labels | None) -> tuple[tuple[View, int, bool] | None, Tensor | None]:
     if labels is None:
         return None, None
     tensor, ignore_index, is_mask = labels
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
     code, sizes = _DTYPES[tensor.dtype], tensor.shape
     stride_n, step = 0, 1
     if len(sizes) == 1:
@@ -157,15 +168,30 @@ def _weight_view(weight: Tensor | None) -> tuple[View | None, Tensor | None]:
     return _view(None if weight is None else weight.detach().to(torch.float64).contiguous())
 
 
+def is_walked_in_place(tensor: Tensor) -> bool:
+    """Whether the kernels see this tensor itself, not a copy."""
+    if tensor.dim() < 4 or tensor.is_contiguous():
+        return True
+    return _one_stride(tuple(tensor.shape[2:]), tensor.stride()[2:]) is not None
+
+
+def layout_like(tensor: Tensor) -> torch.memory_format:
+    """The layout of a result like ``tensor``: its own, if the kernels can write that in place, else contiguous."""
+    if tensor.is_contiguous() or is_walked_in_place(torch.empty_like(tensor, device="meta")):
+        return torch.preserve_format
+    return torch.contiguous_format
+
+
 def empty_like(tensor: Tensor) -> Tensor:
-    """``torch.empty_like``, a large one on pooled memory."""
+    """``torch.empty_like`` in the layout of :func:`layout_like`, a large one on pooled memory."""
+    layout = layout_like(tensor)
     if _native is not None and tensor.numel() * tensor.element_size() >= _native.POOLED_BYTES:
-        strides = tensor.stride() if tensor.is_contiguous() else torch.empty_like(tensor, device="meta").stride()
+        strides = torch.empty_like(tensor, device="meta", memory_format=layout).stride()
         capsule = _native.empty_pooled(_DTYPES[tensor.dtype], tuple(tensor.shape), strides)
         if capsule is not None:
             pooled: Tensor = from_dlpack(capsule)
             return pooled
-    return torch.empty_like(tensor)
+    return torch.empty_like(tensor, memory_format=layout)
 
 
 def empty_cache() -> None:
@@ -230,14 +256,14 @@ def cross_entropy(
 ) -> Tensor:
     """The loss; the gradients are written into the tensors given for them (``grad_output``: per voxel, else 1)."""
     shape = shape_of(logits)
-    views = [_view(t) for t in (logits, soft_labels, grad_logits, grad_soft_labels)]
+    (scores, _logits), (soft, _soft) = _view(logits), _view(soft_labels)
     label_view, _labels = _label_view(labels)
     weight_view, _weight = _weight_view(weight)
     upstream, _upstream = _voxel_view(grad_output)
     loss = None if grad_output is not None else _loss_out(logits, loss_dtype, reduction)
     outcome = _native.cross_entropy(
-        shape, views[0][0], views[1][0], label_view, weight_view, label_smoothing, upstream, _voxel_view(loss)[0],
-        views[2][0], views[3][0], _REDUCTIONS[reduction], torch.get_num_threads(),
+        shape, scores, soft, label_view, weight_view, label_smoothing, upstream, _voxel_view(loss)[0],
+        _out_view(grad_logits), _out_view(grad_soft_labels), _REDUCTIONS[reduction], torch.get_num_threads(),
     )  # fmt: skip
     return _loss_tensor(_check(outcome, labels, shape[1]), loss, loss_dtype)
 
@@ -259,15 +285,16 @@ def vls_cross_entropy(
 ) -> Tensor:
     """The loss on sampled soft labels plus KL; gradients as in :func:`cross_entropy`."""
     shape = shape_of(logits)
-    views = [_view(t) for t in (logits, grad_logits, grad_mu, grad_logvar)]
+    scores, _logits = _view(logits)
     gaussian_args, _gaussian = _gaussian_args(gaussian)
     label_view, _labels = _label_view(labels)
     weight_view, _weight = _weight_view(weight)
     upstream, _upstream = _voxel_view(grad_output)
     loss = None if grad_output is not None else _loss_out(logits, loss_dtype, reduction)
     outcome = _native.vls_cross_entropy(
-        shape, views[0][0], gaussian_args, label_view, weight_view, label_smoothing, alpha, upstream,
-        _voxel_view(loss)[0], views[1][0], views[2][0], views[3][0], _REDUCTIONS[reduction], torch.get_num_threads(),
+        shape, scores, gaussian_args, label_view, weight_view, label_smoothing, alpha, upstream, _voxel_view(loss)[0],
+        _out_view(grad_logits), _out_view(grad_mu), _out_view(grad_logvar), _REDUCTIONS[reduction],
+        torch.get_num_threads(),
     )  # fmt: skip
     return _loss_tensor(_check(outcome, labels, shape[1]), loss, loss_dtype)
 
@@ -285,15 +312,14 @@ def vls_elbo(
 ) -> Tensor:
     """The stage-1 objective; gradients as in :func:`cross_entropy`."""
     shape = shape_of(gaussian.mu)
-    views = [_view(t) for t in (grad_mu, grad_logvar)]
     gaussian_args, _gaussian = _gaussian_args(gaussian)
     label_view, _labels = _label_view(labels)
     weight_view, _weight = _weight_view(weight)
     upstream, _upstream = _voxel_view(grad_output)
     loss = None if grad_output is not None else _loss_out(gaussian.mu, loss_dtype, reduction)
     outcome = _native.vls_elbo(
-        shape, gaussian_args, label_view, weight_view, upstream, _voxel_view(loss)[0], views[0][0], views[1][0],
-        _REDUCTIONS[reduction], torch.get_num_threads(),
+        shape, gaussian_args, label_view, weight_view, upstream, _voxel_view(loss)[0], _out_view(grad_mu),
+        _out_view(grad_logvar), _REDUCTIONS[reduction], torch.get_num_threads(),
     )  # fmt: skip
     return _loss_tensor(_check(outcome, labels, shape[1]), loss, loss_dtype)
 
@@ -308,13 +334,12 @@ def gaussian_kl(
     grad_logvar: Tensor | None = None,
 ) -> Tensor:
     """The KL term; gradients as in :func:`cross_entropy`."""
-    views = [_view(t) for t in (grad_mu, grad_logvar)]
     gaussian_args, _gaussian = _gaussian_args(gaussian)
     upstream, _upstream = _voxel_view(grad_output)
     loss = None if grad_output is not None else _loss_out(gaussian.mu, loss_dtype, reduction)
     value, _, _ = _native.gaussian_kl(
-        shape_of(gaussian.mu), gaussian_args, upstream, _voxel_view(loss)[0], views[0][0], views[1][0],
-        _REDUCTIONS[reduction], torch.get_num_threads(),
+        shape_of(gaussian.mu), gaussian_args, upstream, _voxel_view(loss)[0], _out_view(grad_mu),
+        _out_view(grad_logvar), _REDUCTIONS[reduction], torch.get_num_threads(),
     )  # fmt: skip
     return _loss_tensor(value, loss, loss_dtype)
 
@@ -331,7 +356,7 @@ def sample_soft_labels(gaussian: Gaussian, labels: Labels | None, *, alpha: floa
     label_view, _labels = _label_view(labels)
     soft_labels = empty_like(gaussian.mu)
     outcome = _native.sample_soft_labels(
-        shape, gaussian_args, label_view, alpha, _view(soft_labels)[0], torch.get_num_threads()
+        shape, gaussian_args, label_view, alpha, _out_view(soft_labels), torch.get_num_threads()
     )
     _check(outcome, labels, shape[1])
     return soft_labels
@@ -351,7 +376,7 @@ def sample_soft_labels_backward(
     label_view, _labels = _label_view(labels)
     upstream, _upstream = _view(grad_output)
     _native.sample_soft_labels_backward(
-        shape_of(gaussian.mu), gaussian_args, label_view, alpha, upstream, _view(grad_mu)[0], _view(grad_logvar)[0],
+        shape_of(gaussian.mu), gaussian_args, label_view, alpha, upstream, _out_view(grad_mu), _out_view(grad_logvar),
         torch.get_num_threads(),
     )  # fmt: skip
 
@@ -359,7 +384,7 @@ def sample_soft_labels_backward(
 def accumulate_softmax(total: Tensor, logits: Tensor, *, temperature: float) -> None:
     """``total += softmax(logits / temperature)``."""
     view, _logits = _view(logits)
-    _native.accumulate_softmax(shape_of(logits), view, temperature, _view(total)[0], torch.get_num_threads())
+    _native.accumulate_softmax(shape_of(logits), view, temperature, _out_view(total), torch.get_num_threads())
 
 
 def accumulate_softmax_backward(logits: Tensor, grad_output: Tensor, *, temperature: float) -> Tensor:
@@ -367,14 +392,14 @@ def accumulate_softmax_backward(logits: Tensor, grad_output: Tensor, *, temperat
     grad_logits = empty_like(logits)
     (view, _logits), (upstream, _upstream) = _view(logits), _view(grad_output)
     _native.accumulate_softmax_backward(
-        shape_of(logits), view, temperature, upstream, _view(grad_logits)[0], torch.get_num_threads()
+        shape_of(logits), view, temperature, upstream, _out_view(grad_logits), torch.get_num_threads()
     )
     return grad_logits
 
 
 def blend_soft_labels(estimate: Tensor, labels: Labels | None, *, alpha: float, scale: float) -> None:
     """``estimate = (1 - alpha) * onehot(labels) + alpha * scale * estimate``, 0 where ignored, in place."""
-    view, _estimate = _view(estimate)
+    view = _out_view(estimate)
     label_view, _labels = _label_view(labels)
     shape = shape_of(estimate)
     outcome = _native.blend_soft_labels(shape, view, label_view, alpha, scale, view, torch.get_num_threads())

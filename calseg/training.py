@@ -24,12 +24,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from calseg.functional import vls_cross_entropy, vls_elbo
-from monai.inferers import sliding_window_inference
+from monai.inferers.utils import sliding_window_inference
 from numpy.typing import NDArray
 from torch import Tensor
 
 from calseg.data import IGNORE_INDEX, CaseCache, Dataset, LabelMap, PatchSampler, find_cases, split_cases
+from calseg.functional import vls_cross_entropy, vls_elbo
 from calseg.nets import Output, SegmentationNet, build_net
 
 CHECKPOINT_FORMAT = 1
@@ -62,7 +62,7 @@ class TrainConfig:
     iterations: int = 300
     batch_size: int = 2
     patch_size: tuple[int, int, int] = (48, 64, 48)
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     seed: int = 0
     val_fraction: float = 0.2
     split_seed: int = 0
@@ -71,7 +71,7 @@ class TrainConfig:
     alpha: float = 0.1
     temperature: float = 1.0
     num_samples: int = 4
-    beta: float = 0.01
+    beta: float = 0.001
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -103,7 +103,11 @@ class TrainConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrainConfig:
         """The inverse of ``dataclasses.asdict`` after a trip through JSON."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        try:
+            settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            return cls(**settings)
+        except TypeError as error:
+            raise TrainingError(f"not the settings of a run: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------- files
@@ -174,7 +178,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise TrainingError(f"{path}: not a checkpoint of calseg")
     if content["format"] != CHECKPOINT_FORMAT:
         raise TrainingError(
-            f"{path}: checkpoint format {content['format']}, but this version of calseg reads {CHECKPOINT_FORMAT}"
+            f"{path}: checkpoint format {content['format']}, but this version reads {CHECKPOINT_FORMAT}"
         )
     return content
 
@@ -250,7 +254,7 @@ class Scores:
         self.confidence = {region: torch.zeros(bins, dtype=torch.float64) for region in self.voxels}
 
     def update(self, logits: Tensor, label: Tensor) -> None:
-        """Add ``logits`` float ``[C, *S]`` and ``label``, integers ``[*S]``; :data:`IGNORE_INDEX` is skipped."""
+        """Add ``logits`` float ``[C, *S]`` and ``label`` (integers) ``[*S]``; ignored voxels are skipped."""
         # Slices of about a million voxels bound the float64 copies.
         flat, classes = logits.reshape(len(logits), -1), label.reshape(-1)
         for start in range(0, flat.shape[1], 1 << 20):
@@ -388,6 +392,17 @@ def no_progress(stage: str, done: int, total: int, loss: float | None) -> None:
     """The progress report of those who want none."""
 
 
+def check_device(name: str) -> torch.device:
+    """The device of that name, or a :class:`TrainingError`."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise TrainingError(f"device {name!r} cannot be used ({reason})") from error
+    return device
+
+
 def _fingerprint(dataset: Dataset, config: TrainConfig) -> dict[str, Any]:
     """What a resumed run must share with the run that it continues, in JSON's types."""
     names = [case.name for case in dataset.cases]
@@ -430,8 +445,9 @@ def train(
     """Train on the cases of ``data`` and score the validation cases; returns what ``metrics.json`` holds.
 
     ``also`` is passed to :func:`evaluate`. Raises :class:`~calseg.data.DataError` or :class:`TrainingError`
-    for what the user can mend, and :class:`RunInterruptedError` once a checkpoint is written after SIGINT or SIGTERM.
+    for what the user can mend, :class:`RunInterruptedError` after SIGINT or SIGTERM, the checkpoint written.
     """
+    target = check_device(device)
     dataset = find_cases(data)
     content = _fingerprint(dataset, config)
     run = Path(out)
@@ -439,7 +455,7 @@ def train(
     checkpoint = run / "checkpoint.pt"
 
     net = build_net(len(dataset.channel_names), len(dataset.class_names), loss=config.loss, seed=config.seed)
-    net.to(device)
+    net.to(target)
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=1e-4)
     iteration, seconds = 0, 0.0
     if resume:
@@ -474,7 +490,7 @@ def train(
     begun = time.perf_counter() - seconds
     with _signals() as received:
         while iteration < config.iterations:
-            loss = _step(net, optimizer, sampler.batch(cache, iteration), config, iteration, device)
+            loss = _step(net, optimizer, sampler.batch(cache, iteration), config, iteration)
             iteration += 1
             seconds = time.perf_counter() - begun
             progress("train", iteration, config.iterations, loss)
@@ -512,11 +528,11 @@ def _step(
     batch: tuple[NDArray[np.float32], LabelMap],
     config: TrainConfig,
     iteration: int,
-    device: str,
 ) -> float:
     """One update in place; returns the loss."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, iteration)
+    device = next(net.parameters()).device
     image, label = (torch.from_numpy(part).to(device) for part in batch)
     loss = objective(net(image), label, config, iteration)
     value = float(loss.detach())
@@ -526,7 +542,7 @@ def _step(
             "(the last checkpoint is kept)"
         )
     optimizer.zero_grad()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(net.parameters(), 12.0)
     optimizer.step()
     return value

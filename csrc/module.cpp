@@ -84,7 +84,9 @@ PYBIND11_MODULE(_native, m) {
         return blend_soft_labels({shape, estimate, blended, labels, alpha, scale}, num_threads);
     });
 
-    m.def("empty_pooled", &empty_pooled);
+    m.def("empty_pooled", [](int dtype, const py::tuple& sizes, const py::tuple& strides) {
+        return empty_pooled(static_cast<DType>(dtype), sizes, strides);
+    });
     m.def("pool_trim", &pool_trim);
     m.def("pool_held_bytes", &pool_held_bytes);
     m.attr("POOLED_BYTES") = kPooledBytes;

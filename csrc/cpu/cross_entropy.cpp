@@ -8,63 +8,93 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-int64_t tile_rows(const CrossEntropyArgs& a) { return a.soft_labels ? 3 * a.shape.C : a.shape.C; }
-
 template <class T>
 Tiling tiling(const CrossEntropyArgs& a) {
-    return Tiling(a.shape, tile_rows(a), sizeof(T), 1 << 16);
+    return Tiling(a.shape, a.soft_labels ? 2 : 1, sizeof(T), 1 << 18);
+}
+
+template <class T>
+struct Tile {
+    LossTile<T> t;
+    T* e;                         // [C][kLanes]
+    TensorTile<T> logits, soft;  // become their gradients
+
+    static int64_t bytes(const CrossEntropyArgs& a) {
+        const int64_t C = a.shape.C, length = tiling<T>(a).length;
+        return LossTile<T>::bytes(C, length) + Scratch::bytes<T>(C * kLanes) + 2 * TensorTile<T>::bytes(C, length);
+    }
+    Tile(Scratch& scratch, const CrossEntropyArgs& a, int length)
+        : t(scratch, a.shape.C, length, a.weight),
+          e(scratch.take<T>(a.shape.C * kLanes)),
+          logits(scratch, a.logits, a.grad_logits, a.shape, length),
+          soft(scratch, a.soft_labels, a.grad_soft_labels, a.shape, length) {}
+};
+
+template <bool kGradient, bool kPlain, class T>
+void hard_tile(const CrossEntropyArgs& a, Tile<T>& tile) {
+    const T smoothing = static_cast<T>(a.label_smoothing);
+    LossTile<T>& t = tile.t;
+    for (int b = 0; b * kLanes < t.count; ++b) {
+        tile.logits.prefetch_next(b);
+        hard_exponentials<kGradient, kPlain>(t, b, tile.logits.block(b));
+    }
+    for (int b = 0; b * kLanes < t.count; ++b) hard_loss<kPlain>(t, b, smoothing);
+    if (!kGradient) return;
+    for (int b = 0; b * kLanes < t.count; ++b) hard_gradient<kPlain>(t, b, tile.logits.block(b), smoothing);
+}
+
+template <class T>
+void soft_tile(const CrossEntropyArgs& a, Tile<T>& tile) {
+    const T smoothing = static_cast<T>(a.label_smoothing);
+    const bool gradient = bool(a.grad_logits), soft_gradient = bool(a.grad_soft_labels);
+    LossTile<T>& t = tile.t;
+    for (int b = 0; b * kLanes < t.count; ++b) {
+        tile.logits.prefetch_next(b);
+        tile.soft.prefetch_next(b);
+        T *logits = tile.logits.block(b), *soft = tile.soft.block(b);
+        const F<T> sum = log_softmax_block(logits, tile.e, t.C);
+        const F<T> loss = soft_cross_entropy_block(t, b, logits, tile.e, sum, soft, smoothing, gradient, soft_gradient);
+        store(t.loss + b * kLanes, loss);
+        // each tile now takes its gradient, from where it was computed
+        if (soft_gradient) copy_block(soft, logits, t.C);
+        if (gradient) copy_block(logits, tile.e, t.C);
+    }
 }
 
 template <class T>
 void run(const CrossEntropyArgs& a, int64_t chunk, void* memory) {
     const Tiling tiles = tiling<T>(a);
     Scratch scratch(memory);
-    LossTile<T> t(scratch, a.shape.C, tiles.length, a.weight);
-    T* rows = scratch.take<T>(tile_rows(a) * tiles.length);
-    T* smooth = scratch.take<T>(tiles.length);
-    T *e = rows + a.shape.C * tiles.length, *soft = e + a.shape.C * tiles.length;  // with soft labels only
-    const T smoothing = static_cast<T>(a.label_smoothing);
-    const bool stream = streams(a.grad_logits, a.shape), stream_soft = streams(a.grad_soft_labels, a.shape);
+    Tile<T> tile(scratch, a, tiles.length);
+    LossTile<T>& t = tile.t;
+    const bool gradient = bool(a.grad_logits), plain = !t.weighted && a.label_smoothing == 0.0;
+    const auto run_tile = a.soft_labels ? soft_tile<T>
+                          : gradient    ? (plain ? hard_tile<true, true, T> : hard_tile<true, false, T>)
+                                        : (plain ? hard_tile<false, true, T> : hard_tile<false, false, T>);
     double total = 0.0;
-    tiles.for_tiles(chunk, [&](int64_t n, int64_t s, int count) {
-        t.load(a.labels, a.upstream, n, s, count);
-        load_tile(rows, t.stride, a.logits, n, s, count, t.padded, t.C);
-        if (s + 2 * tiles.length <= a.shape.S) prefetch_tile(a.logits, n, s + tiles.length, tiles.length, t.C);
-        if (t.any_ignored()) clear_ignored(rows, t.stride, t.labels, t.padded, t.C);
-        if (a.soft_labels) {
-            load_tile(soft, t.stride, a.soft_labels, n, s, count, t.padded, t.C);
-            if (t.any_ignored()) clear_ignored(soft, t.stride, t.labels, t.padded, t.C);
-            log_softmax_tile(t, rows, e);
-            soft_cross_entropy_tile(t, rows, e, soft, smoothing, bool(a.grad_logits), bool(a.grad_soft_labels));
-            if (a.grad_logits) store_tile(a.grad_logits, n, s, count, e, t.stride, t.C, stream);
-            if (a.grad_soft_labels) store_tile(a.grad_soft_labels, n, s, count, rows, t.stride, t.C, stream_soft);
-        } else {
-            hard_cross_entropy_tile(t, rows, smoothing, bool(a.grad_logits), smooth);
-            if (a.grad_logits) store_tile(a.grad_logits, n, s, count, rows, t.stride, t.C, stream);
-        }
-        if (a.loss) store_row(a.loss, n, 0, s, count, t.loss, false);
-        total += sum_row(t.loss, count);
+    tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
+        t.load(a.labels, a.upstream, span);
+        for (auto* tensor : {&tile.logits, &tile.soft}) tensor->begin(span, next);
+        if (t.any_ignored()) clear_ignored(tile.logits.tile(), t.labels, span.count, t.C);
+        if (t.any_ignored() && a.soft_labels) clear_ignored(tile.soft.tile(), t.labels, span.count, t.C);
+        run_tile(a, tile);
+        for (auto* tensor : {&tile.logits, &tile.soft}) tensor->end(span);
+        if (a.loss) store_tile(a.loss, span, t.loss, 1, false);
+        total += sum_row(t.loss, span.count);
     });
-    finish_streams();
     if (a.chunk_sums) a.chunk_sums[chunk].loss = total;
-}
-
-int64_t num_chunks(const CrossEntropyArgs& a) {
-    return a.logits.dtype == DType::f64 ? tiling<double>(a).num_chunks() : tiling<float>(a).num_chunks();
 }
 
 template <class T>
 int64_t bytes(const CrossEntropyArgs& a) {
-    const int64_t length = tiling<T>(a).length;
-    return LossTile<T>::bytes(a.shape.C, length) + Scratch::bytes<T>(tile_rows(a) * length) + Scratch::bytes<T>(length);
+    return Tile<T>::bytes(a);
 }
 
-int64_t scratch_bytes(const CrossEntropyArgs& a) {
-    return a.logits.dtype == DType::f64 ? bytes<double>(a) : bytes<float>(a);
-}
-
+bool is_double(const CrossEntropyArgs& a) { return a.logits.dtype == DType::f64; }
+int64_t num_chunks(const CrossEntropyArgs& a) { return is_double(a) ? tiling<double>(a).num_chunks() : tiling<float>(a).num_chunks(); }
+int64_t scratch_bytes(const CrossEntropyArgs& a) { return is_double(a) ? bytes<double>(a) : bytes<float>(a); }
 void run_chunk(const CrossEntropyArgs& a, int64_t chunk, void* scratch) {
-    a.logits.dtype == DType::f64 ? run<double>(a, chunk, scratch) : run<float>(a, chunk, scratch);
+    is_double(a) ? run<double>(a, chunk, scratch) : run<float>(a, chunk, scratch);
 }
 
 }  // namespace

@@ -1,226 +1,239 @@
-// Cross-entropy of one tile, forward and gradient, against one-hot labels or against soft labels in a tile.
+// Cross-entropy of one block of voxels, forward and gradient, against one-hot labels or against soft labels.
+// Blocks are [C][kLanes]; what there is one of per voxel lives in registers.
 #pragma once
 
 #include "cpu/tile.h"
+#include "cpu/vector_math.h"
 
 namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-// Per-voxel rows and per-class values of a tile that every loss needs.
+// What there is one of per voxel of a tile, and the class weights.
 template <class T>
 struct LossTile {
-    int stride = 0, count = 0, padded = 0, counted = 0;
-    int64_t C = 0;
-    int32_t* labels;          // [padded], -1 where ignored
-    T *maximum, *sum, *loss;  // [padded]
-    T* upstream;              // [padded] dLoss/dl, 0 where ignored
-    T* row;                   // [padded] free for use
-    T* weight;                // [C], ones without class weights
+    int count = 0, counted = 0;
+    int64_t C;
+    int32_t* labels;    // [length], -1 where ignored
+    T *loss, *kl;       // [length]
+    T* upstream;        // [length] dLoss/dl, 0 where ignored
+    T* kl_upstream;     // [length] dLoss/dK, 0 where ignored
+    T *sum, *label_weight, *weighted_d;  // [length] between the steps of one-hot labels
+    T* weight;          // [C], ones without class weights
+    T weight_sum = 0;
     bool weighted;
 
     static int64_t bytes(int64_t C, int64_t length) {
-        return Scratch::bytes<int32_t>(length) + 5 * Scratch::bytes<T>(length) + Scratch::bytes<T>(C);
+        return Scratch::bytes<int32_t>(length) + 7 * Scratch::bytes<T>(length) + Scratch::bytes<T>(C);
     }
 
     LossTile(Scratch& scratch, int64_t num_classes, int length, const double* class_weight)
-        : stride(length), C(num_classes), weighted(class_weight != nullptr) {
+        : C(num_classes), weighted(class_weight != nullptr) {
         labels = scratch.take<int32_t>(length);
-        maximum = scratch.take<T>(length);
-        sum = scratch.take<T>(length);
         loss = scratch.take<T>(length);
+        kl = scratch.take<T>(length);
         upstream = scratch.take<T>(length);
-        row = scratch.take<T>(length);
+        kl_upstream = scratch.take<T>(length);
+        sum = scratch.take<T>(length);
+        label_weight = scratch.take<T>(length);
+        weighted_d = scratch.take<T>(length);
         weight = scratch.take<T>(C);
-        for (int64_t c = 0; c < C; ++c) weight[c] = class_weight ? static_cast<T>(class_weight[c]) : T(1);
+        for (int64_t c = 0; c < C; ++c) {
+            weight[c] = class_weight ? static_cast<T>(class_weight[c]) : T(1);
+            weight_sum += weight[c];
+        }
     }
 
-    void load(const Labels& from, const Upstream& up, int64_t n, int64_t s, int voxels) {
-        count = voxels;
-        padded = static_cast<int>(round_up(voxels, kLanes));
-        counted = load_labels(labels, from, n, s, count, padded);
-        if (up.grad_output) load_row(upstream, up.grad_output, n, s, count, padded);
-        const T scale = static_cast<T>(up.scale);
-        for (int i = 0; i < padded; ++i) upstream[i] = labels[i] < 0 ? T(0) : up.grad_output ? upstream[i] * scale : scale;
+    void load(const Labels& from, const Upstream& up, const Span& span) {
+        count = span.count;
+        counted = load_labels(labels, from, span);
+        const T scale = static_cast<T>(up.scale), kl_scale = static_cast<T>(up.kl_scale);
+        const int padded = static_cast<int>(round_up(count, kLanes));
+        if (up.grad_output) {
+            load_tile(upstream, up.grad_output, span, 1);
+            for (int i = 0; i < padded; ++i) {
+                kl_upstream[i] = labels[i] < 0 ? T(0) : upstream[i] * kl_scale;
+                upstream[i] = labels[i] < 0 ? T(0) : upstream[i] * scale;
+            }
+        } else {
+            for (int i = 0; i < padded; ++i) {
+                kl_upstream[i] = labels[i] < 0 ? T(0) : kl_scale;
+                upstream[i] = labels[i] < 0 ? T(0) : scale;
+            }
+        }
     }
 
-    // The loss of ignored voxels is 0, and so is what the padding holds.
-    void clear_ignored_loss() {
-        for (int i = 0; i < padded; ++i) loss[i] = labels[i] < 0 ? T(0) : loss[i];
-    }
-    bool any_ignored() const { return counted < padded; }
+    bool any_ignored() const { return counted < count; }
 };
 
-// maximum[i] = max_c rows[c][i]; a NaN anywhere stays NaN through the exponentials that follow
 template <class T>
-void max_over_classes(const T* CALSEG_RESTRICT rows, int stride, int padded, int64_t C, T* CALSEG_RESTRICT maximum) {
-    for (int i = 0; i < padded; ++i) maximum[i] = rows[i];
-    int64_t c = 1;
-    for (; c + 4 <= C; c += 4) {
-        const T *r0 = rows + c * stride, *r1 = r0 + stride, *r2 = r1 + stride, *r3 = r2 + stride;
-        for (int i = 0; i < padded; ++i) {
-            T a = r0[i] > r1[i] ? r0[i] : r1[i];
-            T b = r2[i] > r3[i] ? r2[i] : r3[i];
-            a = a > b ? a : b;
-            maximum[i] = a > maximum[i] ? a : maximum[i];
-        }
-    }
-    for (; c < C; ++c)
-        for (int i = 0; i < padded; ++i) maximum[i] = rows[c * stride + i] > maximum[i] ? rows[c * stride + i] : maximum[i];
+CALSEG_INLINE F<T> zero() {
+    return broadcast<F<T>>(T(0));
 }
 
-// e = exp(row - maximum), its sum over classes, and the label's (row - maximum) in t.loss; rows become e if kKeep.
-// Class weights and smoothing also want the label's weight in t.row and sum_c w[c] * (row - maximum) in smooth.
-template <bool kKeep, bool kPlain, int kRows, class T>
-CALSEG_INLINE void exponentials(LossTile<T>& t, T* CALSEG_RESTRICT rows, int64_t c, T* CALSEG_RESTRICT smooth) {
-    T *CALSEG_RESTRICT sum = t.sum, *CALSEG_RESTRICT picked = t.loss, *CALSEG_RESTRICT picked_weight = t.row;
-    const T* CALSEG_RESTRICT maximum = t.maximum;
-    const int32_t* CALSEG_RESTRICT labels = t.labels;
-    const int padded = t.padded, stride = t.stride;
-    T weight[kRows];
-    for (int r = 0; r < kRows; ++r) weight[r] = t.weight[c + r];
-    rows += c * stride;
-    for (int i = 0; i < padded; ++i) {
-        T total = sum[i], d_label = picked[i], w_label = kPlain ? T(0) : picked_weight[i], d_sum = kPlain ? T(0) : smooth[i];
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-            const T d = rows[r * stride + i] - maximum[i];
-            const T e = exp_nonpositive(d);
-            const bool hit = labels[i] == static_cast<int32_t>(c) + r;
-            total += e;
-            d_label = hit ? d : d_label;
-            if (kKeep) rows[r * stride + i] = e;
-            if (!kPlain) {
-                w_label = hit ? weight[r] : w_label;
-                d_sum += weight[r] * d;
-            }
-        }
-        sum[i] = total;
-        picked[i] = d_label;
-        if (!kPlain) {
-            picked_weight[i] = w_label;
-            smooth[i] = d_sum;
-        }
-    }
-}
+template <int K>
+struct Group {
+    static constexpr int value = K;
+};
 
-// rows: e -> dl/dlogits = e * scale_p - [label == c] * scale_hit - w[c] * scale_smooth
-template <bool kPlain, int kRows, class T>
-CALSEG_INLINE void gradients(const LossTile<T>& t, T* CALSEG_RESTRICT rows, int64_t c, const T* CALSEG_RESTRICT scale_p,
-                             const T* CALSEG_RESTRICT scale_hit, T scale_smooth) {
-    const int32_t* CALSEG_RESTRICT labels = t.labels;
-    const T* CALSEG_RESTRICT upstream = t.upstream;
-    const int padded = t.padded, stride = t.stride;
-    T weight[kRows];
-    for (int r = 0; r < kRows; ++r) weight[r] = t.weight[c + r] * scale_smooth;
-    rows += c * stride;
-    for (int i = 0; i < padded; ++i) {
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-            const bool hit = labels[i] == static_cast<int32_t>(c) + r;
-            T g = rows[r * stride + i] * scale_p[i] - (hit ? scale_hit[i] : T(0));
-            if (!kPlain) g -= weight[r] * upstream[i];
-            rows[r * stride + i] = g;
-        }
-    }
-}
-
-template <bool kGradient, bool kPlain, class T>
-void hard_cross_entropy(LossTile<T>& t, T* CALSEG_RESTRICT logits, T smoothing, T* CALSEG_RESTRICT smooth) {
-    const int padded = t.padded;
-    max_over_classes(logits, t.stride, padded, t.C, t.maximum);
-    for (int i = 0; i < padded; ++i) t.sum[i] = t.loss[i] = T(0);
-    if (!kPlain)
-        for (int i = 0; i < padded; ++i) t.row[i] = smooth[i] = T(0);
+// body(Group<K>, c) for all classes, two at a time: see vector_math.h for why. (With four the registers run out.)
+template <class Body>
+CALSEG_INLINE void for_classes(int64_t C, const Body& body) {
     int64_t c = 0;
-    for (; c + 4 <= t.C; c += 4) exponentials<kGradient, kPlain, 4>(t, logits, c, smooth);
-    for (; c < t.C; ++c) exponentials<kGradient, kPlain, 1>(t, logits, c, smooth);
+    for (; c + 2 <= C; c += 2) body(Group<2>(), c);
+    if (c < C) body(Group<1>(), c);
+}
 
-    T weight_sum = T(0);
-    for (int64_t k = 0; k < t.C; ++k) weight_sum += t.weight[k];
-    const T spread = smoothing / static_cast<T>(t.C);
-    T *CALSEG_RESTRICT loss = t.loss, *CALSEG_RESTRICT scale_p = t.sum, *CALSEG_RESTRICT scale_hit = t.maximum;
-    const T* CALSEG_RESTRICT upstream = t.upstream;
-    for (int i = 0; i < padded; ++i) {
-        const T log_sum_exp = log_positive(scale_p[i]);
-        const T on_label = kPlain ? T(1) : (T(1) - smoothing) * t.row[i];
-        T l = on_label * (log_sum_exp - loss[i]);
-        // Without smoothing an impossible class (-inf) must not meet a zero factor.
-        if (!kPlain) l += spread == T(0) ? T(0) : spread * (weight_sum * log_sum_exp - smooth[i]);
-        loss[i] = l;
-        scale_p[i] = upstream[i] * (on_label + (kPlain ? T(0) : spread * weight_sum)) / scale_p[i];
-        scale_hit[i] = upstream[i] * on_label;
+// In pairs, so that a long sum waits for one addition a group, not for one a class
+template <class V, int K>
+CALSEG_INLINE V sum_of(const V (&x)[K]) {
+    if constexpr (K == 1) return x[0];
+    else return x[0] + x[1];
+}
+
+template <class T>
+CALSEG_INLINE void clear_block(T* block, int64_t C) {
+    for (int64_t c = 0; c < C; ++c) store(block + c * kLanes, zero<T>());
+}
+
+template <class T>
+CALSEG_INLINE void copy_block(T* to, const T* from, int64_t C) {
+    for (int64_t c = 0; c < C; ++c) store(to + c * kLanes, load<F<T>>(from + c * kLanes));
+}
+
+// max over classes; a NaN anywhere stays NaN through the exponentials that follow
+template <class T>
+CALSEG_INLINE F<T> max_over_classes(const T* block, int64_t C) {
+    F<T> a = load<F<T>>(block), b = a;
+    int64_t c = 1;
+    for (; c + 2 <= C; c += 2) {
+        a = larger(load<F<T>>(block + c * kLanes), a);
+        b = larger(load<F<T>>(block + (c + 1) * kLanes), b);
     }
-    t.clear_ignored_loss();
-    if (!kGradient) return;
-    for (c = 0; c + 4 <= t.C; c += 4) gradients<kPlain, 4>(t, logits, c, scale_p, scale_hit, spread);
-    for (; c < t.C; ++c) gradients<kPlain, 1>(t, logits, c, scale_p, scale_hit, spread);
+    if (c < C) a = larger(load<F<T>>(block + c * kLanes), a);
+    return larger(a, b);
 }
 
-// One-hot labels. logits become dLoss/dlogits if gradient; t.loss is set. smooth: a row free for use.
-template <class T>
-void hard_cross_entropy_tile(LossTile<T>& t, T* logits, T smoothing, bool gradient, T* smooth) {
-    const bool plain = !t.weighted && smoothing == T(0);
-    if (gradient && plain) hard_cross_entropy<true, true>(t, logits, smoothing, smooth);
-    else if (gradient) hard_cross_entropy<true, false>(t, logits, smoothing, smooth);
-    else if (plain) hard_cross_entropy<false, true>(t, logits, smoothing, smooth);
-    else hard_cross_entropy<false, false>(t, logits, smoothing, smooth);
-}
+// One-hot labels take three steps, each over all blocks of a tile, so that no block waits for the logarithm or the
+// division of the one before. kPlain: no class weights and no smoothing.
 
-// logits become log softmax(logits); e = exp(logits - maximum), of which t.sum is the sum over classes.
-template <class T>
-void log_softmax_tile(LossTile<T>& t, T* CALSEG_RESTRICT logits, T* CALSEG_RESTRICT e) {
-    T *CALSEG_RESTRICT maximum = t.maximum, *CALSEG_RESTRICT sum = t.sum, *CALSEG_RESTRICT log_sum_exp = t.row;
-    const int padded = t.padded;
-    max_over_classes(logits, t.stride, padded, t.C, maximum);
-    for (int i = 0; i < padded; ++i) sum[i] = T(0);
-    for (int64_t c = 0; c < t.C; ++c)
-        for (int i = 0; i < padded; ++i) {
-            const T d = logits[c * t.stride + i] - maximum[i];
-            const T exponential = exp_nonpositive(d);
-            sum[i] += exponential;
-            logits[c * t.stride + i] = d;
-            e[c * t.stride + i] = exponential;
-        }
-    for (int i = 0; i < padded; ++i) log_sum_exp[i] = log_positive(sum[i]);
-    for (int64_t c = 0; c < t.C; ++c)
-        for (int i = 0; i < padded; ++i) logits[c * t.stride + i] -= log_sum_exp[i];
-}
-
-// Soft labels Y. e becomes dLoss/dlogits if gradient; log_p becomes dLoss/dY if soft_gradient; t.loss is set.
-template <class T>
-void soft_cross_entropy_tile(LossTile<T>& t, T* CALSEG_RESTRICT log_p, T* CALSEG_RESTRICT e, const T* CALSEG_RESTRICT soft,
-                             T smoothing, bool gradient, bool soft_gradient) {
-    const int padded = t.padded;
-    const T keep = T(1) - smoothing, spread = smoothing / static_cast<T>(t.C);
-    T *CALSEG_RESTRICT loss = t.loss, *CALSEG_RESTRICT mass = t.row, *CALSEG_RESTRICT scale_p = t.sum;
-    const T* CALSEG_RESTRICT upstream = t.upstream;
-    for (int i = 0; i < padded; ++i) loss[i] = mass[i] = T(0);
-    for (int64_t c = 0; c < t.C; ++c) {
-        const T weight = t.weight[c];
-        const int64_t row = c * t.stride;
-        for (int i = 0; i < padded; ++i) {
-            const T smoothed = keep * soft[row + i] + spread;
-            const T y = weight * smoothed;
-            mass[i] += y;
-            loss[i] -= smoothed == T(0) ? T(0) : y * log_p[row + i];  // the limit of t log t, also where log p is -inf
-        }
-    }
-    t.clear_ignored_loss();
-    for (int i = 0; i < padded; ++i) scale_p[i] = upstream[i] * mass[i] / scale_p[i];
-    for (int64_t c = 0; c < t.C; ++c) {
-        const T weight = t.weight[c];
-        const int64_t row = c * t.stride;
-        if (gradient)
-            for (int i = 0; i < padded; ++i)
-                e[row + i] = e[row + i] * scale_p[i] - upstream[i] * (weight * (keep * soft[row + i] + spread));
-        if (soft_gradient)
-            for (int i = 0; i < padded; ++i) {
-                // where the class is impossible and has no mass, as the loss takes it: nothing to change
-                const bool nothing = upstream[i] == T(0) || (soft[row + i] == T(0) && log_p[row + i] == -INFINITY);
-                log_p[row + i] = nothing ? T(0) : -keep * weight * upstream[i] * log_p[row + i];
+// Step 1, a block: logits become e = exp(logits - max) if kKeep; the sums over classes that the loss is made of.
+template <bool kKeep, bool kPlain, class T>
+CALSEG_INLINE void hard_exponentials(LossTile<T>& t, int block, T* logits) {
+    const I<T> labels = load<I<T>>(t.labels + block * kLanes);
+    const F<T> top = max_over_classes(logits, t.C), none = zero<T>();
+    F<T> sum = none, label_d = none, label_weight = none, weighted_d = none;
+    for_classes(t.C, [&](auto group, int64_t c) {
+        constexpr int K = decltype(group)::value;
+        F<T> d[K], e[K];
+        for (int j = 0; j < K; ++j) e[j] = d[j] = load<F<T>>(logits + (c + j) * kLanes) - top;
+        exp_nonpositive(e);
+        sum = sum + sum_of(e);
+        for (int j = 0; j < K; ++j) {
+            const auto hit = equal(labels, broadcast<I<T>>(static_cast<int32_t>(c) + j));
+            label_d = select(hit, d[j], label_d);
+            if (kKeep) store(logits + (c + j) * kLanes, e[j]);
+            if (!kPlain) {
+                const F<T> weight = broadcast<F<T>>(t.weight[c + j]);
+                label_weight = select(hit, weight, label_weight);
+                weighted_d = weighted_d + weight * d[j];
             }
+        }
+    });
+    store(t.sum + block * kLanes, sum);
+    store(t.loss + block * kLanes, label_d);
+    if (!kPlain) {
+        store(t.label_weight + block * kLanes, label_weight);
+        store(t.weighted_d + block * kLanes, weighted_d);
     }
+}
+
+// Step 2, a block: the loss, and the factors of the gradient: of e in t.sum, of the label in t.label_weight.
+template <bool kPlain, class T>
+CALSEG_INLINE void hard_loss(LossTile<T>& t, int block, T smoothing) {
+    const int64_t at = block * kLanes;
+    const F<T> upstream = load<F<T>>(t.upstream + at), sum = load<F<T>>(t.sum + at), none = zero<T>();
+    const F<T> log_sum_exp = log_positive(sum);
+    F<T> loss = log_sum_exp - load<F<T>>(t.loss + at), on_label = broadcast<F<T>>(T(1)), mass = on_label;
+    if (!kPlain) {
+        const F<T> spread = broadcast<F<T>>(smoothing / static_cast<T>(t.C)), weights = broadcast<F<T>>(t.weight_sum);
+        on_label = broadcast<F<T>>(T(1) - smoothing) * load<F<T>>(t.label_weight + at);
+        loss = on_label * loss;
+        // without smoothing an impossible class (-inf) must not meet a zero factor
+        if (smoothing != T(0)) loss = loss + spread * (weights * log_sum_exp - load<F<T>>(t.weighted_d + at));
+        mass = on_label + spread * weights;
+    }
+    store(t.loss + at, select(less(load<I<T>>(t.labels + at), broadcast<I<T>>(0)), none, loss));
+    store(t.sum + at, upstream * mass / sum);
+    store(t.label_weight + at, upstream * on_label);
+}
+
+// Step 3, a block: e becomes dLoss/dlogits.
+template <bool kPlain, class T>
+CALSEG_INLINE void hard_gradient(const LossTile<T>& t, int block, T* e, T smoothing) {
+    const int64_t at = block * kLanes;
+    const I<T> labels = load<I<T>>(t.labels + at);
+    const F<T> scale_e = load<F<T>>(t.sum + at), scale_label = load<F<T>>(t.label_weight + at), none = zero<T>();
+    const F<T> scale_weight = load<F<T>>(t.upstream + at) * broadcast<F<T>>(smoothing / static_cast<T>(t.C));
+    for (int64_t c = 0; c < t.C; ++c) {
+        const auto hit = equal(labels, broadcast<I<T>>(static_cast<int32_t>(c)));
+        F<T> g = load<F<T>>(e + c * kLanes) * scale_e - select(hit, scale_label, none);
+        if (!kPlain) g = g - broadcast<F<T>>(t.weight[c]) * scale_weight;
+        store(e + c * kLanes, g);
+    }
+}
+
+// logits become log softmax(logits); e = exp(logits - max), whose sum is returned.
+template <class T>
+CALSEG_INLINE F<T> log_softmax_block(T* logits, T* e, int64_t C) {
+    const F<T> top = max_over_classes(logits, C);
+    F<T> sum = zero<T>();
+    for_classes(C, [&](auto group, int64_t c) {
+        constexpr int K = decltype(group)::value;
+        F<T> d[K], exponential[K];
+        for (int j = 0; j < K; ++j) exponential[j] = d[j] = load<F<T>>(logits + (c + j) * kLanes) - top;
+        exp_nonpositive(exponential);
+        sum = sum + sum_of(exponential);
+        for (int j = 0; j < K; ++j) {
+            store(logits + (c + j) * kLanes, d[j]);
+            store(e + (c + j) * kLanes, exponential[j]);
+        }
+    });
+    const F<T> log_sum_exp = log_positive(sum);
+    for (int64_t c = 0; c < C; ++c) store(logits + c * kLanes, load<F<T>>(logits + c * kLanes) - log_sum_exp);
+    return sum;
+}
+
+// Soft labels Y. e becomes dLoss/dlogits if gradient; log_p becomes dLoss/dY if soft_gradient.
+template <class T>
+CALSEG_INLINE F<T> soft_cross_entropy_block(const LossTile<T>& t, int block, T* log_p, T* e, F<T> sum, const T* soft, T smoothing,
+                                            bool gradient, bool soft_gradient) {
+    const F<T> upstream = load<F<T>>(t.upstream + block * kLanes), none = zero<T>();
+    const F<T> keep = broadcast<F<T>>(T(1) - smoothing), spread = broadcast<F<T>>(smoothing / static_cast<T>(t.C));
+    F<T> loss = none, mass = none;
+    for (int64_t c = 0; c < t.C; ++c) {
+        const F<T> smoothed = keep * load<F<T>>(soft + c * kLanes) + spread, y = broadcast<F<T>>(t.weight[c]) * smoothed;
+        mass = mass + y;
+        // the limit of t log t is 0, also where log p is -inf
+        loss = loss - select(equal(smoothed, none), none, y * load<F<T>>(log_p + c * kLanes));
+    }
+    const F<T> scale_p = upstream * mass / sum;
+    if (gradient)
+        for (int64_t c = 0; c < t.C; ++c) {
+            const F<T> y = broadcast<F<T>>(t.weight[c]) * (keep * load<F<T>>(soft + c * kLanes) + spread);
+            store(e + c * kLanes, load<F<T>>(e + c * kLanes) * scale_p - upstream * y);
+        }
+    if (soft_gradient) {
+        const F<T> impossible = broadcast<F<T>>(T(-INFINITY));
+        for (int64_t c = 0; c < t.C; ++c) {
+            const F<T> lp = load<F<T>>(log_p + c * kLanes), y = load<F<T>>(soft + c * kLanes);
+            // an impossible class without mass: as the loss takes it, nothing to change
+            const F<T> finite = select(equal(lp, impossible), select(equal(y, none), none, lp), lp);
+            const F<T> g = (none - keep * broadcast<F<T>>(t.weight[c]) * upstream) * finite;
+            store(log_p + c * kLanes, select(equal(upstream, none), none, g));
+        }
+    }
+    return select(less(load<I<T>>(t.labels + block * kLanes), broadcast<I<T>>(0)), none, loss);
 }
 
 }  // namespace

@@ -1,5 +1,4 @@
 // KL(N(mu, exp(logvar)) || prior), summed over classes: loss and gradients in one pass. Floor: two reads, two writes.
-#include "cpu/cross_entropy.h"
 #include "cpu/gaussian.h"
 #include "cpu/operations.h"
 
@@ -9,53 +8,48 @@ namespace {
 
 template <class T>
 Tiling tiling(const GaussianKLArgs& a) {
-    return Tiling(a.shape, 4 * a.shape.C, sizeof(T), 1 << 15);
+    return Tiling(a.shape, 2, sizeof(T), 1 << 15);
 }
 
 template <class T>
 void run(const GaussianKLArgs& a, int64_t chunk, void* memory) {
     const Tiling tiles = tiling<T>(a);
     const int64_t C = a.shape.C;
-    const int length = tiles.length;
     Scratch scratch(memory);
-    LossTile<T> t(scratch, C, length, nullptr);
-    GaussianTile<T> gaussian(scratch, C, length);
-    T* grad_mu = scratch.take<T>(C * length);
-    T* grad_logvar = scratch.take<T>(C * length);
+    LossTile<T> t(scratch, C, tiles.length, nullptr);
+    GaussianBlock<T> gaussian(scratch, a.gaussian, C);
+    TensorTile<T> mu(scratch, a.gaussian.mu, a.grad_mu, a.shape, tiles.length);
+    TensorTile<T> logvar(scratch, a.gaussian.logvar, a.grad_logvar, a.shape, tiles.length);
     const bool gradient = a.grad_mu || a.grad_logvar;
-    const bool stream_mu = streams(a.grad_mu, a.shape), stream_logvar = streams(a.grad_logvar, a.shape);
+    gaussian.clear_gradients();  // no samples: the gradients are the KL term's alone
     double total = 0.0;
-    tiles.for_tiles(chunk, [&](int64_t n, int64_t s, int count) {
-        t.load(Labels(), a.upstream, n, s, count);
-        gaussian.load(a.gaussian, t.labels, false, n, s, count, t.padded, true);
-        if (gradient) {
-            fill(grad_mu, grad_mu + C * length, T(0));
-            fill(grad_logvar, grad_logvar + C * length, T(0));
-            gaussian.finish_gradients(a.gaussian, t.padded, t.upstream, t.upstream, grad_mu, grad_logvar);
-            if (a.grad_mu) store_tile(a.grad_mu, n, s, count, grad_mu, length, C, stream_mu);
-            if (a.grad_logvar) store_tile(a.grad_logvar, n, s, count, grad_logvar, length, C, stream_logvar);
+    tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
+        const int count = span.count;
+        t.load(Labels(), a.upstream, span);
+        for (auto* tensor : {&mu, &logvar}) tensor->begin(span, next);
+        for (int b = 0; b * kLanes < count; ++b) {
+            for (auto* tensor : {&mu, &logvar}) tensor->prefetch_next(b);
+            store(t.kl + b * kLanes, gaussian.template set<true>(mu.block(b), logvar.block(b), 0));
+            if (gradient) gaussian.template finish_gradients<true>(zero<T>(), load<F<T>>(t.kl_upstream + b * kLanes));
         }
-        total += sum_row(gaussian.kl, count);
-        if (a.loss) store_row(a.loss, n, 0, s, count, gaussian.kl, false);
+        for (auto* tensor : {&mu, &logvar}) tensor->end(span);
+        total += sum_row(t.kl, count);
+        if (a.loss) store_tile(a.loss, span, t.kl, 1, false);
     });
-    finish_streams();
     if (a.chunk_sums) a.chunk_sums[chunk].kl = total;
-}
-
-int64_t num_chunks(const GaussianKLArgs& a) {
-    return a.gaussian.mu.dtype == DType::f64 ? tiling<double>(a).num_chunks() : tiling<float>(a).num_chunks();
 }
 
 template <class T>
 int64_t bytes(const GaussianKLArgs& a) {
     const int64_t C = a.shape.C, length = tiling<T>(a).length;
-    return LossTile<T>::bytes(C, length) + GaussianTile<T>::bytes(C, length) + 2 * Scratch::bytes<T>(C * length);
+    return LossTile<T>::bytes(C, length) + GaussianBlock<T>::bytes(C) + 2 * TensorTile<T>::bytes(C, length);
 }
 
-int64_t scratch_bytes(const GaussianKLArgs& a) { return a.gaussian.mu.dtype == DType::f64 ? bytes<double>(a) : bytes<float>(a); }
-
+bool is_double(const GaussianKLArgs& a) { return a.gaussian.mu.dtype == DType::f64; }
+int64_t num_chunks(const GaussianKLArgs& a) { return is_double(a) ? tiling<double>(a).num_chunks() : tiling<float>(a).num_chunks(); }
+int64_t scratch_bytes(const GaussianKLArgs& a) { return is_double(a) ? bytes<double>(a) : bytes<float>(a); }
 void run_chunk(const GaussianKLArgs& a, int64_t chunk, void* scratch) {
-    a.gaussian.mu.dtype == DType::f64 ? run<double>(a, chunk, scratch) : run<float>(a, chunk, scratch);
+    is_double(a) ? run<double>(a, chunk, scratch) : run<float>(a, chunk, scratch);
 }
 
 }  // namespace

@@ -1,5 +1,4 @@
 // Soft labels: sampled from the dense Gaussian (and their gradient), accumulated from logit maps, blended with labels.
-#include "cpu/cross_entropy.h"
 #include "cpu/gaussian.h"
 #include "cpu/operations.h"
 
@@ -11,65 +10,58 @@ namespace {
 
 template <class T>
 Tiling tiling(const SoftLabelsArgs& a) {
-    return Tiling(a.shape, 8 * a.shape.C, sizeof(T), 1 << 14);
+    return Tiling(a.shape, 3, sizeof(T), 1 << 14);
 }
 
-// row = alpha * scale * row + (1 - alpha) * onehot; 0 where ignored
+// block = alpha * scale * block + (1 - alpha) * onehot; 0 where ignored
 template <class T>
-void blend_tile(const int32_t* CALSEG_RESTRICT labels, T* CALSEG_RESTRICT rows, int stride, int padded, int64_t C, T alpha, T scale) {
-    const T on_estimate = alpha * scale, on_label = T(1) - alpha;
+CALSEG_INLINE void blend_block(const int32_t* labels_of, T* block, int64_t C, T alpha, T scale) {
+    const I<T> labels = load<I<T>>(labels_of);
+    const auto ignored = less(labels, broadcast<I<T>>(0));
+    const F<T> on_estimate = broadcast<F<T>>(alpha * scale), on_label = broadcast<F<T>>(T(1) - alpha), none = zero<T>();
     for (int64_t c = 0; c < C; ++c) {
-        T* CALSEG_RESTRICT row = rows + c * stride;
-        for (int i = 0; i < padded; ++i) {
-            const T blended = on_estimate * row[i] + (labels[i] == static_cast<int32_t>(c) ? on_label : T(0));
-            row[i] = labels[i] < 0 ? T(0) : blended;
-        }
+        const F<T> hard = select(equal(labels, broadcast<I<T>>(static_cast<int32_t>(c))), on_label, none);
+        const F<T> blended = on_estimate * load<F<T>>(block + c * kLanes) + hard;
+        store(block + c * kLanes, select(ignored, none, blended));
     }
 }
 
+// Forward: soft = the soft labels. Backward: soft holds the upstream gradient, mu and logvar become their gradients.
 template <class T, bool kBackward>
 void run(const SoftLabelsArgs& a, int64_t chunk, void* memory) {
     const Gaussian& g = a.gaussian;
     const Tiling tiles = tiling<T>(a);
     const int64_t C = a.shape.C;
-    const int length = tiles.length;
     Scratch scratch(memory);
-    int32_t* labels = scratch.take<int32_t>(length);
-    T* sample_scale = scratch.take<T>(length);
-    GaussianTile<T> gaussian(scratch, C, length);
-    T* soft = scratch.take<T>(C * length);  // backward: the upstream gradient
-    T *grad_mu = nullptr, *grad_logvar = nullptr;
-    if (kBackward) {
-        grad_mu = scratch.take<T>(C * length);
-        grad_logvar = scratch.take<T>(C * length);
-    }
+    int32_t* labels = scratch.take<int32_t>(tiles.length);
+    GaussianBlock<T> gaussian(scratch, g, C);
+    TensorTile<T> mu(scratch, g.mu, a.grad_mu, a.shape, tiles.length);
+    TensorTile<T> logvar(scratch, g.logvar, a.grad_logvar, a.shape, tiles.length);
+    TensorTile<T> soft(scratch, a.grad_output, a.soft_labels, a.shape, tiles.length);
     const T alpha = a.labels.view ? static_cast<T>(a.alpha) : T(1), m = static_cast<T>(g.num_samples);
-    const bool stream = streams(a.soft_labels, a.shape), stream_mu = streams(a.grad_mu, a.shape),
-               stream_logvar = streams(a.grad_logvar, a.shape);
-    tiles.for_tiles(chunk, [&](int64_t n, int64_t s, int count) {
-        const int padded = static_cast<int>(round_up(count, kLanes));
-        const bool any_ignored = load_labels(labels, a.labels, n, s, count, padded) < padded;
-        gaussian.load(g, labels, any_ignored, n, s, count, padded, false);
-        gaussian.philox.set_voxels(g.seed, static_cast<uint64_t>(n * a.shape.S + s), padded);
-        if (kBackward) {
-            load_tile(soft, length, a.grad_output, n, s, count, padded, C);
-            if (any_ignored) clear_ignored(soft, length, labels, padded, C);
-            fill(grad_mu, grad_mu + C * length, T(0));
-            fill(grad_logvar, grad_logvar + C * length, T(0));
-            for (int64_t k = 0; k < g.num_samples; ++k) gaussian.add_sample(k, padded, static_cast<T*>(nullptr), soft, grad_mu, grad_logvar);
-            fill(sample_scale, sample_scale + padded, alpha / (m * static_cast<T>(g.temperature)));
-            gaussian.finish_gradients(g, padded, sample_scale, static_cast<const T*>(nullptr), grad_mu, grad_logvar);
-            if (a.grad_mu) store_tile(a.grad_mu, n, s, count, grad_mu, length, C, stream_mu);
-            if (a.grad_logvar) store_tile(a.grad_logvar, n, s, count, grad_logvar, length, C, stream_logvar);
-        } else {
-            fill(soft, soft + C * length, T(0));
-            for (int64_t k = 0; k < g.num_samples; ++k)
-                gaussian.add_sample(k, padded, soft, static_cast<const T*>(nullptr), static_cast<T*>(nullptr), static_cast<T*>(nullptr));
-            blend_tile(labels, soft, length, padded, C, alpha, T(1) / m);
-            store_tile(a.soft_labels, n, s, count, soft, length, C, stream);
+    tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
+        const int count = span.count;
+        const bool any_ignored = load_labels(labels, a.labels, span) < count;
+        for (auto* tensor : {&mu, &logvar, &soft}) tensor->begin(span, next);
+        if (any_ignored)
+            for (auto* tensor : {&mu, &logvar, &soft}) clear_ignored(tensor->tile(), labels, count, C);
+        for (int b = 0; b * kLanes < count; ++b) {
+            for (auto* tensor : {&mu, &logvar, &soft}) tensor->prefetch_next(b);
+            T* soft_block = soft.block(b);
+            gaussian.template set<false>(mu.block(b), logvar.block(b), static_cast<uint64_t>(span.n * a.shape.S + span.s + b * kLanes));
+            if (kBackward) {
+                gaussian.clear_gradients();
+                for (int64_t k = 0; k < g.num_samples; ++k) gaussian.template add_sample<false, true>(k, nullptr, soft_block);
+                const F<T> scale = broadcast<F<T>>(alpha / (m * static_cast<T>(g.temperature)));
+                gaussian.template finish_gradients<false>(scale, zero<T>());
+            } else {
+                clear_block(soft_block, C);
+                for (int64_t k = 0; k < g.num_samples; ++k) gaussian.template add_sample<true, false>(k, soft_block, nullptr);
+                blend_block(labels + b * kLanes, soft_block, C, alpha, T(1) / m);
+            }
         }
+        for (auto* tensor : {&mu, &logvar, &soft}) tensor->end(span);
     });
-    finish_streams();
 }
 
 bool is_double(const SoftLabelsArgs& a) { return a.gaussian.mu.dtype == DType::f64; }
@@ -79,8 +71,7 @@ int64_t num_chunks(const SoftLabelsArgs& a) { return is_double(a) ? tiling<doubl
 template <class T>
 int64_t bytes(const SoftLabelsArgs& a) {
     const int64_t C = a.shape.C, length = tiling<T>(a).length;
-    return Scratch::bytes<int32_t>(length) + Scratch::bytes<T>(length) + GaussianTile<T>::bytes(C, length) +
-           3 * Scratch::bytes<T>(C * length);
+    return Scratch::bytes<int32_t>(length) + GaussianBlock<T>::bytes(C) + 3 * TensorTile<T>::bytes(C, length);
 }
 
 int64_t scratch_bytes(const SoftLabelsArgs& a) { return is_double(a) ? bytes<double>(a) : bytes<float>(a); }
@@ -94,47 +85,45 @@ void run_chunk(const SoftLabelsArgs& a, int64_t chunk, void* scratch) {
 
 template <class T>
 Tiling tiling(const AccumulateArgs& a) {
-    return Tiling(a.shape, 3 * a.shape.C, sizeof(T), 1 << 15);
+    return Tiling(a.shape, 2, sizeof(T), 1 << 15);
 }
 
+// Forward: other, the running total, gains the softmax. Backward: other, the upstream gradient, becomes the logits'.
 template <class T, bool kBackward>
 void run(const AccumulateArgs& a, int64_t chunk, void* memory) {
     const Tiling tiles = tiling<T>(a);
     const int64_t C = a.shape.C;
-    const int length = tiles.length;
     Scratch scratch(memory);
-    LossTile<T> t(scratch, C, length, nullptr);
-    T* rows = scratch.take<T>(C * length);
-    T* e = scratch.take<T>(C * length);
-    T* other = scratch.take<T>(C * length);  // the running total, or the upstream gradient
-    const T per_temperature = T(1) / static_cast<T>(a.temperature);
-    const bool stream = streams(kBackward ? a.grad_logits : a.total, a.shape);
-    tiles.for_tiles(chunk, [&](int64_t n, int64_t s, int count) {
-        t.load(Labels(), Upstream(), n, s, count);
-        const int padded = t.padded;
-        load_tile(rows, length, a.logits, n, s, count, padded, C);
-        load_tile(other, length, kBackward ? a.grad_output : a.total, n, s, count, padded, C);
-        for (int64_t at = 0; at < C * length; ++at) rows[at] *= per_temperature;
-        log_softmax_tile(t, rows, e);
-        T *CALSEG_RESTRICT per_sum = t.sum, *CALSEG_RESTRICT dot = t.row;
-        for (int i = 0; i < padded; ++i) {
-            per_sum[i] = T(1) / per_sum[i];
-            dot[i] = T(0);
+    const TensorView &in = kBackward ? a.grad_output : a.total, &out = kBackward ? a.grad_logits : a.total;
+    TensorTile<T> logits(scratch, a.logits, TensorView(), a.shape, tiles.length);
+    TensorTile<T> other(scratch, in, out, a.shape, tiles.length);
+    const F<T> per_temperature = broadcast<F<T>>(T(1) / static_cast<T>(a.temperature)), one = broadcast<F<T>>(T(1));
+    tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
+        for (auto* tensor : {&logits, &other}) tensor->begin(span, next);
+        for (int b = 0; b * kLanes < span.count; ++b) {
+            for (auto* tensor : {&logits, &other}) tensor->prefetch_next(b);
+            T *x = logits.block(b), *o = other.block(b);
+            const F<T> top = max_over_classes(x, C);
+            F<T> sum = zero<T>(), dot = sum;
+            for_classes(C, [&](auto group, int64_t c) {
+                constexpr int K = decltype(group)::value;
+                F<T> e[K];
+                for (int j = 0; j < K; ++j) e[j] = (load<F<T>>(x + (c + j) * kLanes) - top) * per_temperature;
+                exp_nonpositive(e);
+                for (int j = 0; j < K; ++j) {
+                    sum = sum + e[j];
+                    if (kBackward) dot = dot + e[j] * load<F<T>>(o + (c + j) * kLanes);
+                    store(x + (c + j) * kLanes, e[j]);
+                }
+            });
+            const F<T> per_sum = one / sum;
+            for (int64_t c = 0; c < C; ++c) {
+                const F<T> p = load<F<T>>(x + c * kLanes) * per_sum, y = load<F<T>>(o + c * kLanes);
+                store(o + c * kLanes, kBackward ? p * per_temperature * (y - dot * per_sum) : y + p);
+            }
         }
-        if (kBackward) {
-            for (int64_t c = 0; c < C; ++c)
-                for (int i = 0; i < padded; ++i) dot[i] += e[c * length + i] * per_sum[i] * other[c * length + i];
-            for (int64_t c = 0; c < C; ++c)
-                for (int i = 0; i < padded; ++i)
-                    e[c * length + i] *= per_sum[i] * per_temperature * (other[c * length + i] - dot[i]);
-            store_tile(a.grad_logits, n, s, count, e, length, C, stream);
-        } else {
-            for (int64_t c = 0; c < C; ++c)
-                for (int i = 0; i < padded; ++i) other[c * length + i] += e[c * length + i] * per_sum[i];
-            store_tile(a.total, n, s, count, other, length, C, stream);
-        }
+        other.end(span);
     });
-    finish_streams();
 }
 
 bool is_double(const AccumulateArgs& a) { return a.logits.dtype == DType::f64; }
@@ -144,7 +133,7 @@ int64_t num_chunks(const AccumulateArgs& a) { return is_double(a) ? tiling<doubl
 template <class T>
 int64_t bytes(const AccumulateArgs& a) {
     const int64_t length = tiling<T>(a).length;
-    return LossTile<T>::bytes(a.shape.C, length) + 3 * Scratch::bytes<T>(a.shape.C * length);
+    return 2 * TensorTile<T>::bytes(a.shape.C, length);
 }
 
 int64_t scratch_bytes(const AccumulateArgs& a) { return is_double(a) ? bytes<double>(a) : bytes<float>(a); }
@@ -158,24 +147,26 @@ void run_chunk(const AccumulateArgs& a, int64_t chunk, void* scratch) {
 
 template <class T>
 Tiling tiling(const BlendArgs& a) {
-    return Tiling(a.shape, a.shape.C, sizeof(T), 1 << 16);
+    return Tiling(a.shape, 1, sizeof(T), 1 << 16);
 }
 
 template <class T>
 void run(const BlendArgs& a, int64_t chunk, void* memory) {
     const Tiling tiles = tiling<T>(a);
+    const int64_t C = a.shape.C;
     Scratch scratch(memory);
     int32_t* labels = scratch.take<int32_t>(tiles.length);
-    T* rows = scratch.take<T>(a.shape.C * tiles.length);
-    const bool stream = streams(a.blended, a.shape);
-    tiles.for_tiles(chunk, [&](int64_t n, int64_t s, int count) {
-        const int padded = static_cast<int>(round_up(count, kLanes));
-        load_labels(labels, a.labels, n, s, count, padded);
-        load_tile(rows, tiles.length, a.estimate, n, s, count, padded, a.shape.C);
-        blend_tile(labels, rows, tiles.length, padded, a.shape.C, a.labels.view ? static_cast<T>(a.alpha) : T(1), static_cast<T>(a.scale));
-        store_tile(a.blended, n, s, count, rows, tiles.length, a.shape.C, stream);
+    TensorTile<T> tensor(scratch, a.estimate, a.blended, a.shape, tiles.length);
+    const T alpha = a.labels.view ? static_cast<T>(a.alpha) : T(1);
+    tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
+        load_labels(labels, a.labels, span);
+        tensor.begin(span, next);
+        for (int b = 0; b * kLanes < span.count; ++b) {
+            tensor.prefetch_next(b);
+            blend_block(labels + b * kLanes, tensor.block(b), C, alpha, static_cast<T>(a.scale));
+        }
+        tensor.end(span);
     });
-    finish_streams();
 }
 
 bool is_double(const BlendArgs& a) { return a.estimate.dtype == DType::f64; }
@@ -185,7 +176,7 @@ int64_t num_chunks(const BlendArgs& a) { return is_double(a) ? tiling<double>(a)
 template <class T>
 int64_t bytes(const BlendArgs& a) {
     const int64_t length = tiling<T>(a).length;
-    return Scratch::bytes<int32_t>(length) + Scratch::bytes<T>(a.shape.C * length);
+    return Scratch::bytes<int32_t>(length) + TensorTile<T>::bytes(a.shape.C, length);
 }
 
 int64_t scratch_bytes(const BlendArgs& a) { return is_double(a) ? bytes<double>(a) : bytes<float>(a); }

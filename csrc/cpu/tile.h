@@ -1,25 +1,22 @@
-// Tiles: a few dozen to a few hundred consecutive voxels of one batch item, all classes, as rows [C][length] of the
-// compute type (float, or double for float64) in the nearest cache. Loading and storing convert dtypes and layouts, so
-// that the mathematics is written once.
+// Tiles: a few dozen to a few hundred consecutive voxels of one batch item, all classes, in the nearest cache, in the
+// compute type (float, or double for float64). A tile is blocks of kLanes voxels, each [C][kLanes]: loading and storing
+// walk long rows of memory, converting dtypes and layouts, and the mathematics, written once, walks the classes of one
+// block with everything per voxel in registers.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <type_traits>
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
-#include "cpu/vector_math.h"
+#include "cpu/simd.h"
 #include "kernels.h"
 
 namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-constexpr int kLanes = 16;  // rows are padded to a multiple of this, so that vector loops have no remainder
-constexpr int kMinTile = 32, kMaxTile = 1024;
+constexpr int kMinTile = 128, kMaxTile = 1024;  // multiples of every kLanes; below 128, rows are too short for memory
 
 // Not std::min and friends: a library template compiled for one instruction set may be merged into another's code.
 CALSEG_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -30,40 +27,54 @@ void fill(T* from, T* to, T value) {
 }
 CALSEG_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
+template <class T>
+using F = typename Vectors<T>::F;
+template <class T>
+using I = typename Vectors<T>::I;
+
 // ---- how a call divides ----
+
+// The voxels of a tile: s .. s + count of item n.
+struct Span {
+    int64_t n = 0, s = 0;
+    int count = 0;
+};
 
 // The tile's length and the number of voxels of a chunk: functions of the shape alone.
 struct Tiling {
     Shape shape;
-    int length;          // voxels of a tile
-    int64_t chunk;       // voxels of a chunk, a multiple of length
-    int64_t per_item;    // chunks of a batch item
+    int length;        // voxels of a tile, a multiple of kLanes
+    int64_t chunk;     // voxels of a chunk, a multiple of length
+    int64_t per_item;  // chunks of a batch item
 
-    // rows: rows of the tile's working set; chunk_elements: about how many logits a chunk should hold
-    Tiling(const Shape& s, int64_t rows, int64_t element_bytes, int64_t chunk_elements) : shape(s) {
-        const int64_t l1_bytes = 24 * 1024;
-        int64_t fit = l1_bytes / larger(1, rows * element_bytes) / kMinTile * kMinTile;
-        fit = smaller(larger(fit, kMinTile), kMaxTile);
-        length = static_cast<int>(smaller(fit, round_up(larger(s.S, 1), kLanes)));
-        const int64_t tiles = larger(1, chunk_elements / larger(1, length * s.C));
-        chunk = length * tiles;
+    // tensors: how many [C] tensors a tile holds; chunk_elements: about how many logits a chunk should hold
+    Tiling(const Shape& s, int64_t tensors, int64_t element_bytes, int64_t chunk_elements) : shape(s) {
+        const int64_t cache_bytes = 16 * 1024;
+        const int64_t fit = cache_bytes / (tensors * s.C * element_bytes) / kMinTile * kMinTile;
+        const int64_t bounded = smaller(larger(fit, kMinTile), kMaxTile);
+        length = static_cast<int>(smaller(bounded, round_up(larger(s.S, 1), kLanes)));
+        chunk = length * larger(1, chunk_elements / (length * s.C));
         per_item = (s.S + chunk - 1) / chunk;
     }
     int64_t num_chunks() const { return shape.N * per_item; }
 
-    // body(n, first voxel in the item, count) for every tile of a chunk; no tile crosses a multiple of 2^32 voxels,
-    // where the second word of the noise's counter changes.
+    // body(tile, the one after it) for every tile of a chunk; no tile crosses a multiple of 2^32 voxels, where the second
+    // word of the noise's counter changes.
     template <class Body>
-    void for_tiles(int64_t index, const Body& body) const {
-        const int64_t n = index / per_item;
-        int64_t s = index % per_item * chunk;
-        const int64_t end = smaller(s + chunk, shape.S);
-        while (s < end) {
-            const int64_t to_boundary = (int64_t{1} << 32) - ((n * shape.S + s) & 0xffffffff);
-            const int64_t count = smaller(smaller(length, end - s), to_boundary);
-            body(n, s, static_cast<int>(count));
-            s += count;
+    CALSEG_MEMBER void for_tiles(int64_t index, const Body& body) const {
+        Span tile = span(index, index % per_item * chunk);
+        while (tile.count > 0) {
+            const Span next = span(index, tile.s + tile.count);
+            body(tile, next);
+            tile = next;
         }
+    }
+
+   private:
+    Span span(int64_t index, int64_t s) const {
+        const int64_t n = index / per_item, end = smaller((index % per_item + 1) * chunk, shape.S);
+        const int64_t to_boundary = (int64_t{1} << 32) - ((n * shape.S + s) & 0xffffffff);
+        return {n, s, static_cast<int>(smaller(smaller(length, end - s), to_boundary))};
     }
 };
 
@@ -88,82 +99,77 @@ class Scratch {
 
 // ---- dtypes ----
 
-CALSEG_INLINE float widen_bf16(uint16_t x) { return bits_float(static_cast<int32_t>(static_cast<uint32_t>(x) << 16)); }
+CALSEG_INLINE uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+CALSEG_INLINE float float_of(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+CALSEG_INLINE float widen_bf16(uint16_t x) { return float_of(static_cast<uint32_t>(x) << 16); }
 
 CALSEG_INLINE uint16_t narrow_bf16(float x) {  // round to nearest even; NaN stays NaN
-    uint32_t bits = static_cast<uint32_t>(float_bits(x));
-    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const uint32_t bits = bits_of(x), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     return static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
 }
 
 CALSEG_INLINE float widen_f16(uint16_t x) {
-    const uint32_t shifted = static_cast<uint32_t>(x & 0x7fffu) << 13;
     // Multiplying by 2^112 moves the exponent and makes subnormals right; Inf and NaN need theirs set.
-    float value = bits_float(static_cast<int32_t>(shifted)) * 0x1p112f;
-    uint32_t bits = static_cast<uint32_t>(float_bits(value));
+    uint32_t bits = bits_of(float_of(static_cast<uint32_t>(x & 0x7fffu) << 13) * 0x1p112f);
     bits = (x & 0x7c00u) == 0x7c00u ? (bits | 0x7f800000u) : bits;
-    return bits_float(static_cast<int32_t>(bits | static_cast<uint32_t>(x & 0x8000u) << 16));
+    return float_of(bits | static_cast<uint32_t>(x & 0x8000u) << 16);
 }
 
 CALSEG_INLINE uint16_t narrow_f16(float x) {  // round to nearest even
-    const uint32_t bits = static_cast<uint32_t>(float_bits(x)), sign = bits >> 16 & 0x8000u;
-    const uint32_t magnitude = bits & 0x7fffffffu;
-    // Adding a power of two with the right ulp rounds: normals at bit 13, subnormals at 2^-24.
+    const uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+    // Normals round at bit 13; adding 1/2 rounds subnormals at 2^-24.
     const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-    const uint32_t subnormal = static_cast<uint32_t>(float_bits(bits_float(static_cast<int32_t>(magnitude)) + 0.5f)) - 0x3f000000u;
+    const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
     uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
     result = magnitude >= 0x47800000u ? 0x7c00u : result;
     result = magnitude > 0x7f800000u ? 0x7e00u : result;
     return static_cast<uint16_t>(sign | result);
 }
 
-template <class T>
-void widen_row(T* CALSEG_RESTRICT to, const float* CALSEG_RESTRICT from, int count) {
-    for (int i = 0; i < count; ++i) to[i] = static_cast<T>(from[i]);
-}
-template <class T>
-void widen_row(T* CALSEG_RESTRICT to, const double* CALSEG_RESTRICT from, int count) {
-    for (int i = 0; i < count; ++i) to[i] = static_cast<T>(from[i]);
-}
-
 struct BF16 { uint16_t bits; };
 struct F16 { uint16_t bits; };
 
-template <class T>
-void widen_row(T* CALSEG_RESTRICT to, const BF16* CALSEG_RESTRICT from, int count) {
-    for (int i = 0; i < count; ++i) to[i] = static_cast<T>(widen_bf16(from[i].bits));
-}
-template <class T>
-void widen_row(T* CALSEG_RESTRICT to, const F16* CALSEG_RESTRICT from, int count) {
-    for (int i = 0; i < count; ++i) to[i] = static_cast<T>(widen_f16(from[i].bits));
-}
+CALSEG_INLINE float widened(float x) { return x; }
+CALSEG_INLINE double widened(double x) { return x; }
+CALSEG_INLINE float widened(BF16 x) { return widen_bf16(x.bits); }
+CALSEG_INLINE float widened(F16 x) { return widen_f16(x.bits); }
 
+template <class T>
+CALSEG_INLINE void narrow(float& to, T from) { to = static_cast<float>(from); }
+template <class T>
+CALSEG_INLINE void narrow(double& to, T from) { to = static_cast<double>(from); }
+template <class T>
+CALSEG_INLINE void narrow(BF16& to, T from) { to.bits = narrow_bf16(static_cast<float>(from)); }
+template <class T>
+CALSEG_INLINE void narrow(F16& to, T from) { to.bits = narrow_f16(static_cast<float>(from)); }
+
+// kLanes contiguous values
+template <class T, class From>
+CALSEG_INLINE void widen_lanes(T* to, const From* from) {
+    for (int i = 0; i < kLanes; ++i) to[i] = static_cast<T>(widened(from[i]));
+}
 template <class To, class T>
-void narrow_row(To* CALSEG_RESTRICT to, const T* CALSEG_RESTRICT from, int count) {
-    for (int i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);
+CALSEG_INLINE void narrow_lanes(To* to, const T* from) {
+    for (int i = 0; i < kLanes; ++i) narrow(to[i], from[i]);
 }
-template <class T>
-void narrow_row(BF16* CALSEG_RESTRICT to, const T* CALSEG_RESTRICT from, int count) {
-    for (int i = 0; i < count; ++i) to[i].bits = narrow_bf16(static_cast<float>(from[i]));
-}
-template <class T>
-void narrow_row(F16* CALSEG_RESTRICT to, const T* CALSEG_RESTRICT from, int count) {
-    for (int i = 0; i < count; ++i) to[i].bits = narrow_f16(static_cast<float>(from[i]));
-}
-
 #if defined(__F16C__)
-// GCC does not vectorise half precision by itself: the conversions of the processor, eight at a time.
-inline void widen_row(float* CALSEG_RESTRICT to, const F16* CALSEG_RESTRICT from, int count) {
-    int i = 0;
-    for (; i + 8 <= count; i += 8)
+// GCC does not vectorise half precision by itself: the processor's conversions, eight at a time.
+CALSEG_INLINE void widen_lanes(float* to, const F16* from) {
+    for (int i = 0; i < kLanes; i += 8)
         _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-    for (; i < count; ++i) to[i] = widen_f16(from[i].bits);
 }
-inline void narrow_row(F16* CALSEG_RESTRICT to, const float* CALSEG_RESTRICT from, int count) {
-    int i = 0;
-    for (; i + 8 <= count; i += 8)
+CALSEG_INLINE void narrow_lanes(F16* to, const float* from) {
+    for (int i = 0; i < kLanes; i += 8)
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
-    for (; i < count; ++i) to[i].bits = narrow_f16(from[i]);
 }
 #endif
 
@@ -203,95 +209,108 @@ CALSEG_INLINE int64_t dtype_bytes(DType dtype) {
 
 // ---- load ----
 
-// Rows [C][stride] <- voxels s .. s + count of item n; lanes up to `padded` become 0.
+// Class c of the blocks [C][kLanes] <- voxels of a span, where voxels are contiguous. The lanes beyond become 0.
 template <class T>
-void load_tile(T* CALSEG_RESTRICT to, int stride, const TensorView& view, int64_t n, int64_t s, int count, int padded, int64_t C) {
+void load_row(T* to, const TensorView& view, const Span& span, int64_t c, int64_t C) {
+    const int whole = span.count / kLanes, rest = span.count % kLanes;
     with_float_type(view.dtype, [&](auto* type) {
         using From = std::remove_pointer_t<decltype(type)>;
-        const From* from = static_cast<const From*>(view.data) + n * view.stride_n + s * view.stride_s;
-        if (view.stride_s == 1) {
-            for (int64_t c = 0; c < C; ++c) widen_row(to + c * stride, from + c * view.stride_c, count);
-        } else if (view.stride_c == 1) {
-            T voxel[kLanes];
-            for (int i = 0; i < count; ++i) {
-                const From* classes = from + i * view.stride_s;
-                for (int64_t c0 = 0; c0 < C; c0 += kLanes) {
-                    const int width = static_cast<int>(smaller(kLanes, C - c0));
-                    widen_row(voxel, classes + c0, width);
-                    for (int c = 0; c < width; ++c) to[(c0 + c) * stride + i] = voxel[c];
-                }
-            }
-        } else {
-            for (int64_t c = 0; c < C; ++c)
-                for (int i = 0; i < count; ++i) widen_row(to + c * stride + i, from + c * view.stride_c + i * view.stride_s, 1);
-        }
+        const From* row = static_cast<const From*>(view.data) + span.n * view.stride_n + c * view.stride_c + span.s;
+        T* block = to + c * kLanes;
+        for (int b = 0; b < whole; ++b, row += kLanes, block += C * kLanes) widen_lanes(block, row);
+        for (int i = 0; i < rest; ++i) block[i] = static_cast<T>(widened(row[i]));
+        if (rest) fill(block + rest, block + kLanes, T(0));
     });
-    if (padded > count)
-        for (int64_t c = 0; c < C; ++c) fill(to + c * stride + count, to + c * stride + padded, T(0));
 }
 
-// Ask for the next tile's rows while this one is computed: many short rows are too much for the hardware's streams.
-CALSEG_INLINE void prefetch_tile(const TensorView& view, int64_t n, int64_t s, int count, int64_t C) {
+// The same for all classes where voxels are not contiguous: voxel by voxel.
+template <class T>
+void load_voxels(T* to, const TensorView& view, const Span& span, int64_t C) {
+    with_float_type(view.dtype, [&](auto* type) {
+        using From = std::remove_pointer_t<decltype(type)>;
+        const int64_t step_c = view.stride_c, step_s = view.stride_s;
+        const From* from = static_cast<const From*>(view.data) + span.n * view.stride_n + span.s * step_s;
+        for (int i = 0; i < span.count; ++i) {
+            const From* voxel = from + i * step_s;
+            T* lane = to + i / kLanes * C * kLanes + i % kLanes;
+            if (step_c == 1)
+                for (int64_t c = 0; c < C; ++c) lane[c * kLanes] = static_cast<T>(widened(voxel[c]));
+            else
+                for (int64_t c = 0; c < C; ++c) lane[c * kLanes] = static_cast<T>(widened(voxel[c * step_c]));
+        }
+    });
+    if (const int rest = span.count % kLanes)
+        for (int64_t c = 0; c < C; ++c) {
+            T* block = to + (span.count / kLanes * C + c) * kLanes;
+            fill(block + rest, block + kLanes, T(0));
+        }
+}
+
+template <class T>
+void load_tile(T* to, const TensorView& view, const Span& span, int64_t C) {
+    if (view.stride_s != 1) return load_voxels(to, view, span, C);
+    for (int64_t c = 0; c < C; ++c) load_row(to, view, span, c, C);
+}
+
+// Ask for kLanes voxels from s on, all classes.
+CALSEG_INLINE void prefetch_block(const TensorView& view, int64_t n, int64_t s, int64_t C) {
 #if defined(__GNUC__)
-    const int64_t bytes = dtype_bytes(view.dtype);
-    const char* from = static_cast<const char*>(view.data) + (n * view.stride_n + s * view.stride_s) * bytes;
-    if (view.stride_s == 1) {
-        for (int64_t c = 0; c < C; ++c)
-            for (int64_t at = 0; at < count * bytes; at += 64) __builtin_prefetch(from + c * view.stride_c * bytes + at, 0, 3);
-    }
+    const int64_t bytes = dtype_bytes(view.dtype), step = view.stride_c * bytes;
+    const char* from = static_cast<const char*>(view.data) + (n * view.stride_n + s) * bytes;
+    for (int64_t c = 0; c < C; ++c) __builtin_prefetch(from + c * step, 0, 3);
 #else
-    (void)view, (void)n, (void)s, (void)count, (void)C;
+    (void)view, (void)n, (void)s, (void)C;
 #endif
 }
 
 // Labels of a tile: the class, or -1 where the voxel is ignored (padding included). Returns the number that count.
-inline int load_labels(int32_t* CALSEG_RESTRICT to, const Labels& labels, int64_t n, int64_t s, int count, int padded) {
-    int counted = count;
+inline int load_labels(int32_t* to, const Labels& labels, const Span& span) {
+    const int count = span.count;
+    const int padded = static_cast<int>(round_up(count, kLanes));
+    fill<int32_t>(to + count, to + padded, -1);
     if (!labels.view) {
         fill<int32_t>(to, to + count, 0);
-    } else {
-        counted = 0;
-        with_integer_type(labels.view.dtype, [&](auto* type) {
-            using From = std::remove_pointer_t<decltype(type)>;
-            const int64_t step = labels.view.stride_s, ignore = labels.ignore_index;
-            const From* from = static_cast<const From*>(labels.view.data) + n * labels.view.stride_n + s * step;
-            const int32_t keep = labels.is_mask ? 0 : -1;
-            if (step == 1) {
-                for (int i = 0; i < count; ++i)
-                    to[i] = static_cast<int64_t>(from[i]) == ignore ? -1 : static_cast<int32_t>(from[i]) & keep;
-            } else {
-                for (int i = 0; i < count; ++i)
-                    to[i] = static_cast<int64_t>(from[i * step]) == ignore ? -1 : static_cast<int32_t>(from[i * step]) & keep;
-            }
-        });
-        for (int i = 0; i < count; ++i) counted += to[i] >= 0;
+        return count;
     }
-    fill<int32_t>(to + count, to + padded, -1);
+    with_integer_type(labels.view.dtype, [&](auto* type) {
+        using From = std::remove_pointer_t<decltype(type)>;
+        const int64_t step = labels.view.stride_s, ignore = labels.ignore_index;
+        const From* from = static_cast<const From*>(labels.view.data) + span.n * labels.view.stride_n + span.s * step;
+        const int32_t keep = labels.is_mask ? 0 : -1;
+        if (step == 1)
+            for (int i = 0; i < count; ++i)
+                to[i] = static_cast<int64_t>(from[i]) == ignore ? -1 : static_cast<int32_t>(from[i]) & keep;
+        else
+            for (int i = 0; i < count; ++i)
+                to[i] = static_cast<int64_t>(from[i * step]) == ignore ? -1 : static_cast<int32_t>(from[i * step]) & keep;
+    });
+    int counted = 0;
+    for (int i = 0; i < count; ++i) counted += to[i] >= 0;
     return counted;
 }
 
 // What lies under an ignored voxel, NaN included, must not reach the arithmetic.
 template <class T>
-void clear_ignored(T* CALSEG_RESTRICT rows, int stride, const int32_t* CALSEG_RESTRICT labels, int padded, int64_t C) {
-    for (int64_t c = 0; c < C; ++c)
-        for (int i = 0; i < padded; ++i) rows[c * stride + i] = labels[i] < 0 ? T(0) : rows[c * stride + i];
+void clear_ignored(T* tile, const int32_t* labels, int count, int64_t C) {
+    for (int b = 0; b * kLanes < count; ++b)
+        for (int64_t c = 0; c < C; ++c)
+            for (int i = 0; i < kLanes; ++i) {
+                T& value = tile[(b * C + c) * kLanes + i];
+                value = labels[b * kLanes + i] < 0 ? T(0) : value;
+            }
 }
 
 // ---- store ----
 
-// Gradients are larger than the caches and not read again soon: streaming stores save reading each line first.
+// Results larger than the caches are not read again soon: streaming stores save reading each line first.
 constexpr int64_t kStreamBytes = 4 << 20;
-
-CALSEG_INLINE bool streams(const TensorView& view, const Shape& shape) {
-    return view && shape.voxels() * shape.C * dtype_bytes(view.dtype) >= kStreamBytes;
-}
 
 inline void stream_bytes(void* to, const void* from, int64_t bytes) {
     char* out = static_cast<char*>(to);
     const char* in = static_cast<const char*>(from);
 #if defined(__SSE2__)
     const int64_t head = smaller(-reinterpret_cast<intptr_t>(out) & 63, bytes);
-    std::memcpy(out, in, static_cast<size_t>(head));
+    if (head) std::memcpy(out, in, static_cast<size_t>(head));
     int64_t at = head;
     for (; at + 64 <= bytes; at += 64) {
 #if defined(__AVX512F__)
@@ -310,7 +329,7 @@ inline void stream_bytes(void* to, const void* from, int64_t bytes) {
     in += at;
     bytes -= at;
 #endif
-    std::memcpy(out, in, static_cast<size_t>(bytes));
+    if (bytes) std::memcpy(out, in, static_cast<size_t>(bytes));
 }
 
 // Streamed lines must be seen by whoever reads after the chunk.
@@ -320,52 +339,92 @@ CALSEG_INLINE void finish_streams() {
 #endif
 }
 
+// Class c of the blocks [C][kLanes] -> voxels of a span, where voxels are contiguous.
 template <class T>
-void store_row(const TensorView& view, int64_t n, int64_t c, int64_t s, int count, const T* CALSEG_RESTRICT from, bool stream) {
+void store_row(const TensorView& view, const Span& span, int64_t c, const T* from, int64_t C, bool stream) {
+    const int whole = span.count / kLanes, rest = span.count % kLanes;
     with_float_type(view.dtype, [&](auto* type) {
         using To = std::remove_pointer_t<decltype(type)>;
-        To* to = static_cast<To*>(view.data) + n * view.stride_n + c * view.stride_c + s * view.stride_s;
-        if (view.stride_s != 1) {
-            for (int i = 0; i < count; ++i) narrow_row(to + i * view.stride_s, from + i, 1);
-        } else if (!stream) {
-            narrow_row(to, from, count);
-        } else if (std::is_same<To, T>::value) {
-            stream_bytes(to, from, count * static_cast<int64_t>(sizeof(To)));
-        } else {
-            To row[kMaxTile];
-            narrow_row(row, from, count);
-            stream_bytes(to, row, count * static_cast<int64_t>(sizeof(To)));
+        To* row = static_cast<To*>(view.data) + span.n * view.stride_n + c * view.stride_c + span.s;
+        alignas(64) To staged[kMaxTile];  // the narrowed row, to be streamed in whole cache lines
+        To* out = stream ? staged : row;
+        const T* block = from + c * kLanes;
+        for (int b = 0; b < whole; ++b, block += C * kLanes) narrow_lanes(out + b * kLanes, block);
+        for (int i = 0; i < rest; ++i) narrow(out[whole * kLanes + i], block[i]);
+        if (stream) stream_bytes(row, staged, span.count * static_cast<int64_t>(sizeof(To)));
+    });
+}
+
+// The same for all classes where voxels are not contiguous: voxel by voxel.
+template <class T>
+void store_voxels(const TensorView& view, const Span& span, const T* from, int64_t C) {
+    with_float_type(view.dtype, [&](auto* type) {
+        using To = std::remove_pointer_t<decltype(type)>;
+        const int64_t step_c = view.stride_c, step_s = view.stride_s;
+        To* to = static_cast<To*>(view.data) + span.n * view.stride_n + span.s * step_s;
+        for (int i = 0; i < span.count; ++i) {
+            To* voxel = to + i * step_s;
+            const T* lane = from + i / kLanes * C * kLanes + i % kLanes;
+            if (step_c == 1)
+                for (int64_t c = 0; c < C; ++c) narrow(voxel[c], lane[c * kLanes]);
+            else
+                for (int64_t c = 0; c < C; ++c) narrow(voxel[c * step_c], lane[c * kLanes]);
         }
     });
 }
 
-// Rows [C][stride] -> voxels s .. s + count of item n.
 template <class T>
-void store_tile(const TensorView& view, int64_t n, int64_t s, int count, const T* CALSEG_RESTRICT from, int stride, int64_t C, bool stream) {
-    if (view.stride_c != 1 || view.stride_s == 1) {
-        for (int64_t c = 0; c < C; ++c) store_row(view, n, c, s, count, from + c * stride, stream);
-        return;
+void store_tile(const TensorView& view, const Span& span, const T* from, int64_t C, bool stream) {
+    if (view.stride_s != 1) return store_voxels(view, span, from, C);
+    for (int64_t c = 0; c < C; ++c) store_row(view, span, c, from, C, stream);
+}
+
+// The tiles of an input, each overwritten by that of a result (as a rule, the gradient of the input).
+//
+// While a tile is computed, the next one is asked for, block by block. Not with many classes: the rows of different
+// classes are a power of two apart in common volumes, share a few cache sets and would evict each other; then long rows,
+// read one after the other, are what the hardware's own prefetching likes.
+template <class T>
+class TensorTile {
+   public:
+    static int64_t bytes(int64_t C, int64_t length) { return Scratch::bytes<T>(C * length); }
+
+    // input, result: either may be absent
+    TensorTile(Scratch& scratch, const TensorView& input, const TensorView& result, const Shape& shape, int length)
+        : input_(input),
+          result_(result),
+          C_(shape.C),
+          stream_(result && shape.voxels() * shape.C * dtype_bytes(result.dtype) >= kStreamBytes),
+          prefetch_(input && input.stride_s == 1 && shape.C <= kPrefetchClasses),
+          tile_(scratch.take<T>(C_ * length)) {}
+    ~TensorTile() { finish_streams(); }
+
+    T* tile() { return tile_; }
+    T* block(int b) { return tile_ + b * C_ * kLanes; }
+
+    void begin(const Span& tile, const Span& next) {
+        if (input_) load_tile(tile_, input_, tile, C_);
+        next_ = next;
     }
-    with_float_type(view.dtype, [&](auto* type) {
-        using To = std::remove_pointer_t<decltype(type)>;
-        To* to = static_cast<To*>(view.data) + n * view.stride_n + s * view.stride_s;
-        T voxel[kLanes];
-        for (int i = 0; i < count; ++i)
-            for (int64_t c0 = 0; c0 < C; c0 += kLanes) {
-                const int width = static_cast<int>(smaller(kLanes, C - c0));
-                for (int c = 0; c < width; ++c) voxel[c] = from[(c0 + c) * stride + i];
-                narrow_row(to + i * view.stride_s + c0, voxel, width);
-            }
-    });
-}
+    // Called with every block.
+    CALSEG_MEMBER void prefetch_next(int b) {
+        if (prefetch_ && b * kLanes < next_.count) prefetch_block(input_, next_.n, next_.s + b * kLanes, C_);
+    }
+    void end(const Span& tile) {
+        if (result_) store_tile(result_, tile, tile_, C_, stream_);
+    }
 
-// A per-voxel row: loss out, or upstream gradient in.
-template <class T>
-void load_row(T* CALSEG_RESTRICT to, const TensorView& view, int64_t n, int64_t s, int count, int padded) {
-    load_tile(to, padded, view, n, s, count, padded, 1);
-}
+   private:
+    static constexpr int64_t kPrefetchClasses = 16;
 
-// The sum of a row in double: eight partial sums in a fixed order, so that it vectorises and never changes.
+    TensorView input_, result_;
+    int64_t C_;
+    bool stream_, prefetch_;
+    T* tile_;
+    Span next_;
+};
+
+// The sum of a row in double, in a fixed order; eight partial sums, so that it vectorises.
 template <class T>
 double sum_row(const T* row, int count) {
     double part[8] = {0, 0, 0, 0, 0, 0, 0, 0};

@@ -1,143 +1,169 @@
-// Elementary functions that compilers vectorise when they stand in a plain loop. float: polynomials good to 1 to 2 ulp;
-// double: the C library's. NaN and Inf keep their meaning. Compiled once per instruction set, hence internal linkage.
+// Elementary functions of kLanes voxels. float: polynomials good to 1 to 2 ulp; arrays: the C library's, lane by lane.
+// NaN and Inf keep their meaning.
+//
+// A polynomial is one long chain of dependent operations, and a processor looks ahead too little to overlap one chain
+// with the next. So functions take K vectors and go through their steps side by side (EACH): K chains in flight.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-
-#if defined(_MSC_VER)
-#define CALSEG_INLINE static __forceinline
-#define CALSEG_RESTRICT __restrict
-#else
-#define CALSEG_INLINE static inline __attribute__((always_inline))
-#define CALSEG_RESTRICT __restrict__
-#endif
+#include "cpu/simd.h"
 
 namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-CALSEG_INLINE int32_t float_bits(float x) {
-    int32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
+#define EACH for (int k = 0; k < K; ++k)
 
-CALSEG_INLINE float bits_float(int32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
+// ---- arrays ----
+
+template <class T, int K>
+CALSEG_INLINE void exp_nonpositive(Array<T> (&x)[K]) {
+    EACH for (auto& value : x[k].v) value = std::exp(value);
+}
+template <class T, int K>
+CALSEG_INLINE void exp_any(Array<T> (&x)[K]) {
+    exp_nonpositive(x);
+}
+template <class T>
+CALSEG_INLINE Array<T> log_positive(Array<T> x) {
+    for (auto& value : x.v) value = std::log(value);
     return x;
 }
+// K Box-Muller pairs from the words a and b (the noise contract): u1 = ((a >> 8) + 0.5) / 2^24, u2 = (b >> 8) / 2^24.
+template <class T, int K>
+CALSEG_INLINE void box_muller(const uint32_t* const (&a)[K], const uint32_t* const (&b)[K], Array<T> (&z0)[K], Array<T> (&z1)[K]) {
+    EACH for (int i = 0; i < kLanes; ++i) {
+        const T radius = std::sqrt(T(-2) * std::log((static_cast<T>(a[k][i] >> 8) + T(0.5)) * T(0x1p-24)));
+        const T angle = T(6.283185307179586476925) * (static_cast<T>(b[k][i] >> 8) * T(0x1p-24));
+        z0[k].v[i] = radius * std::cos(angle);
+        z1[k].v[i] = radius * std::sin(angle);
+    }
+}
+
+#if defined(CALSEG_NATIVE_FLOAT)
+
+// ---- float ----
 
 constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
 
-// exp(r) for |r| <= ln(2) / 2 (Cephes expf)
-CALSEG_INLINE float exp_polynomial(float r) {
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    return p * (r * r) + r + 1.0f;
+// x becomes exp(x - n ln 2), n the nearest integer to x / ln 2; t holds n in its low bits. Relative error 3e-9 before
+// rounding.
+template <int K>
+CALSEG_INLINE void exp_reduced(FloatVector (&x)[K], FloatVector (&t)[K]) {
+    FloatVector q[K], n[K];
+    EACH t[k] = x[k] * 1.44269504088896341f + kRoundMagic;
+    EACH n[k] = t[k] - kRoundMagic;
+    EACH x[k] = x[k] - n[k] * 0.693359375f;
+    EACH x[k] = x[k] + n[k] * 2.12194440e-4f;
+    EACH q[k] = x[k] * 1.381459639e-3f + 8.368717091e-3f;
+    EACH q[k] = q[k] * x[k] + 4.166838809e-2f;
+    EACH q[k] = q[k] * x[k] + 1.666652063e-1f;
+    EACH q[k] = q[k] * x[k] + 4.999999345e-1f;
+    EACH n[k] = x[k] * x[k];
+    EACH x[k] = q[k] * n[k] + x[k];
+    EACH x[k] = x[k] + 1.0f;
 }
 
-CALSEG_INLINE float exp_reduce(float x, int32_t& n_bits) {
-    float t = x * 1.44269504088896341f + kRoundMagic;
-    n_bits = float_bits(t);
-    float n = t - kRoundMagic;
-    return (x - n * 0.693359375f) + n * 2.12194440e-4f;
+// exp(x) for x <= 0
+template <int K>
+CALSEG_INLINE void exp_nonpositive(FloatVector (&x)[K]) {
+    FloatVector t[K];
+#if defined(__AVX512F__)
+    EACH x[k] = larger(broadcast<FloatVector>(-104.0f), x[k]);  // NaN stays: the second operand
+    exp_reduced(x, t);
+    EACH x[k] = _mm512_scalef_ps(x[k], t[k] - kRoundMagic);
+#else
+    FloatVector y[K];
+    EACH y[k] = larger(broadcast<FloatVector>(-87.33654f), x[k]);
+    exp_reduced(y, t);
+    EACH y[k] = y[k] * to_float_bits((to_int_bits(t[k]) + 127) << 23);
+    EACH x[k] = select(less(x[k], broadcast<FloatVector>(-87.33654f)), FloatVector{}, y[k]);  // below the smallest normal: 0
+#endif
 }
 
-// exp(x) for x <= 0; below the smallest normal number: 0
-CALSEG_INLINE float exp_nonpositive(float x) {
-    int32_t n_bits;
-    float p = exp_polynomial(exp_reduce(x, n_bits));
-    float scale = bits_float(static_cast<int32_t>(static_cast<uint32_t>(n_bits + 127) << 23));
-    float y = p * scale;
-    return x < -87.33654f ? 0.0f : y;
-}
-CALSEG_INLINE double exp_nonpositive(double x) { return std::exp(x); }
-
-// exp(x), any x; two factors, so that the result may be subnormal or infinite
-CALSEG_INLINE float exp_any(float x) {
-    x = x < -104.0f ? -104.0f : x;
-    x = x > 89.0f ? 89.0f : x;
-    int32_t n_bits;
-    float p = exp_polynomial(exp_reduce(x, n_bits));
-    int32_t n = static_cast<int32_t>(static_cast<uint32_t>(n_bits) << 9) >> 9;
-    int32_t half = n >> 1;
-    return p * bits_float((half + 127) << 23) * bits_float((n - half + 127) << 23);
-}
-CALSEG_INLINE double exp_any(double x) { return std::exp(x); }
-
-// log(1 + f) for 1 + f in [sqrt(1/2), sqrt(2)] (Cephes logf)
-CALSEG_INLINE float log1p_polynomial(float f) {
-    float p = 7.0376836292e-2f;
-    p = p * f - 1.1514610310e-1f;
-    p = p * f + 1.1676998740e-1f;
-    p = p * f - 1.2420140846e-1f;
-    p = p * f + 1.4249322787e-1f;
-    p = p * f - 1.6668057665e-1f;
-    p = p * f + 2.0000714765e-1f;
-    p = p * f - 2.4999993993e-1f;
-    p = p * f + 3.3333331174e-1f;
-    float z = f * f;
-    return p * f * z - 0.5f * z + f;
+// exp(x), any x
+template <int K>
+CALSEG_INLINE void exp_any(FloatVector (&x)[K]) {
+    FloatVector t[K];
+    EACH x[k] = larger(broadcast<FloatVector>(-104.0f), x[k]);
+    EACH x[k] = select(less(broadcast<FloatVector>(89.0f), x[k]), broadcast<FloatVector>(89.0f), x[k]);
+    exp_reduced(x, t);
+    EACH {
+        const IntVector n = (to_int_bits(t[k]) << 9) >> 9, half = n >> 1;
+        // two factors, so that the result may be subnormal or infinite
+        x[k] = x[k] * to_float_bits((half + 127) << 23) * to_float_bits((n - half + 127) << 23);
+    }
 }
 
-// x = m * 2^e with m in [sqrt(1/2), sqrt(2)); x > 0 and normal. Returns m - 1.
-CALSEG_INLINE float log_reduce(float x, float& e) {
-    int32_t bits = float_bits(x) - 0x3f3504f3;  // sqrt(1/2)
-    e = static_cast<float>(bits >> 23);
-    return bits_float((bits & 0x007fffff) + 0x3f3504f3) - 1.0f;
+// log(x) for normal x > 0, as log(2^e) + log(1 + f), 1 + f in [sqrt(1/2), sqrt(2)); NaN and Inf pass through.
+// Relative error 6e-9 before rounding.
+CALSEG_INLINE FloatVector log_positive(FloatVector x) {
+    const IntVector bits = to_int_bits(x) - 0x3f3504f3;  // sqrt(1/2)
+    const FloatVector e = convert(bits >> 23), f = to_float_bits((bits & 0x007fffff) + 0x3f3504f3) - 1.0f;
+    FloatVector p = f * -7.634429837e-2f + 1.276155034e-1f;
+    p = p * f - 1.316019507e-1f;
+    p = p * f + 1.420176247e-1f;
+    p = p * f - 1.662335648e-1f;
+    p = p * f + 2.000122667e-1f;
+    p = p * f - 2.500082106e-1f;
+    p = p * f + 3.333333171e-1f;
+    const FloatVector z = f * f;
+    const FloatVector log_m = p * f * z - 0.5f * z + f;
+    return select(less(x, broadcast<FloatVector>(INFINITY)), (log_m + e * -2.12194440e-4f) + e * 0.693359375f, x);
 }
 
-CALSEG_INLINE float log_sum(float e, float log_m) { return (log_m + e * -2.12194440e-4f) + e * 0.693359375f; }
+// As for arrays; the integers are kept as long as floats would round them.
+template <int K>
+CALSEG_INLINE void box_muller(const uint32_t* const (&a)[K], const uint32_t* const (&b)[K], FloatVector (&z0)[K], FloatVector (&z1)[K]) {
+    // -2 ln(u1) = -2 ln(2) e - 2 f + f^2 (1 - 2 f P(f)), with u1 = (1 + f) 2^e
+    FloatVector n[K], u[K], f[K], e[K], p[K], z[K];
+    IntVector bits[K];
+    EACH n[k] = convert((IntVector)(load<UintVector>(a[k]) >> 8));
+    EACH u[k] = n[k] + 0.5f;
+    EACH bits[k] = to_int_bits(u[k]) - (0x3f3504f3 + (24 << 23));
+    EACH e[k] = convert(bits[k] >> 23);
+    EACH f[k] = to_float_bits((bits[k] & 0x007fffff) + 0x3f3504f3) - 1.0f;
+    // n + 0.5 is rounded from 2^23 on, and near u1 = 1 that bit is what counts: f gets it back.
+    EACH f[k] = f[k] + ((n[k] - u[k]) + 0.5f) * 0x1p-24f;
+    EACH p[k] = f[k] * -1.740071989e-1f + 2.853495264e-1f;
+    EACH p[k] = p[k] * f[k] - 2.982957404e-1f;
+    EACH p[k] = p[k] * f[k] + 3.315517202e-1f;
+    EACH p[k] = p[k] * f[k] - 3.992612458e-1f;
+    EACH p[k] = p[k] * f[k] + 5.000267404e-1f;
+    EACH p[k] = p[k] * f[k] - 6.666782154e-1f;
+    EACH z[k] = f[k] * f[k];
+    EACH p[k] = p[k] * f[k] + 1.0f;
+    EACH e[k] = e[k] * -1.38629436f;
+    EACH e[k] = f[k] * -2.0f + e[k];
+    EACH p[k] = p[k] * z[k] + e[k];
+    EACH u[k] = square_root(p[k]);  // the radius
 
-// log(x) for normal x > 0; NaN and Inf pass through
-CALSEG_INLINE float log_positive(float x) {
-    float e;
-    float f = log_reduce(x, e);
-    float y = log_sum(e, log1p_polynomial(f));
-    return x < INFINITY ? y : x;
+    // u2 in turns is the word's first 24 bits; the two upper ones, rounded, count quadrants, and what is left, read as
+    // a signed number, is the angle within [-1/8, 1/8] of a turn: exact.
+    FloatVector t[K], sine[K], cosine[K];
+    UintVector turns[K];
+    EACH turns[k] = load<UintVector>(b[k]);
+    EACH t[k] = convert((IntVector)((turns[k] << 2) & ~0x3ffu)) * 3.657295198e-10f;  // (pi / 2) / 2^32
+    EACH turns[k] = turns[k] + 0x20000000u;
+    EACH z[k] = t[k] * t[k];
+    EACH sine[k] = z[k] * -1.9515295891e-4f + 8.3321608736e-3f;
+    EACH cosine[k] = z[k] * 2.443315711809948e-5f - 1.388731625493765e-3f;
+    EACH sine[k] = sine[k] * z[k] - 1.6666654611e-1f;
+    EACH cosine[k] = cosine[k] * z[k] + 4.166664568298827e-2f;
+    EACH sine[k] = sine[k] * z[k];
+    EACH cosine[k] = cosine[k] * z[k] - 0.5f;
+    EACH sine[k] = sine[k] * t[k] + t[k];
+    EACH cosine[k] = cosine[k] * z[k] + 1.0f;
+    EACH {
+        const auto even = equal((IntVector)(turns[k] & 0x40000000u), IntVector{});
+        const FloatVector c = select(even, cosine[k], sine[k]), s = select(even, sine[k], cosine[k]);
+        z0[k] = u[k] * to_float_bits(to_int_bits(c) ^ (IntVector)((turns[k] + 0x40000000u) & 0x80000000u));
+        z1[k] = u[k] * to_float_bits(to_int_bits(s) ^ (IntVector)(turns[k] & 0x80000000u));
+    }
 }
-CALSEG_INLINE double log_positive(double x) { return std::log(x); }
 
-// One Box-Muller pair from two words (the noise contract): u1 = ((a >> 8) + 0.5) / 2^24, u2 = (b >> 8) / 2^24.
-CALSEG_INLINE void box_muller(uint32_t a, uint32_t b, float& z0, float& z1) {
-    int32_t n1 = static_cast<int32_t>(a >> 8), n2 = static_cast<int32_t>(b >> 8);
-    // Near 1, u1 needs 25 bits: there u1 - 1 is taken from the integer's complement, exactly.
-    float e;
-    float f = log_reduce((static_cast<float>(n1) + 0.5f) * 0x1p-24f, e);
-    float minus_w = (static_cast<float>(n1 - 0xffffff) - 0.5f) * 0x1p-24f;
-    bool near_one = n1 >= 0xb504f4;  // u1 > sqrt(1/2)
-    f = near_one ? minus_w : f;
-    e = near_one ? 0.0f : e;
-    float radius = std::sqrt(-2.0f * log_sum(e, log1p_polynomial(f)));
+#endif
 
-    // u2 in turns: quadrant, and an exact remainder in [-1/8, 1/8] of a turn
-    int32_t quadrant = (n2 + (1 << 21)) >> 22;
-    float t = static_cast<float>(n2 - (quadrant << 22)) * 3.74507028e-7f;  // 2 pi / 2^24
-    float z = t * t;
-    float sine = ((-1.9515295891e-4f * z + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * t + t;
-    float cosine = ((2.443315711809948e-5f * z - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z -
-                   0.5f * z + 1.0f;
-    bool swap = (quadrant & 1) != 0;
-    float c = swap ? sine : cosine;
-    float s = swap ? cosine : sine;
-    int32_t c_sign = static_cast<int32_t>(static_cast<uint32_t>(quadrant + 1) << 30) & INT32_MIN;
-    int32_t s_sign = static_cast<int32_t>(static_cast<uint32_t>(quadrant) << 30) & INT32_MIN;
-    z0 = radius * bits_float(float_bits(c) ^ c_sign);
-    z1 = radius * bits_float(float_bits(s) ^ s_sign);
-}
-CALSEG_INLINE void box_muller(uint32_t a, uint32_t b, double& z0, double& z1) {
-    double radius = std::sqrt(-2.0 * std::log((static_cast<double>(a >> 8) + 0.5) * 0x1p-24));
-    double angle = 6.283185307179586476925 * (static_cast<double>(b >> 8) * 0x1p-24);
-    z0 = radius * std::cos(angle);
-    z1 = radius * std::sin(angle);
-}
+#undef EACH
 
 }  // namespace
 }  // namespace CALSEG_ISA

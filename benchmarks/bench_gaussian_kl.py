@@ -1,0 +1,28 @@
+"""KL divergence of a Gaussian over the logits from the standard normal, forward and backward.
+
+Byte model: read mu and logvar once, write two gradients once: ``4 * N * C * S * itemsize``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import eager as peers
+import pytest
+from harness import Case, Problem
+
+import calseg
+
+CASES = [
+    Case("gaussian_kl", classes, 96, labels="", compiled=classes == 4, memory=True, targets={"memory": 5})
+    for classes in (4, 32)
+]
+
+
+def build(case: Case) -> Problem:
+    return Problem(calseg.gaussian_kl, peers.gaussian_kl, (case.scores(), case.scores()), case.traffic(4, 0))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gaussian_kl(case: Case, measure: Callable[[Case], None]) -> None:
+    measure(case)

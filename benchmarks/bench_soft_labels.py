@@ -1,0 +1,49 @@
+"""Soft labels sampled from mu and logvar, blended with the labels (m = 4): forward; forward and backward.
+
+Byte model, forward: read mu, logvar and the labels, write the soft labels:
+``3 * N * C * S * itemsize + N * S * label itemsize``. Backward draws the noise again; it reads mu, logvar,
+the incoming gradient and the labels and writes two gradients, which adds
+``5 * N * C * S * itemsize + N * S * label itemsize``. Samples are counted once, though drawn twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import eager as peers
+import pytest
+import torch
+from harness import Case, Problem
+from torch import Tensor
+
+import calseg
+
+SAMPLES, ALPHA = 4, 0.1
+TARGETS = {"eager": 25, "ns": 0.7, "memory": 5}
+CASES = [
+    *(
+        Case("soft_labels", classes, edge, compiled=True, memory=True, targets={"compile": 25, **TARGETS})
+        for classes, edge in {2: 96, 4: 96, 14: 80, 32: 64}.items()
+    ),
+    Case("soft_labels_backward", 4, 96, memory=True),
+]
+
+
+def build(case: Case) -> Problem:
+    mu, logvar, target = case.scores(), case.scores(), case.target()
+
+    def ours(mu: Tensor, logvar: Tensor) -> Tensor:
+        return calseg.sample_soft_labels(mu, logvar, target, num_samples=SAMPLES, alpha=ALPHA)
+
+    def eager(mu: Tensor, logvar: Tensor) -> Tensor:
+        return peers.sample_soft_labels(mu, logvar, target, SAMPLES, ALPHA)
+
+    samples = SAMPLES * mu.numel()
+    if case.operation == "soft_labels":
+        return Problem(ours, eager, (mu, logvar), case.traffic(3), samples, backward=False)
+    return Problem(ours, eager, (mu, logvar), case.traffic(8, 2), samples, upstream=torch.randn_like(mu))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_soft_labels(case: Case, measure: Callable[[Case], None]) -> None:
+    measure(case)

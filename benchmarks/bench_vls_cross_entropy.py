@@ -1,0 +1,42 @@
+"""Cross-entropy on sampled soft labels plus KL (m = 4), forward and backward to logits, mu and logvar.
+
+Byte model: read logits, mu and logvar once, write their three gradients once, read the labels once:
+``6 * N * C * S * itemsize + N * S * label itemsize``. The noise is never in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import eager as peers
+import pytest
+from harness import Case, Problem
+from torch import Tensor
+
+import calseg
+
+SAMPLES, ALPHA = 4, 0.1
+TARGETS = {"eager": 25, "compile": 25, "ns": 0.7, "memory": 5}
+CASES = [
+    Case("vls_cross_entropy", classes, edge, compiled=True, memory=True, targets=TARGETS)
+    for classes, edge in {2: 96, 4: 96, 14: 80, 32: 64}.items()
+]
+
+
+def build(case: Case) -> Problem:
+    logits, mu, logvar, target = case.scores(), case.scores(), case.scores(), case.target()
+
+    def ours(logits: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+        return calseg.vls_cross_entropy(
+            logits, target, mu=mu, logvar=logvar, alpha=ALPHA, num_samples=SAMPLES
+        )
+
+    def eager(logits: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+        return peers.vls_cross_entropy(logits, mu, logvar, target, SAMPLES, ALPHA)
+
+    return Problem(ours, eager, (logits, mu, logvar), case.traffic(6), SAMPLES * mu.numel())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_vls_cross_entropy(case: Case, measure: Callable[[Case], None]) -> None:
+    measure(case)

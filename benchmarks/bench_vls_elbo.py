@@ -1,0 +1,39 @@
+"""The stage-1 objective in dense form (m = 4), forward and backward to mu and logvar.
+
+Byte model: read mu, logvar and the labels once, write two gradients once:
+``4 * N * C * S * itemsize + N * S * label itemsize``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import eager as peers
+import pytest
+from harness import Case, Problem
+from torch import Tensor
+
+import calseg
+
+SAMPLES = 4
+CASES = [
+    Case("vls_elbo", classes, edge, compiled=classes == 4, memory=True, targets={"memory": 5})
+    for classes, edge in {2: 96, 4: 96, 14: 80, 32: 64}.items()
+]
+
+
+def build(case: Case) -> Problem:
+    mu, logvar, target = case.scores(), case.scores(), case.target()
+
+    def ours(mu: Tensor, logvar: Tensor) -> Tensor:
+        return calseg.vls_elbo(mu, logvar, target, num_samples=SAMPLES)
+
+    def eager(mu: Tensor, logvar: Tensor) -> Tensor:
+        return peers.vls_elbo(mu, logvar, target, SAMPLES)
+
+    return Problem(ours, eager, (mu, logvar), case.traffic(4), SAMPLES * mu.numel())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_vls_elbo(case: Case, measure: Callable[[Case], None]) -> None:
+    measure(case)

@@ -1,0 +1,37 @@
+"""The peers: variational label smoothing as one writes it in plain PyTorch, with torch.randn noise."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sample_soft_labels(mu: Tensor, logvar: Tensor, target: Tensor, num_samples: int, alpha: float) -> Tensor:
+    """One noise sample at a time, which needs the least memory and time."""
+    sigma = (logvar / 2).exp()
+    total = torch.zeros_like(mu)
+    for _ in range(num_samples):
+        total = total + torch.softmax(mu + sigma * torch.randn_like(mu), 1)
+    onehot = torch.zeros_like(mu).scatter_(1, target.unsqueeze(1), 1.0)
+    return torch.lerp(onehot, total / num_samples, alpha)
+
+
+def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
+    """To the standard normal; sum over classes, mean over voxels."""
+    return 0.5 * (mu.square() + logvar.exp() - logvar - 1).sum(1).mean()
+
+
+def vls_cross_entropy(
+    logits: Tensor, mu: Tensor, logvar: Tensor, target: Tensor, num_samples: int, alpha: float
+) -> Tensor:
+    """F.cross_entropy with class probabilities, plus the KL."""
+    soft_labels = sample_soft_labels(mu, logvar, target, num_samples, alpha)
+    return F.cross_entropy(logits, soft_labels) + gaussian_kl(mu, logvar)
+
+
+def vls_elbo(mu: Tensor, logvar: Tensor, target: Tensor, num_samples: int) -> Tensor:
+    """Mean over the noise samples of F.cross_entropy, plus the KL."""
+    sigma = (logvar / 2).exp()
+    likelihood = sum(F.cross_entropy(mu + sigma * torch.randn_like(mu), target) for _ in range(num_samples))
+    return likelihood / num_samples + gaussian_kl(mu, logvar)

@@ -1,0 +1,188 @@
+// Vectors of kLanes voxels. float is a register of the instruction set (a GCC/Clang vector type, whose operators the
+// language gives); double, and everything on other compilers, is a plain array of the same length.
+// Compiled once per instruction set, hence internal linkage throughout, and no library templates.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#if defined(_MSC_VER)
+#define CALSEG_INLINE static __forceinline
+#define CALSEG_MEMBER __forceinline
+#else
+#define CALSEG_INLINE static inline __attribute__((always_inline))
+#define CALSEG_MEMBER inline __attribute__((always_inline))
+#endif
+
+namespace calseg {
+namespace CALSEG_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+// ---- arrays ----
+
+template <class T>
+struct Array {
+    T v[kLanes];
+    T& operator[](int i) { return v[i]; }
+    T operator[](int i) const { return v[i]; }
+};
+
+#define CALSEG_ARRAY_OPERATOR(op)                                            \
+    template <class T>                                                       \
+    CALSEG_INLINE Array<T> operator op(Array<T> a, Array<T> b) {             \
+        for (int i = 0; i < kLanes; ++i) a.v[i] = a.v[i] op b.v[i];          \
+        return a;                                                            \
+    }
+CALSEG_ARRAY_OPERATOR(+)
+CALSEG_ARRAY_OPERATOR(-)
+CALSEG_ARRAY_OPERATOR(*)
+CALSEG_ARRAY_OPERATOR(/)
+#undef CALSEG_ARRAY_OPERATOR
+
+#define CALSEG_ARRAY_COMPARISON(name, op)                                    \
+    template <class T>                                                       \
+    CALSEG_INLINE Array<bool> name(Array<T> a, Array<T> b) {                 \
+        Array<bool> r;                                                       \
+        for (int i = 0; i < kLanes; ++i) r.v[i] = a.v[i] op b.v[i];          \
+        return r;                                                            \
+    }
+CALSEG_ARRAY_COMPARISON(equal, ==)
+CALSEG_ARRAY_COMPARISON(less, <)
+#undef CALSEG_ARRAY_COMPARISON
+
+template <class T>
+CALSEG_INLINE Array<T> select(Array<bool> mask, Array<T> a, Array<T> b) {
+    for (int i = 0; i < kLanes; ++i) b.v[i] = mask.v[i] ? a.v[i] : b.v[i];
+    return b;
+}
+template <class T>
+CALSEG_INLINE Array<T> larger(Array<T> a, Array<T> b) {  // b where either is NaN
+    for (int i = 0; i < kLanes; ++i) b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+    return b;
+}
+template <class T>
+CALSEG_INLINE Array<T> square_root(Array<T> a) {
+    for (int i = 0; i < kLanes; ++i) a.v[i] = std::sqrt(a.v[i]);
+    return a;
+}
+
+// ---- the types of T ----
+
+template <class T>
+struct Vectors {
+    using F = Array<T>;        // values
+    using I = Array<int32_t>;  // labels
+    using M = Array<bool>;     // comparisons
+};
+
+#if defined(__GNUC__)
+#define CALSEG_NATIVE_FLOAT
+typedef float FloatVector __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntVector __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t UintVector __attribute__((vector_size(4 * kLanes)));
+
+#if defined(__AVX512F__)
+typedef __mmask16 MaskVector;
+CALSEG_INLINE MaskVector equal(IntVector a, IntVector b) { return _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b); }
+CALSEG_INLINE MaskVector less(IntVector a, IntVector b) { return _mm512_cmplt_epi32_mask((__m512i)a, (__m512i)b); }
+CALSEG_INLINE MaskVector equal(FloatVector a, FloatVector b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+CALSEG_INLINE MaskVector less(FloatVector a, FloatVector b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+CALSEG_INLINE FloatVector select(MaskVector m, FloatVector a, FloatVector b) { return _mm512_mask_blend_ps(m, b, a); }
+CALSEG_INLINE IntVector select(MaskVector m, IntVector a, IntVector b) {
+    return (IntVector)_mm512_mask_blend_epi32(m, (__m512i)b, (__m512i)a);
+}
+CALSEG_INLINE FloatVector larger(FloatVector a, FloatVector b) { return _mm512_max_ps(a, b); }
+CALSEG_INLINE FloatVector square_root(FloatVector a) { return _mm512_sqrt_ps(a); }
+#else
+typedef IntVector MaskVector;
+CALSEG_INLINE MaskVector equal(IntVector a, IntVector b) { return a == b; }
+CALSEG_INLINE MaskVector less(IntVector a, IntVector b) { return a < b; }
+CALSEG_INLINE MaskVector equal(FloatVector a, FloatVector b) { return a == b; }
+CALSEG_INLINE MaskVector less(FloatVector a, FloatVector b) { return a < b; }
+CALSEG_INLINE IntVector select(MaskVector m, IntVector a, IntVector b) { return (a & m) | (b & ~m); }
+#if defined(__AVX2__)
+CALSEG_INLINE FloatVector select(MaskVector m, FloatVector a, FloatVector b) { return _mm256_blendv_ps(b, a, (__m256)m); }
+CALSEG_INLINE FloatVector larger(FloatVector a, FloatVector b) { return _mm256_max_ps(a, b); }
+CALSEG_INLINE FloatVector square_root(FloatVector a) { return _mm256_sqrt_ps(a); }
+#else
+CALSEG_INLINE FloatVector select(MaskVector m, FloatVector a, FloatVector b) {
+    return (FloatVector)(((IntVector)a & m) | ((IntVector)b & ~m));
+}
+#if defined(__SSE2__)
+CALSEG_INLINE FloatVector larger(FloatVector a, FloatVector b) { return _mm_max_ps(a, b); }
+CALSEG_INLINE FloatVector square_root(FloatVector a) { return _mm_sqrt_ps(a); }
+#else
+CALSEG_INLINE FloatVector larger(FloatVector a, FloatVector b) { return select(b < a, a, b); }
+CALSEG_INLINE FloatVector square_root(FloatVector a) {
+    for (int i = 0; i < kLanes; ++i) a[i] = std::sqrt(a[i]);
+    return a;
+}
+#endif
+#endif
+#endif
+
+CALSEG_INLINE IntVector to_int_bits(FloatVector a) { return (IntVector)a; }
+CALSEG_INLINE FloatVector to_float_bits(IntVector a) { return (FloatVector)a; }
+CALSEG_INLINE FloatVector convert(IntVector a) { return __builtin_convertvector(a, FloatVector); }
+
+template <>
+struct Vectors<float> {
+    using F = FloatVector;
+    using I = IntVector;
+    using M = MaskVector;
+};
+#endif
+
+// ---- memory and constants, the same for both ----
+
+template <class V, class T>
+CALSEG_INLINE V load(const T* from) {
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+template <class V, class T>
+CALSEG_INLINE void store(T* to, V v) {
+    std::memcpy(to, &v, sizeof v);
+}
+template <class V>
+struct Broadcast;
+template <class T>
+struct Broadcast<Array<T>> {
+    static CALSEG_MEMBER Array<T> of(T x) {
+        Array<T> r;
+        for (auto& value : r.v) value = x;
+        return r;
+    }
+};
+#if defined(CALSEG_NATIVE_FLOAT)
+template <>
+struct Broadcast<FloatVector> {
+    static CALSEG_MEMBER FloatVector of(float x) { return x - FloatVector{}; }
+};
+template <>
+struct Broadcast<IntVector> {
+    static CALSEG_MEMBER IntVector of(int32_t x) { return x - IntVector{}; }
+};
+#endif
+template <class V, class T>
+CALSEG_INLINE V broadcast(T x) {
+    return Broadcast<V>::of(x);
+}
+
+}  // namespace
+}  // namespace CALSEG_ISA
+}  // namespace calseg

@@ -1,0 +1,160 @@
+"""Inputs, memory layouts, error bounds and the comparison with an oracle, which all tests of operations share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from calseg.ops import LABEL_DTYPES
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LABELS = LABEL_DTYPES
+# Around the widths of vectors, tiles and unrolled class loops.
+CLASSES = (1, 2, 3, 4, 5, 7, 8, 9, 14, 16, 17, 32, 33, 117)
+SIZES = (*range(1, 71), 127, 128, 129, 255, 256, 257, 511, 513, 1000, 1023, 1024, 1025, 1031, 2049)
+# [C], [N, C] and one to four spatial axes, for a number of classes.
+SHAPES: dict[str, Callable[[int], tuple[int, ...]]] = {
+    "C": lambda C: (C,),
+    "NC": lambda C: (19, C),
+    "NCW": lambda C: (2, C, 37),
+    "NCHW": lambda C: (3, C, 5, 7),
+    "NCDHW": lambda C: (2, C, 4, 3, 5),
+    "NCTDHW": lambda C: (2, C, 2, 3, 2, 3),
+}
+
+
+def id_of(value: object) -> str | None:
+    """Readable test names for dtypes."""
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+
+
+def scores(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0, scale: float = 2.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def voxels_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[:1] + shape[2:] if len(shape) > 1 else ()
+
+
+def labels(
+    shape: tuple[int, ...], *, dtype: torch.dtype = torch.int64, ignore_index: int | None = None, seed: int = 1
+) -> Tensor:
+    """Labels for scores of ``shape``; a fifth of them ``ignore_index``."""
+    generator = torch.Generator().manual_seed(seed)
+    classes, voxels = shape[1 if len(shape) > 1 else 0], voxels_of(shape)
+    target = torch.randint(0, classes, voxels, generator=generator)
+    if ignore_index is not None:
+        target = torch.where(torch.rand(voxels, generator=generator) < 0.2, ignore_index, target)
+    return target.to(dtype)
+
+
+def class_weights(classes: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return (torch.arange(classes) % 5 * 0.5 + 0.25).to(dtype)
+
+
+# ---- memory layouts: the same values, other strides ----
+
+
+def _padded(t: Tensor, axis: int) -> Tensor:
+    """A slice of a tensor that is longer along ``axis``."""
+    sizes = list(t.shape)
+    sizes[axis] += 3
+    return torch.full(sizes, torch.nan, dtype=t.dtype).narrow(axis, 1, t.shape[axis]).copy_(t)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1),
+    "sliced_channels": lambda t: _padded(t, 1),
+    "sliced_channels_last": lambda t: _padded(t.movedim(1, -1).contiguous(), -1).movedim(-1, 1),
+    "sliced_batch": lambda t: _padded(t, 0),
+    "every_second": lambda t: torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0],
+    "transposed_space": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "sliced_space": lambda t: _padded(t, -1),
+    "batch_inside": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "odd_offset": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
+    "negative_bit": lambda t: torch._neg_view(-t.contiguous()),
+}
+
+
+# ---- comparison ----
+
+
+class Result(NamedTuple):
+    value: Tensor
+    gradients: dict[str, Tensor]
+
+
+def upstream_of(value: Tensor) -> Tensor:
+    """1 for a scalar; else eighths in [-2, 2], which every dtype holds exactly."""
+    if value.dim() == 0:
+        return torch.ones_like(value)
+    generator = torch.Generator().manual_seed(5)
+    return (torch.randint(-16, 17, value.shape, generator=generator) / 8).to(value.dtype)
+
+
+def evaluate(function: Callable[..., Tensor], tensors: Mapping[str, Tensor]) -> Result:
+    """The value, and its gradients with respect to all ``tensors`` (zero where there is no path)."""
+    leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+    value = function(**leaves)
+    gradients = torch.autograd.grad(
+        value, list(leaves.values()), upstream_of(value), allow_unused=True, materialize_grads=True
+    )
+    return Result(value.detach(), dict(zip(leaves, gradients, strict=True)))
+
+
+def _rounding(truth: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half a unit in the last place of ``dtype``, subnormal numbers included."""
+    info = torch.finfo(dtype)
+    return 0.5 * info.eps * truth.abs().clamp(min=info.smallest_normal)
+
+
+def assert_accurate(actual: Tensor, truth: Tensor, *, ulps: float, scale: float = 0.0, what: str = "") -> None:
+    """``actual`` is ``truth`` (float64) to ``ulps`` of the arithmetic's dtype, rounded once to its own dtype.
+
+    One ulp is counted at the largest magnitude that went into a sum: the largest of ``truth``, at least ``scale``.
+    What is not finite must be the same.
+    """
+    assert actual.shape == truth.shape, f"{what}: shape {list(actual.shape)}, wanted {list(truth.shape)}"
+    dtype, got, truth = actual.dtype, actual.detach().double(), truth.detach().double()
+    finite = truth.to(dtype).isfinite()
+    different = got[~finite].nan_to_num(7e300, 8e300, 9e300) != truth[~finite].to(dtype).double().nan_to_num(
+        7e300, 8e300, 9e300
+    )
+    assert not different.any(), f"{what}: {got[~finite][different][0]}, wanted {truth[~finite][different][0]}"
+    if not finite.any():
+        return
+    got, truth = got[finite], truth[finite]
+    eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    bound = ulps * eps * max(scale, float(truth.abs().max())) + _rounding(truth, dtype)
+    error = (got - truth).abs()
+    worst = int((error / bound).nan_to_num(torch.inf).argmax())
+    assert bool((error <= bound).all()), (
+        f"{what}: {got[worst]}, wanted {truth[worst]}: error {error[worst]:.3g}, bound {bound[worst]:.3g} ({dtype})"
+    )
+
+
+def assert_matches(
+    function: Callable[..., Tensor],
+    oracle: Callable[..., Tensor],
+    tensors: Mapping[str, Tensor],
+    *,
+    ulps: float = 8,
+    grad_ulps: float | None = None,
+    scale: float = 0.0,
+    grad_scale: float = 0.0,
+) -> Result:
+    """Value and gradients of ``function`` against ``oracle`` in float64; dtypes and strides of gradients as expected."""
+    got, truth = evaluate(function, tensors), evaluate(oracle, {name: t.double() for name, t in tensors.items()})
+    assert_accurate(got.value, truth.value, ulps=ulps, scale=scale, what="value")
+    for name, gradient in got.gradients.items():
+        assert gradient.dtype == tensors[name].dtype
+        assert_accurate(
+            gradient, truth.gradients[name], ulps=ulps if grad_ulps is None else grad_ulps, scale=grad_scale,
+            what=f"gradient of {name}",
+        )  # fmt: skip
+    return got

@@ -1,0 +1,71 @@
+"""The method's formulas, one voxel and one number at a time, with nothing of calseg in them: the oracle's oracle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+M32 = 0xFFFFFFFF
+
+
+def philox(counter: Sequence[int], key: Sequence[int], rounds: int = 7) -> tuple[int, ...]:
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & M32, (p0 >> 32) ^ c3 ^ k1, p0 & M32
+        k0, k1 = (k0 + 0x9E3779B9) & M32, (k1 + 0xBB67AE85) & M32
+    return c0, c1, c2, c3
+
+
+def normal(seed: int, v: int, c: int, k: int, C: int) -> float:
+    """``eps(seed, v, c, k)``, section 6."""
+    Cp = C if C <= 2 else (C + 3) // 4 * 4
+    q, lane = divmod(k * Cp + c, 4)
+    seed %= 2**64
+    r = philox((v % 2**32, v // 2**32, q, 0), (seed % 2**32, seed // 2**32))
+    a, b = (r[0], r[1]) if lane < 2 else (r[2], r[3])
+    u1, u2 = ((a >> 8) + 0.5) * 2**-24, (b >> 8) * 2**-24
+    return math.sqrt(-2 * math.log(u1)) * (math.sin if lane % 2 else math.cos)(2 * math.pi * u2)
+
+
+def softmax(x: Sequence[float]) -> list[float]:
+    e = [math.exp(value - max(x)) for value in x]
+    return [value / sum(e) for value in e]
+
+
+class Voxel:
+    """Loss, KL and gradients of one voxel that counts: sections 2 to 4 (upstream gradients 1)."""
+
+    def __init__(
+        self, x, y, mu, logvar, v, *, weight=None, label_smoothing=0.0, alpha=0.1, temperature=1.0, num_samples=4,
+        beta=1.0, prior_mu=0.0, prior_logvar=0.0, seed=0,
+    ):  # fmt: skip
+        C, m, tau, ls = len(mu), num_samples, temperature, label_smoothing
+        classes = range(C)
+        w = weight or [1.0] * C
+        sigma = [math.exp(value / 2) for value in logvar]
+        eps = [[normal(seed, v, c, k, C) for c in classes] for k in range(m)]
+        nu = [[mu[c] + sigma[c] * eps[k][c] for c in classes] for k in range(m)]
+        s = [softmax([value / tau for value in nu[k]]) for k in range(m)]
+        self.estimate = [sum(s[k][c] for k in range(m)) / m for c in classes]
+        self.soft = [(1 - alpha) * (c == y) + alpha * self.estimate[c] for c in classes]
+        Yt = [(1 - ls) * self.soft[c] + ls / C for c in classes]
+        p = softmax(x)
+        self.loss = -sum(w[c] * Yt[c] * math.log(p[c]) for c in classes)
+        plv, pvar = prior_logvar, math.exp(prior_logvar)
+        self.kl = 0.5 * sum(
+            plv - logvar[c] + (math.exp(logvar[c]) + (mu[c] - prior_mu) ** 2) / pvar - 1 for c in classes
+        )
+        self.elbo = -sum(w[y] * math.log(softmax(nu[k])[y]) for k in range(m)) / m
+        W = sum(w[c] * Yt[c] for c in classes)
+        a = [-(1 - ls) * alpha * w[c] * math.log(p[c]) for c in classes]
+        dnu = [
+            [s[k][c] / (m * tau) * (a[c] - sum(a[j] * s[k][j] for j in classes)) for c in classes] for k in range(m)
+        ]
+        self.grad_x = [p[j] * W - w[j] * Yt[j] for j in classes]
+        self.grad_mu = [sum(dnu[k][c] for k in range(m)) + beta * (mu[c] - prior_mu) / pvar for c in classes]
+        self.grad_logvar = [
+            sum(dnu[k][c] * sigma[c] * eps[k][c] / 2 for k in range(m)) + beta * 0.5 * (math.exp(logvar[c]) / pvar - 1)
+            for c in classes
+        ]

@@ -1,0 +1,354 @@
+"""VLS: loss on sampled soft labels plus KL, and its three gradients, against the reference in float64."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    FLOATS,
+    LABELS,
+    LAYOUTS,
+    SHAPES,
+    SIZES,
+    assert_accurate,
+    assert_matches,
+    class_weights,
+    evaluate,
+    id_of,
+    labels,
+    scores,
+    upstream_of,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+import calseg
+
+REDUCTIONS = ("none", "mean", "sum")
+OPTIONS = [
+    {},
+    {"alpha": 0.6, "temperature": 0.5, "num_samples": 1},
+    {"alpha": 1.0, "temperature": 2.0, "num_samples": 3, "beta": 0.2, "prior_mu": 0.5, "prior_logvar": -1.0},
+    {"alpha": 0.3, "label_smoothing": 0.2, "beta": 0.0, "num_samples": 5, "seed": -9},
+    {"alpha": 0.0, "beta": 2.0},
+    {"alpha": 0.5, "weighted": True, "num_samples": 2, "beta": -0.5},
+    {"alpha": 0.0, "beta": 0.0, "weighted": True},
+]  # fmt: skip
+# float32: the noise is good to 1e-6 (8 ulp of 1), a softmax and a sum over samples follow
+ULPS = 48
+
+
+def gaussian(*shape: int, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+    return {
+        "input": scores(*shape, dtype=dtype),
+        "mu": scores(*shape, dtype=dtype, seed=1, scale=1.5),
+        "logvar": scores(*shape, dtype=dtype, seed=2, scale=0.8),
+    }
+
+
+def vls(target, backend, *, weighted=False, **options):
+    """The loss of a backend as a function of ``input, mu, logvar``."""
+    options = {"seed": 11, **options}
+
+    def function(input, mu, logvar):
+        C = input.shape[1 if input.dim() > 1 else 0]
+        weight = class_weights(C, input.dtype) if weighted else None
+        return calseg.vls_cross_entropy(input, target, weight, mu=mu, logvar=logvar, backend=backend, **options)
+
+    return function
+
+
+def against_reference(target, backend, tensors, *, ulps=ULPS, **options):
+    return assert_matches(
+        vls(target, backend, **options), vls(target, "reference", **options), tensors, ulps=ulps, scale=2.0
+    )
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("options", OPTIONS, ids=range(len(OPTIONS)))
+@pytest.mark.parametrize("C", [1, 2, 3, 4, 5, 14])
+def test_every_option(backend, C, options, reduction):
+    shape = (2, C, 6, 7)
+    for dtype, ignore_index in product((torch.float32, torch.float64), (-100, 0)):
+        target = labels(shape, ignore_index=ignore_index)
+        if C == 1 and ignore_index == 0:
+            continue
+        against_reference(
+            target, backend, gaussian(*shape, dtype=dtype), reduction=reduction, ignore_index=ignore_index, **options
+        )
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=id_of)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_every_shape_and_dtype(backend, shape, dtype, reduction):
+    """The voxel's index over [N, *S] picks its noise at every rank; low precision costs one rounding of the result."""
+    shape = shape(4)
+    against_reference(labels(shape), backend, gaussian(*shape, dtype=dtype), reduction=reduction, alpha=0.5)
+
+
+@pytest.mark.parametrize("C", [2, 3, 4, 7, 8, 16, 17, 33])
+def test_every_size(cpu, C):
+    """Sizes around vectors, tiles and chunks: of one batch item, a prefix has the same noise."""
+    longest = max(SIZES) if C < 8 else 129
+    tensors, target = gaussian(1, C, longest), labels((1, C, longest), ignore_index=-100)
+    options = {"reduction": "none", "alpha": 0.7, "num_samples": 3}
+    truth = evaluate(vls(target, "reference", **options), tensors)
+    upstream = upstream_of(truth.value)
+    for size in (s for s in SIZES if s <= longest):
+        leaves = {k: t[..., :size].float().contiguous().requires_grad_() for k, t in tensors.items()}
+        value = vls(target[..., :size].contiguous(), cpu, **options)(**leaves)
+        gradients = torch.autograd.grad(value, list(leaves.values()), upstream[..., :size].float())
+        assert_accurate(value, truth.value[..., :size], ulps=ULPS, scale=8.0, what=f"S={size}")
+        for name, gradient in zip(leaves, gradients, strict=True):
+            wanted = truth.gradients[name][..., :size]
+            assert_accurate(gradient, wanted, ulps=ULPS, scale=8.0, what=f"S={size}, {name}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts(cpu, layout):
+    """Every tensor in its own layout: the numbers of contiguous tensors, bit for bit."""
+    shape = (2, 5, 6, 7)
+    tensors, target = gaussian(*shape, dtype=torch.float32), labels(shape, ignore_index=-100)
+    function = vls(target, cpu, alpha=0.5, reduction="none")
+    wanted = evaluate(function, tensors)
+    for names in (("input",), ("mu",), ("logvar",), ("input", "mu", "logvar")):
+        got = evaluate(function, {k: layout(t) if k in names else t for k, t in tensors.items()})
+        assert torch.equal(got.value, wanted.value)
+        for name in tensors:
+            assert torch.equal(got.gradients[name], wanted.gradients[name]), name
+
+
+@pytest.mark.parametrize("dtype", LABELS, ids=id_of)
+def test_label_dtypes(backend, dtype):
+    shape = (2, 3, 5, 5)
+    target, tensors = labels(shape, ignore_index=100), gaussian(*shape)
+    wanted = evaluate(vls(target, "reference", ignore_index=100), tensors)
+    got = evaluate(vls(target.to(dtype)[:, None], backend, ignore_index=100), tensors)
+    assert_accurate(got.value, wanted.value, ulps=ULPS)
+
+
+def test_mixed_dtypes(backend):
+    """mu and logvar in float32 beside bfloat16 logits (the usual mixed-precision net): each gradient in its dtype."""
+    shape = (2, 3, 100)
+    tensors = gaussian(*shape, dtype=torch.float32)
+    tensors["input"] = tensors["input"].bfloat16()
+    against_reference(labels(shape), backend, tensors, alpha=0.5)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_nothing_of_an_ignored_voxel_counts(backend, reduction, bad):
+    shape = (2, 4, 7, 9)
+    tensors, target = gaussian(*shape, dtype=torch.float32), labels(shape, ignore_index=-100)
+    hole = (target == -100)[:, None].expand(shape)
+    function = vls(target, backend, reduction=reduction, alpha=0.5)
+    clean = evaluate(function, tensors)
+    soiled = evaluate(function, {k: t.masked_fill(hole, bad) for k, t in tensors.items()})
+    assert torch.equal(clean.value, soiled.value)
+    for name, gradient in soiled.gradients.items():
+        assert torch.count_nonzero(gradient[hole]) == 0, name
+        assert torch.equal(gradient, clean.gradients[name]), name
+    if reduction == "none":
+        assert torch.count_nonzero(soiled.value[target == -100]) == 0
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_all_ignored(backend, reduction, weighted):
+    got = evaluate(
+        vls(torch.full((2, 5), 7), backend, ignore_index=7, reduction=reduction, weighted=weighted),
+        gaussian(2, 3, 5, dtype=torch.float32),
+    )
+    assert bool(got.value.isnan().all()) == (reduction == "mean")
+    assert torch.count_nonzero(got.value.nan_to_num()) == 0
+    for gradient in got.gradients.values():
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 3, 0), (0, 3)], ids=str)
+def test_empty(backend, reduction, shape):
+    got = evaluate(vls(labels(shape), backend, reduction=reduction), gaussian(*shape))
+    wanted = F.cross_entropy(gaussian(*shape)["input"], labels(shape), reduction=reduction)
+    torch.testing.assert_close(got.value, wanted, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("place", ["input", "mu", "logvar"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_bad_number_reaches_the_loss(backend, place, bad):
+    tensors, target = gaussian(1, 3, 40, dtype=torch.float32), labels((1, 3, 40))
+    tensors[place][0, 1, 17] = bad
+    value = vls(target, backend, reduction="none", alpha=0.5)(**tensors)
+    assert not value[0, 17].isfinite()
+    assert value.isfinite().sum() == 39
+    assert not vls(target, backend, alpha=0.5)(**tensors).isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=id_of)
+def test_extreme_gaussians(backend, dtype):
+    """Means of 1e4, variances from 0 to 1e8, impossible classes where the estimate has no mass."""
+    rows = 12
+    tensors = gaussian(rows, 3, dtype=dtype)
+    tensors["mu"][0], tensors["mu"][1, 0], tensors["mu"][2, 0] = 1e4, 1e4, -1e4
+    tensors["logvar"][3], tensors["logvar"][4, 1], tensors["logvar"][5] = -1e4, -200.0, 18.0
+    tensors["input"][6, 0], tensors["input"][7] = 1e4, -1e4
+    target = torch.arange(rows) % 3
+    for temperature in (1.0, 0.01):
+        assert_matches(
+            *(vls(target, name, reduction="none", alpha=0.5, temperature=temperature, beta=1e-9)
+              for name in (backend, "reference")),
+            tensors,
+            # nu / temperature of 1e4 is known to 1e4 * eps
+            ulps=ULPS, scale=1e4 / temperature, grad_scale=1e4 / temperature,
+        )  # fmt: skip
+
+
+def test_impossible_class_without_mass(backend):
+    """Logit -inf where mu = -inf has left the estimate no mass, and the label is another: finite loss and gradients."""
+    tensors = gaussian(4, 3)
+    tensors["input"][:, 1], tensors["mu"][:, 1] = -torch.inf, -1e5
+    got = evaluate(vls(torch.tensor([0, 2, 0, 2]), backend, reduction="none", alpha=0.5, beta=0.0), tensors)
+    kept = {k: t[:, ::2] for k, t in tensors.items()}
+    assert bool(got.value.isfinite().all())
+    for name, gradient in got.gradients.items():
+        assert bool(gradient.isfinite().all()), name
+        assert torch.count_nonzero(gradient[:, 1]) == 0, name
+    eps_free = evaluate(
+        lambda input: F.cross_entropy(input, torch.tensor([0, 1, 0, 1]), reduction="none"), {"input": kept["input"]}
+    )
+    assert got.value.shape == eps_free.value.shape
+
+
+def test_without_gaussian_term_and_estimate_it_is_cross_entropy(backend):
+    """alpha = beta = 0: F.cross_entropy to the last bit of the plain path, and no gradient for mu and logvar."""
+    shape = (2, 3, 50)
+    tensors, target = gaussian(*shape, dtype=torch.float32), labels(shape)
+    plain = evaluate(lambda input: calseg.vls_cross_entropy(input, target, backend=backend), {"input": tensors["input"]})
+    got = evaluate(vls(target, backend, alpha=0.0, beta=0.0), tensors)
+    assert torch.equal(got.value, plain.value)
+    assert torch.equal(got.gradients["input"], plain.gradients["input"])
+    assert torch.count_nonzero(got.gradients["mu"]) == torch.count_nonzero(got.gradients["logvar"]) == 0
+
+
+def test_sampled_is_given_soft_labels_and_kl(backend):
+    """One fused call is sample_soft_labels, then cross-entropy on them, plus gaussian_kl."""
+    shape = (2, 4, 9, 5)
+    tensors, target = gaussian(*shape), labels(shape, ignore_index=-100)
+
+    def parts(input, mu, logvar):
+        soft = calseg.sample_soft_labels(mu, logvar, target, alpha=0.4, temperature=2.0, seed=11, backend=backend)
+        loss = calseg.vls_cross_entropy(input, target, soft_labels=soft, reduction="none", backend=backend)
+        kl = calseg.gaussian_kl(mu, logvar, reduction="none", backend=backend)
+        return loss + 0.5 * kl.where(target != -100, 0.0)
+
+    assert_matches(
+        vls(target, backend, alpha=0.4, temperature=2.0, beta=0.5, reduction="none"), parts, tensors, ulps=ULPS
+    )
+
+
+# ---- seeds ----
+
+
+def test_seeds(backend):
+    tensors, target = gaussian(2, 3, 50, dtype=torch.float32), labels((2, 3, 50))
+    loss = lambda seed: float(vls(target, backend, alpha=1.0, seed=seed)(**tensors))  # noqa: E731
+    assert loss(7) == loss(7) == loss(torch.tensor(7))
+    assert loss(-3) == loss(2**64 - 3) == loss(torch.tensor(-3))
+    assert len({loss(seed) for seed in (0, 1, 2**31, 2**32, 2**63, -1)}) == 6
+    torch.manual_seed(5)
+    first = [loss(None) for _ in range(3)]
+    torch.manual_seed(5)
+    assert [loss(None) for _ in range(3)] == first
+    assert len(set(first)) == 3
+    torch.manual_seed(5)
+    drawn = calseg.rng.draw_seed()
+    assert loss(drawn) == first[0]
+
+
+def test_every_backend_draws_the_same_seed():
+    tensors, target = gaussian(2, 3, 50), labels((2, 3, 50))
+    values = []
+    for backend in ("reference", None):
+        torch.manual_seed(9)
+        values.append(vls(target, backend, seed=None)(**tensors))
+    assert_accurate(values[1], values[0], ulps=ULPS)
+
+
+# ---- modules ----
+
+
+def test_modules_hold_the_options():
+    shape = (2, 3, 5, 5)
+    tensors, target, weight = gaussian(*shape), labels(shape), class_weights(3)
+    mu, logvar, input = tensors["mu"], tensors["logvar"], tensors["input"]
+    soft = torch.softmax(mu, 1)
+    vls_options = {"alpha": 0.3, "temperature": 2.0, "seed": 4, "label_smoothing": 0.1, "ignore_index": 2}
+    pairs = [
+        (calseg.VLSCrossEntropyLoss(weight, **vls_options)(input, target, mu=mu, logvar=logvar),
+         calseg.vls_cross_entropy(input, target, weight, mu=mu, logvar=logvar, **vls_options)),
+        (calseg.VLSCrossEntropyLoss(weight)(input, target, soft_labels=soft),
+         calseg.vls_cross_entropy(input, target, weight, soft_labels=soft)),
+        (calseg.SoftCrossEntropyLoss(weight, reduction="sum")(input, soft, ignore_mask=target == 0),
+         calseg.soft_cross_entropy(input, soft, weight, reduction="sum", ignore_mask=target == 0)),
+        (calseg.VLSElboLoss(weight, seed=2, beta=0.1)(mu, logvar, target),
+         calseg.vls_elbo(mu, logvar, target, weight, seed=2, beta=0.1)),
+        (calseg.GaussianKLLoss(prior_mu=1.0)(mu, logvar), calseg.gaussian_kl(mu, logvar, 1.0)),
+    ]  # fmt: skip
+    for module, function in pairs:
+        assert torch.equal(module, function)
+
+
+def test_module_weight_and_repr():
+    loss = calseg.VLSCrossEntropyLoss(class_weights(3), alpha=0.3)
+    assert loss.state_dict() == {}
+    assert loss.to(torch.float32).weight.dtype == torch.float32
+    assert repr(loss) == "VLSCrossEntropyLoss(alpha=0.3)"
+    for module in (calseg.VLSCrossEntropyLoss, calseg.SoftCrossEntropyLoss, calseg.VLSElboLoss, calseg.GaussianKLLoss):
+        with pytest.raises(TypeError, match=rf"{module.__name__}: unknown option 'alhpa', wanted some of .*reduction"):
+            module(alhpa=0.3)
+
+
+# ---- memory ----
+
+
+def test_memory_does_not_grow_with_the_samples(peak_growth):
+    """64 samples of 8 MiB of logits: gradients of 3 x 8 MiB, and nothing of 64 x 8 MiB."""
+    shape, mib = (1, 4, 128, 64, 64), 2**20
+    tensors = {k: t.requires_grad_() for k, t in gaussian(*shape, dtype=torch.float32).items()}
+    target = labels(shape, dtype=torch.uint8)
+    for num_samples, bound in ((1, 64 * mib), (64, 64 * mib)):
+        run = lambda m=num_samples: vls(target, "cpu", num_samples=m)(**tensors).backward()  # noqa: E731
+        assert peak_growth(run) < bound, num_samples
+
+
+# ---- the argument space ----
+
+
+@given(data=st.data())
+def test_any_arguments(backend, data):
+    draw = data.draw
+    C = draw(st.integers(1, 18), label="C")
+    space = draw(st.lists(st.integers(1, 9), max_size=3), label="space")
+    shape = (draw(st.integers(1, 4), label="N"), C, *space)
+    dtype = draw(st.sampled_from(FLOATS), label="dtype")
+    options = {
+        "reduction": draw(st.sampled_from(REDUCTIONS), label="reduction"),
+        "label_smoothing": draw(st.sampled_from((0.0, 0.05, 1.0)), label="label_smoothing"),
+        "alpha": draw(st.sampled_from((0.0, 0.1, 1.0)), label="alpha"),
+        "temperature": draw(st.sampled_from((0.5, 1.0, 3.0)), label="temperature"),
+        "num_samples": draw(st.integers(1, 9), label="num_samples"),
+        "beta": draw(st.sampled_from((0.0, 0.01, 1.0)), label="beta"),
+        "prior_logvar": draw(st.sampled_from((0.0, -1.0)), label="prior_logvar"),
+        "seed": draw(st.integers(-(2**63), 2**64 - 1), label="seed"),
+    }
+    target = labels(shape, ignore_index=-100)
+    count = max(1, int((target != -100).sum())) if options["reduction"] == "mean" else 1
+    tensors = gaussian(*shape, dtype=dtype)
+    assert_matches(
+        *(vls(target, name, **options) for name in (backend, "reference")), tensors, ulps=ULPS,
+        scale=32.0, grad_scale=16.0 / count,
+    )  # fmt: skip
