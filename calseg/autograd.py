@@ -1,7 +1,8 @@
-"""The ``torch.autograd.Function``s, one per operation of the native engines.
+"""The ``torch.autograd.Function``s of the native engines.
 
-A reduced loss makes its gradients in the forward pass, while each tile is in cache; backward hands them out. With
-``reduction="none"`` the upstream gradient differs per voxel: backward runs the kernel again, with it.
+A reduced loss makes its gradients in the forward pass, while each tile is in cache; backward hands them out. Where the
+upstream gradient differs per voxel (``reduction="none"``), or the gradient is to go where the logits are, backward runs
+the kernel again.
 """
 
 from __future__ import annotations
@@ -13,9 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from calseg import ops
-from calseg.ops import Gaussian, Labels
-
-Gradients = tuple[Tensor | None, ...]
+from calseg.ops import Labels, Sampling
 
 
 class _OnceDifferentiable(Function):
@@ -32,237 +31,139 @@ class _OnceDifferentiable(Function):
         )
 
 
-def _guarded(gradients: Gradients) -> Gradients:
+def _guarded(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     """In a pass with ``create_graph=True``, gradients that refuse to be differentiated again."""
     if not torch.is_grad_enabled():
         return gradients
     return tuple(None if g is None else _OnceDifferentiable.apply(g.detach().requires_grad_()) for g in gradients)
 
 
-def _graph_is_kept() -> bool:
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
 
-def _scaled(gradients: tuple[Tensor, ...], grad_output: Tensor) -> tuple[Tensor, ...]:
-    """Saved gradients times the scalar upstream gradient; in place where nobody will want them again."""
-    factor = grad_output.item()
-    if factor == 1.0:
-        return gradients
-    if _graph_is_kept():
-        return tuple(gradient * factor for gradient in gradients)
-    return tuple(gradient.mul_(factor) for gradient in gradients)
+class Loss(Function):
+    """``(spec, reuse_logits, places, *tensors) -> loss``, every loss of :class:`calseg.ops.Loss`.
 
-
-def _empties(tensors: tuple[Tensor | None, ...], needed: tuple[bool, ...]) -> Gradients:
-    return tuple(
-        ops.empty_like(tensor) if need and tensor is not None else None
-        for tensor, need in zip(tensors, needed, strict=True)
-    )
-
-
-def _spread(values: tuple[Tensor, ...], present: tuple[bool, ...]) -> Gradients:
-    """Puts saved tensors back to the places they came from."""
-    it = iter(values)
-    return tuple(next(it) if here else None for here in present)
-
-
-class CrossEntropy(Function):
-    """``(logits, soft_labels, labels, weight, options, reuse_logits) -> loss``."""
+    ``tensors`` are those of logits, soft labels, mu and logvar that there are, ``places`` which of the four they are:
+    every argument of a Function costs time, and small losses have none to spare.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        soft_labels: Tensor | None,
-        labels: Labels | None,
-        weight: Tensor | None,
-        options: dict[str, Any],
-        reuse_logits: bool,
-    ) -> Tensor:
-        ctx.options, ctx.labels_meta, ctx.reuse_logits = options, None if labels is None else labels[1:], reuse_logits
-        ctx.later = options["reduction"] == "none" or reuse_logits
-        if ctx.later:
-            saved = (logits, soft_labels, None if labels is None else labels.tensor, weight)
-            ctx.present = tuple(t is not None for t in saved)
-            ctx.save_for_backward(*(t for t in saved if t is not None))
-            return ops.cross_entropy(logits, soft_labels, labels, weight, **options)
-        needed = ctx.needs_input_grad[:2]
-        gradients = _empties((logits, soft_labels), needed)
-        loss = ops.cross_entropy(
-            logits, soft_labels, labels, weight, grad_logits=gradients[0], grad_soft_labels=gradients[1], **options
+    def forward(ctx: Any, spec: ops.Loss, reuse_logits: bool, places: tuple[int, ...], *tensors: Tensor) -> Tensor:
+        ctx.places = places
+        inputs = _placed(places, tensors)
+        if reuse_logits or spec.reduction == "none":
+            ctx.spec, ctx.reuse_logits, ctx.gradients = spec, reuse_logits, None
+            label_tensor = None if spec.labels is None else spec.labels.tensor
+            ctx.save_for_backward(label_tensor, spec.weight, *tensors)
+            return ops.loss(spec, *inputs)
+        needed = ctx.needs_input_grad
+        # Kept on ctx, not saved: nobody else sees them, so they can be handed over, not copied.
+        ctx.gradients = gradients = tuple(
+            [ops.empty_like(tensor) if needed[3 + i] else None for i, tensor in enumerate(tensors)]
         )
-        ctx.present = tuple(g is not None for g in gradients)
-        ctx.save_for_backward(*(g for g in gradients if g is not None))
-        return loss
+        return ops.loss(spec, *inputs, _placed(places, gradients))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad_output,) = grad_outputs
-        if not ctx.later:
-            gradients = _spread(_scaled(ctx.saved_tensors, grad_output), ctx.present)
-            return (*_guarded(gradients), None, None, None, None)
-        logits, soft_labels, label_tensor, weight = _spread(ctx.saved_tensors, ctx.present)
-        assert logits is not None
-        labels = None if label_tensor is None else Labels(label_tensor, *ctx.labels_meta)
-        in_place = ctx.reuse_logits and not _graph_is_kept()
-        grad_logits, grad_soft = _empties((logits, soft_labels), (ctx.needs_input_grad[0] and not in_place, ctx.needs_input_grad[1]))
-        if in_place:
-            grad_logits = logits.detach()
-        ops.cross_entropy(
-            logits, soft_labels, labels, weight, grad_output=grad_output.expand(ops.voxel_shape(logits)),
-            grad_logits=grad_logits, grad_soft_labels=grad_soft, **ctx.options,
-        )  # fmt: skip
-        if in_place:  # whoever saved the logits for its own backward is told, as by any in-place operation
-            torch.autograd.graph.increment_version(logits)
-        return (*_guarded((grad_logits, grad_soft)), None, None, None, None)
+        gradients = ctx.gradients
+        if gradients is None:
+            return None, None, None, *_guarded(*_gradients_now(ctx, grad_output))
+        if not gradients:
+            raise RuntimeError(
+                "Trying to backward through the graph a second time (or directly access saved tensors after they have "
+                "already been freed). Specify retain_graph=True if you need to backward through the graph a second "
+                "time."
+            )
+        factor = grad_output.item()
+        if _graph_is_kept():
+            return None, None, None, *_guarded(*(None if g is None else g * factor for g in gradients))
+        ctx.gradients = ()
+        if factor != 1.0:  # in place: nobody wants the unscaled ones again
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(factor)
+        return None, None, None, *gradients
 
 
-class VLSCrossEntropy(Function):
-    """``(logits, mu, logvar, labels, weight, sampling, options, reuse_logits) -> loss``."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        mu: Tensor,
-        logvar: Tensor,
-        labels: Labels,
-        weight: Tensor | None,
-        sampling: tuple[Any, ...],
-        options: dict[str, Any],
-        reuse_logits: bool,
-    ) -> Tensor:
-        gaussian = Gaussian(mu, logvar, *sampling)
-        ctx.options, ctx.labels_meta, ctx.reuse_logits = options, labels[1:], reuse_logits
-        ctx.sampling = sampling
-        ctx.later = options["reduction"] == "none" or reuse_logits
-        if ctx.later:
-            saved = (logits, mu, logvar, labels.tensor, weight)
-            ctx.present = tuple(t is not None for t in saved)
-            ctx.save_for_backward(*(t for t in saved if t is not None))
-            return ops.vls_cross_entropy(logits, gaussian, labels, weight, **options)
-        gradients = _empties((logits, mu, logvar), ctx.needs_input_grad[:3])
-        loss = ops.vls_cross_entropy(
-            logits, gaussian, labels, weight, grad_logits=gradients[0], grad_mu=gradients[1], grad_logvar=gradients[2],
-            **options,
-        )  # fmt: skip
-        ctx.present = tuple(g is not None for g in gradients)
-        ctx.save_for_backward(*(g for g in gradients if g is not None))
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        (grad_output,) = grad_outputs
-        if not ctx.later:
-            gradients = _spread(_scaled(ctx.saved_tensors, grad_output), ctx.present)
-            return (*_guarded(gradients), None, None, None, None, None)
-        logits, mu, logvar, label_tensor, weight = _spread(ctx.saved_tensors, ctx.present)
-        assert logits is not None and mu is not None and logvar is not None and label_tensor is not None
-        in_place = ctx.reuse_logits and not _graph_is_kept()
-        needs_logits, needs_mu, needs_logvar = ctx.needs_input_grad[:3]
-        grad_logits, grad_mu, grad_logvar = _empties(
-            (logits, mu, logvar), (needs_logits and not in_place, needs_mu, needs_logvar)
-        )
-        if in_place:
-            grad_logits = logits.detach()
-        ops.vls_cross_entropy(
-            logits, Gaussian(mu, logvar, *ctx.sampling), Labels(label_tensor, *ctx.labels_meta), weight,
-            grad_output=grad_output.expand(ops.voxel_shape(logits)), grad_logits=grad_logits, grad_mu=grad_mu,
-            grad_logvar=grad_logvar, **ctx.options,
-        )  # fmt: skip
-        if in_place:
-            torch.autograd.graph.increment_version(logits)
-        return (*_guarded((grad_logits, grad_mu, grad_logvar)), None, None, None, None, None)
+def _placed(places: tuple[int, ...], tensors: tuple[Tensor | None, ...]) -> ops.Gradients:
+    """(logits, soft labels, mu, logvar), None where there is none."""
+    if places == (0,):
+        return tensors[0], None, None, None
+    placed: list[Tensor | None] = [None] * 4
+    for place, tensor in zip(places, tensors, strict=True):
+        placed[place] = tensor
+    return placed[0], placed[1], placed[2], placed[3]
 
 
-class VLSElbo(Function):
-    """``(mu, logvar, labels, weight, sampling, options) -> loss``; ``labels`` None: the KL term alone."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        mu: Tensor,
-        logvar: Tensor,
-        labels: Labels | None,
-        weight: Tensor | None,
-        sampling: tuple[Any, ...],
-        options: dict[str, Any],
-    ) -> Tensor:
-        ctx.options, ctx.labels_meta, ctx.sampling = options, None if labels is None else labels[1:], sampling
-        ctx.later = options["reduction"] == "none"
-        if ctx.later:
-            saved = (mu, logvar, None if labels is None else labels.tensor, weight)
-            ctx.present = tuple(t is not None for t in saved)
-            ctx.save_for_backward(*(t for t in saved if t is not None))
-            return ops.elbo_or_kl(Gaussian(mu, logvar, *sampling), labels, weight, **options)
-        gradients = _empties((mu, logvar), ctx.needs_input_grad[:2])
-        loss = ops.elbo_or_kl(
-            Gaussian(mu, logvar, *sampling), labels, weight, grad_mu=gradients[0], grad_logvar=gradients[1], **options
-        )
-        ctx.present = tuple(g is not None for g in gradients)
-        ctx.save_for_backward(*(g for g in gradients if g is not None))
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        (grad_output,) = grad_outputs
-        if not ctx.later:
-            gradients = _spread(_scaled(ctx.saved_tensors, grad_output), ctx.present)
-            return (*_guarded(gradients), None, None, None, None)
-        mu, logvar, label_tensor, weight = _spread(ctx.saved_tensors, ctx.present)
-        assert mu is not None and logvar is not None
-        labels = None if label_tensor is None else Labels(label_tensor, *ctx.labels_meta)
-        grad_mu, grad_logvar = _empties((mu, logvar), ctx.needs_input_grad[:2])
-        ops.elbo_or_kl(
-            Gaussian(mu, logvar, *ctx.sampling), labels, weight, grad_output=grad_output, grad_mu=grad_mu,
-            grad_logvar=grad_logvar, **ctx.options,
-        )  # fmt: skip
-        return (*_guarded((grad_mu, grad_logvar)), None, None, None, None)
+def _gradients_now(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
+    """The gradients for an upstream gradient per voxel; that of the logits in their place if it may."""
+    label_tensor, weight, *tensors = ctx.saved_tensors
+    spec = ctx.spec
+    if label_tensor is not None:
+        spec = spec._replace(labels=spec.labels._replace(tensor=label_tensor), weight=weight)
+    in_place = ctx.reuse_logits and not _graph_is_kept()
+    gradients: list[Tensor | None] = []
+    for i, tensor in enumerate(tensors):
+        if in_place and i == 0:
+            gradients.append(tensor.detach())
+        else:
+            gradients.append(ops.empty_like(tensor) if ctx.needs_input_grad[3 + i] else None)
+    upstream = grad_output.expand(ops.voxel_shape(tensors[0]))
+    ops.loss(spec, *_placed(ctx.places, tensors), _placed(ctx.places, tuple(gradients)), upstream)
+    if in_place:  # whoever saved the logits for its own backward is told, as by any in-place operation
+        torch.autograd.graph.increment_version(tensors[0])
+    return gradients
 
 
 class SampleSoftLabels(Function):
-    """``(mu, logvar, labels, sampling, alpha) -> soft labels``; backward draws the same noise again."""
+    """``(labels, sampling, alpha, mu, logvar) -> soft labels``; backward draws the same noise again."""
 
     @staticmethod
     def forward(
-        ctx: Any, mu: Tensor, logvar: Tensor, labels: Labels | None, sampling: tuple[Any, ...], alpha: float
+        ctx: Any, labels: Labels | None, sampling: Sampling, alpha: float, mu: Tensor, logvar: Tensor
     ) -> Tensor:
-        ctx.labels_meta, ctx.sampling, ctx.alpha = None if labels is None else labels[1:], sampling, alpha
-        ctx.save_for_backward(mu, logvar, *(() if labels is None else (labels.tensor,)))
-        return ops.sample_soft_labels(Gaussian(mu, logvar, *sampling), labels, alpha=alpha)
+        ctx.labels, ctx.sampling, ctx.alpha = labels, sampling, alpha
+        ctx.save_for_backward(mu, logvar, None if labels is None else labels.tensor)
+        return ops.sample_soft_labels(mu, logvar, labels, sampling, alpha)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad_output,) = grad_outputs
-        mu, logvar, *rest = ctx.saved_tensors
-        labels = Labels(rest[0], *ctx.labels_meta) if rest else None
-        grad_mu, grad_logvar = _empties((mu, logvar), ctx.needs_input_grad[:2])
+        mu, logvar, label_tensor = ctx.saved_tensors
+        labels = None if label_tensor is None else ctx.labels._replace(tensor=label_tensor)
+        _, _, _, *needed = ctx.needs_input_grad
+        grad_mu, grad_logvar = (
+            ops.empty_like(t) if need else None for t, need in zip((mu, logvar), needed, strict=True)
+        )
         ops.sample_soft_labels_backward(
-            Gaussian(mu, logvar, *ctx.sampling), labels, grad_output, alpha=ctx.alpha, grad_mu=grad_mu,
-            grad_logvar=grad_logvar,
-        )  # fmt: skip
-        return (*_guarded((grad_mu, grad_logvar)), None, None, None)
+            mu, logvar, labels, ctx.sampling, ctx.alpha, grad_output, (grad_mu, grad_logvar)
+        )
+        return None, None, None, *_guarded(grad_mu, grad_logvar)
 
 
 class AccumulateSoftmax(Function):
-    """``(total, logits, temperature) -> total``, which is updated in place."""
+    """``(total, logits, labels, temperature) -> total``, which is updated in place."""
 
     @staticmethod
-    def forward(ctx: Any, total: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    def forward(ctx: Any, total: Tensor, logits: Tensor, labels: Labels | None, temperature: float) -> Tensor:
         ctx.mark_dirty(total)
-        ctx.save_for_backward(logits)
-        ctx.temperature = temperature
-        ops.accumulate_softmax(total, logits, temperature=temperature)
+        ctx.save_for_backward(logits, None if labels is None else labels.tensor)
+        ctx.labels, ctx.temperature = labels, temperature
+        ops.accumulate_softmax(total, logits, temperature)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad_output,) = grad_outputs
-        (logits,) = ctx.saved_tensors
+        logits, label_tensor = ctx.saved_tensors
         gradient = None
         if ctx.needs_input_grad[1]:
-            gradient = ops.accumulate_softmax_backward(logits, grad_output, temperature=ctx.temperature)
-        return grad_output, *_guarded((gradient,)), None
+            gradient = ops.accumulate_softmax_backward(logits, grad_output, ctx.temperature)
+            if label_tensor is not None:  # NaN under an ignored voxel must not come back as its gradient
+                gradient.masked_fill_(_ignored(ctx.labels._replace(tensor=label_tensor), gradient), 0.0)
+        return grad_output, *_guarded(gradient), None, None
 
 
 class BlendSoftLabels(Function):
@@ -271,16 +172,26 @@ class BlendSoftLabels(Function):
     @staticmethod
     def forward(ctx: Any, estimate: Tensor, labels: Labels | None, alpha: float, scale: float) -> Tensor:
         ctx.mark_dirty(estimate)
-        ctx.labels_meta, ctx.factor = None if labels is None else labels[1:], scale if labels is None else alpha * scale
-        ctx.save_for_backward(*(() if labels is None else (labels.tensor,)))
-        ops.blend_soft_labels(estimate, labels, alpha=alpha, scale=scale)
+        ctx.labels, ctx.alpha, ctx.scale = labels, alpha, scale
+        ctx.save_for_backward(None if labels is None else labels.tensor)
+        ops.blend_soft_labels(estimate, labels, alpha, scale)
         return estimate
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad_output,) = grad_outputs
-        gradient = grad_output * ctx.factor
-        if ctx.saved_tensors:
-            ignored = ctx.saved_tensors[0] == ctx.labels_meta[0]
-            gradient = gradient.masked_fill(ignored.unsqueeze(1 if gradient.dim() > 1 else 0), 0.0)
-        return gradient, None, None, None
+        (label_tensor,) = ctx.saved_tensors
+        labels = None if label_tensor is None else ctx.labels._replace(tensor=label_tensor)
+        return blend_gradient(grad_output, labels, ctx.alpha, ctx.scale), None, None, None
+
+
+def blend_gradient(grad_output: Tensor, labels: Labels | None, alpha: float, scale: float) -> Tensor:
+    """The gradient of :func:`calseg.ops.blend_soft_labels` with respect to the estimate."""
+    if labels is None:
+        return grad_output * scale
+    return (grad_output * (alpha * scale)).masked_fill(_ignored(labels, grad_output), 0.0)
+
+
+def _ignored(labels: Labels, like: Tensor) -> Tensor:
+    """Where the label is ignored, ``[N, 1, *S]``."""
+    return (labels.tensor == labels.ignore_index).unsqueeze(1 if like.dim() > 1 else 0)

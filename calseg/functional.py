@@ -12,7 +12,7 @@ from torch.nn import _reduction
 
 from calseg import _checks as check
 from calseg import autograd, compiled, ops, reference, rng
-from calseg.ops import Gaussian, Labels
+from calseg.ops import Labels, Loss, Sampling
 
 
 def _loss_dtype(scores: Tensor) -> torch.dtype:
@@ -22,15 +22,20 @@ def _loss_dtype(scores: Tensor) -> torch.dtype:
     return scores.dtype
 
 
-def _flat(tensor: Tensor | None, axes: int = 3) -> Tensor | None:
-    """``[N, C, S]`` (axes 3) or ``[N, S]`` (axes 2) for the reference, as :func:`calseg.ops.shape_of` numbers voxels."""
-    if tensor is None:
-        return None
-    if axes == 2:
-        return tensor.reshape(1, -1) if tensor.dim() < 2 else tensor.flatten(1)
+def _flat(tensor: Tensor) -> Tensor:
+    """``[N, C, S]`` for the reference, with the voxels numbered as :func:`calseg.ops.shape_of` does."""
     if tensor.dim() == 1:
         return tensor[None, :, None]
     return tensor.transpose(0, 1)[None] if tensor.dim() == 2 else tensor.flatten(2)
+
+
+def _flat_labels(labels: Tensor) -> Tensor:
+    """``[N, S]``."""
+    return labels.reshape(1, -1) if labels.dim() < 2 else labels.flatten(1)
+
+
+def _flat_or_none(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _flat(tensor)
 
 
 def _unflat(result: Tensor, like: Tensor) -> Tensor:
@@ -199,27 +204,45 @@ def vls_cross_entropy(
         _check_reuse(input, chosen)
     if chosen == "reference":
         loss = reference.vls_cross_entropy(
-            _flat(input), _flat(labels.tensor, 2), _flat(mu), _flat(logvar), _flat(soft_labels), weight,
+            _flat(input), _flat_labels(labels.tensor), _flat_or_none(mu), _flat_or_none(logvar),
+            _flat_or_none(soft_labels), weight,
             ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, alpha=alpha,
             temperature=temperature, num_samples=num_samples, beta=beta, prior_mu=prior_mu,
             prior_logvar=prior_logvar, seed=seed_value, out_dtype=_loss_dtype(input),
         )  # fmt: skip
         return loss.view(ops.voxel_shape(input)) if reduction == "none" else loss
 
+    spec = Loss(labels, weight, reduction, _loss_dtype(input), float(label_smoothing))
     if mu is None or logvar is None or not (alpha or beta):
-        return _cross_entropy(input, soft_labels, labels, weight, label_smoothing, reduction, reuse_logits)
-    sampling = (num_samples, temperature, beta, prior_mu, prior_logvar, seed_value)
-    options = {
-        "label_smoothing": float(label_smoothing),
-        "alpha": float(alpha),
-        "reduction": reduction,
-        "loss_dtype": _loss_dtype(input),
-    }
+        return _loss(spec, input, soft_labels, reuse_logits=reuse_logits)
+    sampling = _sampling(num_samples, temperature, beta, prior_mu, prior_logvar, seed_value)
+    return _loss(spec._replace(alpha=float(alpha), sampling=sampling), input, None, mu, logvar, reuse_logits=reuse_logits)
+
+
+def _sampling(
+    num_samples: int, temperature: float, beta: float, prior_mu: float, prior_logvar: float, seed: int | Tensor
+) -> Sampling:
+    return Sampling(num_samples, float(temperature), float(beta), float(prior_mu), float(prior_logvar), seed)
+
+
+def _loss(
+    spec: Loss,
+    logits: Tensor | None,
+    soft_labels: Tensor | None,
+    mu: Tensor | None = None,
+    logvar: Tensor | None = None,
+    *,
+    reuse_logits: bool = False,
+) -> Tensor:
+    """A native loss, with what of autograd the call needs."""
     if torch.compiler.is_compiling():
-        return compiled.vls_cross_entropy(input, mu, logvar, labels, weight, sampling, options)
-    if _wants_gradient(input, mu, logvar):
-        return autograd.VLSCrossEntropy.apply(input, mu, logvar, labels, weight, sampling, options, reuse_logits)
-    return ops.vls_cross_entropy(input, Gaussian(mu, logvar, *sampling), labels, weight, **options)
+        return compiled.loss(spec, logits, soft_labels, mu, logvar)
+    if _wants_gradient(logits, soft_labels, mu, logvar):
+        inputs = (logits, soft_labels, mu, logvar)
+        places = (0,) if soft_labels is mu is None else tuple(i for i, t in enumerate(inputs) if t is not None)
+        result: Tensor = autograd.Loss.apply(spec, reuse_logits, places, *(inputs[i] for i in places))
+        return result
+    return ops.loss(spec, logits, soft_labels, mu, logvar)
 
 
 def soft_cross_entropy(
@@ -291,29 +314,12 @@ def _soft_cross_entropy(
         _check_reuse(input, chosen)
     if chosen == "reference":
         loss = reference.soft_cross_entropy(
-            _flat(input), _flat(soft_target), None if mask is None else _flat(mask.tensor, 2) == mask.ignore_index,
+            _flat(input), _flat(soft_target), None if mask is None else _flat_labels(mask.tensor) == mask.ignore_index,
             weight, label_smoothing=label_smoothing, reduction=reduction, out_dtype=_loss_dtype(input),
         )  # fmt: skip
         return loss.view(ops.voxel_shape(input)) if reduction == "none" else loss
-    return _cross_entropy(input, soft_target, mask, weight, label_smoothing, reduction, reuse_logits)
-
-
-def _cross_entropy(
-    input: Tensor,
-    soft_labels: Tensor | None,
-    labels: Labels | None,
-    weight: Tensor | None,
-    label_smoothing: float,
-    reduction: str,
-    reuse_logits: bool,
-) -> Tensor:
-    """The native cross-entropy."""
-    options = {"label_smoothing": float(label_smoothing), "reduction": reduction, "loss_dtype": _loss_dtype(input)}
-    if torch.compiler.is_compiling():
-        return compiled.cross_entropy(input, soft_labels, labels, weight, options)
-    if _wants_gradient(input, soft_labels):
-        return autograd.CrossEntropy.apply(input, soft_labels, labels, weight, options, reuse_logits)
-    return ops.cross_entropy(input, soft_labels, labels, weight, **options)
+    spec = Loss(mask, weight, reduction, _loss_dtype(input), float(label_smoothing))
+    return _loss(spec, input, soft_target, reuse_logits=reuse_logits)
 
 
 def vls_elbo(
@@ -376,13 +382,13 @@ def vls_elbo(
     seed_value = _seed(seed, mu.device)
     if _backend(mu, backend) == "reference":
         loss = reference.vls_elbo(
-            _flat(mu), _flat(logvar), _flat(labels.tensor, 2), weight, num_samples=num_samples, beta=beta,
+            _flat(mu), _flat(logvar), _flat_labels(labels.tensor), weight, num_samples=num_samples, beta=beta,
             prior_mu=prior_mu, prior_logvar=prior_logvar, ignore_index=ignore_index, reduction=reduction,
             seed=seed_value, out_dtype=_loss_dtype(mu),
         )  # fmt: skip
         return loss.view(ops.voxel_shape(mu)) if reduction == "none" else loss
-    sampling = (num_samples, 1.0, beta, prior_mu, prior_logvar, seed_value)
-    return _elbo_or_kl(mu, logvar, labels, weight, sampling, reduction)
+    sampling = _sampling(num_samples, 1.0, beta, prior_mu, prior_logvar, seed_value)
+    return _loss(Loss(labels, weight, reduction, _loss_dtype(mu), sampling=sampling), None, None, mu, logvar)
 
 
 def gaussian_kl(
@@ -428,19 +434,8 @@ def gaussian_kl(
             out_dtype=_loss_dtype(mu),
         )  # fmt: skip
         return kl.view(ops.voxel_shape(mu)) if reduction == "none" else kl
-    return _elbo_or_kl(mu, logvar, None, None, (1, 1.0, 1.0, prior_mu, prior_logvar, 0), reduction)
-
-
-def _elbo_or_kl(
-    mu: Tensor, logvar: Tensor, labels: Labels | None, weight: Tensor | None, sampling: tuple[Any, ...], reduction: str
-) -> Tensor:
-    """The native ELBO; without labels, its KL term alone."""
-    options: dict[str, Any] = {"reduction": reduction, "loss_dtype": _loss_dtype(mu)}
-    if torch.compiler.is_compiling():
-        return compiled.elbo_or_kl(mu, logvar, labels, weight, sampling, options)
-    if _wants_gradient(mu, logvar):
-        return autograd.VLSElbo.apply(mu, logvar, labels, weight, sampling, options)
-    return ops.elbo_or_kl(Gaussian(mu, logvar, *sampling), labels, weight, **options)
+    sampling = _sampling(1, 1.0, 1.0, prior_mu, prior_logvar, 0)
+    return _loss(Loss(None, None, reduction, _loss_dtype(mu), sampling=sampling), None, None, mu, logvar)
 
 
 def sample_soft_labels(
@@ -494,16 +489,17 @@ def sample_soft_labels(
     seed_value = _seed(seed, mu.device)
     if _backend(mu, backend) == "reference":
         soft_labels = reference.sample_soft_labels(
-            _flat(mu), _flat(logvar), None if labels is None else _flat(labels.tensor, 2), num_samples=num_samples,
+            _flat(mu), _flat(logvar), None if labels is None else _flat_labels(labels.tensor), num_samples=num_samples,
             temperature=temperature, alpha=alpha, ignore_index=ignore_index, seed=seed_value,
         )  # fmt: skip
         return _unflat(soft_labels, mu)
-    sampling = (num_samples, temperature, 0.0, 0.0, 0.0, seed_value)
+    sampling = Sampling(num_samples, float(temperature), seed=seed_value)
     if torch.compiler.is_compiling():
         return compiled.sample_soft_labels(mu, logvar, labels, sampling, float(alpha))
     if _wants_gradient(mu, logvar):
-        return autograd.SampleSoftLabels.apply(mu, logvar, labels, sampling, float(alpha))
-    return ops.sample_soft_labels(Gaussian(mu, logvar, *sampling), labels, alpha=float(alpha))
+        result: Tensor = autograd.SampleSoftLabels.apply(labels, sampling, float(alpha), mu, logvar)
+        return result
+    return ops.sample_soft_labels(mu, logvar, labels, sampling, float(alpha))
 
 
 def accumulate_soft_labels(
@@ -557,7 +553,7 @@ def accumulate_soft_labels(
     labels = None if target is None else Labels(check.check_labels("target", target, first), ignore_index)
     if _backend(first, backend) == "reference":
         soft_labels = reference.accumulate_soft_labels(
-            map(_flat, maps), None if labels is None else _flat(labels.tensor, 2), temperature=temperature,
+            map(_flat, maps), None if labels is None else _flat_labels(labels.tensor), temperature=temperature,
             alpha=alpha, ignore_index=ignore_index,
         )  # fmt: skip
         return _unflat(soft_labels, first)
@@ -568,16 +564,17 @@ def accumulate_soft_labels(
     count = 0
     for count, logits in enumerate(maps, 1):
         if torch.compiler.is_compiling():
-            total = compiled.accumulate_softmax(total, logits, float(temperature))
+            total = compiled.accumulate_softmax(total, logits, labels, float(temperature))
         elif _wants_gradient(total, logits):
-            total = autograd.AccumulateSoftmax.apply(total, logits, float(temperature))
+            total = autograd.AccumulateSoftmax.apply(total, logits, labels, float(temperature))
         else:
-            ops.accumulate_softmax(total, logits, temperature=float(temperature))
+            ops.accumulate_softmax(total, logits, float(temperature))
     if torch.compiler.is_compiling():
         return compiled.blend_soft_labels(total, labels, float(alpha), 1 / count)
     if _wants_gradient(total):
-        return autograd.BlendSoftLabels.apply(total, labels, float(alpha), 1 / count)
-    ops.blend_soft_labels(total, labels, alpha=float(alpha), scale=1 / count)
+        total = autograd.BlendSoftLabels.apply(total, labels, float(alpha), 1 / count)
+        return total
+    ops.blend_soft_labels(total, labels, float(alpha), 1 / count)
     return total
 
 

@@ -50,17 +50,15 @@ _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 View = tuple[int, int, int, int, int]
 
 
-class Gaussian(NamedTuple):
-    """The Gaussian over the logits and how it is sampled; ``mu`` and ``logvar`` have the logits' shape."""
+class Sampling(NamedTuple):
+    """How the Gaussian over the logits is sampled, and its KL term."""
 
-    mu: Tensor
-    logvar: Tensor
-    num_samples: int
-    temperature: float
-    beta: float
-    prior_mu: float
-    prior_logvar: float
-    seed: int | Tensor
+    num_samples: int = 1
+    temperature: float = 1.0
+    beta: float = 0.0
+    prior_mu: float = 0.0
+    prior_logvar: float = 0.0
+    seed: int | Tensor = 0
 
 
 class Labels(NamedTuple):
@@ -69,6 +67,22 @@ class Labels(NamedTuple):
     tensor: Tensor
     ignore_index: int
     is_mask: bool = False
+
+
+class Loss(NamedTuple):
+    """What a loss is made of, beside the tensors that get gradients: logits, soft labels, mu and logvar.
+
+    Logits without the others: cross-entropy on ``labels``; with soft labels: on those; with mu and logvar: on sampled
+    ones. mu and logvar alone: the ELBO of ``labels``; and without those, the KL term alone.
+    """
+
+    labels: Labels | None
+    weight: Tensor | None
+    reduction: str
+    dtype: torch.dtype
+    label_smoothing: float = 0.0
+    alpha: float = 0.0
+    sampling: Sampling = Sampling()
 
 
 def choose_backend(tensor: Tensor, backend: str | None) -> str:
@@ -112,67 +126,11 @@ def shape_of(tensor: Tensor) -> tuple[int, int, int]:
     return sizes[0], sizes[1], tensor.numel() // (sizes[0] * sizes[1]) if sizes[0] * sizes[1] else 0
 
 
-def _view(tensor: Tensor | None) -> tuple[View | None, Tensor | None]:
-    """How the kernels see a tensor with a class axis, and the tensor that must stay alive meanwhile."""
-    if tensor is None:
-        return None, None
-    if tensor.is_neg():
-        tensor = tensor.resolve_neg()
-    code, sizes = _DTYPES[tensor.dtype], tensor.shape
-    if len(sizes) == 1:
-        return (tensor.data_ptr(), code, 0, tensor.stride(0), 1), tensor
-    if len(sizes) == 2:
-        return (tensor.data_ptr(), code, 0, tensor.stride(1), tensor.stride(0)), tensor
-    strides = tensor.stride()
-    step = 1 if tensor.is_contiguous() else _one_stride(sizes[2:], strides[2:])
-    if step is None:
-        return _view(tensor.contiguous())
-    return (tensor.data_ptr(), code, strides[0], strides[1], step), tensor
-
-
-def _out_view(tensor: Tensor | None) -> View | None:
-    """How the kernels see a tensor they write: never a copy, which would be lost."""
-    view, seen = _view(tensor)
-    assert seen is tensor, "the kernels cannot write this layout"
-    return view
-
-
-def _label_view(labels: Labels | None) -> tuple[tuple[View, int, bool] | None, Tensor | None]:
-    if labels is None:
-        return None, None
-    tensor, ignore_index, is_mask = labels
-    if tensor.is_neg():
-        tensor = tensor.resolve_neg()
-    code, sizes = _DTYPES[tensor.dtype], tensor.shape
-    stride_n, step = 0, 1
-    if len(sizes) == 1:
-        step = tensor.stride(0)
-    elif len(sizes) > 1:
-        stride_n = tensor.stride(0)
-        if not tensor.is_contiguous():
-            collapsed = _one_stride(sizes[1:], tensor.stride()[1:])
-            if collapsed is None:
-                return _label_view(Labels(tensor.contiguous(), ignore_index, is_mask))
-            step = collapsed
-    return ((tensor.data_ptr(), code, stride_n, 0, step), ignore_index, is_mask), tensor
-
-
-def _voxel_view(tensor: Tensor | None) -> tuple[View | None, Tensor | None]:
-    """A float tensor without class axis, ``[N, *S]``."""
-    if tensor is None:
-        return None, None
-    return _view(tensor[None]) if tensor.dim() == 0 else _view(tensor.unsqueeze(1))
-
-
-def _weight_view(weight: Tensor | None) -> tuple[View | None, Tensor | None]:
-    return _view(None if weight is None else weight.detach().to(torch.float64).contiguous())
-
-
 def is_walked_in_place(tensor: Tensor) -> bool:
-    """Whether the kernels see this tensor itself, not a copy."""
+    """Whether the kernels see this tensor itself, not a copy: one stride walks its spatial axes."""
     if tensor.dim() < 4 or tensor.is_contiguous():
         return True
-    return _one_stride(tuple(tensor.shape[2:]), tensor.stride()[2:]) is not None
+    return _one_stride(tensor.shape[2:], tensor.stride()[2:]) is not None
 
 
 def layout_like(tensor: Tensor) -> torch.memory_format:
@@ -182,10 +140,67 @@ def layout_like(tensor: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def _kept(tensor: Tensor) -> Tensor:
+    """The tensor as the kernels can read it: itself, or a copy where it must be one."""
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    return tensor if is_walked_in_place(tensor) else tensor.contiguous()
+
+
+def _view(tensor: Tensor | None) -> View | None:
+    """How the kernels see a tensor with a class axis (one that :func:`_kept` leaves as it is)."""
+    if tensor is None:
+        return None
+    code, strides, rank = _DTYPES[tensor.dtype], tensor.stride(), tensor.dim()
+    if rank == 2:
+        return tensor.data_ptr(), code, 0, strides[1], strides[0]
+    if rank == 1:
+        return tensor.data_ptr(), code, 0, strides[0], 1
+    step = strides[2] if rank == 3 else 1 if tensor.is_contiguous() else _one_stride(tensor.shape[2:], strides[2:])
+    assert step is not None
+    return tensor.data_ptr(), code, strides[0], strides[1], step
+
+
+def _kept_labels(labels: Labels | None) -> Labels | None:
+    if labels is None:
+        return None
+    tensor = labels.tensor
+    if tensor.is_neg():
+        return labels._replace(tensor=tensor.contiguous())
+    if tensor.is_contiguous() or _one_stride(tensor.shape[1:], tensor.stride()[1:]) is not None:
+        return labels
+    return labels._replace(tensor=tensor.contiguous())
+
+
+def _label_view(labels: Labels | None) -> tuple[View, int, bool] | None:
+    if labels is None:
+        return None
+    tensor, ignore_index, is_mask = labels
+    strides, rank = tensor.stride(), tensor.dim()
+    step: int | None = 1
+    if rank == 1:
+        step = strides[0]
+    elif rank > 1 and not tensor.is_contiguous():
+        step = _one_stride(tensor.shape[1:], strides[1:])
+    assert step is not None
+    stride_n = strides[0] if rank > 1 else 0
+    return (tensor.data_ptr(), _DTYPES[tensor.dtype], stride_n, 0, step), ignore_index, is_mask
+
+
+def _voxel_view(tensor: Tensor | None) -> View | None:
+    """A contiguous or expanded float tensor without class axis, ``[N, *S]``."""
+    if tensor is None:
+        return None
+    return _view(tensor[None] if tensor.dim() == 0 else tensor.unsqueeze(1))
+
+
 def empty_like(tensor: Tensor) -> Tensor:
     """``torch.empty_like`` in the layout of :func:`layout_like`, a large one on pooled memory."""
+    large = _native is not None and tensor.numel() * tensor.element_size() >= _native.POOLED_BYTES
+    if not large and tensor.is_contiguous():
+        return torch.empty_like(tensor)
     layout = layout_like(tensor)
-    if _native is not None and tensor.numel() * tensor.element_size() >= _native.POOLED_BYTES:
+    if large:
         strides = torch.empty_like(tensor, device="meta", memory_format=layout).stride()
         capsule = _native.empty_pooled(_DTYPES[tensor.dtype], tuple(tensor.shape), strides)
         if capsule is not None:
@@ -214,195 +229,133 @@ def voxel_shape(tensor: Tensor) -> tuple[int, ...]:
     return sizes[:1] + sizes[2:] if len(sizes) > 1 else ()
 
 
-# ---- native calls: (loss, gradients) ----
+# ---- native calls ----
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+NO_GRADIENTS: Gradients = (None, None, None, None)
 
 
-def _gaussian_args(gaussian: Gaussian) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
-    mu, keep_mu = _view(gaussian.mu)
-    logvar, keep_logvar = _view(gaussian.logvar)
-    _, _, num_samples, temperature, beta, prior_mu, prior_logvar, seed = gaussian
-    args = (mu, logvar, float(temperature), float(beta), float(prior_mu), float(prior_logvar), num_samples, int(seed))
-    return args, (keep_mu, keep_logvar)
+def _gaussian(mu: Tensor, logvar: Tensor, sampling: Sampling) -> tuple[Any, ...]:
+    num_samples, temperature, beta, prior_mu, prior_logvar, seed = sampling
+    return _view(mu), _view(logvar), temperature, beta, prior_mu, prior_logvar, num_samples, int(seed)
 
 
 def _check(outcome: tuple[float, int, int], labels: Labels | None, num_classes: int) -> float:
-    loss, bad_position, bad_value = outcome
+    value, bad_position, bad_value = outcome
     if bad_position >= 0:
         assert labels is not None
         raise label_error(bad_value, bad_position, tuple(labels.tensor.shape), num_classes, labels.ignore_index)
-    return loss
+    return value
 
 
-def _loss_out(like: Tensor, dtype: torch.dtype, reduction: str) -> Tensor | None:
-    return like.new_empty(voxel_shape(like), dtype=dtype) if reduction == "none" else None
+def empty_loss(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for a loss per voxel, ``[N, *S]``."""
+    return like.new_empty(voxel_shape(like), dtype=dtype)
 
 
-def _loss_tensor(value: float, per_voxel: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(value, dtype=dtype) if per_voxel is None else per_voxel
-
-
-def cross_entropy(
-    logits: Tensor,
+def loss(
+    spec: Loss,
+    logits: Tensor | None,
     soft_labels: Tensor | None,
-    labels: Labels | None,
-    weight: Tensor | None,
-    *,
-    label_smoothing: float,
-    reduction: str,
-    loss_dtype: torch.dtype,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    gradients: Gradients = NO_GRADIENTS,
     grad_output: Tensor | None = None,
-    grad_logits: Tensor | None = None,
-    grad_soft_labels: Tensor | None = None,
 ) -> Tensor:
-    """The loss; the gradients are written into the tensors given for them (``grad_output``: per voxel, else 1)."""
-    shape = shape_of(logits)
-    (scores, _logits), (soft, _soft) = _view(logits), _view(soft_labels)
-    label_view, _labels = _label_view(labels)
-    weight_view, _weight = _weight_view(weight)
-    upstream, _upstream = _voxel_view(grad_output)
-    loss = None if grad_output is not None else _loss_out(logits, loss_dtype, reduction)
-    outcome = _native.cross_entropy(
-        shape, scores, soft, label_view, weight_view, label_smoothing, upstream, _voxel_view(loss)[0],
-        _out_view(grad_logits), _out_view(grad_soft_labels), _REDUCTIONS[reduction], torch.get_num_threads(),
-    )  # fmt: skip
-    return _loss_tensor(_check(outcome, labels, shape[1]), loss, loss_dtype)
+    """The loss; the gradients are written into the tensors that are given for them.
+
+    Args:
+        spec: which loss.
+        logits, soft_labels, mu, logvar: ``[N, C, *S]``, see :class:`Loss`.
+        gradients: for each of the four, the tensor to write to, or None.
+        grad_output: the upstream gradient ``[N, *S]``, where it is not 1; then no loss is written.
+    """
+    labels, weight, reduction, dtype, label_smoothing, alpha, sampling = spec
+    like = logits if logits is not None else mu
+    assert like is not None
+    shape, reduction_code, threads = shape_of(like), _REDUCTIONS[reduction], torch.get_num_threads()
+    per_voxel = upstream = None
+    if grad_output is not None:
+        upstream = _kept(grad_output.unsqueeze(1) if grad_output.dim() else grad_output[None])
+    elif reduction == "none":
+        per_voxel = empty_loss(like, dtype)
+    weights = None if weight is None else weight.detach().to(torch.float64).contiguous()
+    labels = _kept_labels(labels)
+    common = (_label_view(labels), None if weights is None else (weights.data_ptr(), 1, 0, 0, 0))
+    if logits is not None:
+        logits = _kept(logits)
+    if mu is None or logvar is None:
+        soft_labels = None if soft_labels is None else _kept(soft_labels)
+        outcome = _native.cross_entropy(
+            shape, _view(logits), _view(soft_labels), *common, label_smoothing, _view(upstream), _voxel_view(per_voxel),
+            _view(gradients[0]), _view(gradients[1]), reduction_code, threads,
+        )  # fmt: skip
+    else:
+        mu, logvar = _kept(mu), _kept(logvar)
+        gaussian = _gaussian(mu, logvar, sampling)
+        outputs = (_view(upstream), _voxel_view(per_voxel))
+        to_gaussian = (_view(gradients[2]), _view(gradients[3]), reduction_code, threads)
+        if logits is not None:
+            outcome = _native.vls_cross_entropy(
+                shape, _view(logits), gaussian, *common, label_smoothing, alpha, *outputs, _view(gradients[0]), *to_gaussian
+            )
+        elif labels is not None:
+            outcome = _native.vls_elbo(shape, gaussian, *common, *outputs, *to_gaussian)
+        else:
+            outcome = _native.gaussian_kl(shape, gaussian, *outputs, *to_gaussian)
+    value = _check(outcome, labels, shape[1])
+    return torch.scalar_tensor(value, dtype=dtype) if per_voxel is None else per_voxel
 
 
-def vls_cross_entropy(
-    logits: Tensor,
-    gaussian: Gaussian,
-    labels: Labels,
-    weight: Tensor | None,
-    *,
-    label_smoothing: float,
-    alpha: float,
-    reduction: str,
-    loss_dtype: torch.dtype,
-    grad_output: Tensor | None = None,
-    grad_logits: Tensor | None = None,
-    grad_mu: Tensor | None = None,
-    grad_logvar: Tensor | None = None,
-) -> Tensor:
-    """The loss on sampled soft labels plus KL; gradients as in :func:`cross_entropy`."""
-    shape = shape_of(logits)
-    scores, _logits = _view(logits)
-    gaussian_args, _gaussian = _gaussian_args(gaussian)
-    label_view, _labels = _label_view(labels)
-    weight_view, _weight = _weight_view(weight)
-    upstream, _upstream = _voxel_view(grad_output)
-    loss = None if grad_output is not None else _loss_out(logits, loss_dtype, reduction)
-    outcome = _native.vls_cross_entropy(
-        shape, scores, gaussian_args, label_view, weight_view, label_smoothing, alpha, upstream, _voxel_view(loss)[0],
-        _out_view(grad_logits), _out_view(grad_mu), _out_view(grad_logvar), _REDUCTIONS[reduction],
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return _loss_tensor(_check(outcome, labels, shape[1]), loss, loss_dtype)
-
-
-def vls_elbo(
-    gaussian: Gaussian,
-    labels: Labels,
-    weight: Tensor | None,
-    *,
-    reduction: str,
-    loss_dtype: torch.dtype,
-    grad_output: Tensor | None = None,
-    grad_mu: Tensor | None = None,
-    grad_logvar: Tensor | None = None,
-) -> Tensor:
-    """The stage-1 objective; gradients as in :func:`cross_entropy`."""
-    shape = shape_of(gaussian.mu)
-    gaussian_args, _gaussian = _gaussian_args(gaussian)
-    label_view, _labels = _label_view(labels)
-    weight_view, _weight = _weight_view(weight)
-    upstream, _upstream = _voxel_view(grad_output)
-    loss = None if grad_output is not None else _loss_out(gaussian.mu, loss_dtype, reduction)
-    outcome = _native.vls_elbo(
-        shape, gaussian_args, label_view, weight_view, upstream, _voxel_view(loss)[0], _out_view(grad_mu),
-        _out_view(grad_logvar), _REDUCTIONS[reduction], torch.get_num_threads(),
-    )  # fmt: skip
-    return _loss_tensor(_check(outcome, labels, shape[1]), loss, loss_dtype)
-
-
-def gaussian_kl(
-    gaussian: Gaussian,
-    *,
-    reduction: str,
-    loss_dtype: torch.dtype,
-    grad_output: Tensor | None = None,
-    grad_mu: Tensor | None = None,
-    grad_logvar: Tensor | None = None,
-) -> Tensor:
-    """The KL term; gradients as in :func:`cross_entropy`."""
-    gaussian_args, _gaussian = _gaussian_args(gaussian)
-    upstream, _upstream = _voxel_view(grad_output)
-    loss = None if grad_output is not None else _loss_out(gaussian.mu, loss_dtype, reduction)
-    value, _, _ = _native.gaussian_kl(
-        shape_of(gaussian.mu), gaussian_args, upstream, _voxel_view(loss)[0], _out_view(grad_mu),
-        _out_view(grad_logvar), _REDUCTIONS[reduction], torch.get_num_threads(),
-    )  # fmt: skip
-    return _loss_tensor(value, loss, loss_dtype)
-
-
-def elbo_or_kl(gaussian: Gaussian, labels: Labels | None, weight: Tensor | None, **options: Any) -> Tensor:
-    """:func:`vls_elbo`; without labels :func:`gaussian_kl`, the same without its first term."""
-    return gaussian_kl(gaussian, **options) if labels is None else vls_elbo(gaussian, labels, weight, **options)
-
-
-def sample_soft_labels(gaussian: Gaussian, labels: Labels | None, *, alpha: float) -> Tensor:
+def sample_soft_labels(mu: Tensor, logvar: Tensor, labels: Labels | None, sampling: Sampling, alpha: float) -> Tensor:
     """Sampled soft labels, blended with ``labels`` where they are given; the dtype of ``mu``."""
-    shape = shape_of(gaussian.mu)
-    gaussian_args, _gaussian = _gaussian_args(gaussian)
-    label_view, _labels = _label_view(labels)
-    soft_labels = empty_like(gaussian.mu)
+    soft_labels = empty_like(mu)
+    mu, logvar, labels = _kept(mu), _kept(logvar), _kept_labels(labels)
+    shape = shape_of(mu)
     outcome = _native.sample_soft_labels(
-        shape, gaussian_args, label_view, alpha, _out_view(soft_labels), torch.get_num_threads()
+        shape, _gaussian(mu, logvar, sampling), _label_view(labels), alpha, _view(soft_labels), torch.get_num_threads()
     )
     _check(outcome, labels, shape[1])
     return soft_labels
 
 
 def sample_soft_labels_backward(
-    gaussian: Gaussian,
+    mu: Tensor,
+    logvar: Tensor,
     labels: Labels | None,
-    grad_output: Tensor,
-    *,
+    sampling: Sampling,
     alpha: float,
-    grad_mu: Tensor | None,
-    grad_logvar: Tensor | None,
+    grad_output: Tensor,
+    gradients: tuple[Tensor | None, Tensor | None],
 ) -> None:
-    """Writes the gradients of :func:`sample_soft_labels`."""
-    gaussian_args, _gaussian = _gaussian_args(gaussian)
-    label_view, _labels = _label_view(labels)
-    upstream, _upstream = _view(grad_output)
+    """Writes the gradients of :func:`sample_soft_labels` with respect to mu and logvar."""
+    mu, logvar, labels, grad_output = _kept(mu), _kept(logvar), _kept_labels(labels), _kept(grad_output)
     _native.sample_soft_labels_backward(
-        shape_of(gaussian.mu), gaussian_args, label_view, alpha, upstream, _out_view(grad_mu), _out_view(grad_logvar),
-        torch.get_num_threads(),
+        shape_of(mu), _gaussian(mu, logvar, sampling), _label_view(labels), alpha, _view(grad_output),
+        _view(gradients[0]), _view(gradients[1]), torch.get_num_threads(),
     )  # fmt: skip
 
 
-def accumulate_softmax(total: Tensor, logits: Tensor, *, temperature: float) -> None:
+def accumulate_softmax(total: Tensor, logits: Tensor, temperature: float) -> None:
     """``total += softmax(logits / temperature)``."""
-    view, _logits = _view(logits)
-    _native.accumulate_softmax(shape_of(logits), view, temperature, _out_view(total), torch.get_num_threads())
+    logits = _kept(logits)
+    _native.accumulate_softmax(shape_of(logits), _view(logits), temperature, _view(total), torch.get_num_threads())
 
 
-def accumulate_softmax_backward(logits: Tensor, grad_output: Tensor, *, temperature: float) -> Tensor:
+def accumulate_softmax_backward(logits: Tensor, grad_output: Tensor, temperature: float) -> Tensor:
     """The gradient of :func:`accumulate_softmax` with respect to the logits."""
     grad_logits = empty_like(logits)
-    (view, _logits), (upstream, _upstream) = _view(logits), _view(grad_output)
+    logits, grad_output = _kept(logits), _kept(grad_output)
     _native.accumulate_softmax_backward(
-        shape_of(logits), view, temperature, upstream, _out_view(grad_logits), torch.get_num_threads()
+        shape_of(logits), _view(logits), temperature, _view(grad_output), _view(grad_logits), torch.get_num_threads()
     )
     return grad_logits
 
 
-def blend_soft_labels(estimate: Tensor, labels: Labels | None, *, alpha: float, scale: float) -> None:
+def blend_soft_labels(estimate: Tensor, labels: Labels | None, alpha: float, scale: float) -> None:
     """``estimate = (1 - alpha) * onehot(labels) + alpha * scale * estimate``, 0 where ignored, in place."""
-    view = _out_view(estimate)
-    label_view, _labels = _label_view(labels)
-    shape = shape_of(estimate)
-    outcome = _native.blend_soft_labels(shape, view, label_view, alpha, scale, view, torch.get_num_threads())
+    labels, view, shape = _kept_labels(labels), _view(estimate), shape_of(estimate)
+    outcome = _native.blend_soft_labels(shape, view, _label_view(labels), alpha, scale, view, torch.get_num_threads())
     _check(outcome, labels, shape[1])
 
 

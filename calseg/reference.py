@@ -238,11 +238,12 @@ def accumulate_soft_labels(
 ) -> Tensor:
     """The mean over the maps of ``softmax(nu_k / temperature)``, blended with ``labels`` where they are given."""
     total, count = torch.zeros(()), 0
+    labels = None if labels is None else labels.long()
     for count, logits in enumerate(logit_maps, 1):
-        total = total + torch.softmax(logits.to(compute_dtype(logits.dtype)) / temperature, 1)
+        ok = torch.ones_like(logits[:, 0], dtype=torch.bool) if labels is None else labels != ignore_index
+        total = total + torch.softmax(widen_counted(logits, ok) / temperature, 1)
     if labels is None:
         return total / count
-    labels = labels.long()
     check_labels(labels, total.shape[1], ignore_index)
     return blend_soft_labels(total / count, labels, alpha, ignore_index)
 

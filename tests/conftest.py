@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -40,35 +41,36 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results are made in memory full of NaN: an element that is never written is seen."""
-    empty_like, loss_out = ops.empty_like, ops._loss_out
+    for name in ("empty_like", "empty_loss"):
+        make = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, make=make: make(*args).fill_(torch.nan))
 
-    def poisoned_loss_out(like, dtype, reduction):
-        loss = loss_out(like, dtype, reduction)
-        return None if loss is None else loss.fill_(torch.nan)
 
-    monkeypatch.setattr(ops, "empty_like", lambda tensor: empty_like(tensor).fill_(torch.nan))
-    monkeypatch.setattr(ops, "_loss_out", poisoned_loss_out)
+@contextmanager
+def engine(isa: str) -> Iterator[str]:
+    """The backend's name, under an instruction set; one thread, as there are thousands of tiny calls."""
+    threads, before = torch.get_num_threads(), None if native is None else native.isa()
+    torch.set_num_threads(1)
+    if isa != "reference":
+        native.set_isa(isa)
+    yield "reference" if isa == "reference" else "cpu"
+    if before is not None:
+        native.set_isa(before)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["reference", *ISAS])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """``"reference"``, then ``"cpu"`` under every instruction set of this machine."""
-    if request.param == "reference":
-        yield "reference"
-        return
-    before = native.isa()
-    native.set_isa(request.param)
-    yield "cpu"
-    native.set_isa(before)
+    with engine(request.param) as name:
+        yield name
 
 
 @pytest.fixture(params=ISAS)
 def cpu(request: pytest.FixtureRequest) -> Iterator[str]:
     """``"cpu"`` under every instruction set."""
-    before = native.isa()
-    native.set_isa(request.param)
-    yield "cpu"
-    native.set_isa(before)
+    with engine(request.param) as name:
+        yield name
 
 
 @pytest.fixture

@@ -1,0 +1,41 @@
+"""The examples of the public docstrings run and print what they say."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+
+import pytest
+
+import calseg
+
+PUBLIC = [name for name in calseg.__all__ if name != "__version__"]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docstring(name):
+    thing = getattr(calseg, name)
+    examples = doctest.DocTestFinder(recurse=False).find(thing, name, globs={})
+    assert examples, f"{name} has no docstring"
+    assert examples[0].examples, f"{name} has no example"
+    report: list[str] = []
+    outcome = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(examples[0], out=report.append)
+    assert outcome.failed == 0, "".join(report)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_argument_is_described(name):
+    """Each parameter has a line of its own under Args, and what is raised and returned is said."""
+    thing = getattr(calseg, name)
+    documentation = inspect.getdoc(thing) or ""
+    parameters = [p for p in inspect.signature(thing).parameters if p not in ("self", "args", "kwargs")]
+    for parameter in parameters:
+        assert f"\n    {parameter}: " in documentation, f"{name}: {parameter}"
+    if not inspect.isclass(thing) and parameters:
+        assert "Returns:" in documentation
+        assert "Raises:" in documentation
+
+
+def test_names():
+    assert sorted(calseg.__all__) == list(calseg.__all__)
+    assert calseg.__version__ == calseg.info()["calseg"]

@@ -1,0 +1,93 @@
+"""More than 2^31 elements and 2^32 voxels: every index is 64 bits wide. `pytest -m large`; up to 20 GiB."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import calseg
+from calseg import reference, rng
+
+pytestmark = [pytest.mark.large, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Overrides the suite's: filling 4 GiB twice is what these tests cannot afford."""
+
+
+def pieces(size: int) -> list[slice]:
+    """Looked at: both ends, and both sides of 2^30 elements of a channel and of 2^31 elements in all."""
+    return [slice(max(0, at - 500), min(size, at + 500)) for at in (0, 2**20, 2**29, 2**30, size)]
+
+
+def test_cross_entropy_with_gradient():
+    """bfloat16 logits [1, 2, 2^30 + 8]: 4 GiB, as much for their gradient, and 1 GiB of labels."""
+    size = 2**30 + 8
+    x = torch.empty(1, 2, size, dtype=torch.bfloat16)
+    x[0, 0], x[0, 1] = 0.0, 1.0
+    target = torch.zeros(1, size, dtype=torch.uint8)
+    spots = pieces(size)
+    for k, spot in enumerate(spots):
+        x[..., spot] = torch.randn(x[..., spot].shape, generator=torch.Generator().manual_seed(k)).bfloat16()
+        target[..., spot] = torch.arange(target[..., spot].shape[1]).remainder(3).to(torch.uint8)[None]
+    x.requires_grad_()
+    loss = calseg.vls_cross_entropy(x, target, ignore_index=2, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, x)
+    for spot in spots:
+        part = x[..., spot].detach().double().requires_grad_()
+        F.cross_entropy(part, target[..., spot].long(), ignore_index=2, reduction="sum").backward()
+        torch.testing.assert_close(gradient[..., spot].double(), part.grad, rtol=2**-8, atol=1e-6)
+    rest = size - sum(spot.stop - spot.start for spot in spots)
+    wanted = rest * float(F.cross_entropy(torch.tensor([[0.0, 1.0]], dtype=torch.float64), torch.tensor([0])))
+    wanted += sum(
+        float(F.cross_entropy(x[..., s].detach().double(), target[..., s].long(), ignore_index=2, reduction="sum"))
+        for s in spots
+    )
+    assert abs(float(loss) / wanted - 1) < 2**-8
+
+
+def test_a_label_out_of_range_is_found_at_the_far_end():
+    size = 2**31 + 100
+    target = torch.zeros(1, size, dtype=torch.uint8)
+    target[0, size - 3] = 9
+    x = torch.zeros(1, 2, 1, dtype=torch.bfloat16).expand(1, 2, size)
+    with pytest.raises(IndexError, match=rf"target\[0, {size - 3}\] is 9"):
+        calseg.vls_cross_entropy(x, target)
+
+
+def test_sampling_past_two_to_the_32_voxels():
+    """The second word of the noise's counter: the voxels that count all lie around 2^32 and at the end."""
+    size = 2**32 + 3001
+    mu, logvar = (torch.tensor([a, b]).view(1, 2, 1).expand(1, 2, size) for a, b in ((0.3, -0.2), (0.5, 0.1)))
+    target = torch.full((1, size), 255, dtype=torch.uint8)
+    spots = [slice(2**32 - 700, 2**32 + 800), slice(size - 300, size)]
+    for spot in spots:
+        target[:, spot] = 1
+    got = calseg.vls_elbo(mu, logvar, target, ignore_index=255, num_samples=3, beta=0.0, seed=99, reduction="sum")
+    wanted = 0.0
+    for spot in spots:
+        count = spot.stop - spot.start
+        for k in range(3):
+            eps = rng.standard_normal(99, count, 2, k, first_voxel=spot.start, device=torch.device("cpu"))
+            nu = mu[0, :, :1].double() + (logvar[0, :, :1].double() / 2).exp() * eps
+            wanted -= float(torch.log_softmax(nu, 0)[1].sum()) / 3
+    assert abs(float(got) / wanted - 1) < 1e-6
+
+
+def test_soft_labels_of_more_than_two_to_the_31_elements():
+    """Output [2, 3, 2^29 / 3 ...]: the gradient-free sampler writes 4 GiB of bfloat16."""
+    size = 2**31 // 6 + 1001
+    mu = torch.tensor([0.3, -0.2, 0.1], dtype=torch.bfloat16).view(1, 3, 1).expand(2, 3, size)
+    logvar = torch.tensor([0.5, 0.1, -0.3], dtype=torch.bfloat16).view(1, 3, 1).expand(2, 3, size)
+    soft = calseg.sample_soft_labels(mu, logvar, num_samples=2, seed=5)
+    assert soft.numel() > 2**31
+    for n, start in ((0, 0), (0, size - 1000), (1, 0), (1, size - 1000)):
+        eps = torch.stack(
+            [rng.standard_normal(5, 1000, 3, k, first_voxel=n * size + start, device=torch.device("cpu")) for k in (0, 1)]
+        )
+        nu = mu[0, :, :1].double() + (logvar[0, :, :1].double() / 2).exp() * eps
+        wanted = torch.softmax(nu, 1).mean(0)
+        torch.testing.assert_close(soft[n, :, start : start + 1000].double(), wanted, rtol=2**-8, atol=1e-6)
+    assert reference.compute_dtype(soft.dtype) == torch.float32
