@@ -27,9 +27,7 @@ def build(case: Case) -> Problem:
     logits, mu, logvar, target = case.scores(), case.scores(), case.scores(), case.target()
 
     def ours(logits: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-        return calseg.vls_cross_entropy(
-            logits, target, mu=mu, logvar=logvar, alpha=ALPHA, num_samples=SAMPLES
-        )
+        return calseg.vls_cross_entropy(logits, target, mu=mu, logvar=logvar, alpha=ALPHA, num_samples=SAMPLES)
 
     def eager(logits: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
         return peers.vls_cross_entropy(logits, mu, logvar, target, SAMPLES, ALPHA)

@@ -173,9 +173,7 @@ def peak_memory(build: Build, case: Case, floor: int = MEMORY_BYTES) -> dict[str
     return percent
 
 
-def paired_times(
-    benchmark: Any, problem: Problem, *, compiled: bool, max_rounds: int
-) -> dict[str, list[float]] | None:
+def paired_times(benchmark: Any, problem: Problem, *, compiled: bool, max_rounds: int) -> dict[str, list[float]] | None:
     """Seconds of every contender in every round; None with ``--benchmark-disable``."""
     steps = problem.steps(compiled=compiled and compile_problem() is None)
     _check_agreement(steps)

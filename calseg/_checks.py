@@ -51,8 +51,9 @@ def check_labels(name: str, value: Any, scores: Tensor) -> Tensor:
         raise TypeError(
             f"{name}: got {describe(value)}, wanted integer class indices (labels held as floats: {name}.long())"
         )
-    sizes, wanted = value.shape, scores.shape[:1] + scores.shape[2:] if scores.dim() > 1 else scores.shape[:0]
-    if len(sizes) == scores.dim() > 1 and sizes[1] == 1:
+    of_scores = scores.shape
+    wanted = of_scores[:1] + of_scores[2:] if len(of_scores) > 1 else of_scores[:0]
+    if value.dim() == len(of_scores) > 1 and value.shape[1] == 1:
         value = value.squeeze(1)
     if value.shape != wanted:
         raise ValueError(
@@ -60,7 +61,8 @@ def check_labels(name: str, value: Any, scores: Tensor) -> Tensor:
         )
     if value.device != scores.device:
         raise ValueError(f"{name}: got {describe(value)}, wanted it on {scores.device}")
-    return value
+    labels: Tensor = value
+    return labels
 
 
 def check_weight(weight: Any, scores: Tensor) -> None:
@@ -84,7 +86,7 @@ def check_reduction(reduction: Any) -> None:
 
 
 def check_number(name: str, value: Any, low: float, high: float, wanted: str, *, open_low: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise TypeError(f"{name}: got {describe(value)}, wanted a number {wanted}")
     if not (low <= value <= high) or (open_low and value == low):  # NaN fails the comparison
         raise ValueError(f"{name}: got {value!r}, wanted a number {wanted}")
@@ -98,7 +100,7 @@ def check_finite(name: str, value: Any) -> None:
 
 
 def check_integer(name: str, value: Any, low: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, int)):
         raise TypeError(f"{name}: got {describe(value)}, wanted an integer")
     if low is not None and value < low:
         raise ValueError(f"{name}: got {value}, wanted at least {low}")

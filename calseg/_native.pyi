@@ -11,28 +11,74 @@ Outcome = tuple[float, int, int]
 POOLED_BYTES: int
 
 def cross_entropy(
-    shape: Shape, logits: View, soft_labels: View, labels: Labels, weight: View, label_smoothing: float,
-    grad_output: View, loss: View, grad_logits: View, grad_soft_labels: View, reduction: int, num_threads: int, /,
+    shape: Shape,
+    logits: View,
+    soft_labels: View,
+    labels: Labels,
+    weight: View,
+    label_smoothing: float,
+    grad_output: View,
+    loss: View,
+    grad_logits: View,
+    grad_soft_labels: View,
+    reduction: int,
+    num_threads: int,
+    /,
 ) -> Outcome: ...
 def vls_cross_entropy(
-    shape: Shape, logits: View, gaussian: Gaussian, labels: Labels, weight: View, label_smoothing: float, alpha: float,
-    grad_output: View, loss: View, grad_logits: View, grad_mu: View, grad_logvar: View, reduction: int,
-    num_threads: int, /,
+    shape: Shape,
+    logits: View,
+    gaussian: Gaussian,
+    labels: Labels,
+    weight: View,
+    label_smoothing: float,
+    alpha: float,
+    grad_output: View,
+    loss: View,
+    grad_logits: View,
+    grad_mu: View,
+    grad_logvar: View,
+    reduction: int,
+    num_threads: int,
+    /,
 ) -> Outcome: ...
 def vls_elbo(
-    shape: Shape, gaussian: Gaussian, labels: Labels, weight: View, grad_output: View, loss: View, grad_mu: View,
-    grad_logvar: View, reduction: int, num_threads: int, /,
+    shape: Shape,
+    gaussian: Gaussian,
+    labels: Labels,
+    weight: View,
+    grad_output: View,
+    loss: View,
+    grad_mu: View,
+    grad_logvar: View,
+    reduction: int,
+    num_threads: int,
+    /,
 ) -> Outcome: ...
 def gaussian_kl(
-    shape: Shape, gaussian: Gaussian, grad_output: View, loss: View, grad_mu: View, grad_logvar: View, reduction: int,
-    num_threads: int, /,
+    shape: Shape,
+    gaussian: Gaussian,
+    grad_output: View,
+    loss: View,
+    grad_mu: View,
+    grad_logvar: View,
+    reduction: int,
+    num_threads: int,
+    /,
 ) -> Outcome: ...
 def sample_soft_labels(
     shape: Shape, gaussian: Gaussian, labels: Labels, alpha: float, soft_labels: View, num_threads: int, /
 ) -> Outcome: ...
 def sample_soft_labels_backward(
-    shape: Shape, gaussian: Gaussian, labels: Labels, alpha: float, grad_output: View, grad_mu: View,
-    grad_logvar: View, num_threads: int, /,
+    shape: Shape,
+    gaussian: Gaussian,
+    labels: Labels,
+    alpha: float,
+    grad_output: View,
+    grad_mu: View,
+    grad_logvar: View,
+    num_threads: int,
+    /,
 ) -> Outcome: ...
 def accumulate_softmax(shape: Shape, logits: View, temperature: float, total: View, num_threads: int, /) -> None: ...
 def accumulate_softmax_backward(

@@ -105,9 +105,7 @@ def build_app() -> Any:
             float, typer.Option(help="Peak rate of AdamW, after a warm-up and before polynomial decay.")
         ] = base.learning_rate,
         seed: Annotated[int, typer.Option(help="Seed of the weights, patches and noise.")] = base.seed,
-        val_fraction: Annotated[
-            float, typer.Option(help="Share of the cases that validate.")
-        ] = base.val_fraction,
+        val_fraction: Annotated[float, typer.Option(help="Share of the cases that validate.")] = base.val_fraction,
         split_seed: Annotated[
             int, typer.Option(help="Seed of the split, apart from --seed so that runs stay comparable.")
         ] = base.split_seed,
@@ -120,9 +118,7 @@ def build_app() -> Any:
         alpha: Annotated[
             float, typer.Option(help="vls: weight of the estimated soft label against the hard label.")
         ] = base.alpha,
-        temperature: Annotated[
-            float, typer.Option(help="vls: temperature of the sampled softmax.")
-        ] = base.temperature,
+        temperature: Annotated[float, typer.Option(help="vls: temperature of the sampled softmax.")] = base.temperature,
         num_samples: Annotated[int, typer.Option(help="vls: noise samples per voxel.")] = base.num_samples,
         beta: Annotated[
             float,
@@ -312,8 +308,6 @@ def print_metrics(runs: Mapping[str, Mapping[str, Any]]) -> None:
         row("squared error", "all, true probability", "truth", "brier")
     table.add_section()
     row("training", "seconds", "seconds", "train", digits=0)
-    print(
-        f"{first['dataset']}: {first['iterations']} iterations, {count} validation case{'s' * (count != 1)}"
-    )
+    print(f"{first['dataset']}: {first['iterations']} iterations, {count} validation case{'s' * (count != 1)}")
     Console(width=None if sys.stdout.isatty() else 100).print(table)
     print("foreground: voxels whose label is not 0; ECE: 15 equal bins of the top probability")

@@ -83,10 +83,8 @@ def loss_operator(
 
 
 @loss_operator.register_fake
-def _(
-    logits, soft_labels, mu, logvar, labels, weight, seed, grad_output, needed, ignore_index, is_mask, reduction,
-    loss_dtype, *_options,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+def _(logits, soft_labels, mu, logvar, labels, weight, seed, grad_output, needed, *options):  # type: ignore[no-untyped-def]
+    _ignore_index, _is_mask, reduction, loss_dtype, *_ = options
     like = logits if logits is not None else mu
     per_voxel = reduction == "none" and grad_output is None
     gradients = (_gradient_of(t, n, like) for t, n in zip((logits, soft_labels, mu, logvar), needed, strict=True))
@@ -97,7 +95,11 @@ def _setup_loss(ctx: Any, inputs: Any, output: Any) -> None:
     (*tensors, _grad_output, needed) = inputs[:9]
     ctx.needed, ctx.rest, ctx.later = needed, inputs[9:], inputs[11] == "none"
     ctx.present = [t is not None for t in tensors]
-    saved = [t for t in tensors if t is not None] if ctx.later else [g for g, n in zip(output[1:], needed, strict=True) if n]
+    saved = (
+        [t for t in tensors if t is not None]
+        if ctx.later
+        else [g for g, n in zip(output[1:], needed, strict=True) if n]
+    )
     ctx.save_for_backward(*saved)
 
 
@@ -167,9 +169,7 @@ def sample_backward_operator(
     """Gradients of sampled soft labels with respect to mu and logvar."""
     gradients = _empty_like(mu), _empty_like(logvar)
     sampling = Sampling(num_samples, temperature, seed=seed)
-    ops.sample_soft_labels_backward(
-        mu, logvar, _labels(labels, ignore_index), sampling, alpha, grad_output, gradients
-    )
+    ops.sample_soft_labels_backward(mu, logvar, _labels(labels, ignore_index), sampling, alpha, grad_output, gradients)
     return gradients
 
 
@@ -193,9 +193,7 @@ def _sample_backward(ctx: Any, grad_output: Tensor) -> Any:
 sample_operator.register_autograd(_sample_backward, setup_context=_setup_sample)
 
 
-def sample_soft_labels(
-    mu: Tensor, logvar: Tensor, labels: Labels | None, sampling: Sampling, alpha: float
-) -> Tensor:
+def sample_soft_labels(mu: Tensor, logvar: Tensor, labels: Labels | None, sampling: Sampling, alpha: float) -> Tensor:
     """:func:`calseg.ops.sample_soft_labels` with autograd."""
     tensor, ignore_index, _ = labels if labels is not None else (None, 0, False)
     soft: Tensor = sample_operator(
@@ -206,9 +204,7 @@ def sample_soft_labels(
 
 
 @custom_op("calseg::blend_soft_labels", mutates_args=())
-def blend_operator(
-    estimate: Tensor, labels: Tensor | None, ignore_index: int, alpha: float, scale: float
-) -> Tensor:
+def blend_operator(estimate: Tensor, labels: Tensor | None, ignore_index: int, alpha: float, scale: float) -> Tensor:
     """``(1 - alpha) * onehot(labels) + alpha * scale * estimate``, 0 where ignored."""
     blended = estimate.clone(memory_format=ops.layout_like(estimate))
     ops.blend_soft_labels(blended, _labels(labels, ignore_index), alpha, scale)

@@ -75,9 +75,7 @@ def find_cases(folder: str | Path) -> Dataset:
         raise DataError(f"{root}: no such folder")
     path = root / "dataset.json"
     if not path.is_file():
-        raise DataError(
-            f"{path}: not found; DATA must be a folder in the Decathlon's or nnU-Net's raw layout"
-        )
+        raise DataError(f"{path}: not found; DATA must be a folder in the Decathlon's or nnU-Net's raw layout")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -88,9 +86,7 @@ def find_cases(folder: str | Path) -> Dataset:
     is_msd = isinstance(meta.get("training"), list)
     class_names, ignore_label = _read_labels(meta.get("labels"), path)
     channel_names = _read_channels(meta.get("modality" if is_msd else "channel_names"), path)
-    cases = (
-        _msd_cases(meta["training"], root, path) if is_msd else _nnunet_cases(meta, root, path, channel_names)
-    )
+    cases = _msd_cases(meta["training"], root, path) if is_msd else _nnunet_cases(meta, root, path, channel_names)
     if not cases:
         raise DataError(f"{path}: lists no training case")
     seen: set[str] = set()
@@ -122,9 +118,7 @@ def _read_labels(labels: Any, path: Path) -> tuple[tuple[str, ...], int | None]:
     ignore: int | None = None
     for key, value in labels.items():
         if isinstance(value, list):
-            raise DataError(
-                f'{path}: "labels" gives {key!r} several numbers; region-based labels are not supported'
-            )
+            raise DataError(f'{path}: "labels" gives {key!r} several numbers; region-based labels are not supported')
         number, name = (value, key) if isinstance(value, int) else (key, value)
         try:
             number = int(number)
@@ -159,12 +153,8 @@ def _case_name(file: str) -> str:
 def _msd_cases(training: Sequence[Any], root: Path, path: Path) -> list[Case]:
     cases = []
     for entry in training:
-        if not (
-            isinstance(entry, Mapping) and all(isinstance(entry.get(k), str) for k in ("image", "label"))
-        ):
-            raise DataError(
-                f'{path}: "training" entries must be {{"image": ..., "label": ...}}; got {entry!r}'
-            )
+        if not (isinstance(entry, Mapping) and all(isinstance(entry.get(k), str) for k in ("image", "label"))):
+            raise DataError(f'{path}: "training" entries must be {{"image": ..., "label": ...}}; got {entry!r}')
         cases.append(Case(_case_name(entry["label"]), (root / entry["image"],), root / entry["label"]))
     return cases
 
@@ -183,15 +173,11 @@ def _nnunet_cases(meta: Mapping[str, Any], root: Path, path: Path, channels: Seq
     labels = sorted(file for file in (root / "labelsTr").glob(f"*{ending}") if not file.name.startswith("."))
     wanted = meta.get("numTraining")
     if isinstance(wanted, int) and wanted != len(labels):
-        raise DataError(
-            f'{path}: "numTraining" is {wanted}, but {root / "labelsTr"} holds {len(labels)} label maps'
-        )
+        raise DataError(f'{path}: "numTraining" is {wanted}, but {root / "labelsTr"} holds {len(labels)} label maps')
     cases = []
     for label in labels:
         name = label.name[: -len(ending)]
-        images = tuple(
-            root / "imagesTr" / f"{name}_{channel:04d}{ending}" for channel in range(len(channels))
-        )
+        images = tuple(root / "imagesTr" / f"{name}_{channel:04d}{ending}" for channel in range(len(channels)))
         cases.append(Case(name, images, label))
     return cases
 
@@ -218,9 +204,7 @@ def load_case(case: Case, dataset: Dataset) -> tuple[Volume, LabelMap]:
         )
     label = _read_label(case.label, dataset)
     if label.shape != image.shape[1:]:
-        raise DataError(
-            f"{case.label}: label of shape {label.shape}, but image {case.images[0]} has {image.shape[1:]}"
-        )
+        raise DataError(f"{case.label}: label of shape {label.shape}, but image {case.images[0]} has {image.shape[1:]}")
     if not (label != IGNORE_INDEX).any():
         raise DataError(f"{case.label}: every voxel is marked as ignored")
     return image, label
@@ -250,9 +234,7 @@ def _read_image(path: Path) -> Volume:
     if voxels.dtype.kind not in "biuf":
         raise DataError(f"{path}: voxels of type {voxels.dtype}; real numbers are wanted")
     if voxels.ndim not in (3, 4) or 0 in voxels.shape:
-        raise DataError(
-            f"{path}: shape {voxels.shape}; a 3-D volume, or 4-D with the channels last, is wanted"
-        )
+        raise DataError(f"{path}: shape {voxels.shape}; a 3-D volume, or 4-D with the channels last, is wanted")
     if voxels.ndim == 3:
         voxels = voxels[..., None]
     with np.errstate(over="ignore"):  # what float32 cannot hold turns infinite, and is reported below
@@ -268,9 +250,7 @@ def _read_label(path: Path, dataset: Dataset) -> LabelMap:
     if voxels.ndim == 4 and voxels.shape[-1] == 1:
         voxels = voxels[..., 0]
     if voxels.ndim != 3 or 0 in voxels.shape:
-        raise DataError(
-            f"{path}: shape {voxels.shape}; a 3-D label map with one class number per voxel is wanted"
-        )
+        raise DataError(f"{path}: shape {voxels.shape}; a 3-D label map with one class number per voxel is wanted")
     if voxels.dtype.kind not in "biuf":
         raise DataError(f"{path}: labels of type {voxels.dtype}; whole numbers are wanted")
     if voxels.dtype.kind == "f" and not np.array_equal(voxels, np.floor(voxels)):
@@ -409,9 +389,7 @@ class PatchSampler:
         axes = tuple(axis + 1 for axis in self.flip_axes if rng.random() < 0.5)
         return np.flip(image, axes), np.flip(label[None], axes)[0]
 
-    def _start(
-        self, case: LoadedCase, rng: np.random.Generator, centres: NDArray[np.int64] | None
-    ) -> tuple[int, ...]:
+    def _start(self, case: LoadedCase, rng: np.random.Generator, centres: NDArray[np.int64] | None) -> tuple[int, ...]:
         """The first voxel of the patch on every axis; negative where the volume is smaller than the patch."""
         slack = [size - patch for size, patch in zip(case.label.shape, self.patch_size, strict=True)]
         start = [int(rng.integers(min(s, 0), max(s, 0) + 1)) for s in slack]

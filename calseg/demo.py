@@ -117,9 +117,7 @@ def _prepare(root: Path, config: DemoConfig, overwrite: bool) -> bool:
             return True
         raise TrainingError(f"{root}: holds a demo with other settings; give --overwrite or another --out")
     if root.is_dir() and any(root.iterdir()) and not overwrite:
-        raise TrainingError(
-            f"{root}: not empty and not made by calseg demo; give --overwrite or another --out"
-        )
+        raise TrainingError(f"{root}: not empty and not made by calseg demo; give --overwrite or another --out")
     try:
         root.mkdir(parents=True, exist_ok=True)
         (root / "data" / "dataset.json").unlink(missing_ok=True)
@@ -143,8 +141,7 @@ def _smooth_field(rng: np.random.Generator, shape: Sequence[int], length: float)
     """
     padded = [side + int(np.ceil(4 * length)) for side in shape]
     squares = sum(
-        np.square(frequency)
-        for frequency in np.meshgrid(*(np.fft.fftfreq(side) for side in padded), indexing="ij")
+        np.square(frequency) for frequency in np.meshgrid(*(np.fft.fftfreq(side) for side in padded), indexing="ij")
     )
     gain = np.exp(-2 * np.square(np.pi * length) * squares)
     gain /= np.sqrt(np.mean(np.square(gain)))
@@ -203,9 +200,7 @@ def make_dataset(folder: Path, config: DemoConfig) -> None:
             _save(np.moveaxis(truth, 0, -1), folder / "truth" / f"{name}.nii.gz")
             training.append({"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"})
     except OSError as error:
-        raise TrainingError(
-            f"{error.filename or folder}: cannot be written ({error.strerror or error})"
-        ) from error
+        raise TrainingError(f"{error.filename or folder}: cannot be written ({error.strerror or error})") from error
     write_json(
         folder / "dataset.json",
         {
@@ -227,7 +222,7 @@ def _training_rater(index: int, config: DemoConfig) -> int:
 
 
 def _save(voxels: NDArray[Any], path: Path) -> None:
-    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), path)  # type: ignore[no-untyped-call]
+    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), path)
 
 
 # --------------------------------------------------------------------------------------------- judgement

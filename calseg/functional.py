@@ -61,7 +61,11 @@ def _seed(seed: int | Tensor | None, device: torch.device) -> int | Tensor:
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def _check_reuse(logits: Tensor, backend: str) -> None:
@@ -216,7 +220,9 @@ def vls_cross_entropy(
     if mu is None or logvar is None or not (alpha or beta):
         return _loss(spec, input, soft_labels, reuse_logits=reuse_logits)
     sampling = _sampling(num_samples, temperature, beta, prior_mu, prior_logvar, seed_value)
-    return _loss(spec._replace(alpha=float(alpha), sampling=sampling), input, None, mu, logvar, reuse_logits=reuse_logits)
+    return _loss(
+        spec._replace(alpha=float(alpha), sampling=sampling), input, None, mu, logvar, reuse_logits=reuse_logits
+    )
 
 
 def _sampling(
@@ -238,9 +244,12 @@ def _loss(
     if torch.compiler.is_compiling():
         return compiled.loss(spec, logits, soft_labels, mu, logvar)
     if _wants_gradient(logits, soft_labels, mu, logvar):
+        if soft_labels is mu is None:
+            result: Tensor = autograd.Loss.apply(spec, reuse_logits, (0,), logits)
+            return result
         inputs = (logits, soft_labels, mu, logvar)
-        places = (0,) if soft_labels is mu is None else tuple(i for i, t in enumerate(inputs) if t is not None)
-        result: Tensor = autograd.Loss.apply(spec, reuse_logits, places, *(inputs[i] for i in places))
+        places = tuple(i for i, tensor in enumerate(inputs) if tensor is not None)
+        result = autograd.Loss.apply(spec, reuse_logits, places, *(inputs[i] for i in places))
         return result
     return ops.loss(spec, logits, soft_labels, mu, logvar)
 
@@ -572,8 +581,8 @@ def accumulate_soft_labels(
     if torch.compiler.is_compiling():
         return compiled.blend_soft_labels(total, labels, float(alpha), 1 / count)
     if _wants_gradient(total):
-        total = autograd.BlendSoftLabels.apply(total, labels, float(alpha), 1 / count)
-        return total
+        blended: Tensor = autograd.BlendSoftLabels.apply(total, labels, float(alpha), 1 / count)
+        return blended
     ops.blend_soft_labels(total, labels, float(alpha), 1 / count)
     return total
 
@@ -583,6 +592,8 @@ def _checked_maps(logit_maps: Iterable[Tensor]) -> Iterator[Tensor]:
     for index, logits in enumerate(logit_maps):
         check.check_scores(f"logit_maps[{index}]", logits)
         if shape is not None and (logits.shape, logits.device) != shape:
-            raise ValueError(f"logit_maps[{index}]: got {check.describe(logits)}, wanted {list(shape[0])} on {shape[1]} as before")
+            raise ValueError(
+                f"logit_maps[{index}]: got {check.describe(logits)}, wanted {list(shape[0])} on {shape[1]} as before"
+            )
         shape = logits.shape, logits.device
         yield logits

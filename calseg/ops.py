@@ -1,13 +1,12 @@
 """Operation -> backend: which engine runs a call, and the calls into the native CPU engine.
 
-Tensors travel as ``(data_ptr, dtype, stride_n, stride_c, stride_s)``: every tensor is seen as ``[N, C, S]``, spatial axes
-collapsed to one stride, so channel-first, channels-last and slices of either need no copy. Everything here is without
-autograd; :mod:`calseg.autograd` adds it.
+Tensors travel as ``(data_ptr, dtype, stride_n, stride_c, stride_s)``: every tensor is seen as ``[N, C, S]``, spatial
+axes collapsed to one stride, so channel-first, channels-last and slices of either need no copy. Everything here is
+without autograd; :mod:`calseg.autograd` adds it.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import platform
 import warnings
 from typing import Any, NamedTuple
@@ -293,16 +292,17 @@ def loss(
     else:
         mu, logvar = _kept(mu), _kept(logvar)
         gaussian = _gaussian(mu, logvar, sampling)
-        outputs = (_view(upstream), _voxel_view(per_voxel))
-        to_gaussian = (_view(gradients[2]), _view(gradients[3]), reduction_code, threads)
+        outputs = _view(upstream), _voxel_view(per_voxel)
+        to_mu, to_logvar = _view(gradients[2]), _view(gradients[3])
         if logits is not None:
             outcome = _native.vls_cross_entropy(
-                shape, _view(logits), gaussian, *common, label_smoothing, alpha, *outputs, _view(gradients[0]), *to_gaussian
-            )
+                shape, _view(logits), gaussian, *common, label_smoothing, alpha, *outputs, _view(gradients[0]),
+                to_mu, to_logvar, reduction_code, threads,
+            )  # fmt: skip
         elif labels is not None:
-            outcome = _native.vls_elbo(shape, gaussian, *common, *outputs, *to_gaussian)
+            outcome = _native.vls_elbo(shape, gaussian, *common, *outputs, to_mu, to_logvar, reduction_code, threads)
         else:
-            outcome = _native.gaussian_kl(shape, gaussian, *outputs, *to_gaussian)
+            outcome = _native.gaussian_kl(shape, gaussian, *outputs, to_mu, to_logvar, reduction_code, threads)
     value = _check(outcome, labels, shape[1])
     return torch.scalar_tensor(value, dtype=dtype) if per_voxel is None else per_voxel
 

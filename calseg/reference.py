@@ -34,11 +34,9 @@ def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
         raise label_error(int(labels.flatten()[position]), position, tuple(labels.shape), num_classes, ignore_index)
 
 
-def label_error(
-    value: int, position: int, shape: tuple[int, ...], num_classes: int, ignore_index: int
-) -> IndexError:
+def label_error(value: int, position: int, shape: tuple[int, ...], num_classes: int, ignore_index: int) -> IndexError:
     """The error for label ``value`` at linear index ``position`` of a target of ``shape``."""
-    where = []
+    where: list[int] = []
     for size in reversed(shape):
         position, index = divmod(position, size)
         where.insert(0, index)
@@ -49,7 +47,7 @@ def label_error(
 
 
 def reduce_loss(loss: Tensor, ok: Tensor, divisor: Tensor | None, reduction: str) -> Tensor:
-    """Zero where ``ok`` is false; then none, sum, or sum over ``divisor`` (default: the number of voxels that count)."""
+    """Zero where ``ok`` is false; then none, sum, or sum over ``divisor`` (default: the voxels that count)."""
     loss = torch.where(ok, loss, 0.0)
     if reduction == "none":
         return loss
@@ -95,7 +93,9 @@ def logit_samples(mu: Tensor, logvar: Tensor, num_samples: int, seed: int | Tens
     return sample
 
 
-def estimate_soft_labels(mu: Tensor, logvar: Tensor, num_samples: int, temperature: float, seed: int | Tensor) -> Tensor:
+def estimate_soft_labels(
+    mu: Tensor, logvar: Tensor, num_samples: int, temperature: float, seed: int | Tensor
+) -> Tensor:
     """``mean_k softmax(nu_k / temperature)``: ``[N, C, S]``."""
     sample = logit_samples(mu, logvar, num_samples, seed)
     estimate = torch.zeros_like(mu)

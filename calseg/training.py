@@ -48,9 +48,7 @@ class RunInterruptedError(Exception):
     """A signal stopped the run after a checkpoint was written; ``code`` is the shell's exit code for it."""
 
     def __init__(self, run: Path, iteration: int, number: int) -> None:
-        super().__init__(
-            f"interrupted after iteration {iteration}, which is saved in {run / 'checkpoint.pt'}"
-        )
+        super().__init__(f"interrupted after iteration {iteration}, which is saved in {run / 'checkpoint.pt'}")
         self.code = 128 + number
 
 
@@ -94,9 +92,7 @@ class TrainConfig:
         if len(self.patch_size) != 3 or any(side < 8 or side % 8 for side in self.patch_size):
             raise TrainingError(f"patch_size must be three positive multiples of 8; got {self.patch_size}")
         if max(self.patch_size) == 8:
-            raise TrainingError(
-                "patch_size (8, 8, 8) leaves one voxel at the network's coarsest level; enlarge a side"
-            )
+            raise TrainingError("patch_size (8, 8, 8) leaves one voxel at the network's coarsest level; enlarge a side")
         if any(axis not in (0, 1, 2) for axis in self.flip_axes):
             raise TrainingError(f"flip_axes are among 0, 1 and 2; got {self.flip_axes}")
 
@@ -153,9 +149,7 @@ def prepare_run(out: Path, *, resume: bool, overwrite: bool) -> None:
             raise TrainingError(f"{out / 'checkpoint.pt'}: not found; there is no run to resume in {out}")
         return
     if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise TrainingError(
-            f"{out}: not empty; give --resume to continue the run in it, or --overwrite to start anew"
-        )
+        raise TrainingError(f"{out}: not empty; give --resume to continue the run in it, or --overwrite to start anew")
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in RUN_FILES:
@@ -171,9 +165,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise TrainingError(f"{path}: not found") from None
     except Exception as error:  # a broken archive surfaces as one of many kinds of exception
-        raise TrainingError(
-            f"{path}: corrupt, or not a checkpoint of calseg ({type(error).__name__})"
-        ) from error
+        raise TrainingError(f"{path}: corrupt, or not a checkpoint of calseg ({type(error).__name__})") from error
     if not isinstance(content, dict) or "format" not in content:
         raise TrainingError(f"{path}: not a checkpoint of calseg")
     if content["format"] != CHECKPOINT_FORMAT:
@@ -272,9 +264,7 @@ class Scores:
         for region, inside in (("all", slice(None)), ("foreground", label > 0)):
             self.voxels[region] += int(label[inside].numel())
             self.sums[region] += torch.stack([nll[inside].sum(), brier[inside].sum()]).cpu()
-            self.hits[region] += torch.bincount(
-                index[inside][(top == label)[inside]], minlength=self.bins
-            ).cpu()
+            self.hits[region] += torch.bincount(index[inside][(top == label)[inside]], minlength=self.bins).cpu()
             self.confidence[region] += torch.bincount(index[inside], confidence[inside], self.bins).cpu()
 
     def compute(self) -> dict[str, dict[str, float | None]]:
@@ -542,7 +532,7 @@ def _step(
             "(the last checkpoint is kept)"
         )
     optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(net.parameters(), 12.0)
     optimizer.step()
     return value

@@ -42,10 +42,14 @@ void release(DLManagedTensor* managed) {
 
 DLDataType dl_dtype(DType dtype) {
     switch (dtype) {
-        case DType::f64: return {2, 64, 1};
-        case DType::f16: return {2, 16, 1};
-        case DType::bf16: return {4, 16, 1};
-        default: return {2, 32, 1};
+        case DType::f64:
+            return {2, 64, 1};
+        case DType::f16:
+            return {2, 16, 1};
+        case DType::bf16:
+            return {4, 16, 1};
+        default:
+            return {2, 32, 1};
     }
 }
 
@@ -63,7 +67,8 @@ pybind11::object empty_pooled(DType dtype, const pybind11::tuple& sizes, const p
     void* memory = pool_allocate(static_cast<std::size_t>(elements) * type.bits / 8);
     if (!memory) return pybind11::none();
     owned->managed = {{memory, {1, 0}, static_cast<int32_t>(owned->sizes.size()), type, owned->sizes.data(), owned->strides.data(), 0},
-                      owned.get(), release};
+                      owned.get(),
+                      release};
     // A capsule that nobody consumes frees what it holds; a consumer renames it and calls the deleter itself.
     return pybind11::reinterpret_steal<pybind11::object>(PyCapsule_New(&owned.release()->managed, "dltensor", [](PyObject* capsule) {
         if (PyCapsule_IsValid(capsule, "dltensor")) {

@@ -80,7 +80,7 @@ struct SoftLabelsArgs {
     Gaussian gaussian;
     Labels labels;  // optional: blended in, with weight 1 - alpha
     double alpha = 1.0;
-    TensorView soft_labels;                         // out of forward
+    TensorView soft_labels;                        // out of forward
     TensorView grad_output, grad_mu, grad_logvar;  // backward: in [N, C, S], out, out
 };
 
@@ -141,8 +141,14 @@ struct KernelTable {
     Kernel<ScanLabelsArgs> scan_labels;
 };
 
-namespace baseline { extern const KernelTable kernels; }
-namespace avx2 { extern const KernelTable kernels; }
-namespace avx512 { extern const KernelTable kernels; }
+namespace baseline {
+extern const KernelTable kernels;
+}
+namespace avx2 {
+extern const KernelTable kernels;
+}
+namespace avx512 {
+extern const KernelTable kernels;
+}
 
 }  // namespace calseg

@@ -17,10 +17,10 @@ namespace {
 using Release = py::gil_scoped_release;
 
 CrossEntropyArgs cross_entropy_args(const Shape& shape, const TensorView& logits, const TensorView& soft_labels, const Labels& labels,
-                                    const TensorView& weight, double label_smoothing, const TensorView& grad_output,
-                                    const TensorView& loss, const TensorView& grad_logits, const TensorView& grad_soft_labels) {
-    return {shape, logits, soft_labels, labels, static_cast<const double*>(weight.data), label_smoothing, {grad_output, 1.0, 1.0},
-            loss, grad_logits, grad_soft_labels, nullptr};
+                                    const TensorView& weight, double label_smoothing, const TensorView& grad_output, const TensorView& loss,
+                                    const TensorView& grad_logits, const TensorView& grad_soft_labels) {
+    return {shape, logits,      soft_labels,      labels, static_cast<const double*>(weight.data), label_smoothing, {grad_output, 1.0, 1.0},
+            loss,  grad_logits, grad_soft_labels, nullptr};
 }
 
 }  // namespace
@@ -32,47 +32,57 @@ PYBIND11_MODULE(_native, m) {
                               const TensorView& weight, double label_smoothing, const TensorView& grad_output, const TensorView& loss,
                               const TensorView& grad_logits, const TensorView& grad_soft_labels, int reduction, int num_threads) {
         const Release release;
-        return cross_entropy(cross_entropy_args(shape, logits, soft_labels, labels, weight, label_smoothing, grad_output, loss,
-                                                grad_logits, grad_soft_labels),
+        return cross_entropy(cross_entropy_args(shape, logits, soft_labels, labels, weight, label_smoothing, grad_output, loss, grad_logits,
+                                                grad_soft_labels),
                              static_cast<Reduction>(reduction), num_threads);
     });
-    m.def("vls_cross_entropy", [](const Shape& shape, const TensorView& logits, const Gaussian& gaussian, const Labels& labels,
-                                  const TensorView& weight, double label_smoothing, double alpha, const TensorView& grad_output,
-                                  const TensorView& loss, const TensorView& grad_logits, const TensorView& grad_mu,
-                                  const TensorView& grad_logvar, int reduction, int num_threads) {
-        const Release release;
-        return vls_cross_entropy({cross_entropy_args(shape, logits, {}, labels, weight, label_smoothing, grad_output, loss, grad_logits, {}),
-                                  gaussian, alpha, grad_mu, grad_logvar},
-                                 static_cast<Reduction>(reduction), num_threads);
-    });
-    m.def("vls_elbo", [](const Shape& shape, const Gaussian& gaussian, const Labels& labels, const TensorView& weight,
-                         const TensorView& grad_output, const TensorView& loss, const TensorView& grad_mu,
-                         const TensorView& grad_logvar, int reduction, int num_threads) {
-        const Release release;
-        return vls_elbo({shape, gaussian, labels, static_cast<const double*>(weight.data), {grad_output, 1.0, 1.0}, loss, grad_mu, grad_logvar, nullptr},
-                        static_cast<Reduction>(reduction), num_threads);
-    });
+    m.def("vls_cross_entropy",
+          [](const Shape& shape, const TensorView& logits, const Gaussian& gaussian, const Labels& labels, const TensorView& weight,
+             double label_smoothing, double alpha, const TensorView& grad_output, const TensorView& loss, const TensorView& grad_logits,
+             const TensorView& grad_mu, const TensorView& grad_logvar, int reduction, int num_threads) {
+              const Release release;
+              return vls_cross_entropy(
+                  {cross_entropy_args(shape, logits, {}, labels, weight, label_smoothing, grad_output, loss, grad_logits, {}), gaussian,
+                   alpha, grad_mu, grad_logvar},
+                  static_cast<Reduction>(reduction), num_threads);
+          });
+    m.def("vls_elbo",
+          [](const Shape& shape, const Gaussian& gaussian, const Labels& labels, const TensorView& weight, const TensorView& grad_output,
+             const TensorView& loss, const TensorView& grad_mu, const TensorView& grad_logvar, int reduction, int num_threads) {
+              const Release release;
+              return vls_elbo({shape,
+                               gaussian,
+                               labels,
+                               static_cast<const double*>(weight.data),
+                               {grad_output, 1.0, 1.0},
+                               loss,
+                               grad_mu,
+                               grad_logvar,
+                               nullptr},
+                              static_cast<Reduction>(reduction), num_threads);
+          });
     m.def("gaussian_kl", [](const Shape& shape, const Gaussian& gaussian, const TensorView& grad_output, const TensorView& loss,
                             const TensorView& grad_mu, const TensorView& grad_logvar, int reduction, int num_threads) {
         const Release release;
-        return gaussian_kl({shape, gaussian, {grad_output, 1.0, 1.0}, loss, grad_mu, grad_logvar, nullptr}, static_cast<Reduction>(reduction),
-                           num_threads);
+        return gaussian_kl({shape, gaussian, {grad_output, 1.0, 1.0}, loss, grad_mu, grad_logvar, nullptr},
+                           static_cast<Reduction>(reduction), num_threads);
     });
     m.def("sample_soft_labels", [](const Shape& shape, const Gaussian& gaussian, const Labels& labels, double alpha,
                                    const TensorView& soft_labels, int num_threads) {
         const Release release;
         return sample_soft_labels({shape, gaussian, labels, alpha, soft_labels, {}, {}, {}}, num_threads);
     });
-    m.def("sample_soft_labels_backward", [](const Shape& shape, const Gaussian& gaussian, const Labels& labels, double alpha,
-                                            const TensorView& grad_output, const TensorView& grad_mu, const TensorView& grad_logvar,
-                                            int num_threads) {
-        const Release release;
-        return sample_soft_labels_backward({shape, gaussian, labels, alpha, {}, grad_output, grad_mu, grad_logvar}, num_threads);
-    });
-    m.def("accumulate_softmax", [](const Shape& shape, const TensorView& logits, double temperature, const TensorView& total, int num_threads) {
-        const Release release;
-        accumulate_softmax({shape, logits, temperature, total, {}, {}}, num_threads);
-    });
+    m.def("sample_soft_labels_backward",
+          [](const Shape& shape, const Gaussian& gaussian, const Labels& labels, double alpha, const TensorView& grad_output,
+             const TensorView& grad_mu, const TensorView& grad_logvar, int num_threads) {
+              const Release release;
+              return sample_soft_labels_backward({shape, gaussian, labels, alpha, {}, grad_output, grad_mu, grad_logvar}, num_threads);
+          });
+    m.def("accumulate_softmax",
+          [](const Shape& shape, const TensorView& logits, double temperature, const TensorView& total, int num_threads) {
+              const Release release;
+              accumulate_softmax({shape, logits, temperature, total, {}, {}}, num_threads);
+          });
     m.def("accumulate_softmax_backward", [](const Shape& shape, const TensorView& logits, double temperature, const TensorView& grad_output,
                                             const TensorView& grad_logits, int num_threads) {
         const Release release;

@@ -16,7 +16,7 @@ Tiling tiling(const CrossEntropyArgs& a) {
 template <class T>
 struct Tile {
     LossTile<T> t;
-    T* e;                         // [C][kLanes]
+    T* e;                        // [C][kLanes]
     TensorTile<T> logits, soft;  // become their gradients
 
     static int64_t bytes(const CrossEntropyArgs& a) {

@@ -14,12 +14,12 @@ template <class T>
 struct LossTile {
     int count = 0, counted = 0;
     int64_t C;
-    int32_t* labels;    // [length], -1 where ignored
-    T *loss, *kl;       // [length]
-    T* upstream;        // [length] dLoss/dl, 0 where ignored
-    T* kl_upstream;     // [length] dLoss/dK, 0 where ignored
+    int32_t* labels;                     // [length], -1 where ignored
+    T *loss, *kl;                        // [length]
+    T* upstream;                         // [length] dLoss/dl, 0 where ignored
+    T* kl_upstream;                      // [length] dLoss/dK, 0 where ignored
     T *sum, *label_weight, *weighted_d;  // [length] between the steps of one-hot labels
-    T* weight;          // [C], ones without class weights
+    T* weight;                           // [C], ones without class weights
     T weight_sum = 0;
     bool weighted;
 

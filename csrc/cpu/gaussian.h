@@ -10,7 +10,7 @@ namespace {
 
 template <class T>
 class GaussianBlock {
-   public:
+ public:
     // The noise contract: C <= 2 classes share a quad between samples, more are padded to whole quads. Quads are made
     // two at a time, so the noise of `period` samples is made at once: an even number of quads.
     static int64_t padded_classes(int64_t C) { return C <= 2 ? C : round_up(C, 4); }
@@ -145,7 +145,7 @@ class GaussianBlock {
     T *mean = nullptr, *deviation = nullptr;  // [C][kLanes] of the tile
     T *e, *grad_mu, *grad_logvar;             // [C][kLanes]
 
-   private:
+ private:
     template <int K>
     CALSEG_MEMBER void make_noise(int64_t first, int64_t quad) {
         alignas(64) uint32_t words[K][4][kLanes];

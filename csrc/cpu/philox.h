@@ -28,9 +28,7 @@ CALSEG_INLINE void store_words(void* p, Words a) { _mm512_storeu_si512(p, a.v); 
 CALSEG_INLINE Words mul_low(Words a, Words b) { return {_mm512_mul_epu32(a.v, b.v)}; }
 CALSEG_INLINE Words high(Words a) { return {_mm512_srli_epi64(a.v, 32)}; }
 CALSEG_INLINE Words xor3(Words a, Words b, Words c) { return {_mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96)}; }
-CALSEG_INLINE Words merge(Words even, Words odd) {
-    return {_mm512_mask_blend_epi32(0xaaaa, even.v, _mm512_slli_epi64(odd.v, 32))};
-}
+CALSEG_INLINE Words merge(Words even, Words odd) { return {_mm512_mask_blend_epi32(0xaaaa, even.v, _mm512_slli_epi64(odd.v, 32))}; }
 #elif defined(__AVX2__)
 struct Words {
     __m256i v;
@@ -41,12 +39,8 @@ CALSEG_INLINE Words load_words(const uint64_t* p) { return {_mm256_loadu_si256(r
 CALSEG_INLINE void store_words(void* p, Words a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a.v); }
 CALSEG_INLINE Words mul_low(Words a, Words b) { return {_mm256_mul_epu32(a.v, b.v)}; }
 CALSEG_INLINE Words high(Words a) { return {_mm256_srli_epi64(a.v, 32)}; }
-CALSEG_INLINE Words xor3(Words a, Words b, Words c) {
-    return {_mm256_xor_si256(_mm256_xor_si256(a.v, b.v), c.v)};
-}
-CALSEG_INLINE Words merge(Words even, Words odd) {
-    return {_mm256_blend_epi32(even.v, _mm256_slli_epi64(odd.v, 32), 0xaa)};
-}
+CALSEG_INLINE Words xor3(Words a, Words b, Words c) { return {_mm256_xor_si256(_mm256_xor_si256(a.v, b.v), c.v)}; }
+CALSEG_INLINE Words merge(Words even, Words odd) { return {_mm256_blend_epi32(even.v, _mm256_slli_epi64(odd.v, 32), 0xaa)}; }
 #elif defined(__SSE2__)
 struct Words {
     __m128i v;
@@ -103,7 +97,7 @@ CALSEG_INLINE Words merge(Words even, Words odd) {
 
 // The words of kLanes consecutive voxels, which share voxel >> 32: half of them in even, half in odd vectors.
 class Philox {
-   public:
+ public:
     explicit Philox(uint64_t seed) : key0_(static_cast<uint32_t>(seed)), key1_(static_cast<uint32_t>(seed >> 32)) {
         uint32_t k0 = key0_ + kPhiloxW0, k1 = key1_ + kPhiloxW1;
         for (auto& key : keys_) {
@@ -159,7 +153,7 @@ class Philox {
             for (int lane = 0; lane < 4; ++lane) store_words(to[k][lane], merge(a[2 * k][lane], a[2 * k + 1][lane]));
     }
 
-   private:
+ private:
     uint32_t key0_, key1_, voxel_high_ = 0;
     Words keys_[5][2], c0_[2], c1_[2], c3_[2];
 };

@@ -59,9 +59,7 @@ void run_chunk(const ScanLabelsArgs& a, int64_t chunk, void*) {
     const int64_t n = chunk / per_item(a), first = chunk % per_item(a) * kChunk;
     const int64_t last = smaller(first + kChunk, a.shape.S);
     LabelSums sums;
-    with_integer_type(a.labels.view.dtype, [&](auto* type) {
-        scan<std::remove_pointer_t<decltype(type)>>(a, n, first, last, sums);
-    });
+    with_integer_type(a.labels.view.dtype, [&](auto* type) { scan<std::remove_pointer_t<decltype(type)>>(a, n, first, last, sums); });
     a.chunk_sums[chunk] = sums;
 }
 

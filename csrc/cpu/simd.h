@@ -40,11 +40,11 @@ struct Array {
     T operator[](int i) const { return v[i]; }
 };
 
-#define CALSEG_ARRAY_OPERATOR(op)                                            \
-    template <class T>                                                       \
-    CALSEG_INLINE Array<T> operator op(Array<T> a, Array<T> b) {             \
-        for (int i = 0; i < kLanes; ++i) a.v[i] = a.v[i] op b.v[i];          \
-        return a;                                                            \
+#define CALSEG_ARRAY_OPERATOR(op)                                   \
+    template <class T>                                              \
+    CALSEG_INLINE Array<T> operator op(Array<T> a, Array<T> b) {    \
+        for (int i = 0; i < kLanes; ++i) a.v[i] = a.v[i] op b.v[i]; \
+        return a;                                                   \
     }
 CALSEG_ARRAY_OPERATOR(+)
 CALSEG_ARRAY_OPERATOR(-)
@@ -52,12 +52,12 @@ CALSEG_ARRAY_OPERATOR(*)
 CALSEG_ARRAY_OPERATOR(/)
 #undef CALSEG_ARRAY_OPERATOR
 
-#define CALSEG_ARRAY_COMPARISON(name, op)                                    \
-    template <class T>                                                       \
-    CALSEG_INLINE Array<bool> name(Array<T> a, Array<T> b) {                 \
-        Array<bool> r;                                                       \
-        for (int i = 0; i < kLanes; ++i) r.v[i] = a.v[i] op b.v[i];          \
-        return r;                                                            \
+#define CALSEG_ARRAY_COMPARISON(name, op)                           \
+    template <class T>                                              \
+    CALSEG_INLINE Array<bool> name(Array<T> a, Array<T> b) {        \
+        Array<bool> r;                                              \
+        for (int i = 0; i < kLanes; ++i) r.v[i] = a.v[i] op b.v[i]; \
+        return r;                                                   \
     }
 CALSEG_ARRAY_COMPARISON(equal, ==)
 CALSEG_ARRAY_COMPARISON(less, <)

@@ -70,7 +70,7 @@ struct Tiling {
         }
     }
 
-   private:
+ private:
     Span span(int64_t index, int64_t s) const {
         const int64_t n = index / per_item, end = smaller((index % per_item + 1) * chunk, shape.S);
         const int64_t to_boundary = (int64_t{1} << 32) - ((n * shape.S + s) & 0xffffffff);
@@ -80,7 +80,7 @@ struct Tiling {
 
 // Scratch memory handed out in rows that start on a cache line.
 class Scratch {
-   public:
+ public:
     explicit Scratch(void* memory) : next_(static_cast<char*>(memory)) {}
     template <class T>
     T* take(int64_t count) {
@@ -93,7 +93,7 @@ class Scratch {
         return round_up(count * static_cast<int64_t>(sizeof(T)), 64);
     }
 
-   private:
+ private:
     char* next_;
 };
 
@@ -135,8 +135,12 @@ CALSEG_INLINE uint16_t narrow_f16(float x) {  // round to nearest even
     return static_cast<uint16_t>(sign | result);
 }
 
-struct BF16 { uint16_t bits; };
-struct F16 { uint16_t bits; };
+struct BF16 {
+    uint16_t bits;
+};
+struct F16 {
+    uint16_t bits;
+};
 
 CALSEG_INLINE float widened(float x) { return x; }
 CALSEG_INLINE double widened(double x) { return x; }
@@ -144,13 +148,21 @@ CALSEG_INLINE float widened(BF16 x) { return widen_bf16(x.bits); }
 CALSEG_INLINE float widened(F16 x) { return widen_f16(x.bits); }
 
 template <class T>
-CALSEG_INLINE void narrow(float& to, T from) { to = static_cast<float>(from); }
+CALSEG_INLINE void narrow(float& to, T from) {
+    to = static_cast<float>(from);
+}
 template <class T>
-CALSEG_INLINE void narrow(double& to, T from) { to = static_cast<double>(from); }
+CALSEG_INLINE void narrow(double& to, T from) {
+    to = static_cast<double>(from);
+}
 template <class T>
-CALSEG_INLINE void narrow(BF16& to, T from) { to.bits = narrow_bf16(static_cast<float>(from)); }
+CALSEG_INLINE void narrow(BF16& to, T from) {
+    to.bits = narrow_bf16(static_cast<float>(from));
+}
 template <class T>
-CALSEG_INLINE void narrow(F16& to, T from) { to.bits = narrow_f16(static_cast<float>(from)); }
+CALSEG_INLINE void narrow(F16& to, T from) {
+    to.bits = narrow_f16(static_cast<float>(from));
+}
 
 // kLanes contiguous values
 template <class T, class From>
@@ -168,8 +180,7 @@ CALSEG_INLINE void widen_lanes(float* to, const F16* from) {
         _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
 }
 CALSEG_INLINE void narrow_lanes(F16* to, const float* from) {
-    for (int i = 0; i < kLanes; i += 8)
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+    for (int i = 0; i < kLanes; i += 8) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
 }
 #endif
 
@@ -177,33 +188,56 @@ CALSEG_INLINE void narrow_lanes(F16* to, const float* from) {
 template <class Visit>
 CALSEG_INLINE void with_float_type(DType dtype, const Visit& visit) {
     switch (dtype) {
-        case DType::f64: return visit(static_cast<double*>(nullptr));
-        case DType::bf16: return visit(static_cast<BF16*>(nullptr));
-        case DType::f16: return visit(static_cast<F16*>(nullptr));
-        default: return visit(static_cast<float*>(nullptr));
+        case DType::f64:
+            return visit(static_cast<double*>(nullptr));
+        case DType::bf16:
+            return visit(static_cast<BF16*>(nullptr));
+        case DType::f16:
+            return visit(static_cast<F16*>(nullptr));
+        default:
+            return visit(static_cast<float*>(nullptr));
     }
 }
 
 template <class Visit>
 CALSEG_INLINE void with_integer_type(DType dtype, const Visit& visit) {
     switch (dtype) {
-        case DType::i8: return visit(static_cast<int8_t*>(nullptr));
-        case DType::i16: return visit(static_cast<int16_t*>(nullptr));
-        case DType::u16: return visit(static_cast<uint16_t*>(nullptr));
-        case DType::i32: return visit(static_cast<int32_t*>(nullptr));
-        case DType::u32: return visit(static_cast<uint32_t*>(nullptr));
-        case DType::i64: return visit(static_cast<int64_t*>(nullptr));
-        case DType::u64: return visit(static_cast<uint64_t*>(nullptr));
-        default: return visit(static_cast<uint8_t*>(nullptr));  // uint8 and bool
+        case DType::i8:
+            return visit(static_cast<int8_t*>(nullptr));
+        case DType::i16:
+            return visit(static_cast<int16_t*>(nullptr));
+        case DType::u16:
+            return visit(static_cast<uint16_t*>(nullptr));
+        case DType::i32:
+            return visit(static_cast<int32_t*>(nullptr));
+        case DType::u32:
+            return visit(static_cast<uint32_t*>(nullptr));
+        case DType::i64:
+            return visit(static_cast<int64_t*>(nullptr));
+        case DType::u64:
+            return visit(static_cast<uint64_t*>(nullptr));
+        default:
+            return visit(static_cast<uint8_t*>(nullptr));  // uint8 and bool
     }
 }
 
 CALSEG_INLINE int64_t dtype_bytes(DType dtype) {
     switch (dtype) {
-        case DType::f64: case DType::i64: case DType::u64: return 8;
-        case DType::f32: case DType::i32: case DType::u32: return 4;
-        case DType::bf16: case DType::f16: case DType::i16: case DType::u16: return 2;
-        default: return 1;
+        case DType::f64:
+        case DType::i64:
+        case DType::u64:
+            return 8;
+        case DType::f32:
+        case DType::i32:
+        case DType::u32:
+            return 4;
+        case DType::bf16:
+        case DType::f16:
+        case DType::i16:
+        case DType::u16:
+            return 2;
+        default:
+            return 1;
     }
 }
 
@@ -278,8 +312,7 @@ inline int load_labels(int32_t* to, const Labels& labels, const Span& span) {
         const From* from = static_cast<const From*>(labels.view.data) + span.n * labels.view.stride_n + span.s * step;
         const int32_t keep = labels.is_mask ? 0 : -1;
         if (step == 1)
-            for (int i = 0; i < count; ++i)
-                to[i] = static_cast<int64_t>(from[i]) == ignore ? -1 : static_cast<int32_t>(from[i]) & keep;
+            for (int i = 0; i < count; ++i) to[i] = static_cast<int64_t>(from[i]) == ignore ? -1 : static_cast<int32_t>(from[i]) & keep;
         else
             for (int i = 0; i < count; ++i)
                 to[i] = static_cast<int64_t>(from[i * step]) == ignore ? -1 : static_cast<int32_t>(from[i * step]) & keep;
@@ -386,7 +419,7 @@ void store_tile(const TensorView& view, const Span& span, const T* from, int64_t
 // read one after the other, are what the hardware's own prefetching likes.
 template <class T>
 class TensorTile {
-   public:
+ public:
     static int64_t bytes(int64_t C, int64_t length) { return Scratch::bytes<T>(C * length); }
 
     // input, result: either may be absent
@@ -414,7 +447,7 @@ class TensorTile {
         if (result_) store_tile(result_, tile, tile_, C_, stream_);
     }
 
-   private:
+ private:
     static constexpr int64_t kPrefetchClasses = 16;
 
     TensorView input_, result_;

@@ -26,8 +26,8 @@ struct Work {
 
 // logits, mu and logvar (blocks of the tile) become their gradients.
 template <bool kGaussianGradient, bool kKL, class T>
-void run_block(const VLSCrossEntropyArgs& a, LossTile<T>& t, GaussianBlock<T>& gaussian, const Work<T>& w, int block,
-               uint64_t first_voxel, T* logits, T* mu, T* logvar) {
+void run_block(const VLSCrossEntropyArgs& a, LossTile<T>& t, GaussianBlock<T>& gaussian, const Work<T>& w, int block, uint64_t first_voxel,
+               T* logits, T* mu, T* logvar) {
     const int64_t C = t.C, m = a.gaussian.num_samples;
     const T alpha = static_cast<T>(a.alpha), smoothing = static_cast<T>(a.ce.label_smoothing);
     const I<T> labels = load<I<T>>(t.labels + block * kLanes), ignored_label = broadcast<I<T>>(0);

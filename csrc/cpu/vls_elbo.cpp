@@ -60,7 +60,8 @@ void run(const VLSElboArgs& a, int64_t chunk, void* memory) {
             for (auto* tensor : {&mu, &logvar}) tensor->prefetch_next(b);
             const I<T> labels = load<I<T>>(t.labels + b * kLanes);
             const auto ignored = less(labels, broadcast<I<T>>(0));
-            const F<T> kl = gaussian.template set<kKL>(mu.block(b), logvar.block(b), static_cast<uint64_t>(span.n * a.shape.S + span.s + b * kLanes));
+            const F<T> kl =
+                gaussian.template set<kKL>(mu.block(b), logvar.block(b), static_cast<uint64_t>(span.n * a.shape.S + span.s + b * kLanes));
             if (kGradient) gaussian.clear_gradients();
             F<T> loss = none, weight = none;
             for (int64_t k = 0; k < g.num_samples; ++k) loss = loss + add_sample<kGradient>(gaussian, k, labels);
