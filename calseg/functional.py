@@ -34,6 +34,13 @@ def _flat_labels(labels: Tensor) -> Tensor:
     return labels.reshape(1, -1) if labels.dim() < 2 else labels.flatten(1)
 
 
+def _reference_labels(labels: Labels, scores: Tensor) -> Tensor:
+    """The labels as the reference takes them, checked: an error names the place in the caller's shape."""
+    wide = labels.tensor.long()
+    reference.check_labels(wide, scores.shape[1 if scores.dim() > 1 else 0], labels.ignore_index)
+    return _flat_labels(wide)
+
+
 def _flat_or_none(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else _flat(tensor)
 
@@ -47,7 +54,8 @@ def _unflat(result: Tensor, like: Tensor) -> Tensor:
 
 def _transformed() -> bool:
     """Inside torch.func.grad, vmap and friends: the reference is differentiable and batched to any depth."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    # Dynamo, which has its own way through transforms, sees an object here in any case.
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _backend(scores: Tensor, backend: str | None) -> str:
@@ -208,7 +216,7 @@ def vls_cross_entropy(
         _check_reuse(input, chosen)
     if chosen == "reference":
         loss = reference.vls_cross_entropy(
-            _flat(input), _flat_labels(labels.tensor), _flat_or_none(mu), _flat_or_none(logvar),
+            _flat(input), _reference_labels(labels, input), _flat_or_none(mu), _flat_or_none(logvar),
             _flat_or_none(soft_labels), weight,
             ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, alpha=alpha,
             temperature=temperature, num_samples=num_samples, beta=beta, prior_mu=prior_mu,
@@ -391,7 +399,7 @@ def vls_elbo(
     seed_value = _seed(seed, mu.device)
     if _backend(mu, backend) == "reference":
         loss = reference.vls_elbo(
-            _flat(mu), _flat(logvar), _flat_labels(labels.tensor), weight, num_samples=num_samples, beta=beta,
+            _flat(mu), _flat(logvar), _reference_labels(labels, mu), weight, num_samples=num_samples, beta=beta,
             prior_mu=prior_mu, prior_logvar=prior_logvar, ignore_index=ignore_index, reduction=reduction,
             seed=seed_value, out_dtype=_loss_dtype(mu),
         )  # fmt: skip
@@ -498,8 +506,8 @@ def sample_soft_labels(
     seed_value = _seed(seed, mu.device)
     if _backend(mu, backend) == "reference":
         soft_labels = reference.sample_soft_labels(
-            _flat(mu), _flat(logvar), None if labels is None else _flat_labels(labels.tensor), num_samples=num_samples,
-            temperature=temperature, alpha=alpha, ignore_index=ignore_index, seed=seed_value,
+            _flat(mu), _flat(logvar), None if labels is None else _reference_labels(labels, mu),
+            num_samples=num_samples, temperature=temperature, alpha=alpha, ignore_index=ignore_index, seed=seed_value,
         )  # fmt: skip
         return _unflat(soft_labels, mu)
     sampling = Sampling(num_samples, float(temperature), seed=seed_value)
@@ -562,7 +570,7 @@ def accumulate_soft_labels(
     labels = None if target is None else Labels(check.check_labels("target", target, first), ignore_index)
     if _backend(first, backend) == "reference":
         soft_labels = reference.accumulate_soft_labels(
-            map(_flat, maps), None if labels is None else _flat_labels(labels.tensor), temperature=temperature,
+            map(_flat, maps), None if labels is None else _reference_labels(labels, first), temperature=temperature,
             alpha=alpha, ignore_index=ignore_index,
         )  # fmt: skip
         return _unflat(soft_labels, first)

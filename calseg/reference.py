@@ -155,7 +155,6 @@ def vls_cross_entropy(
 ) -> Tensor:
     """Cross-entropy on hard, given or sampled soft labels, plus ``beta`` times the KL term."""
     labels = labels.long()
-    check_labels(labels, logits.shape[1], ignore_index)
     ok = labels != ignore_index
     logits = widen_counted(logits, ok)
     weight = None if weight is None else weight.to(logits.dtype)
@@ -193,7 +192,6 @@ def vls_elbo(
 ) -> Tensor:
     """``-(1/m) sum_k w[y] * log softmax(nu_k)[y] + beta * KL``."""
     labels = labels.long()
-    check_labels(labels, mu.shape[1], ignore_index)
     ok = labels != ignore_index
     mu = widen_counted(mu, ok)
     logvar = widen_counted(logvar, ok).to(mu.dtype)
@@ -224,7 +222,6 @@ def sample_soft_labels(
     ok = torch.ones_like(mu[:, 0], dtype=torch.bool)
     if labels is not None:
         labels = labels.long()
-        check_labels(labels, mu.shape[1], ignore_index)
         ok = labels != ignore_index
     wide = widen_counted(mu, ok)
     estimate = estimate_soft_labels(wide, widen_counted(logvar, ok).to(wide.dtype), num_samples, temperature, seed)
@@ -244,7 +241,6 @@ def accumulate_soft_labels(
         total = total + torch.softmax(widen_counted(logits, ok) / temperature, 1)
     if labels is None:
         return total / count
-    check_labels(labels, total.shape[1], ignore_index)
     return blend_soft_labels(total / count, labels, alpha, ignore_index)
 
 

@@ -148,7 +148,7 @@ def assert_matches(
     scale: float = 0.0,
     grad_scale: float = 0.0,
 ) -> Result:
-    """Value and gradients of ``function`` against ``oracle`` in float64; dtypes and strides of gradients as expected."""
+    """Value and gradients of ``function`` against ``oracle`` in float64; each gradient in its input's dtype."""
     got, truth = evaluate(function, tensors), evaluate(oracle, {name: t.double() for name, t in tensors.items()})
     assert_accurate(got.value, truth.value, ulps=ulps, scale=scale, what="value")
     for name, gradient in got.gradients.items():

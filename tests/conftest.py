@@ -30,9 +30,7 @@ settings.load_profile("calseg")
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     asked = config.getoption("markexpr")
-    left_out = [
-        item for item in items if any(item.get_closest_marker(m) and m not in asked for m in ("large", "gpu"))
-    ]
+    left_out = [item for item in items if any(item.get_closest_marker(m) and m not in asked for m in ("large", "gpu"))]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]

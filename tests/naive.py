@@ -60,9 +60,7 @@ class Voxel:
         self.elbo = -sum(w[y] * math.log(softmax(nu[k])[y]) for k in range(m)) / m
         W = sum(w[c] * Yt[c] for c in classes)
         a = [-(1 - ls) * alpha * w[c] * math.log(p[c]) for c in classes]
-        dnu = [
-            [s[k][c] / (m * tau) * (a[c] - sum(a[j] * s[k][j] for j in classes)) for c in classes] for k in range(m)
-        ]
+        dnu = [[s[k][c] / (m * tau) * (a[c] - sum(a[j] * s[k][j] for j in classes)) for c in classes] for k in range(m)]
         self.grad_x = [p[j] * W - w[j] * Yt[j] for j in classes]
         self.grad_mu = [sum(dnu[k][c] for k in range(m)) + beta * (mu[c] - prior_mu) / pvar for c in classes]
         self.grad_logvar = [

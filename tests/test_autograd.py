@@ -38,7 +38,8 @@ LOSSES = {
     "vls": (lambda b, r, x, mu, logvar: calseg.vls_cross_entropy(
         x, TARGET, mu=mu, logvar=logvar, alpha=0.6, temperature=0.7, reduction=r, backend=b, **SAMPLED),
         {"x": scores(*SHAPE), **mu_logvar()}),
-    "elbo": (lambda b, r, mu, logvar: calseg.vls_elbo(mu, logvar, TARGET, reduction=r, backend=b, **SAMPLED), mu_logvar()),
+    "elbo": (lambda b, r, mu, logvar: calseg.vls_elbo(mu, logvar, TARGET, reduction=r, backend=b, **SAMPLED),
+             mu_logvar()),
     "kl": (lambda b, r, mu, logvar: calseg.gaussian_kl(mu, logvar, 0.2, -0.3, r, backend=b), mu_logvar()),
 }  # fmt: skip
 MAPS = {

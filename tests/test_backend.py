@@ -186,7 +186,9 @@ def test_dataloader_workers(set_threads):
     set_threads(2)
     results()
     dataset = SoftLabelDataset()
-    loader = torch.utils.data.DataLoader(dataset, batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=60)
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
     for step, batch in enumerate(loader):
         assert torch.equal(batch, torch.stack([dataset[2 * step], dataset[2 * step + 1]]))
 
@@ -286,7 +288,11 @@ class TestBufferPool:
             like = torch.zeros(1, 8, 128, 64, 64, dtype=dtype)
             for example in (like, like.to(memory_format=torch.channels_last_3d), like.transpose(0, 1)):
                 made = ops.empty_like(example)
-                assert (made.shape, made.dtype, made.stride()) == (example.shape, dtype, torch.empty_like(example).stride())
+                assert (made.shape, made.dtype, made.stride()) == (
+                    example.shape,
+                    dtype,
+                    torch.empty_like(example).stride(),
+                )
                 made.fill_(1.0)
                 assert float(made.float().sum()) == example.numel()
         del made

@@ -50,6 +50,20 @@ def test_as_eager(name, channels_last):
         assert_accurate(got_gradients[key], gradient, ulps=4, what=key)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_the_engine_runs(name):
+    """The graph holds the engine's operators, not the reference traced through."""
+    function, tensors = CASES[name]
+    seen = []
+
+    def look(graph, _inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch.compile(function, fullgraph=True, backend=look)(**tensors)
+    assert any(target.startswith("calseg.") for target in seen), seen
+
+
 def test_a_transposed_layout():
     """What the kernels cannot write in place comes back contiguous, as the fake kernels promise."""
     function, tensors = CASES["vls-none"]
@@ -123,8 +137,8 @@ def _loss_arguments(reduction, *, mu=False, soft=False, hard=True, requires_grad
     x, y = leaf(0), torch.softmax(scores(*SHAPE, seed=3), 1).requires_grad_(requires_grad) if soft else None
     m, v = (leaf(1), leaf(2)) if mu else (None, None)
     needed = [reduction != "none" and requires_grad and t is not None for t in (x, y, m, v)]
-    return (x, y, m, v, TARGET if hard else None, None, torch.tensor(5), None, needed, -100, False, reduction, torch.float64,
-            0.1, 0.3, 2, 1.0, 0.5, 0.0, 0.0)  # fmt: skip
+    return (x, y, m, v, TARGET if hard else None, None, torch.tensor(5), None, needed, -100, False, reduction,
+            torch.float64,             0.1, 0.3, 2, 1.0, 0.5, 0.0, 0.0)  # fmt: skip
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])

@@ -79,7 +79,9 @@ def test_empty(backend, shape):
 
 def test_zero_at_the_prior(backend):
     mu, logvar = torch.full((2, 3, 100), 0.25), torch.full((2, 3, 100), -0.5)
-    kl = evaluate(lambda mu, logvar: calseg.gaussian_kl(mu, logvar, 0.25, -0.5, backend=backend), {"mu": mu, "logvar": logvar})
+    kl = evaluate(
+        lambda mu, logvar: calseg.gaussian_kl(mu, logvar, 0.25, -0.5, backend=backend), {"mu": mu, "logvar": logvar}
+    )
     assert_accurate(kl.value, torch.tensor(0.0), ulps=8, scale=1.0)
     assert torch.count_nonzero(kl.gradients["mu"]) == 0
     assert_accurate(kl.gradients["logvar"], torch.zeros(2, 3, 100), ulps=4, scale=1 / 200)

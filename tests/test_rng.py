@@ -100,7 +100,9 @@ def normals_of(backend: str, shape: tuple[int, ...], dtype: torch.dtype, k: int,
         if num_samples == 0:
             return [torch.zeros(shape, dtype=dtype)] * 2
         mu, logvar = (torch.zeros(shape, dtype=dtype, requires_grad=True) for _ in range(2))
-        soft = calseg.sample_soft_labels(mu, logvar, num_samples=num_samples, temperature=8.0, seed=seed, backend=backend)
+        soft = calseg.sample_soft_labels(
+            mu, logvar, num_samples=num_samples, temperature=8.0, seed=seed, backend=backend
+        )
         return [num_samples * g for g in torch.autograd.grad(soft, (mu, logvar), grad_output)]
 
     (mu_with, logvar_with), (mu_without, logvar_without) = gradients(k + 1), gradients(k)

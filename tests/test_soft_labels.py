@@ -232,7 +232,9 @@ def test_gradients_of_some_maps(backend, needing):
         return [m.grad for m in leaves]
 
     got = gradients(lambda maps: calseg.accumulate_soft_labels(maps, target, alpha=0.6, backend=backend))
-    for k, (ours, wanted) in enumerate(zip(got, gradients(lambda m: naive_accumulate(m, target, alpha=0.6)), strict=True)):
+    for k, (ours, wanted) in enumerate(
+        zip(got, gradients(lambda m: naive_accumulate(m, target, alpha=0.6)), strict=True)
+    ):
         assert (ours is None) == (k not in needing)
         if ours is not None:
             assert_accurate(ours, wanted, ulps=8)
