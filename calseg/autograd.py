@@ -7,6 +7,7 @@ the kernel again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ from calseg.ops import Labels, Sampling
 
 
 class _OnceDifferentiable(Function):
-    """Identity whose gradient is an error: second derivatives are refused, not silently missing."""
+    """``(gradient, *what it depends on) -> gradient``, whose own gradient is an error: second derivatives are refused,
+    not silently missing.
+    """
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, *_inputs: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
@@ -31,11 +34,11 @@ class _OnceDifferentiable(Function):
         )
 
 
-def _guarded(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+def _guarded(gradients: Sequence[Tensor | None], *inputs: Tensor) -> tuple[Tensor | None, ...]:
     """In a pass with ``create_graph=True``, gradients that refuse to be differentiated again."""
     if not torch.is_grad_enabled():
-        return gradients
-    return tuple(None if g is None else _OnceDifferentiable.apply(g.detach().requires_grad_()) for g in gradients)
+        return tuple(gradients)
+    return tuple(None if g is None else _OnceDifferentiable.apply(g.detach(), *inputs) for g in gradients)
 
 
 _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
@@ -57,6 +60,7 @@ class Loss(Function):
             label_tensor = None if spec.labels is None else spec.labels.tensor
             ctx.save_for_backward(label_tensor, spec.weight, *tensors)
             return ops.loss(spec, *inputs)
+        ctx.save_for_backward(*tensors)  # for a pass with create_graph=True; otherwise never unpacked
         needed = ctx.needs_input_grad
         # Kept on ctx, not saved: nobody else sees them, so they can be handed over, not copied.
         ctx.gradients = gradients = tuple(
@@ -69,7 +73,8 @@ class Loss(Function):
         (grad_output,) = grad_outputs
         gradients = ctx.gradients
         if gradients is None:
-            return None, None, None, *_guarded(*_gradients_now(ctx, grad_output))
+            _, _, *tensors = ctx.saved_tensors
+            return None, None, None, *_guarded(_gradients_now(ctx, grad_output), grad_output, *tensors)
         if not gradients:
             raise RuntimeError(
                 "Trying to backward through the graph a second time (or directly access saved tensors after they have "
@@ -78,12 +83,15 @@ class Loss(Function):
             )
         factor = grad_output.item()
         if _graph_is_kept():
-            return None, None, None, *_guarded(*(None if g is None else g * factor for g in gradients))
-        ctx.gradients = ()
-        if factor != 1.0:  # in place: nobody wants the unscaled ones again
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.mul_(factor)
+            gradients = [None if g is None else g.mul(factor) for g in gradients]
+        else:
+            ctx.gradients = ()
+            if factor != 1.0:  # in place: nobody wants the unscaled ones again
+                for gradient in gradients:
+                    if gradient is not None:
+                        gradient.mul_(factor)
+        if torch.is_grad_enabled():
+            gradients = _guarded(gradients, grad_output, *ctx.saved_tensors)
         return None, None, None, *gradients
 
 
@@ -140,7 +148,7 @@ class SampleSoftLabels(Function):
         ops.sample_soft_labels_backward(
             mu, logvar, labels, ctx.sampling, ctx.alpha, grad_output, (grad_mu, grad_logvar)
         )
-        return None, None, None, *_guarded(grad_mu, grad_logvar)
+        return None, None, None, *_guarded((grad_mu, grad_logvar), grad_output, mu, logvar)
 
 
 class AccumulateSoftmax(Function):
@@ -163,7 +171,7 @@ class AccumulateSoftmax(Function):
             gradient = ops.accumulate_softmax_backward(logits, grad_output, ctx.temperature)
             if label_tensor is not None:  # NaN under an ignored voxel must not come back as its gradient
                 gradient.masked_fill_(_ignored(ctx.labels._replace(tensor=label_tensor), gradient), 0.0)
-        return grad_output, *_guarded(gradient), None, None
+        return grad_output, *_guarded((gradient,), grad_output, logits), None, None
 
 
 class BlendSoftLabels(Function):

@@ -28,9 +28,20 @@ struct Run {
     }
 };
 
+// Below this many elements a thread, waking threads costs more than they save.
+constexpr int64_t kElementsPerThread = 1 << 14;
+
+const Shape& shape_of(const VLSCrossEntropyArgs& args) { return args.ce.shape; }
+template <class Args>
+const Shape& shape_of(const Args& args) {
+    return args.shape;
+}
+
 template <class Args>
 void run(const Kernel<Args>& kernel, const Args& args, int num_threads) {
     const int64_t chunks = kernel.num_chunks(args);
+    const int64_t useful = shape_of(args).voxels() * shape_of(args).C / kElementsPerThread + 1;
+    if (useful < num_threads) num_threads = static_cast<int>(useful);
     if (chunks < num_threads) num_threads = static_cast<int>(chunks);
     if (chunks == 0) return;
     const int64_t bytes = (kernel.scratch_bytes(args) + 63) / 64 * 64;

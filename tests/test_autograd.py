@@ -130,6 +130,13 @@ def test_double_backward(function, tensors):
     assert torch.autograd.gradgradcheck(call, tuple(leaves.values()), fast_mode=True)
 
 
+def test_hessian_is_refused_not_zero(cpu):
+    """Differentiating the gradient with respect to the input itself: the graph must lead to the error."""
+    logits, target = torch.randn(2, 3, 5), torch.tensor([[0, 1, 2, 0, 1]] * 2)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.functional.hessian(lambda x: calseg.vls_cross_entropy(x, target, backend=cpu), logits)
+
+
 @every_operation
 def test_create_graph_gives_the_right_first_derivative(cpu, function, tensors):
     leaves = leaves_of(tensors)

@@ -58,9 +58,7 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_train_resume_and_table(capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path) -> None:
     out_folder = tmp_path / "run"
-    code, out, err = run(
-        capsys, "train", data, "--out", out_folder, "--loss", "vls", "--alpha", "0.2", *QUICK
-    )
+    code, out, err = run(capsys, "train", data, "--out", out_folder, "--loss", "vls", "--alpha", "0.2", *QUICK)
     assert code == 0, err
     metrics = json.loads((out_folder / "metrics.json").read_text())
     assert metrics["config"]["alpha"] == 0.2
@@ -76,9 +74,7 @@ def test_train_resume_and_table(capsys: pytest.CaptureFixture[str], data: Path, 
     code, _, _ = run(capsys, "train", data, "--out", out_folder, "--resume")
     assert code == 0
     assert json.loads((out_folder / "metrics.json").read_text())["all"] == metrics["all"]
-    code, _, err = run(
-        capsys, "train", data, "--out", out_folder, "--resume", "--alpha", "0.3", "--flip-axis", "1"
-    )
+    code, _, err = run(capsys, "train", data, "--out", out_folder, "--resume", "--alpha", "0.3", "--flip-axis", "1")
     assert code == 2
     assert "flip_axes is [1] but was []; alpha is 0.3 but was 0.2" in err
     code, _, err = run(capsys, "train", data, "--out", out_folder)
@@ -175,9 +171,7 @@ main(sys.argv[1:])
 
 def without(missing: set[str], *arguments: str) -> subprocess.CompletedProcess[str]:
     code = BLOCK.format(missing=missing)
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
-    )
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
 
 
 def test_without_the_extra() -> None:

@@ -40,9 +40,7 @@ def make_msd(folder: Path, count: int = 4, **changes: Any) -> Path:
         ramp = np.broadcast_to(np.arange(shape[0])[:, None, None], shape)
         save(folder / f"imagesTr/case_{index}.nii.gz", (100 * index + ramp).astype(np.float32))
         save(folder / f"labelsTr/case_{index}.nii.gz", (ramp >= 5).astype(np.uint8))
-        training.append(
-            {"image": f"./imagesTr/case_{index}.nii.gz", "label": f"./labelsTr/case_{index}.nii.gz"}
-        )
+        training.append({"image": f"./imagesTr/case_{index}.nii.gz", "label": f"./labelsTr/case_{index}.nii.gz"})
     write_json(
         folder,
         {
@@ -134,9 +132,7 @@ def test_nnunet_with_ignore(tmp_path: Path) -> None:
 
 def test_nnunet_dataset_entry_lists_the_files(tmp_path: Path) -> None:
     make_nnunet(tmp_path, {"background": 0, "a": 1}, np.ones((4, 4, 4), np.uint8))
-    listed = {
-        "b": {"images": ["imagesTr/a_0001.nii.gz", "imagesTr/a_0000.nii.gz"], "label": "labelsTr/a.nii.gz"}
-    }
+    listed = {"b": {"images": ["imagesTr/a_0001.nii.gz", "imagesTr/a_0000.nii.gz"], "label": "labelsTr/a.nii.gz"}}
     edit_json(tmp_path, dataset=listed)
     image, _ = load_first(tmp_path)
     np.testing.assert_array_equal(image[:, 0, 0, 0], [2, 1])

@@ -107,9 +107,7 @@ def assert_same(left: Any, right: Any) -> None:
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "vls"])
-def test_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
-    data: Path, tmp_path: Path, loss: str
-) -> None:
+def test_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(data: Path, tmp_path: Path, loss: str) -> None:
     settings = config(loss=loss, flip_axes=(0, 1))
     whole = train(data, tmp_path / "whole", settings)
     broken = tmp_path / "broken"
@@ -124,9 +122,7 @@ def test_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
     torch.manual_seed(12345)  # no result may depend on the state of a global generator
     np.random.seed(1)
     resumed = train(data, broken, settings, resume=True)
-    assert_same(
-        load_checkpoint(tmp_path / "whole" / "checkpoint.pt"), load_checkpoint(broken / "checkpoint.pt")
-    )
+    assert_same(load_checkpoint(tmp_path / "whole" / "checkpoint.pt"), load_checkpoint(broken / "checkpoint.pt"))
     assert_same(resumed, whole)
     stored = json.loads((broken / "metrics.json").read_text())
     assert_same(stored, json.loads(json.dumps(resumed)))
@@ -196,9 +192,7 @@ def test_folder_in_use_is_refused_and_foreign_files_survive(data: Path, tmp_path
 
 def test_resume_refuses_what_differs(data: Path, tmp_path: Path) -> None:
     train(data, tmp_path, config(iterations=1))
-    with pytest.raises(
-        TrainingError, match=r"checkpoint.pt: .*other settings: iterations is 2 but was 1; alpha is"
-    ):
+    with pytest.raises(TrainingError, match=r"checkpoint.pt: .*other settings: iterations is 2 but was 1; alpha is"):
         train(data, tmp_path, config(iterations=2, alpha=0.5), resume=True)
     checkpoint = tmp_path / "checkpoint.pt"
     content = load_checkpoint(checkpoint)
@@ -227,9 +221,7 @@ def test_corrupt_checkpoint_is_named(data: Path, tmp_path: Path, damage: str) ->
         train(data, tmp_path, config(iterations=1), resume=True)
 
 
-def test_full_disk_keeps_the_previous_checkpoint(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_keeps_the_previous_checkpoint(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train(data, tmp_path / "whole", TINY)
     run = tmp_path / "run"
     fsync = os.fsync
@@ -240,9 +232,7 @@ def test_full_disk_keeps_the_previous_checkpoint(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        TrainingError, match=r"checkpoint.pt: .*No space left on device.*previous one is kept"
-    ):
+    with pytest.raises(TrainingError, match=r"checkpoint.pt: .*No space left on device.*previous one is kept"):
         train(data, run, TINY, checkpoint_every=2)
     monkeypatch.undo()
     assert load_checkpoint(run / "checkpoint.pt")["iteration"] == 2
@@ -316,9 +306,7 @@ def test_cross_entropy_objective_is_pytorchs() -> None:
     loss = objective(Output(output.logits, None, None), label, TINY, 0)
     expected = F.cross_entropy(output.logits, label.long(), ignore_index=IGNORE_INDEX)
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(loss, output.logits), torch.autograd.grad(expected, output.logits)
-    )
+    torch.testing.assert_close(torch.autograd.grad(loss, output.logits), torch.autograd.grad(expected, output.logits))
 
 
 def test_vls_objective_is_elbo_plus_soft_cross_entropy() -> None:
@@ -392,9 +380,7 @@ def test_both_networks_start_alike_and_predict_their_logits() -> None:
     output = dense(image)
     assert output.logits.shape == (1, 3, 16, 8, 24)
     assert torch.equal(output.logits, output.mu)
-    torch.testing.assert_close(
-        (output.logvar / 2).exp(), torch.full_like(output.logvar, 0.5), atol=1e-3, rtol=0
-    )
+    torch.testing.assert_close((output.logvar / 2).exp(), torch.full_like(output.logvar, 0.5), atol=1e-3, rtol=0)
     assert plain(image).mu is None
     torch.testing.assert_close(dense.predict(image), output.logits)
 
@@ -414,9 +400,7 @@ class Pointwise(torch.nn.Module):
 def test_volumes_of_any_shape_are_predicted_in_place(shape: tuple[int, int, int]) -> None:
     image = np.random.default_rng(0).standard_normal((1, *shape)).astype(np.float32)
     logits = predict_volume(Pointwise(), image, (16, 16, 8))  # type: ignore[arg-type]
-    torch.testing.assert_close(
-        logits, torch.from_numpy(np.concatenate([-image, 2 * image])), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(logits, torch.from_numpy(np.concatenate([-image, 2 * image])), atol=1e-5, rtol=1e-5)
 
 
 # -------------------------------------------------------------------------------------------- scores
@@ -450,9 +434,7 @@ def test_scores_against_a_loop_over_voxels() -> None:
 def test_scores_of_certain_and_of_no_predictions() -> None:
     scores = Scores(bins=10)
     assert scores.compute()["foreground"] == {"nll": None, "brier": None, "ece": None}
-    scores.update(
-        torch.tensor([[200.0, 200.0], [-200.0, -200.0]]), torch.tensor([0, 1])
-    )  # confidence 1: last bin
+    scores.update(torch.tensor([[200.0, 200.0], [-200.0, -200.0]]), torch.tensor([0, 1]))  # confidence 1: last bin
     assert scores.compute()["all"] == {"nll": 200.0, "brier": 1.0, "ece": 0.5}
     assert scores.compute()["foreground"] == {"nll": 400.0, "brier": 2.0, "ece": 1.0}
 

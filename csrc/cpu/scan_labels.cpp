@@ -23,21 +23,22 @@ void scan(const ScanLabelsArgs& a, int64_t n, int64_t first, int64_t last, Label
         if (step == 1) {
             for (int i = 0; i < count; ++i) {
                 const int64_t label = static_cast<int64_t>(row[i]);
-                const bool skip = label == ignore;
+                const bool skip = is_ignored(row[i], ignore);
                 ignored += skip;
                 bad += !skip & (static_cast<uint64_t>(label) >= static_cast<uint64_t>(C));
             }
         } else {
             for (int i = 0; i < count; ++i) {
                 const int64_t label = static_cast<int64_t>(row[i * step]);
-                ignored += label == ignore;
-                bad += (label != ignore) & (static_cast<uint64_t>(label) >= static_cast<uint64_t>(C));
+                const bool skip = is_ignored(row[i * step], ignore);
+                ignored += skip;
+                bad += !skip & (static_cast<uint64_t>(label) >= static_cast<uint64_t>(C));
             }
         }
         if (bad && sums.bad_position < 0)
             for (int i = 0; i < count; ++i) {
                 const int64_t label = static_cast<int64_t>(row[i * step]);
-                if (label != ignore && static_cast<uint64_t>(label) >= static_cast<uint64_t>(C)) {
+                if (!is_ignored(row[i * step], ignore) && static_cast<uint64_t>(label) >= static_cast<uint64_t>(C)) {
                     sums.bad_position = n * a.shape.S + block + i;
                     sums.bad_value = label;
                     return;
@@ -47,7 +48,7 @@ void scan(const ScanLabelsArgs& a, int64_t n, int64_t first, int64_t last, Label
         if (a.weight)
             for (int i = 0; i < count; ++i) {
                 const int64_t label = static_cast<int64_t>(row[i * step]);
-                if (label != ignore) sums.weight += a.weight[label];
+                if (!is_ignored(row[i * step], ignore)) sums.weight += a.weight[label];
             }
     }
 }

@@ -297,6 +297,12 @@ CALSEG_INLINE void prefetch_block(const TensorView& view, int64_t n, int64_t s, 
 #endif
 }
 
+// Whether a label is ignore_index, which an unsigned label never is where that is negative.
+template <class From>
+CALSEG_INLINE bool is_ignored(From label, int64_t ignore) {
+    return (std::is_signed<From>::value || ignore >= 0) && static_cast<int64_t>(label) == ignore;
+}
+
 // Labels of a tile: the class, or -1 where the voxel is ignored (padding included). Returns the number that count.
 inline int load_labels(int32_t* to, const Labels& labels, const Span& span) {
     const int count = span.count;
@@ -312,10 +318,9 @@ inline int load_labels(int32_t* to, const Labels& labels, const Span& span) {
         const From* from = static_cast<const From*>(labels.view.data) + span.n * labels.view.stride_n + span.s * step;
         const int32_t keep = labels.is_mask ? 0 : -1;
         if (step == 1)
-            for (int i = 0; i < count; ++i) to[i] = static_cast<int64_t>(from[i]) == ignore ? -1 : static_cast<int32_t>(from[i]) & keep;
+            for (int i = 0; i < count; ++i) to[i] = is_ignored(from[i], ignore) ? -1 : static_cast<int32_t>(from[i]) & keep;
         else
-            for (int i = 0; i < count; ++i)
-                to[i] = static_cast<int64_t>(from[i * step]) == ignore ? -1 : static_cast<int32_t>(from[i * step]) & keep;
+            for (int i = 0; i < count; ++i) to[i] = is_ignored(from[i * step], ignore) ? -1 : static_cast<int32_t>(from[i * step]) & keep;
     });
     int counted = 0;
     for (int i = 0; i < count; ++i) counted += to[i] >= 0;
