@@ -22,7 +22,7 @@ std::size_t pool_held_bytes() { return 0; }
 
 namespace {
 
-constexpr std::size_t kHugePage = 2u << 20;
+constexpr std::size_t kHugePage = 2u << 20, kPage = 1u << 16;  // 64 KiB: the largest page of any processor
 
 struct Block {
     void* memory;
@@ -61,7 +61,7 @@ void* map_huge(std::size_t bytes) {
 }  // namespace
 
 void* pool_allocate(std::size_t bytes) {
-    bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    bytes = (bytes + kPage - 1) / kPage * kPage;
     Pool& p = pool();
     const std::lock_guard<std::mutex> lock(p.mutex);
     p.used.reserve(p.used.size() + 1);

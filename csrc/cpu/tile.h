@@ -16,7 +16,8 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-constexpr int kMinTile = 128, kMaxTile = 1024;  // multiples of every kLanes; below 128, rows are too short for memory
+constexpr int kMaxTile = 1024;
+constexpr int64_t kPrefetchClasses = 16;  // up to here the next tile is prefetched, see TensorTile
 
 // Not std::min and friends: a library template compiled for one instruction set may be merged into another's code.
 CALSEG_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -49,9 +50,10 @@ struct Tiling {
 
     // tensors: how many [C] tensors a tile holds; chunk_elements: about how many logits a chunk should hold
     Tiling(const Shape& s, int64_t tensors, int64_t element_bytes, int64_t chunk_elements) : shape(s) {
-        const int64_t cache_bytes = 16 * 1024;
-        const int64_t fit = cache_bytes / (tensors * s.C * element_bytes) / kMinTile * kMinTile;
-        const int64_t bounded = smaller(larger(fit, kMinTile), kMaxTile);
+        // Few classes: the tile fits the first cache. Many: long rows are what counts, and the second cache will do.
+        const int64_t row_bytes = tensors * s.C * element_bytes;
+        const int64_t fit = larger(larger(16 * 1024 / row_bytes, 128), s.C > kPrefetchClasses ? smaller(512, 512 * 1024 / row_bytes) : 0);
+        const int64_t bounded = smaller(fit / 64 * 64, kMaxTile);
         length = static_cast<int>(smaller(bounded, round_up(larger(s.S, 1), kLanes)));
         chunk = length * larger(1, chunk_elements / (length * s.C));
         per_item = (s.S + chunk - 1) / chunk;
@@ -453,8 +455,6 @@ class TensorTile {
     }
 
  private:
-    static constexpr int64_t kPrefetchClasses = 16;
-
     TensorView input_, result_;
     int64_t C_;
     bool stream_, prefetch_;
