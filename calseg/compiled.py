@@ -180,7 +180,6 @@ def _(mu, logvar, *_options):  # type: ignore[no-untyped-def]
 
 def _setup_sample(ctx: Any, inputs: Any, output: Any) -> None:
     mu, logvar, labels, seed, *ctx.rest = inputs
-    ctx.has_labels = labels is not None
     ctx.save_for_backward(mu, logvar, seed, *(() if labels is None else (labels,)))
 
 
