@@ -1,6 +1,7 @@
 """Variational label smoothing for calibrated segmentation: fused losses for PyTorch."""
 
 from calseg._version import __version__
+from calseg.calibration import CalibrationBins, calibration_bins, calibration_error, calibration_error_from_bins
 from calseg.functional import (
     accumulate_soft_labels,
     gaussian_kl,
@@ -13,12 +14,16 @@ from calseg.losses import GaussianKLLoss, SoftCrossEntropyLoss, VLSCrossEntropyL
 from calseg.ops import empty_cache, info
 
 __all__ = [
+    "CalibrationBins",
     "GaussianKLLoss",
     "SoftCrossEntropyLoss",
     "VLSCrossEntropyLoss",
     "VLSElboLoss",
     "__version__",
     "accumulate_soft_labels",
+    "calibration_bins",
+    "calibration_error",
+    "calibration_error_from_bins",
     "empty_cache",
     "gaussian_kl",
     "info",

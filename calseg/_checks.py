@@ -65,6 +65,13 @@ def check_labels(name: str, value: Any, scores: Tensor) -> Tensor:
     return labels
 
 
+def check_mask(name: str, value: Any, scores: Tensor) -> Tensor:
+    """A bool tensor ``[N, *S]`` or ``[N, 1, *S]``, as uint8 ``[N, *S]``."""
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        raise TypeError(f"{name}: got {describe(value)}, wanted a bool tensor")
+    return check_labels(name, value.view(torch.uint8), scores)
+
+
 def check_weight(weight: Any, scores: Tensor) -> None:
     """Class weights ``[C]``."""
     if weight is None:
@@ -97,6 +104,11 @@ def check_finite(name: str, value: Any) -> None:
         raise TypeError(f"{name}: got {describe(value)}, wanted a finite number")
     if not math.isfinite(value):
         raise ValueError(f"{name}: got {value!r}, wanted a finite number")
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {describe(value)}, wanted True or False")
 
 
 def check_integer(name: str, value: Any, low: int | None = None) -> None:

@@ -304,10 +304,7 @@ def soft_cross_entropy(
     check.check_weight(weight, input)
     labels: Labels | None = None
     if ignore_mask is not None:
-        if not isinstance(ignore_mask, Tensor) or ignore_mask.dtype != torch.bool:
-            raise TypeError(f"ignore_mask: got {check.describe(ignore_mask)}, wanted a bool tensor")
-        mask = check.check_labels("ignore_mask", ignore_mask.view(torch.uint8), input)
-        labels = Labels(mask, 1, True)
+        labels = Labels(check.check_mask("ignore_mask", ignore_mask, input), 1, True)
     return _soft_cross_entropy(input, soft_target, labels, weight, label_smoothing, reduction, backend)
 
 

@@ -14,6 +14,10 @@ from torch import Tensor
 
 from calseg.rng import standard_normal
 
+CONFIDENCE_UNIT = 2**24  # a confidence of 1 in the sums of calibration_bins
+SCORE_UNIT = 2**28  # a Brier score or a rest of a nat of 1
+MAX_NLL = 2.0**27  # above, a negative log-likelihood is infinite
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a value of ``dtype`` is computed: at least float32."""
@@ -36,14 +40,19 @@ def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
 
 def label_error(value: int, position: int, shape: tuple[int, ...], num_classes: int, ignore_index: int) -> IndexError:
     """The error for label ``value`` at linear index ``position`` of a target of ``shape``."""
+    return IndexError(
+        f"target[{', '.join(map(str, place_of(position, shape)))}] is {value}: wanted a class in [0, {num_classes}) "
+        f"or ignore_index={ignore_index}"
+    )
+
+
+def place_of(position: int, shape: tuple[int, ...]) -> list[int]:
+    """Linear index ``position`` of ``shape`` as an index per axis."""
     where: list[int] = []
     for size in reversed(shape):
         position, index = divmod(position, size)
         where.insert(0, index)
-    return IndexError(
-        f"target[{', '.join(map(str, where))}] is {value}: wanted a class in [0, {num_classes}) "
-        f"or ignore_index={ignore_index}"
-    )
+    return where
 
 
 def reduce_loss(loss: Tensor, ok: Tensor, divisor: Tensor | None, reduction: str) -> Tensor:
@@ -252,3 +261,82 @@ def gaussian_kl(
     mu = widen_counted(mu, ok)
     kl = voxel_kl(mu, widen_counted(logvar, ok).to(mu.dtype), prior_mu, prior_logvar)
     return reduce_loss(kl, ok, None, reduction).to(out_dtype)
+
+
+def probability_tolerance(dtype: torch.dtype) -> float:
+    """By how much the probabilities of a voxel may miss 1 in sum, or lie below 0."""
+    return 1e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-3
+
+
+def probability_error(total: float, least: float, position: int, shape: tuple[int, ...]) -> ValueError:
+    """The error for a voxel, at linear index ``position`` of ``shape``, whose scores are no probabilities."""
+    where: list[object] = [*place_of(position, shape)]
+    where.insert(1 if shape else 0, ":")
+    return ValueError(
+        f"input[{', '.join(map(str, where))}] sums to {total:.4g}, its smallest is {least:.4g}: wanted probabilities, "
+        "which sum to 1 and are not negative (logits: from_logits=True)"
+    )
+
+
+def calibration_bins(
+    scores: Tensor,
+    labels: Tensor,
+    counted: Tensor,
+    *,
+    n_bins: int,
+    from_logits: bool,
+    first_class: int | None,
+    right_closed: bool,
+) -> tuple[tuple[Tensor, ...], tuple[float, float, int] | None]:
+    """The sums of :class:`calseg.CalibrationBins` per item, and the first voxel whose scores are no probabilities, if
+    any, as (sum, smallest, position).
+
+    ``counted`` is ``[N, S]``; ``first_class`` the first class with bins of its own, None for top-label bins.
+    """
+    batch, classes, _ = scores.shape
+    x = widen_counted(scores, counted)
+    p = torch.softmax(x, 1) if from_logits else x
+    is_nan = p.isnan().any(1)
+    ok = counted & ~is_nan
+    if not from_logits:
+        total, least, tolerance = p.sum(1), p.amin(1), probability_tolerance(scores.dtype)
+        bad = ok & (((total - 1).abs() > tolerance) | (least < -tolerance))
+        if bool(bad.any()):
+            at = int(bad.flatten().nonzero()[0])
+            return (), (float(total.flatten()[at]), float(least.flatten()[at]), at)
+
+    truth = torch.where(ok, labels, 0)[:, None]
+    if first_class is None:
+        top = x.argmax(1, keepdim=True)  # the first maximum
+        confidence, hit = p.gather(1, top), top == truth
+    else:
+        confidence = p[:, first_class:]
+        hit = truth == torch.arange(first_class, classes, device=p.device)[None, :, None]
+    edges = torch.arange(1, n_bins, device=p.device, dtype=p.dtype) / n_bins
+    bin = torch.bucketize(confidence.contiguous(), edges, right=not right_closed)
+
+    kinds = confidence.shape[1]
+    row = torch.arange(batch * kinds, device=p.device).view(batch, kinds, 1)
+    inside = ok[:, None].expand_as(bin)
+    index = (row * n_bins + bin)[inside]
+    sums = []
+    for values in (torch.ones_like(bin), (confidence * CONFIDENCE_UNIT).round(), hit):
+        zeros = torch.zeros(batch * kinds * n_bins, dtype=torch.int64, device=p.device)
+        sums.append(zeros.index_add_(0, index, values[inside].long()).view(batch, kinds, n_bins))
+    if first_class is None:
+        sums = [each[:, 0] for each in sums]
+
+    log_p = torch.log_softmax(x, 1) if from_logits else x.clamp(min=0).log()
+    nll = -torch.where(ok, log_p.gather(1, truth)[:, 0], 0.0)
+    infinite = nll > MAX_NLL
+    nll = nll.clamp(min=0).masked_fill(infinite, 0.0)
+    brier = torch.where(ok, (p - one_hot(truth[:, 0], classes, p.dtype)).square().sum(1), 0.0)
+    rest = ((nll - nll.floor()) * SCORE_UNIT).round().long().sum(1)
+    return (
+        *sums,
+        torch.stack([nll.floor().long().sum(1), rest], 1),
+        (brier * SCORE_UNIT).round().long().sum(1),
+        counted.sum(1),
+        (counted & is_nan).sum(1),
+        infinite.sum(1),
+    ), None

@@ -67,3 +67,26 @@ class Voxel:
             sum(dnu[k][c] * sigma[c] * eps[k][c] / 2 for k in range(m)) + beta * 0.5 * (math.exp(logvar[c]) / pvar - 1)
             for c in classes
         ]
+
+
+def calibration_sums(probabilities, labels, n_bins, *, class_wise=False, first_class=0, right_closed=False):
+    """Section 7, voxel by voxel: ``[classes][n_bins]`` of [count, sum of confidences, hits], and NLL and Brier sums.
+
+    ``probabilities`` is a list of rows of C, ``labels`` of classes. The edges are real numbers.
+    """
+    C = len(probabilities[0])
+    kinds = range(first_class, C) if class_wise else range(1)
+    sums = [[[0, 0.0, 0] for _ in range(n_bins)] for _ in kinds]
+    nll = brier = 0.0
+    for p, y in zip(probabilities, labels, strict=True):
+        for row, c in enumerate(kinds):
+            if not class_wise:
+                c = p.index(max(p))
+            b = math.ceil(p[c] * n_bins) - 1 if right_closed else math.floor(p[c] * n_bins)
+            cell = sums[row][min(max(b, 0), n_bins - 1)]
+            cell[0] += 1
+            cell[1] += p[c]
+            cell[2] += c == y
+        nll -= math.log(p[y])
+        brier += sum((p[c] - (c == y)) ** 2 for c in range(C))
+    return sums, nll, brier

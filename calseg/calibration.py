@@ -1,0 +1,354 @@
+"""Calibration error: how far confidences are from accuracies, from integer sums per bin that are exact at any size."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from calseg import _checks as check
+from calseg import ops, reference
+from calseg.functional import _flat, _reference_labels
+from calseg.ops import Labels
+from calseg.reference import CONFIDENCE_UNIT, SCORE_UNIT
+
+NORMS = ("l1", "l2", "max", "average")
+MAX_BINS = 1 << 16
+EQUAL_MASS_CELLS = 4096  # of equal width, from which bins of equal mass are made
+
+
+class CalibrationBins(NamedTuple):
+    """Integer sums from which every calibration figure follows; sums of two volumes, slabs or ranks just add.
+
+    All tensors are int64 on the CPU. ``*P`` is empty, or ``[N]`` if the sums are per batch item; ``*K`` is empty for
+    top-label bins, and the number of classes for class-wise ones. Nothing is rounded when sums are added, so they are
+    the same, bit for bit, for any number of threads, order of updates and number of ranks.
+
+    Args:
+        count: voxels in a bin, ``[*P, *K, n_bins]``.
+        confidence: their summed confidences in units of 2^-24, ``[*P, *K, n_bins]``. Each is rounded to the unit: a
+            float32 confidence of 1/2 or more is held exactly.
+        hits: those of them where the class is the label, ``[*P, *K, n_bins]``.
+        nll: summed negative log-likelihood of the labels, ``[*P, 2]``: whole nats, and the rest in units of 2^-28.
+        brier: summed squared error of the probabilities (over all classes, in [0, 2] a voxel) in units of 2^-28,
+            ``[*P]``.
+        num_voxels: voxels that count, ``[*P]``.
+        num_nan: those of them with a NaN among their probabilities: in no bin, and in neither ``nll`` nor ``brier``.
+        num_infinite: those of them whose label has probability 0 (or a negative log-likelihood above 2^27): in the
+            bins and in ``brier``, not in ``nll``.
+
+    Up to 2^34 voxels no sum can overflow.
+
+    Example:
+        >>> import torch, calseg
+        >>> probabilities = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]])
+        >>> bins = calseg.calibration_bins(probabilities, torch.tensor([0, 1, 1]), n_bins=2, from_logits=False)
+        >>> bins.count, bins.hits
+        (tensor([0, 3]), tensor([0, 2]))
+        >>> bins.merge(bins).count
+        tensor([0, 6])
+    """
+
+    count: Tensor  # type: ignore[assignment]  # tuple.count, which nobody asks of these
+    confidence: Tensor
+    hits: Tensor
+    nll: Tensor
+    brier: Tensor
+    num_voxels: Tensor
+    num_nan: Tensor
+    num_infinite: Tensor
+
+    def merge(self, other: CalibrationBins) -> CalibrationBins:
+        """The sums over the voxels of both."""
+        if not isinstance(other, CalibrationBins):
+            raise TypeError(f"other: got {check.describe(other)}, wanted CalibrationBins")
+        if self.count.shape != other.count.shape or self.num_voxels.shape != other.num_voxels.shape:
+            raise ValueError(f"other: got bins {list(other.count.shape)}, wanted {list(self.count.shape)}")
+        return CalibrationBins(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+    def __add__(self, other: Any) -> CalibrationBins:
+        """:meth:`merge`; not the concatenation of two tuples."""
+        return self.merge(other)
+
+    def pool(self) -> CalibrationBins:
+        """The sums over all batch items, where they are per item."""
+        return CalibrationBins(*(sums.sum(0) for sums in self)) if self.num_voxels.dim() else self
+
+    def mean_confidence(self) -> Tensor:
+        """Mean confidence of each bin, float64 ``[*P, *K, n_bins]``; NaN where a bin is empty."""
+        return self.confidence.double() / CONFIDENCE_UNIT / self.count
+
+    def accuracy(self) -> Tensor:
+        """Share of hits in each bin, float64 ``[*P, *K, n_bins]``; NaN where a bin is empty."""
+        return self.hits.double() / self.count
+
+    def mean_nll(self) -> Tensor:
+        """Mean negative log-likelihood in nats, float64 ``[*P]``; Inf with ``num_infinite``, NaN without a voxel."""
+        whole, rest = self.nll.double().unbind(-1)
+        mean = (whole + rest / SCORE_UNIT) / (self.num_voxels - self.num_nan)
+        return torch.where(self.num_infinite > 0, torch.inf, mean)
+
+    def mean_brier(self) -> Tensor:
+        """Mean Brier score (summed over classes, in [0, 2]), float64 ``[*P]``; NaN without a voxel."""
+        return self.brier.double() / SCORE_UNIT / (self.num_voxels - self.num_nan)
+
+
+def calibration_bins(
+    input: Tensor,
+    target: Tensor,
+    *,
+    n_bins: int = 15,
+    from_logits: bool = True,
+    class_wise: bool = False,
+    include_background: bool = True,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    per_item: bool = False,
+    right_closed: bool = False,
+    backend: str | None = None,
+) -> CalibrationBins:
+    r"""Counts, confidences and hits per bin of confidence, and NLL and Brier score, in one pass over the volume.
+
+    A confidence :math:`p` falls into bin :math:`b` where :math:`b / n \le p < (b + 1) / n`, and 1 into the last. The
+    edges are :math:`b / n` rounded to the dtype of the arithmetic (float64 for float64, else float32).
+
+    Args:
+        input: logits, or with ``from_logits=False`` probabilities, ``[C]``, ``[N, C]`` or ``[N, C, *S]``; float32,
+            float64, bfloat16 or float16. ``[N, C]`` is one batch item of N voxels.
+        target: class indices ``[N, *S]`` or ``[N, 1, *S]`` of any integer dtype.
+        n_bins: bins of equal width over [0, 1], 1 to 65536. Default 15.
+        from_logits: whether ``input`` holds logits, whose softmax is taken, or probabilities. Never guessed.
+            Default True.
+        class_wise: False: one confidence a voxel, the largest probability, a hit where the first class that has it is
+            the label (top-label). True: one for every class, its probability, a hit where it is the label.
+            Default False.
+        include_background: False leaves the background out as each kind is used in the field. Top-label: voxels whose
+            *label* is 0 do not count, for NLL and Brier neither. Class-wise: class 0 has no bins, and every voxel
+            counts for the other classes. (Class-wise over the voxels of the foreground: ``mask=target != 0``.)
+            Default True.
+        ignore_index: voxels with this label count nowhere. Default -100.
+        mask: bool ``[N, *S]`` or ``[N, 1, *S]``: where False, a voxel counts nowhere, whatever its label. Default:
+            all count.
+        per_item: sums per batch item, not over all. Default False.
+        right_closed: bins :math:`b / n < p \le (b + 1) / n` instead, with 0 in the first. Default False.
+        backend: ``"cpu"`` (native) or ``"reference"`` (plain PyTorch); default: the fastest that there is.
+
+    Returns:
+        :class:`CalibrationBins`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range; probabilities of a voxel
+            that counts that do not sum to 1 within 0.001 (0.01 for bfloat16 and float16) or lie below 0 by as much.
+        IndexError: the label of a voxel that counts is no class.
+
+    Example:
+        >>> import torch, calseg
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 3.0], [0.0, 0.1]])
+        >>> bins = calseg.calibration_bins(logits, torch.tensor([0, 1, 0], dtype=torch.uint8), n_bins=4)
+        >>> bins.count, bins.hits
+        (tensor([0, 0, 1, 2]), tensor([0, 0, 0, 2]))
+        >>> round(float(bins.mean_brier()), 4)
+        0.1947
+
+    Source: Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017; Nixon et al., *Measuring Calibration in
+    Deep Learning*, 2019 (class-wise).
+    """
+    check.check_scores("input", input)
+    check.check_integer("n_bins", n_bins, 1)
+    if n_bins > MAX_BINS:
+        raise ValueError(f"n_bins: got {n_bins}, wanted at most {MAX_BINS}")
+    check.check_integer("ignore_index", ignore_index)
+    for name, flag in (
+        ("from_logits", from_logits), ("class_wise", class_wise), ("include_background", include_background),
+        ("per_item", per_item), ("right_closed", right_closed),
+    ):  # fmt: skip
+        check.check_flag(name, flag)
+    labels = Labels(check.check_labels("target", target, input), ignore_index)
+    counted = None if mask is None else check.check_mask("mask", mask, input)
+    if class_wise and not include_background and ops.shape_of(input)[1] == 1:
+        raise ValueError(f"include_background: got False for one class ({check.describe(input)}), wanted 2 or more")
+    ops.choose_backend(input, backend)
+    return _reference_bins(
+        input.detach(), labels, counted, n_bins, from_logits, class_wise, include_background, per_item, right_closed
+    )
+
+
+def _reference_bins(
+    scores: Tensor,
+    labels: Labels,
+    mask: Tensor | None,
+    n_bins: int,
+    from_logits: bool,
+    class_wise: bool,
+    include_background: bool,
+    per_item: bool,
+    right_closed: bool,
+) -> CalibrationBins:
+    tensor, ignore_index, _ = labels
+    wide = tensor.long()
+    if mask is not None:
+        wide = torch.where(mask.bool(), wide, ignore_index)
+    flat = _reference_labels(Labels(wide, ignore_index), scores)
+    counted = flat != ignore_index
+    if not (class_wise or include_background):
+        counted = counted & (flat != 0)
+    sums, bad = reference.calibration_bins(
+        _flat(scores), flat, counted, n_bins=n_bins, from_logits=from_logits,
+        first_class=None if not class_wise else 0 if include_background else 1, right_closed=right_closed,
+    )  # fmt: skip
+    if bad is not None:
+        raise reference.probability_error(*bad, ops.voxel_shape(scores))
+    bins = CalibrationBins(*(each.cpu() for each in sums))
+    return bins if per_item else bins.pool()
+
+
+def calibration_error_from_bins(bins: CalibrationBins, norm: str = "l1", *, equal_mass: int | None = None) -> Tensor:
+    r"""A calibration error, in float64, from sums per bin.
+
+    With :math:`n_b` voxels in bin :math:`b`, of mean confidence :math:`c_b` and accuracy :math:`a_b`, and
+    :math:`n = \sum_b n_b`:
+
+    - ``"l1"``: :math:`\sum_b \frac{n_b}{n} |c_b - a_b|`, the expected calibration error (ECE)
+    - ``"l2"``: :math:`\sqrt{\sum_b \frac{n_b}{n} (c_b - a_b)^2}` (RMSCE)
+    - ``"max"``: the largest :math:`|c_b - a_b|` (MCE)
+    - ``"average"``: the mean of :math:`|c_b - a_b|` over the bins that are not empty (ACE)
+
+    Voxels with NaN are in no bin: they are left out, with a warning that says how many.
+
+    Args:
+        bins: from :func:`calibration_bins`.
+        norm: ``"l1"``, ``"l2"``, ``"max"`` or ``"average"``. Default ``"l1"``.
+        equal_mass: a number of bins of equal mass into which the cells, the fine bins that ``bins`` holds, are
+            regrouped: group :math:`g` of :math:`G` takes the voxels of ranks :math:`n g / G` to :math:`n (g + 1) / G`
+            in order of confidence, and a cell that lies across a boundary is divided in proportion, its confidences
+            and hits with it. That is the equal-mass error of the voxels with the confidence and accuracy of each
+            replaced by the mean of its cell; confidences change by less than a cell's width. Default None: the bins
+            as they are.
+
+    Returns:
+        float64 of the shape of ``bins.count`` without its last axis: per item and class where ``bins`` are. NaN where
+        no voxel counts.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or range.
+
+    Example:
+        >>> import torch, calseg
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 3.0], [0.0, 0.1]])
+        >>> bins = calseg.calibration_bins(logits, torch.tensor([0, 1, 0]))
+        >>> [round(float(calseg.calibration_error_from_bins(bins, norm)), 3) for norm in ("l1", "l2", "max", "average")]
+        [0.231, 0.312, 0.525, 0.231]
+    """
+    if not isinstance(bins, CalibrationBins):
+        raise TypeError(f"bins: got {check.describe(bins)}, wanted CalibrationBins")
+    if norm not in NORMS:
+        raise ValueError(f"norm: got {norm!r}, wanted one of {', '.join(map(repr, NORMS))}")
+    if equal_mass is not None:
+        check.check_integer("equal_mass", equal_mass, 1)
+    if num_nan := int(bins.num_nan.sum()):
+        warnings.warn(
+            f"calibration error: {num_nan} of {int(bins.num_voxels.sum())} voxels have a NaN probability and are left "
+            "out",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    count, confidence, hits = bins.count.double(), bins.confidence.double() / CONFIDENCE_UNIT, bins.hits.double()
+    if equal_mass is not None:
+        count, confidence, hits = _equal_mass(count, confidence, hits, equal_mass)
+    total, filled = count.sum(-1), count > 0
+    excess = (confidence - hits).abs()
+    gap = torch.where(filled, excess / count, 0.0)
+    if norm == "l1":
+        return excess.sum(-1) / total
+    if norm == "l2":
+        return ((gap * excess).sum(-1) / total).sqrt()
+    if norm == "max":
+        return torch.where(total > 0, gap.amax(-1), torch.nan)
+    return gap.sum(-1) / filled.sum(-1)
+
+
+def _equal_mass(count: Tensor, confidence: Tensor, hits: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``[..., cells]`` regrouped into ``[..., groups]`` of equal counts; straddling cells divided in proportion."""
+    upper = count.cumsum(-1)
+    edges = upper[..., -1:] * torch.arange(groups + 1, dtype=torch.float64) / groups
+    cell = torch.searchsorted(upper, edges, right=False).clamp(max=count.shape[-1] - 1)
+    before = upper - count
+    share = ((edges - before.gather(-1, cell)) / count.gather(-1, cell)).nan_to_num(0.0).clamp(0.0, 1.0)
+
+    def regroup(sums: Tensor) -> Tensor:
+        below = (sums.cumsum(-1) - sums).gather(-1, cell) + share * sums.gather(-1, cell)
+        return below.diff(dim=-1)
+
+    return regroup(count), regroup(confidence), regroup(hits)
+
+
+def calibration_error(
+    input: Tensor,
+    target: Tensor,
+    *,
+    n_bins: int = 15,
+    norm: str = "l1",
+    from_logits: bool = True,
+    class_wise: bool = False,
+    include_background: bool = True,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    per_item: bool = False,
+    right_closed: bool = False,
+    equal_mass: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    r"""How far confidence is from accuracy: ECE, ACE, MCE or RMSCE, exact at any number of voxels.
+
+    The fused engine reads the volume once and holds nothing of its size. Counts are integers, so a bin of more than
+    2^24 voxels counts right, and the value does not depend on the number of threads.
+
+    Args:
+        input: logits, or with ``from_logits=False`` probabilities, ``[C]``, ``[N, C]`` or ``[N, C, *S]``.
+        target: class indices ``[N, *S]`` or ``[N, 1, *S]`` of any integer dtype.
+        n_bins: number of bins. Default 15.
+        norm: ``"l1"`` (ECE), ``"l2"`` (RMSCE), ``"max"`` (MCE) or ``"average"`` (ACE); the formulas are at
+            :func:`calibration_error_from_bins`. Default ``"l1"``.
+        from_logits: as in :func:`calibration_bins`. Default True.
+        class_wise: the mean over the classes of the error of each class's own probability, not the error of the top
+            label. Default False.
+        include_background: as in :func:`calibration_bins`. False: top-label, only voxels whose label is not 0;
+            class-wise, only classes 1 and up. Default True.
+        ignore_index: as in :func:`calibration_bins`. Default -100.
+        mask: as in :func:`calibration_bins`.
+        per_item: a value per batch item. Default False: one over all.
+        right_closed: as in :func:`calibration_bins`. Default False.
+        equal_mass: bins of equal mass (adaptive) instead of equal width: ``n_bins`` groups of 4096 cells, as
+            :func:`calibration_error_from_bins` says. Default False.
+        backend: as in :func:`calibration_bins`.
+
+    Returns:
+        float64 on the CPU, 0-d, or ``[N]`` with ``per_item``; NaN where no voxel counts.
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`calibration_bins`.
+
+    Example:
+        >>> import torch, calseg
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 3.0], [0.0, 0.1]])
+        >>> target = torch.tensor([0, 1, 0])
+        >>> round(float(calseg.calibration_error(logits, target)), 3)
+        0.231
+        >>> round(float(calseg.calibration_error(logits, target, class_wise=True, norm="average")), 3)
+        0.231
+
+    Source: Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm: got {norm!r}, wanted one of {', '.join(map(repr, NORMS))}")
+    check.check_flag("equal_mass", equal_mass)
+    check.check_integer("n_bins", n_bins, 1)
+    bins = calibration_bins(
+        input, target, n_bins=EQUAL_MASS_CELLS if equal_mass else n_bins, from_logits=from_logits,
+        class_wise=class_wise, include_background=include_background, ignore_index=ignore_index, mask=mask,
+        per_item=per_item, right_closed=right_closed, backend=backend,
+    )  # fmt: skip
+    error = calibration_error_from_bins(bins, norm, equal_mass=n_bins if equal_mass else None)
+    return error.mean(-1) if class_wise else error
