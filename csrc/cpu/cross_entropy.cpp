@@ -2,6 +2,7 @@
 // Floor: one read of the logits (and soft labels), one write of each gradient.
 #include "cpu/cross_entropy.h"
 
+#include "cpu/hard_cross_entropy.h"
 #include "cpu/operations.h"
 
 namespace calseg {
@@ -10,84 +11,101 @@ namespace {
 
 template <class T>
 Tiling tiling(const CrossEntropyArgs& a) {
-    return Tiling(a.shape, a.soft_labels ? 2 : 1, sizeof(T), 1 << 18);
+    constexpr int64_t kElement = sizeof(T);
+    // one-hot labels: this tile and the next in half of the second cache
+    return Tiling(a.shape, a.soft_labels ? voxels_in_cache(a.shape.C, 2, kElement) : 256 * 1024 / (a.shape.C * kElement), 1 << 18);
 }
 
+// What a tile leaves behind.
 template <class T>
-struct Tile {
-    LossTile<T> t;
-    T* e;                        // [C][kLanes]
-    TensorTile<T> logits, soft;  // become their gradients
+double finish_tile(const CrossEntropyArgs& a, const Span& span, const LossTile<T>& t) {
+    if (a.loss) store_tile(a.loss, span, t.loss, 1, false);
+    return sum_row(t.loss, span.count);
+}
 
-    static int64_t bytes(const CrossEntropyArgs& a) {
-        const int64_t C = a.shape.C, length = tiling<T>(a).length;
-        return LossTile<T>::bytes(C, length) + Scratch::bytes<T>(C * kLanes) + 2 * TensorTile<T>::bytes(C, length);
-    }
-    Tile(Scratch& scratch, const CrossEntropyArgs& a, int length)
-        : t(scratch, a.shape.C, length, a.weight),
-          e(scratch.take<T>(a.shape.C * kLanes)),
-          logits(scratch, a.logits, a.grad_logits, a.shape, length),
-          soft(scratch, a.soft_labels, a.grad_soft_labels, a.shape, length) {}
-};
-
-template <bool kGradient, bool kPlain, class T>
-void hard_tile(const CrossEntropyArgs& a, Tile<T>& tile) {
+// From: how the logits are stored.
+template <bool kGradient, bool kPlain, class From, class T>
+double run_hard(const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
     const T smoothing = static_cast<T>(a.label_smoothing);
-    LossTile<T>& t = tile.t;
-    for (int b = 0; b * kLanes < t.count; ++b) {
-        tile.logits.prefetch_next(b);
-        hard_exponentials<kGradient, kPlain>(t, b, tile.logits.block(b));
-    }
-    for (int b = 0; b * kLanes < t.count; ++b) hard_loss<kPlain>(t, b, smoothing);
-    if (!kGradient) return;
-    for (int b = 0; b * kLanes < t.count; ++b) hard_gradient<kPlain>(t, b, tile.logits.block(b), smoothing);
+    const bool stream = is_streamed(a.grad_logits, a.shape);
+    LossTile<T> t(scratch, a.shape.C, tiles.length, a.weight);
+    ReadAhead<T, From> logits(scratch, a.logits, a.shape.C, tiles.length);
+    double total = 0.0;
+    tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
+        t.load(a.labels, a.upstream, span);
+        logits.begin(span, next);
+        if (t.any_ignored()) clear_ignored(logits.tile(), t.labels, span.count, t.C);
+        for (int b = 0; b * kLanes < span.count; ++b) hard_exponentials<kGradient, kPlain>(t, b, logits.block(b), logits);
+        logits.end();
+        for (int b = 0; b * kLanes < span.count; ++b) hard_loss<kPlain>(t, b, smoothing);
+        if (kGradient) store_hard_gradient<kPlain>(a.grad_logits, span, t, logits.tile(), smoothing, stream);
+        total += finish_tile(a, span, t);
+    });
+    finish_streams();
+    return total;
+}
+
+template <class From, class T>
+double run_hard(const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+    const bool plain = !a.weight && a.label_smoothing == 0.0;
+    if (a.grad_logits)
+        return plain ? run_hard<true, true, From, T>(a, tiles, chunk, scratch) : run_hard<true, false, From, T>(a, tiles, chunk, scratch);
+    return plain ? run_hard<false, true, From, T>(a, tiles, chunk, scratch) : run_hard<false, false, From, T>(a, tiles, chunk, scratch);
+}
+
+double run_hard(float, const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+    if (a.logits.dtype == DType::bf16) return run_hard<BF16, float>(a, tiles, chunk, scratch);
+    if (a.logits.dtype == DType::f16) return run_hard<F16, float>(a, tiles, chunk, scratch);
+    return run_hard<float, float>(a, tiles, chunk, scratch);
+}
+double run_hard(double, const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+    return run_hard<double, double>(a, tiles, chunk, scratch);
 }
 
 template <class T>
-void soft_tile(const CrossEntropyArgs& a, Tile<T>& tile) {
+double run_soft(const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
     const T smoothing = static_cast<T>(a.label_smoothing);
     const bool gradient = bool(a.grad_logits), soft_gradient = bool(a.grad_soft_labels);
-    LossTile<T>& t = tile.t;
-    for (int b = 0; b * kLanes < t.count; ++b) {
-        tile.logits.prefetch_next(b);
-        tile.soft.prefetch_next(b);
-        T *logits = tile.logits.block(b), *soft = tile.soft.block(b);
-        const F<T> sum = log_softmax_block(logits, tile.e, t.C);
-        const F<T> loss = soft_cross_entropy_block(t, b, logits, tile.e, sum, soft, smoothing, gradient, soft_gradient);
-        store(t.loss + b * kLanes, loss);
-        // each tile now takes its gradient, from where it was computed
-        if (soft_gradient) copy_block(soft, logits, t.C);
-        if (gradient) copy_block(logits, tile.e, t.C);
-    }
+    LossTile<T> t(scratch, a.shape.C, tiles.length, a.weight);
+    T* e = scratch.take<T>(t.C * kLanes);
+    // they become their gradients
+    TensorTile<T> logits(scratch, a.logits, a.grad_logits, a.shape, tiles.length);
+    TensorTile<T> soft(scratch, a.soft_labels, a.grad_soft_labels, a.shape, tiles.length);
+    double total = 0.0;
+    tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
+        t.load(a.labels, a.upstream, span);
+        for (auto* tensor : {&logits, &soft}) {
+            tensor->begin(span, next);
+            if (t.any_ignored()) clear_ignored(tensor->tile(), t.labels, span.count, t.C);
+        }
+        for (int b = 0; b * kLanes < t.count; ++b) {
+            for (auto* tensor : {&logits, &soft}) tensor->prefetch_next(b);
+            T *x = logits.block(b), *y = soft.block(b);
+            const F<T> sum = log_softmax_block(x, e, t.C);
+            store(t.loss + b * kLanes, soft_cross_entropy_block(t, b, x, e, sum, y, smoothing, gradient, soft_gradient));
+            // each tile now takes its gradient, from where it was computed
+            if (soft_gradient) copy_block(y, x, t.C);
+            if (gradient) copy_block(x, e, t.C);
+        }
+        for (auto* tensor : {&logits, &soft}) tensor->end(span);
+        total += finish_tile(a, span, t);
+    });
+    return total;
 }
 
 template <class T>
 void run(const CrossEntropyArgs& a, int64_t chunk, void* memory) {
     const Tiling tiles = tiling<T>(a);
     Scratch scratch(memory);
-    Tile<T> tile(scratch, a, tiles.length);
-    LossTile<T>& t = tile.t;
-    const bool gradient = bool(a.grad_logits), plain = !t.weighted && a.label_smoothing == 0.0;
-    const auto run_tile = a.soft_labels ? soft_tile<T>
-                          : gradient    ? (plain ? hard_tile<true, true, T> : hard_tile<true, false, T>)
-                                        : (plain ? hard_tile<false, true, T> : hard_tile<false, false, T>);
-    double total = 0.0;
-    tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
-        t.load(a.labels, a.upstream, span);
-        for (auto* tensor : {&tile.logits, &tile.soft}) tensor->begin(span, next);
-        if (t.any_ignored()) clear_ignored(tile.logits.tile(), t.labels, span.count, t.C);
-        if (t.any_ignored() && a.soft_labels) clear_ignored(tile.soft.tile(), t.labels, span.count, t.C);
-        run_tile(a, tile);
-        for (auto* tensor : {&tile.logits, &tile.soft}) tensor->end(span);
-        if (a.loss) store_tile(a.loss, span, t.loss, 1, false);
-        total += sum_row(t.loss, span.count);
-    });
-    if (a.chunk_sums) a.chunk_sums[chunk].loss = total;
+    const double loss = a.soft_labels ? run_soft<T>(a, tiles, chunk, scratch) : run_hard(T(), a, tiles, chunk, scratch);
+    if (a.chunk_sums) a.chunk_sums[chunk].loss = loss;
 }
 
 template <class T>
 int64_t bytes(const CrossEntropyArgs& a) {
-    return Tile<T>::bytes(a);
+    const int64_t C = a.shape.C, length = tiling<T>(a).length;
+    const int64_t tiles = 2 * Scratch::bytes<T>(C * length), block = a.soft_labels ? Scratch::bytes<T>(C * kLanes) : 0;
+    return LossTile<T>::bytes(C, length) + tiles + block;
 }
 
 bool is_double(const CrossEntropyArgs& a) { return a.logits.dtype == DType::f64; }

@@ -1,4 +1,4 @@
-// Cross-entropy of one block of voxels, forward and gradient, against one-hot labels or against soft labels.
+// What the losses share, and cross-entropy of one block of voxels against soft labels, forward and gradient.
 // Blocks are [C][kLanes]; what there is one of per voxel lives in registers.
 #pragma once
 
@@ -112,75 +112,6 @@ CALSEG_INLINE F<T> max_over_classes(const T* block, int64_t C) {
     }
     if (c < C) a = larger(load<F<T>>(block + c * kLanes), a);
     return larger(a, b);
-}
-
-// One-hot labels take three steps, each over all blocks of a tile, so that no block waits for the logarithm or the
-// division of the one before. kPlain: no class weights and no smoothing.
-
-// Step 1, a block: logits become e = exp(logits - max) if kKeep; the sums over classes that the loss is made of.
-template <bool kKeep, bool kPlain, class T>
-CALSEG_INLINE void hard_exponentials(LossTile<T>& t, int block, T* logits) {
-    const I<T> labels = load<I<T>>(t.labels + block * kLanes);
-    const F<T> top = max_over_classes(logits, t.C), none = zero<T>();
-    F<T> sum = none, label_d = none, label_weight = none, weighted_d = none;
-    for_classes(t.C, [&](auto group, int64_t c) {
-        constexpr int K = decltype(group)::value;
-        F<T> d[K], e[K];
-        for (int j = 0; j < K; ++j) e[j] = d[j] = load<F<T>>(logits + (c + j) * kLanes) - top;
-        exp_nonpositive(e);
-        sum = sum + sum_of(e);
-        for (int j = 0; j < K; ++j) {
-            const auto hit = equal(labels, broadcast<I<T>>(static_cast<int32_t>(c) + j));
-            label_d = select(hit, d[j], label_d);
-            if (kKeep) store(logits + (c + j) * kLanes, e[j]);
-            if (!kPlain) {
-                const F<T> weight = broadcast<F<T>>(t.weight[c + j]);
-                label_weight = select(hit, weight, label_weight);
-                weighted_d = weighted_d + weight * d[j];
-            }
-        }
-    });
-    store(t.sum + block * kLanes, sum);
-    store(t.loss + block * kLanes, label_d);
-    if (!kPlain) {
-        store(t.label_weight + block * kLanes, label_weight);
-        store(t.weighted_d + block * kLanes, weighted_d);
-    }
-}
-
-// Step 2, a block: the loss, and the factors of the gradient: of e in t.sum, of the label in t.label_weight.
-template <bool kPlain, class T>
-CALSEG_INLINE void hard_loss(LossTile<T>& t, int block, T smoothing) {
-    const int64_t at = block * kLanes;
-    const F<T> upstream = load<F<T>>(t.upstream + at), sum = load<F<T>>(t.sum + at), none = zero<T>();
-    const F<T> log_sum_exp = log_positive(sum);
-    F<T> loss = log_sum_exp - load<F<T>>(t.loss + at), on_label = broadcast<F<T>>(T(1)), mass = on_label;
-    if (!kPlain) {
-        const F<T> spread = broadcast<F<T>>(smoothing / static_cast<T>(t.C)), weights = broadcast<F<T>>(t.weight_sum);
-        on_label = broadcast<F<T>>(T(1) - smoothing) * load<F<T>>(t.label_weight + at);
-        loss = on_label * loss;
-        // without smoothing an impossible class (-inf) must not meet a zero factor
-        if (smoothing != T(0)) loss = loss + spread * (weights * log_sum_exp - load<F<T>>(t.weighted_d + at));
-        mass = on_label + spread * weights;
-    }
-    store(t.loss + at, select(less(load<I<T>>(t.labels + at), broadcast<I<T>>(0)), none, loss));
-    store(t.sum + at, upstream * mass / sum);
-    store(t.label_weight + at, upstream * on_label);
-}
-
-// Step 3, a block: e becomes dLoss/dlogits.
-template <bool kPlain, class T>
-CALSEG_INLINE void hard_gradient(const LossTile<T>& t, int block, T* e, T smoothing) {
-    const int64_t at = block * kLanes;
-    const I<T> labels = load<I<T>>(t.labels + at);
-    const F<T> scale_e = load<F<T>>(t.sum + at), scale_label = load<F<T>>(t.label_weight + at), none = zero<T>();
-    const F<T> scale_weight = load<F<T>>(t.upstream + at) * broadcast<F<T>>(smoothing / static_cast<T>(t.C));
-    for (int64_t c = 0; c < t.C; ++c) {
-        const auto hit = equal(labels, broadcast<I<T>>(static_cast<int32_t>(c)));
-        F<T> g = load<F<T>>(e + c * kLanes) * scale_e - select(hit, scale_label, none);
-        if (!kPlain) g = g - broadcast<F<T>>(t.weight[c]) * scale_weight;
-        store(e + c * kLanes, g);
-    }
 }
 
 // logits become log softmax(logits); e = exp(logits - max), whose sum is returned.

@@ -8,7 +8,7 @@ namespace {
 
 template <class T>
 Tiling tiling(const GaussianKLArgs& a) {
-    return Tiling(a.shape, 2, sizeof(T), 1 << 15);
+    return Tiling(a.shape, voxels_in_cache(a.shape.C, 2, sizeof(T)), 1 << 15);
 }
 
 template <class T>

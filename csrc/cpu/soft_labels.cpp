@@ -10,7 +10,7 @@ namespace {
 
 template <class T>
 Tiling tiling(const SoftLabelsArgs& a) {
-    return Tiling(a.shape, 3, sizeof(T), 1 << 14);
+    return Tiling(a.shape, voxels_in_cache(a.shape.C, 3, sizeof(T)), 1 << 14);
 }
 
 // block = alpha * scale * block + (1 - alpha) * onehot; 0 where ignored
@@ -85,7 +85,7 @@ void run_chunk(const SoftLabelsArgs& a, int64_t chunk, void* scratch) {
 
 template <class T>
 Tiling tiling(const AccumulateArgs& a) {
-    return Tiling(a.shape, 2, sizeof(T), 1 << 15);
+    return Tiling(a.shape, voxels_in_cache(a.shape.C, 2, sizeof(T)), 1 << 15);
 }
 
 // Forward: other, the running total, gains the softmax. Backward: other, the upstream gradient, becomes the logits'.
@@ -147,7 +147,7 @@ void run_chunk(const AccumulateArgs& a, int64_t chunk, void* scratch) {
 
 template <class T>
 Tiling tiling(const BlendArgs& a) {
-    return Tiling(a.shape, 1, sizeof(T), 1 << 16);
+    return Tiling(a.shape, voxels_in_cache(a.shape.C, 1, sizeof(T)), 1 << 16);
 }
 
 template <class T>

@@ -48,12 +48,9 @@ struct Tiling {
     int64_t chunk;     // voxels of a chunk, a multiple of length
     int64_t per_item;  // chunks of a batch item
 
-    // tensors: how many [C] tensors a tile holds; chunk_elements: about how many logits a chunk should hold
-    Tiling(const Shape& s, int64_t tensors, int64_t element_bytes, int64_t chunk_elements) : shape(s) {
-        // Few classes: the tile fits the first cache. Many: long rows are what counts, and the second cache will do.
-        const int64_t row_bytes = tensors * s.C * element_bytes;
-        const int64_t fit = larger(larger(16 * 1024 / row_bytes, 128), s.C > kPrefetchClasses ? smaller(512, 512 * 1024 / row_bytes) : 0);
-        const int64_t bounded = smaller(fit / 64 * 64, kMaxTile);
+    // wanted: voxels of a tile; chunk_elements: about how many logits a chunk should hold
+    Tiling(const Shape& s, int64_t wanted, int64_t chunk_elements) : shape(s) {
+        const int64_t bounded = smaller(larger(wanted / 64 * 64, 128), kMaxTile);
         length = static_cast<int>(smaller(bounded, round_up(larger(s.S, 1), kLanes)));
         chunk = length * larger(1, chunk_elements / (length * s.C));
         per_item = (s.S + chunk - 1) / chunk;
@@ -79,6 +76,13 @@ struct Tiling {
         return {n, s, static_cast<int>(smaller(smaller(length, end - s), to_boundary))};
     }
 };
+
+// How many voxels of several [C] tensors the nearest cache holds. With many classes long rows are what counts, and the
+// second cache will do.
+CALSEG_INLINE int64_t voxels_in_cache(int64_t C, int64_t tensors, int64_t element_bytes) {
+    const int64_t voxel_bytes = tensors * C * element_bytes;
+    return larger(16 * 1024 / voxel_bytes, C > kPrefetchClasses ? smaller(512, 512 * 1024 / voxel_bytes) : 0);
+}
 
 // Scratch memory handed out in rows that start on a cache line.
 class Scratch {
@@ -175,6 +179,21 @@ template <class To, class T>
 CALSEG_INLINE void narrow_lanes(To* to, const T* from) {
     for (int i = 0; i < kLanes; ++i) narrow(to[i], from[i]);
 }
+#if defined(CALSEG_NATIVE_FLOAT)
+// Spelt out: inlined into a long loop, the plain ones above are not vectorised.
+typedef uint16_t ShortVector __attribute__((vector_size(2 * kLanes)));
+CALSEG_INLINE void widen_lanes(float* to, const float* from) { store(to, load<FloatVector>(from)); }
+CALSEG_INLINE void narrow_lanes(float* to, const float* from) { store(to, load<FloatVector>(from)); }
+CALSEG_INLINE void widen_lanes(float* to, const BF16* from) {
+    store(to, __builtin_convertvector(load<ShortVector>(from), UintVector) << 16);
+}
+CALSEG_INLINE void narrow_lanes(BF16* to, const float* from) {  // as narrow_bf16
+    const FloatVector x = load<FloatVector>(from);
+    const UintVector bits = (UintVector)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const IntVector nan = IntVector{} + 0x7fc0;
+    store(to, __builtin_convertvector((UintVector)select(equal(x, x), (IntVector)rounded, nan), ShortVector));
+}
+#endif
 #if defined(__F16C__)
 // GCC does not vectorise half precision by itself: the processor's conversions, eight at a time.
 CALSEG_INLINE void widen_lanes(float* to, const F16* from) {
@@ -345,6 +364,10 @@ void clear_ignored(T* tile, const int32_t* labels, int count, int64_t C) {
 // Results larger than the caches are not read again soon: streaming stores save reading each line first.
 constexpr int64_t kStreamBytes = 4 << 20;
 
+inline bool is_streamed(const TensorView& result, const Shape& shape) {
+    return result && shape.voxels() * shape.C * dtype_bytes(result.dtype) >= kStreamBytes;
+}
+
 inline void stream_bytes(void* to, const void* from, int64_t bytes) {
     char* out = static_cast<char*>(to);
     const char* in = static_cast<const char*>(from);
@@ -372,6 +395,20 @@ inline void stream_bytes(void* to, const void* from, int64_t bytes) {
     if (bytes) std::memcpy(out, in, static_cast<size_t>(bytes));
 }
 
+#if defined(CALSEG_NATIVE_FLOAT)
+CALSEG_INLINE void stream_lanes(float* to, FloatVector from) {  // to: aligned to a vector
+#if defined(__AVX512F__)
+    _mm512_stream_ps(to, from);
+#elif defined(__AVX__)
+    _mm256_stream_ps(to, from);
+#elif defined(__SSE2__)
+    _mm_stream_ps(to, from);
+#else
+    store(to, from);
+#endif
+}
+#endif
+
 // Streamed lines must be seen by whoever reads after the chunk.
 CALSEG_INLINE void finish_streams() {
 #if defined(__SSE2__)
@@ -379,20 +416,40 @@ CALSEG_INLINE void finish_streams() {
 #endif
 }
 
-// Class c of the blocks [C][kLanes] -> voxels of a span, where voxels are contiguous.
-template <class T>
-void store_row(const TensorView& view, const Span& span, int64_t c, const T* from, int64_t C, bool stream) {
-    const int whole = span.count / kLanes, rest = span.count % kLanes;
+// Class c of a span's voxels, where voxels are contiguous: block(b) gives kLanes of them.
+template <class T, class Block>
+CALSEG_INLINE void write_row(const TensorView& view, const Span& span, int64_t c, bool stream, const Block& block_at) {
     with_float_type(view.dtype, [&](auto* type) {
         using To = std::remove_pointer_t<decltype(type)>;
         To* row = static_cast<To*>(view.data) + span.n * view.stride_n + c * view.stride_c + span.s;
+        const Block block = block_at;  // a copy: what lies behind a reference is read anew after every store
+        const int whole = span.count / kLanes, rest = span.count % kLanes;
+        int b = 0;
+#if defined(CALSEG_NATIVE_FLOAT)
+        if constexpr (std::is_same<To, float>::value && std::is_same<T, float>::value)
+            if (stream && reinterpret_cast<uintptr_t>(row) % sizeof(FloatVector) == 0)
+                for (; b < whole; ++b) stream_lanes(row + b * kLanes, block(b));
+#endif
         alignas(64) To staged[kMaxTile];  // the narrowed row, to be streamed in whole cache lines
-        To* out = stream ? staged : row;
-        const T* block = from + c * kLanes;
-        for (int b = 0; b < whole; ++b, block += C * kLanes) narrow_lanes(out + b * kLanes, block);
-        for (int i = 0; i < rest; ++i) narrow(out[whole * kLanes + i], block[i]);
-        if (stream) stream_bytes(row, staged, span.count * static_cast<int64_t>(sizeof(To)));
+        const bool in_stages = stream && b < whole;
+        To* out = in_stages ? staged : row;
+        T lanes[kLanes];
+        for (; b < whole; ++b) {
+            store(lanes, block(b));
+            narrow_lanes(out + b * kLanes, lanes);
+        }
+        if (rest) {
+            store(lanes, block(whole));
+            for (int i = 0; i < rest; ++i) narrow(out[whole * kLanes + i], lanes[i]);
+        }
+        if (in_stages) stream_bytes(row, staged, span.count * static_cast<int64_t>(sizeof(To)));
     });
+}
+
+// Class c of the blocks [C][kLanes].
+template <class T>
+void store_row(const TensorView& view, const Span& span, int64_t c, const T* from, int64_t C, bool stream) {
+    write_row<T>(view, span, c, stream, [=](int b) { return load<F<T>>(from + (b * C + c) * kLanes); });
 }
 
 // The same for all classes where voxels are not contiguous: voxel by voxel.
@@ -434,7 +491,7 @@ class TensorTile {
         : input_(input),
           result_(result),
           C_(shape.C),
-          stream_(result && shape.voxels() * shape.C * dtype_bytes(result.dtype) >= kStreamBytes),
+          stream_(is_streamed(result, shape)),
           prefetch_(input && input.stride_s == 1 && shape.C <= kPrefetchClasses),
           tile_(scratch.take<T>(C_ * length)) {}
     ~TensorTile() { finish_streams(); }

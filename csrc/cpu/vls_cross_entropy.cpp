@@ -11,7 +11,7 @@ namespace {
 
 template <class T>
 Tiling tiling(const VLSCrossEntropyArgs& a) {
-    return Tiling(a.ce.shape, 3, sizeof(T), 1 << 14);
+    return Tiling(a.ce.shape, voxels_in_cache(a.ce.shape.C, 3, sizeof(T)), 1 << 14);
 }
 
 // The working set of one block, beside the three tensors of the tile.

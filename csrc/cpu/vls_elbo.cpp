@@ -8,7 +8,7 @@ namespace {
 
 template <class T>
 Tiling tiling(const VLSElboArgs& a) {
-    return Tiling(a.shape, 2, sizeof(T), 1 << 14);
+    return Tiling(a.shape, voxels_in_cache(a.shape.C, 2, sizeof(T)), 1 << 14);
 }
 
 // -log softmax(nu_k)[label]; with kGradient dLoss/dnu (up to the voxel's weight) is added to the gradients.

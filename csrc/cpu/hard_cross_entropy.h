@@ -1,0 +1,105 @@
+// Cross-entropy on one-hot labels, a tile at a time, in three steps, each over all blocks of the tile, so that no block
+// waits for the logarithm or the division of the one before. kPlain: no class weights and no smoothing.
+#pragma once
+
+#include "cpu/cross_entropy.h"
+#include "cpu/read_ahead.h"
+
+namespace calseg {
+namespace CALSEG_ISA {
+namespace {
+
+// Step 1, a block: logits become e = exp(logits - max) if kKeep; the sums over classes that the loss is made of.
+template <bool kKeep, bool kPlain, class T, class Ahead>
+CALSEG_INLINE void hard_exponentials(LossTile<T>& t, int block, T* logits, Ahead& ahead) {
+    const I<T> labels = load<I<T>>(t.labels + block * kLanes);
+    const F<T> top = max_over_classes(logits, t.C), none = zero<T>();
+    F<T> sum = none, label_d = none, label_weight = none, weighted_d = none;
+    for_classes(t.C, [&](auto group, int64_t c) {
+        constexpr int K = decltype(group)::value;
+        F<T> d[K], e[K];
+        for (int j = 0; j < K; ++j) e[j] = d[j] = load<F<T>>(logits + (c + j) * kLanes) - top;
+        exp_nonpositive(e);
+        sum = sum + sum_of(e);
+        for (int j = 0; j < K; ++j) {
+            const auto hit = equal(labels, broadcast<I<T>>(static_cast<int32_t>(c) + j));
+            label_d = select(hit, d[j], label_d);
+            if (kKeep) store(logits + (c + j) * kLanes, e[j]);
+            if (!kPlain) {
+                const F<T> weight = broadcast<F<T>>(t.weight[c + j]);
+                label_weight = select(hit, weight, label_weight);
+                weighted_d = weighted_d + weight * d[j];
+            }
+        }
+        ahead.template lines<K>();
+    });
+    store(t.sum + block * kLanes, sum);
+    store(t.loss + block * kLanes, label_d);
+    if (!kPlain) {
+        store(t.label_weight + block * kLanes, label_weight);
+        store(t.weighted_d + block * kLanes, weighted_d);
+    }
+}
+
+// Step 2, a block: the loss, and the factors of the gradient: of e in t.sum, of the label in t.label_weight.
+template <bool kPlain, class T>
+CALSEG_INLINE void hard_loss(LossTile<T>& t, int block, T smoothing) {
+    const int64_t at = block * kLanes;
+    const F<T> upstream = load<F<T>>(t.upstream + at), sum = load<F<T>>(t.sum + at), none = zero<T>();
+    const F<T> log_sum_exp = log_positive(sum);
+    F<T> loss = log_sum_exp - load<F<T>>(t.loss + at), on_label = broadcast<F<T>>(T(1)), mass = on_label;
+    if (!kPlain) {
+        const F<T> spread = broadcast<F<T>>(smoothing / static_cast<T>(t.C)), weights = broadcast<F<T>>(t.weight_sum);
+        on_label = broadcast<F<T>>(T(1) - smoothing) * load<F<T>>(t.label_weight + at);
+        loss = on_label * loss;
+        // without smoothing an impossible class (-inf) must not meet a zero factor
+        if (smoothing != T(0)) loss = loss + spread * (weights * log_sum_exp - load<F<T>>(t.weighted_d + at));
+        mass = on_label + spread * weights;
+    }
+    store(t.loss + at, select(less(load<I<T>>(t.labels + at), broadcast<I<T>>(0)), none, loss));
+    store(t.sum + at, upstream * mass / sum);
+    store(t.label_weight + at, upstream * on_label);
+}
+
+// Step 3: e becomes dLoss/dlogits, of class c in block(b).
+template <bool kPlain, class T>
+struct HardGradient {
+    const int32_t* labels;
+    const T *e, *scale_e, *scale_label, *upstream;
+    int64_t C, c;
+    T weight;  // times smoothing / C
+
+    HardGradient(const LossTile<T>& t, const T* tile, int64_t class_index, T smoothing)
+        : labels(t.labels),
+          e(tile + class_index * kLanes),
+          scale_e(t.sum),
+          scale_label(t.label_weight),
+          upstream(t.upstream),
+          C(t.C),
+          c(class_index),
+          weight(t.weight[class_index] * smoothing / static_cast<T>(t.C)) {}
+
+    CALSEG_MEMBER F<T> operator()(int b) const {
+        const int at = b * kLanes;
+        const auto hit = equal(load<I<T>>(labels + at), broadcast<I<T>>(static_cast<int32_t>(c)));
+        F<T> g = load<F<T>>(e + at * C) * load<F<T>>(scale_e + at) - select(hit, load<F<T>>(scale_label + at), zero<T>());
+        if (!kPlain) g = g - broadcast<F<T>>(weight) * load<F<T>>(upstream + at);
+        return g;
+    }
+};
+
+template <bool kPlain, class T>
+void store_hard_gradient(const TensorView& to, const Span& span, const LossTile<T>& t, T* e, T smoothing, bool stream) {
+    const bool rows = to.stride_s == 1;
+    for (int64_t c = 0; c < t.C; ++c) {
+        const HardGradient<kPlain, T> gradient(t, e, c, smoothing);
+        if (rows) write_row<T>(to, span, c, stream, gradient);
+        else
+            for (int b = 0; b * kLanes < span.count; ++b) store(e + (b * t.C + c) * kLanes, gradient(b));
+    }
+    if (!rows) store_voxels(to, span, e, t.C);
+}
+
+}  // namespace
+}  // namespace CALSEG_ISA
+}  // namespace calseg

@@ -1,0 +1,102 @@
+// A tile's successor, read while the tile is computed.
+//
+// Cross-entropy computes about as long as it waits for memory, and a processor overlaps the two only if they are mixed
+// finely: one line of the next tile for every line of this one. A line is kLanes voxels of one class. Lines are read in
+// the order of memory, row by row, and asked for two rows before: into the second cache, which has room for more
+// requests under way than the first, and where rows a power of two apart do not evict each other.
+#pragma once
+
+#include "cpu/tile.h"
+
+namespace calseg {
+namespace CALSEG_ISA {
+namespace {
+
+// From: how the tensor is stored.
+template <class T, class From>
+class ReadAhead {
+ public:
+    static int64_t bytes(int64_t C, int64_t length) { return 2 * Scratch::bytes<T>(C * length); }
+
+    ReadAhead(Scratch& scratch, const TensorView& view, int64_t C, int length) : view_(view), C_(C) {
+        for (T*& tile : tiles_) tile = scratch.take<T>(C * length);
+    }
+
+    T* tile() { return tiles_[0]; }
+    T* block(int b) { return tiles_[0] + b * C_ * kLanes; }
+
+    // The span's tile becomes the current one; lines of the one after it can be read.
+    void begin(const Span& span, const Span& next) {
+        if (class_ == C_) {  // read while its predecessor was computed
+            T* read = tiles_[1];
+            tiles_[1] = tiles_[0];
+            tiles_[0] = read;
+        } else {
+            load_tile(tiles_[0], view_, span, C_);
+        }
+        next_ = next;
+        class_ = view_.stride_s == 1 && next.count >= kLanes ? 0 : kNothing;
+        if (class_ == 0) begin_row();
+    }
+
+    CALSEG_MEMBER void line() {
+        if (class_ >= C_) return;
+#if defined(__GNUC__)
+        __builtin_prefetch(wanted_, 0, 2);
+#endif
+        widen_lanes(to_, from_);
+        wanted_ += kLanes;
+        from_ += kLanes;
+        to_ += C_ * kLanes;
+        if (--lines_ == 0) end_row();
+    }
+
+    template <int K>
+    CALSEG_MEMBER void lines() {
+        line();
+        if (K == 2) line();
+    }
+
+    // The lines for which the tile had none to go with.
+    void end() {
+        while (class_ < C_) line();
+    }
+
+ private:
+    static constexpr int64_t kNothing = INT64_MAX;  // as class_: there is nothing to read
+    static constexpr int64_t kRowsAhead = 2;
+
+    const From* row(int64_t c) const {
+        return static_cast<const From*>(view_.data) + next_.n * view_.stride_n + c * view_.stride_c + next_.s;
+    }
+
+    void begin_row() {
+        from_ = row(class_);
+        to_ = tiles_[1] + class_ * kLanes;
+        lines_ = next_.count / kLanes;
+        // after the last row comes the first one of the tile after the next
+        const int64_t ahead = class_ + kRowsAhead;
+        wanted_ = ahead < C_ ? row(ahead) : row(ahead - C_ < C_ ? ahead - C_ : 0) + next_.count;
+    }
+
+    void end_row() {
+        if (const int rest = next_.count % kLanes) {
+            for (int i = 0; i < rest; ++i) to_[i] = static_cast<T>(widened(from_[i]));
+            fill(to_ + rest, to_ + kLanes, T(0));
+        }
+        if (++class_ < C_) begin_row();
+    }
+
+    TensorView view_;
+    int64_t C_;
+    T* tiles_[2];  // the current one, the next
+    Span next_;
+    int64_t class_ = kNothing;  // of the line that is read next
+    int lines_ = 0;             // whole ones that this row still has
+    const From *from_ = nullptr, *wanted_ = nullptr;
+    T* to_ = nullptr;
+};
+
+}  // namespace
+}  // namespace CALSEG_ISA
+}  // namespace calseg
