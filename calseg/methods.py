@@ -1,0 +1,288 @@
+"""The methods that CALSeg is compared with, on the fused cross-entropy: a soft target for it, or a penalty beside it.
+
+Uniform label smoothing needs nothing here: it is ``calseg.vls_cross_entropy(..., label_smoothing=0.1)``. In every
+function ``input`` is logits ``[N, C, *S]``, ``target`` class indices ``[N, *S]`` of any integer dtype with
+``ignore_index`` where a voxel does not count, and ``reduction`` is ``"mean"`` (over the voxels that count), ``"sum"``
+or ``"none"`` (``[N, *S]``). The defaults are the published settings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from calseg import _checks as check
+from calseg.functional import vls_cross_entropy
+
+
+def svls_labels(target: Tensor, num_classes: int, *, sigma: float = 1.0, ignore_index: int = -100) -> Tensor:
+    """Soft labels of spatially varying label smoothing: the one-hot map under a Gaussian of 3 voxels a side.
+
+    The centre weighs as much as its neighbours together, so a voxel amid its own class keeps a hard label, and its
+    class has at least 0.5 everywhere. Beyond the border the nearest voxel is repeated. Neighbours that are ignored
+    leave their share to the others; an ignored voxel's own soft label is 0 in every class.
+
+    Args:
+        target: class indices ``[N, *S]``.
+        num_classes: ``C``.
+        sigma: of the Gaussian, in voxels. Default 1.
+        ignore_index: label of voxels that do not count. Default -100.
+
+    Returns:
+        Probabilities float32 ``[N, C, *S]``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or range.
+        IndexError: a label that is neither a class nor ``ignore_index``.
+
+    Example:
+        >>> import torch
+        >>> from calseg.methods import svls_labels
+        >>> svls_labels(torch.tensor([[[0, 0, 0], [0, 1, 0], [0, 0, 0]]]), 2)[0, 1]
+        tensor([[0.0472, 0.0778, 0.0472],
+                [0.0778, 0.5000, 0.0778],
+                [0.0472, 0.0778, 0.0472]])
+
+    Source: Islam and Glocker, *Spatially Varying Label Smoothing*, IPMI 2021.
+    """
+    check.check_number("sigma", sigma, 0.0, math.inf, "above 0", open_low=True)
+    onehot = _onehot(target, num_classes, ignore_index)
+    side = math.exp(-0.5 / sigma**2)
+    centre = (1 / (1 + 2 * side)) ** (target.dim() - 1)  # of the normalised Gaussian
+    if centre == 1.0:  # a sigma so small that no neighbour has a share
+        return onehot
+    neighbours = (_filter(onehot, side / (1 + 2 * side), 1 / (1 + 2 * side)) - centre * onehot) / (1 - centre)
+    return _renormalise(0.5 * (onehot + neighbours).clamp(min=0)) * onehot.sum(1, keepdim=True)
+
+
+def svls_cross_entropy(
+    input: Tensor, target: Tensor, *, sigma: float = 1.0, ignore_index: int = -100, reduction: str = "mean"
+) -> Tensor:
+    """Cross-entropy with :func:`svls_labels`.
+
+    Args:
+        input: logits ``[N, C, *S]``.
+        target: class indices ``[N, *S]``.
+        sigma: of the Gaussian, in voxels. Default 1.
+        ignore_index: label of voxels that do not count. Default -100.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``. Default ``"mean"``.
+
+    Returns:
+        A 0-d tensor, or ``[N, *S]`` with ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`calseg.vls_cross_entropy`.
+
+    Example:
+        >>> import torch
+        >>> from calseg.methods import svls_cross_entropy
+        >>> svls_cross_entropy(torch.zeros(1, 2, 4, 4), torch.ones(1, 4, 4, dtype=torch.uint8))
+        tensor(0.6931)
+    """
+    check.check_scores("input", input)
+    target = check.check_labels("target", target, input)
+    soft = svls_labels(target, input.shape[1], sigma=sigma, ignore_index=ignore_index)
+    return vls_cross_entropy(input, target, soft_labels=soft, ignore_index=ignore_index, reduction=reduction)
+
+
+def focal_cross_entropy(
+    input: Tensor, target: Tensor, *, gamma: float = 3.0, ignore_index: int = -100, reduction: str = "mean"
+) -> Tensor:
+    r"""Focal loss, ``(1 - p_y)^gamma * -log p_y``: well-classified voxels count less.
+
+    Args:
+        input: logits ``[N, C, *S]``.
+        target: class indices ``[N, *S]``.
+        gamma: the exponent, 0 (plain cross-entropy) or at least 1. Default 3.
+        ignore_index: label of voxels that do not count. Default -100.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``. Default ``"mean"``.
+
+    Returns:
+        A 0-d tensor, or ``[N, *S]`` with ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`calseg.vls_cross_entropy`.
+
+    Example:
+        >>> import torch
+        >>> from calseg.methods import focal_cross_entropy
+        >>> focal_cross_entropy(torch.zeros(1, 2, 4, 4), torch.ones(1, 4, 4, dtype=torch.uint8), gamma=1.0)
+        tensor(0.3466)
+
+    Source: Lin et al., *Focal Loss for Dense Object Detection*, ICCV 2017; for calibration: Mukhoti et al., NeurIPS
+    2020.
+    """
+    if gamma != 0:  # between 0 and 1 the gradient has no bound where p_y is 1
+        check.check_number("gamma", gamma, 1.0, math.inf, "that is 0 or at least 1")
+    nll = vls_cross_entropy(input, target, ignore_index=ignore_index, reduction="none")
+    return _reduce((-torch.expm1(-nll)).clamp(min=0) ** gamma * nll, target, ignore_index, reduction)
+
+
+def mbls_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 0.1,
+    margin: float = 5.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Margin-based label smoothing: cross-entropy, and a penalty where a logit is more than ``margin`` below the top.
+
+    The penalty of a voxel is ``mean_c relu(max_j x_j - x_c - margin)``.
+
+    Args:
+        input: logits ``[N, C, *S]``.
+        target: class indices ``[N, *S]``.
+        alpha: weight of the penalty. Default 0.1.
+        margin: that costs nothing. Default 5.
+        ignore_index: label of voxels that do not count. Default -100.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``. Default ``"mean"``.
+
+    Returns:
+        A 0-d tensor, or ``[N, *S]`` with ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`calseg.vls_cross_entropy`.
+
+    Example:
+        >>> import torch
+        >>> from calseg.methods import mbls_cross_entropy
+        >>> logits = torch.tensor([[0.0, 7.0]])[..., None]
+        >>> mbls_cross_entropy(logits, torch.tensor([[1]]), alpha=1.0)
+        tensor(1.0009)
+
+    Source: Liu et al., *The Devil is in the Margin*, CVPR 2022.
+    """
+    check.check_number("alpha", alpha, 0.0, math.inf, "of at least 0")
+    check.check_number("margin", margin, 0.0, math.inf, "of at least 0")
+    nll = vls_cross_entropy(input, target, ignore_index=ignore_index, reduction="none")
+    penalty = F.relu(input.amax(1, keepdim=True) - input - margin).mean(1)
+    return _reduce(nll + alpha * penalty, target, ignore_index, reduction)
+
+
+def nacl_cross_entropy(
+    input: Tensor, target: Tensor, *, alpha: float = 0.1, ignore_index: int = -100, reduction: str = "mean"
+) -> Tensor:
+    """Neighbour-aware calibration: cross-entropy, and the logits drawn to the class shares around the voxel.
+
+    The penalty of a voxel is ``mean_c |t_c - x_c|``, ``t`` the share of each class among the labelled voxels of the
+    3-voxel neighbourhood (3 a side; beyond the border the nearest voxel is repeated).
+
+    Args:
+        input: logits ``[N, C, *S]``.
+        target: class indices ``[N, *S]``.
+        alpha: weight of the penalty. Default 0.1.
+        ignore_index: label of voxels that do not count. Default -100.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``. Default ``"mean"``.
+
+    Returns:
+        A 0-d tensor, or ``[N, *S]`` with ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`calseg.vls_cross_entropy`.
+
+    Example:
+        >>> import torch
+        >>> from calseg.methods import nacl_cross_entropy
+        >>> nacl_cross_entropy(torch.zeros(1, 2, 4, 4), torch.ones(1, 4, 4, dtype=torch.uint8), alpha=1.0)
+        tensor(1.1931)
+
+    Source: Murugesan et al., *Trust your neighbours*, MICCAI 2023 (MONAI's ``NACLLoss``).
+    """
+    check.check_number("alpha", alpha, 0.0, math.inf, "of at least 0")
+    nll = vls_cross_entropy(input, target, ignore_index=ignore_index, reduction="none")
+    target = check.check_labels("target", target, input)
+    shares = _renormalise(_filter(_onehot(target, input.shape[1], ignore_index), 1 / 3, 1 / 3))
+    return _reduce(nll + alpha * (shares - input).abs().mean(1), target, ignore_index, reduction)
+
+
+def fit_temperature(logits: Sequence[Tensor], targets: Sequence[Tensor], *, ignore_index: int = -100) -> float:
+    """The temperature ``T`` for which ``softmax(logits / T)`` has the least negative log-likelihood.
+
+    Fitted after training, on cases that training did not see. The likelihood is convex in ``1 / T``, so the sign of
+    its derivative is bisected, in [0.01, 100].
+
+    Args:
+        logits: one tensor ``[C, *S]`` per case; shapes may differ.
+        targets: class indices ``[*S]`` per case.
+        ignore_index: label of voxels that do not count. Default -100.
+
+    Returns:
+        The temperature; above 1 where the logits are over-confident.
+
+    Raises:
+        ValueError: no case, cases that do not pair up, or no voxel that counts.
+
+    Example:
+        >>> import torch
+        >>> from calseg.methods import fit_temperature
+        >>> logits = torch.tensor([[0.0] * 4, [9.0] * 4])  # sure of class 1, which is right three times in four
+        >>> round(9.0 / fit_temperature([logits], [torch.tensor([1, 1, 1, 0])]), 4)  # log 3
+        1.0986
+
+    Source: Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017.
+    """
+    if not logits or len(logits) != len(targets):
+        raise ValueError(f"logits: got {len(logits)} cases and {len(targets)} targets, wanted pairs, at least one")
+    valid = [target != ignore_index for target in targets]
+    if not any(bool(mask.any()) for mask in valid):
+        raise ValueError(f"targets: every voxel is {ignore_index} (ignored), wanted some that count")
+
+    def slope(inverse: float) -> float:
+        """Of the summed NLL against ``1 / T``: the expected logit minus the label's."""
+        total = 0.0
+        for scores, target, mask in zip(logits, targets, valid, strict=True):
+            flat, label = scores[:, mask].double(), target[mask].long()
+            expected = (torch.softmax(inverse * flat, 0) * flat).sum()
+            total += float(expected - flat.gather(0, label[None]).sum())
+        return total
+
+    low, high = math.log(0.01), math.log(100)  # of 1 / T
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if slope(math.exp(middle)) > 0 else (middle, high)
+    return math.exp(-(low + high) / 2)
+
+
+def _onehot(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """float32 ``[N, C, *S]``, 0 in every class where a voxel is ignored."""
+    check.check_integer("num_classes", num_classes, 1)
+    if target.dim() < 2:
+        raise ValueError(f"target: got {check.describe(target)}, wanted [N, *S] with at least one spatial axis")
+    valid = target != ignore_index
+    label = torch.where(valid, target, 0).long()
+    outside = (label < 0) | (label >= num_classes)
+    if outside.any():
+        raise IndexError(f"target: got the label {int(label[outside][0])}, wanted 0 to {num_classes - 1}")
+    zeros = torch.zeros(target.shape[0], num_classes, *target.shape[1:], device=target.device)
+    return zeros.scatter_(1, label[:, None], valid[:, None].float())
+
+
+def _filter(maps: Tensor, side: float, centre: float) -> Tensor:
+    """``[N, C, *S]`` under the kernel ``(side, centre, side)`` along every spatial axis, borders repeated."""
+    for axis in range(2, maps.dim()):
+        last = maps.shape[axis] - 1
+        padded = torch.cat([maps.narrow(axis, 0, 1), maps, maps.narrow(axis, last, 1)], axis)
+        maps = centre * maps + side * (padded.narrow(axis, 0, last + 1) + padded.narrow(axis, 2, last + 1))
+    return maps
+
+
+def _renormalise(shares: Tensor) -> Tensor:
+    """Shares that sum to 1 over the classes; 0 where there is none."""
+    total = shares.sum(1, keepdim=True)
+    return shares / torch.where(total > 0, total, 1)
+
+
+def _reduce(loss: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """``loss[N, *S]`` reduced over the voxels that count, 0 in the others."""
+    check.check_reduction(reduction)
+    valid = target.reshape(loss.shape) != ignore_index
+    loss = torch.where(valid, loss, 0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / valid.sum()
