@@ -1,4 +1,4 @@
-"""The command line: ``calseg info``, ``calseg demo``, ``calseg train``.
+"""The command line: ``calseg info``, ``calseg demo``, ``calseg train``, ``calseg soft-labels``.
 
 Without the extra ``calseg[train]`` only ``info`` runs; nothing of that extra is imported before it is needed.
 Exit codes: 0, 2 for what the user can mend (one line on stderr), 130 and 143 after SIGINT and SIGTERM.
@@ -10,7 +10,7 @@ Exit codes: 0, 2 for what the user can mend (one line on stderr), 130 and 143 af
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +57,7 @@ def _run(app: Any, arguments: Sequence[str], command: str) -> NoReturn:
         _fail(command, str(error))
     except RunInterruptedError as error:
         again = [word for word in arguments if word not in ("--overwrite", "--resume")]
-        again += ["--resume"] if command == "calseg train" else []
+        again += ["--resume"] if command in ("calseg train", "calseg soft-labels") else []
         _fail(command, f"{error}; continue with: {shlex.join(['calseg', *again])}", error.code)
     except (KeyboardInterrupt, typer.Abort):
         _fail(command, "interrupted", 130)
@@ -67,11 +67,12 @@ def _run(app: Any, arguments: Sequence[str], command: str) -> NoReturn:
 
 
 def build_app() -> Any:
-    """The typer application with its three commands."""
+    """The typer application with its commands."""
     import typer
 
+    from calseg import stages
     from calseg.demo import DemoConfig, run_demo
-    from calseg.training import LOSSES, TrainConfig, read_json, train
+    from calseg.training import METHODS, TrainConfig
 
     app = typer.Typer(add_completion=False, help=calseg.__doc__)
     base, demo_base = TrainConfig(), DemoConfig()
@@ -79,6 +80,44 @@ def build_app() -> Any:
     Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")]
     Device = Annotated[str, typer.Option(help="Device to train on: cpu, cuda, cuda:1, ...")]
     Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves PyTorch's choice.")]
+    Data = Annotated[
+        Path, typer.Argument(help="Folder in the Medical Segmentation Decathlon's or nnU-Net's raw layout.")
+    ]
+    Iterations = Annotated[int, typer.Option(help="Updates of each network.")]
+    BatchSize = Annotated[int, typer.Option(help="Patches per update.")]
+    PatchSize = Annotated[
+        tuple[int, int, int],
+        typer.Option(help="Voxels of a patch along x, y, z: multiples of 8, or 1 along z for a network on slices."),
+    ]
+    LearningRate = Annotated[
+        float, typer.Option(help="Peak rate of AdamW, after a warm-up and before polynomial decay.")
+    ]
+    Seed = Annotated[int, typer.Option(help="Seed of the weights, patches and noise.")]
+    Foreground = Annotated[float, typer.Option(help="Share of the patches centred on a voxel that is not background.")]
+    FlipAxis = Annotated[
+        list[int] | None, typer.Option(help="Mirror patches along this axis (0 to 2); may be repeated.")
+    ]
+    CheckpointEvery = Annotated[int, typer.Option(min=1, help="Updates between checkpoints.")]
+    # None: the default of the method.
+    Alpha = Annotated[
+        float | None,
+        typer.Option(help="vls, calseg: share of the estimate in the soft label; label_smoothing: share of the"
+                     " uniform one; mbls, nacl: weight of the penalty."),
+    ]  # fmt: skip
+    Temperature = Annotated[float | None, typer.Option(help="vls, calseg: temperature of the sampled softmax.")]
+    NumSamples = Annotated[int | None, typer.Option(help="vls: noise samples per voxel; calseg: codes per case.")]
+    Beta = Annotated[
+        float | None,
+        typer.Option(
+            help="vls, calseg: weight of the KL term. Of vls the prior N(0, 1) holds for the logits of every voxel,"
+            " so that 0.1 already flattens confident voxels, and 1 keeps the network from learning."
+        ),
+    ]
+    LatentSize = Annotated[int, typer.Option(help="calseg: numbers in the latent code.")]
+    Reconstruction = Annotated[float, typer.Option(help="calseg: weight of the image's reconstruction.")]
+    Folds = Annotated[
+        int, typer.Option(help="calseg: parts of the cases that take turns in not being seen; 1: no cross-fitting.")
+    ]
 
     @app.command("info")
     def info_command(
@@ -90,56 +129,50 @@ def build_app() -> Any:
     @app.command("train")
     def train_command(
         context: typer.Context,
-        data: Annotated[
-            Path,
-            typer.Argument(help="Folder in the Medical Segmentation Decathlon's or nnU-Net's raw layout."),
-        ],
+        data: Data,
         out: Annotated[Path, typer.Option(help="Folder of the run: checkpoint, split, metrics.")],
-        loss: Annotated[str, typer.Option(help=f"One of {', '.join(LOSSES)}.")] = base.loss,
-        iterations: Annotated[int, typer.Option(help="Updates of the network.")] = base.iterations,
-        batch_size: Annotated[int, typer.Option(help="Patches per update.")] = base.batch_size,
-        patch_size: Annotated[
-            tuple[int, int, int], typer.Option(help="Voxels of a patch along x, y, z: multiples of 8.")
-        ] = base.patch_size,
-        learning_rate: Annotated[
-            float, typer.Option(help="Peak rate of AdamW, after a warm-up and before polynomial decay.")
-        ] = base.learning_rate,
-        seed: Annotated[int, typer.Option(help="Seed of the weights, patches and noise.")] = base.seed,
+        method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = base.method,
+        iterations: Iterations = base.iterations,
+        batch_size: BatchSize = base.batch_size,
+        patch_size: PatchSize = base.patch_size,
+        learning_rate: LearningRate = base.learning_rate,
+        seed: Seed = base.seed,
         val_fraction: Annotated[float, typer.Option(help="Share of the cases that validate.")] = base.val_fraction,
         split_seed: Annotated[
             int, typer.Option(help="Seed of the split, apart from --seed so that runs stay comparable.")
         ] = base.split_seed,
-        foreground: Annotated[
-            float, typer.Option(help="Share of the patches centred on a voxel that is not background.")
-        ] = base.foreground,
-        flip_axis: Annotated[
-            list[int] | None, typer.Option(help="Mirror patches along this axis (0 to 2); may be repeated.")
+        foreground: Foreground = base.foreground,
+        flip_axis: FlipAxis = None,
+        alpha: Alpha = None,
+        sigma: Annotated[float, typer.Option(help="svls: of the Gaussian, in voxels.")] = base.sigma,
+        gamma: Annotated[float, typer.Option(help="focal: the exponent.")] = base.gamma,
+        margin: Annotated[float, typer.Option(help="mbls: by which a logit may lie below the top.")] = base.margin,
+        temperature: Temperature = None,
+        num_samples: NumSamples = None,
+        beta: Beta = None,
+        latent_size: LatentSize = base.latent_size,
+        reconstruction: Reconstruction = base.reconstruction,
+        folds: Folds = base.folds,
+        soft_labels: Annotated[
+            Path | None,
+            typer.Option(help="calseg: folder with CASE.nii.gz to train on, instead of a first stage."),
         ] = None,
-        alpha: Annotated[
-            float, typer.Option(help="vls: weight of the estimated soft label against the hard label.")
-        ] = base.alpha,
-        temperature: Annotated[float, typer.Option(help="vls: temperature of the sampled softmax.")] = base.temperature,
-        num_samples: Annotated[int, typer.Option(help="vls: noise samples per voxel.")] = base.num_samples,
-        beta: Annotated[
-            float,
-            typer.Option(
-                help="vls: weight of the KL term. The prior N(0, 1) holds for the logits of every voxel, so"
-                " that 0.1 already flattens confident voxels, and 1 keeps the network from learning."
-            ),
-        ] = base.beta,
         resume: Resume = False,
         overwrite: Overwrite = False,
-        checkpoint_every: Annotated[int, typer.Option(min=1, help="Updates between checkpoints.")] = 50,
+        checkpoint_every: CheckpointEvery = 50,
         device: Device = "cpu",
         threads: Threads = 0,
     ) -> None:
-        """Train a small 3-D U-Net (MONAI's) with cross-entropy or variational label smoothing, and score it.
+        """Train a small U-Net (MONAI's) with one of the methods, and score it.
+
+        "calseg" first trains the networks that estimate soft labels (CALSeg's first stage), in folds, then the network
+        to deploy. A patch size with 1 as its last side trains a network of two dimensions on slices.
 
         Ctrl-C saves a checkpoint; --resume takes the settings from the run, and ends where an uninterrupted
         run would have, bit for bit on the same machine.
         """
         given: dict[str, Any] = {
-            "loss": loss,
+            "method": method,
             "iterations": iterations,
             "batch_size": batch_size,
             "patch_size": patch_size,
@@ -149,35 +182,104 @@ def build_app() -> Any:
             "split_seed": split_seed,
             "foreground": foreground,
             "alpha": alpha,
+            "sigma": sigma,
+            "gamma": gamma,
+            "margin": margin,
             "temperature": temperature,
             "num_samples": num_samples,
             "beta": beta,
+            "latent_size": latent_size,
+            "reconstruction": reconstruction,
+            "folds": folds,
         }
         settings = TrainConfig(**given, flip_axes=tuple(flip_axis or ()))
-        if resume and (out / "config.json").is_file():
-            # What the user did not type comes from the run; what differs from it is refused by train().
-            source = {name: context.get_parameter_source(name) for name in given}
-            source["flip_axes"] = context.get_parameter_source("flip_axis")
-            typed = [name for name, where in source.items() if where and where.name == "COMMANDLINE"]
-            saved = {key: value for key, value in read_json(out / "config.json").items() if key != "data"}
-            settings = replace(
-                TrainConfig.from_json(saved),
-                **{name: getattr(settings, name) for name in typed},
-            )
+        if resume:
+            settings = _resumed(context, out, settings, given)
         with _progress_bars() as progress:
             _set_threads(threads)
-            metrics = train(
+            metrics = stages.train(
                 data,
                 out,
                 settings,
+                soft_labels=soft_labels,
                 resume=resume,
                 overwrite=overwrite,
                 device=device,
                 checkpoint_every=checkpoint_every,
                 progress=progress,
             )
-        print_metrics({settings.loss: metrics})
+        print_metrics({settings.method: metrics})
         print(f"written to {out / 'metrics.json'}")
+
+    @app.command("soft-labels")
+    def soft_labels_command(
+        context: typer.Context,
+        data: Data,
+        out: Annotated[Path, typer.Option(help="Folder of the networks and, in soft_labels, of the maps.")],
+        networks: Annotated[
+            Path | None,
+            typer.Option(help="Folder of another run on the same cases, whose networks estimate again instead."),
+        ] = None,
+        iterations: Iterations = base.iterations,
+        batch_size: BatchSize = base.batch_size,
+        patch_size: PatchSize = base.patch_size,
+        learning_rate: LearningRate = base.learning_rate,
+        seed: Seed = base.seed,
+        split_seed: Annotated[int, typer.Option(help="Seed of the folds.")] = base.split_seed,
+        foreground: Foreground = base.foreground,
+        flip_axis: FlipAxis = None,
+        alpha: Alpha = None,
+        temperature: Temperature = None,
+        num_samples: NumSamples = None,
+        beta: Beta = None,
+        latent_size: LatentSize = base.latent_size,
+        reconstruction: Reconstruction = base.reconstruction,
+        folds: Folds = base.folds,
+        resume: Resume = False,
+        overwrite: Overwrite = False,
+        checkpoint_every: CheckpointEvery = 50,
+        device: Device = "cpu",
+        threads: Threads = 0,
+    ) -> None:
+        """Estimate a soft label for every case (CALSeg's first stage), for any trainer to train on.
+
+        The networks are trained in folds, so that no case is estimated by a network that saw it. OUT/soft_labels gets
+        CASE.nii.gz: 4-D, the classes last, 16-bit integers that the header scales to probabilities.
+        """
+        given: dict[str, Any] = {
+            "iterations": iterations,
+            "batch_size": batch_size,
+            "patch_size": patch_size,
+            "learning_rate": learning_rate,
+            "seed": seed,
+            "split_seed": split_seed,
+            "foreground": foreground,
+            "alpha": alpha,
+            "temperature": temperature,
+            "num_samples": num_samples,
+            "beta": beta,
+            "latent_size": latent_size,
+            "reconstruction": reconstruction,
+            "folds": folds,
+        }
+        settings = TrainConfig(method="calseg", **given, flip_axes=tuple(flip_axis or ()))
+        if resume:
+            settings = _resumed(context, out, settings, given)
+        with _progress_bars() as progress:
+            _set_threads(threads)
+            summary = stages.estimate(
+                data,
+                out,
+                settings,
+                networks=networks,
+                resume=resume,
+                overwrite=overwrite,
+                device=device,
+                checkpoint_every=checkpoint_every,
+                progress=progress,
+            )
+        print_estimate(summary)
+        print(f"written to {out / 'soft_labels'}")
 
     @app.command("demo")
     def demo_command(
@@ -191,7 +293,7 @@ def build_app() -> Any:
         device: Device = "cpu",
         threads: Threads = 0,
     ) -> None:
-        """Simulate volumes with ambiguous borders and several raters, train with both losses, and compare.
+        """Simulate volumes with ambiguous borders and several raters, train with cross-entropy and CALSeg, compare.
 
         Started again with the same settings it continues an interrupted demo, and shows a finished one.
         """
@@ -203,6 +305,19 @@ def build_app() -> Any:
         print(f"written to {out / 'demo.json'}; the data set is {out / 'data'}")
 
     return app
+
+
+def _resumed(context: Any, out: Path, settings: Any, given: Iterable[str]) -> Any:
+    """The settings of the run in ``out``; what the user typed stays, and is refused later if it differs."""
+    from calseg.training import TrainConfig, read_json
+
+    if not (out / "config.json").is_file():
+        return settings
+    source = {name: context.get_parameter_source(name) for name in given}
+    source["flip_axes"] = context.get_parameter_source("flip_axis")
+    typed = [name for name, where in source.items() if where and where.name == "COMMANDLINE"]
+    saved = {key: value for key, value in read_json(out / "config.json").items() if key != "data"}
+    return replace(TrainConfig.from_json(saved), **{name: getattr(settings, name) for name in typed})
 
 
 def _set_threads(count: int) -> None:
@@ -270,6 +385,16 @@ def _progress_bars() -> Iterator[Any]:
     finally:
         if open_task:
             bars.stop()
+
+
+def print_estimate(summary: Mapping[str, Any]) -> None:
+    """What the first stage's estimates are worth, before they are blended with the labels."""
+    estimate = summary["estimate"]
+    print(
+        f"{len(summary['cases'])} cases; the estimate alone, before it is blended with the label, mean over the cases:"
+    )
+    print(f"  Dice {estimate['dice']:.4f}; over the foreground: NLL {estimate['nll']:.4f},")
+    print(f"  confidence {estimate['confidence']:.4f} against an accuracy of {estimate['accuracy']:.4f}")
 
 
 def print_metrics(runs: Mapping[str, Mapping[str, Any]]) -> None:

@@ -22,7 +22,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel
 import numpy as np
@@ -279,6 +279,40 @@ def normalise(image: Volume) -> Volume:
     return result
 
 
+# ------------------------------------------------------------------------------------------- soft labels
+
+SOFT_LABEL_STEPS = 65535
+"""Soft labels are written as uint16 of this many steps; the NIfTI header's slope makes them probabilities."""
+
+
+def soft_labels_path(folder: Path, name: str) -> Path:
+    """The soft labels of the case of that name."""
+    return folder / f"{name}.nii.gz"
+
+
+def soft_labels_file(soft_labels: Volume, like: Path) -> bytes:
+    """A gzipped 4-D NIfTI file, ``[x, y, z, classes]`` in uint16, placed in space as the file ``like``."""
+    steps = np.rint(np.moveaxis(soft_labels, 0, -1).astype(np.float64) * SOFT_LABEL_STEPS).astype(np.uint16)
+    image = nibabel.Nifti1Image(steps, nibabel.load(like).affine)  # type: ignore[attr-defined]
+    image.header.set_slope_inter(1 / SOFT_LABEL_STEPS, 0)
+    return gzip.compress(image.to_bytes(), 3, mtime=0)
+
+
+def read_soft_labels(path: Path, label: LabelMap, classes: int) -> Volume:
+    """float32 ``[classes, x, y, z]`` that sum to 1 where ``label`` is not ignored, and are 0 where it is."""
+    voxels = read_volume(path)
+    wanted = (*label.shape, classes)
+    if voxels.shape != wanted or voxels.dtype.kind not in "iuf":
+        raise DataError(f"{path}: soft labels of shape {voxels.shape} and type {voxels.dtype}; {wanted} is wanted")
+    soft = np.ascontiguousarray(np.moveaxis(voxels, -1, 0), dtype=np.float32)
+    total = soft.sum(0)
+    counts = label != IGNORE_INDEX
+    # NaN fails both comparisons. Rounding to 8 bits may take half a step off every class.
+    if not ((soft >= 0).all() and (np.abs(total[counts] - 1) < classes / 256).all()):
+        raise DataError(f"{path}: soft labels must be probabilities that sum to 1 in every labelled voxel")
+    return np.asarray(soft * np.where(counts, 1 / np.where(counts, total, 1), 0).astype(np.float32))
+
+
 # ------------------------------------------------------------------------------------------------- split
 
 
@@ -299,7 +333,8 @@ class LoadedCase:
     """A case in memory: normalised image float32 ``[channels, x, y, z]``, label int16 ``[x, y, z]``.
 
     ``foreground`` and ``labelled`` are up to 4096 flat voxel indices each, spread evenly over the voxels with
-    a label above 0, and over those that are not ignored: enough to centre patches on.
+    a label above 0, and over those that are not ignored: enough to centre patches on. ``soft_labels`` is float32
+    ``[classes, x, y, z]``, or None where the cases have none.
     """
 
     name: str
@@ -307,6 +342,7 @@ class LoadedCase:
     label: LabelMap
     foreground: NDArray[np.int64]
     labelled: NDArray[np.int64]
+    soft_labels: Volume | None = None
 
 
 def _spread(indices: NDArray[np.int64], count: int = 4096) -> NDArray[np.int64]:
@@ -317,10 +353,14 @@ def _spread(indices: NDArray[np.int64], count: int = 4096) -> NDArray[np.int64]:
 
 @dataclass
 class CaseCache:
-    """Cases read on demand and kept, the least recently used leaving once ``max_bytes`` is passed."""
+    """Cases read on demand and kept, the least recently used leaving once ``max_bytes`` is passed.
+
+    ``soft_labels`` gives the file of soft labels of the cases that have one.
+    """
 
     dataset: Dataset
     max_bytes: int = 2 << 30
+    soft_labels: Mapping[str, Path] = field(default_factory=dict)
     _kept: OrderedDict[str, LoadedCase] = field(default_factory=OrderedDict)
     _bytes: int = 0
 
@@ -333,19 +373,35 @@ class CaseCache:
             self._kept.move_to_end(name)
             return self._kept[name]
         image, label = load_case(self._cases[name], self.dataset)
+        soft = None
+        if name in self.soft_labels:
+            soft = read_soft_labels(self.soft_labels[name], label, len(self.dataset.class_names))
         loaded = LoadedCase(
             name=name,
             image=normalise(image),
             label=label,
             foreground=_spread(np.flatnonzero(label > 0)),
             labelled=_spread(np.flatnonzero(label != IGNORE_INDEX)),
+            soft_labels=soft,
         )
         self._kept[name] = loaded
-        self._bytes += image.nbytes + label.nbytes
+        self._bytes += _bytes_of(loaded)
         while self._bytes > self.max_bytes and len(self._kept) > 1:
             _, gone = self._kept.popitem(last=False)
-            self._bytes -= gone.image.nbytes + gone.label.nbytes
+            self._bytes -= _bytes_of(gone)
         return loaded
+
+
+def _bytes_of(case: LoadedCase) -> int:
+    return case.image.nbytes + case.label.nbytes + (0 if case.soft_labels is None else case.soft_labels.nbytes)
+
+
+class Batch(NamedTuple):
+    """``image[batch, channels, x, y, z]``, ``label[batch, x, y, z]``, ``soft_labels[batch, classes, x, y, z]``."""
+
+    image: Volume
+    label: LabelMap
+    soft_labels: Volume | None
 
 
 @dataclass(frozen=True)
@@ -365,20 +421,18 @@ class PatchSampler:
     foreground: float = 1 / 3
     flip_axes: tuple[int, ...] = ()
 
-    def batch(self, cache: CaseCache, iteration: int) -> tuple[Volume, LabelMap]:
-        """``image[batch, channels, *patch_size]`` and ``label[batch, *patch_size]`` of one iteration."""
-        images, labels = [], []
+    def batch(self, cache: CaseCache, iteration: int) -> Batch:
+        """The patches of one iteration."""
+        patches = []
         for number in range(iteration * self.batch_size, (iteration + 1) * self.batch_size):
             epoch, position = divmod(number, len(self.names))
             order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.names))
-            image, label = self._patch(
-                cache.get(self.names[order[position]]), np.random.default_rng((self.seed, 1, number))
-            )
-            images.append(image)
-            labels.append(label)
-        return np.stack(images), np.stack(labels)
+            case = cache.get(self.names[order[position]])
+            patches.append(self._patch(case, np.random.default_rng((self.seed, 1, number))))
+        images, labels, soft = zip(*patches, strict=True)
+        return Batch(np.stack(images), np.stack(labels), None if soft[0] is None else np.stack(soft))
 
-    def _patch(self, case: LoadedCase, rng: np.random.Generator) -> tuple[Volume, LabelMap]:
+    def _patch(self, case: LoadedCase, rng: np.random.Generator) -> tuple[Volume, LabelMap, Volume | None]:
         wants_foreground = rng.random() < self.foreground
         start = self._start(case, rng, case.foreground if wants_foreground and len(case.foreground) else None)
         label = _crop(case.label[None], start, self.patch_size, IGNORE_INDEX)[0]
@@ -387,7 +441,10 @@ class PatchSampler:
             label = _crop(case.label[None], start, self.patch_size, IGNORE_INDEX)[0]
         image = _crop(case.image, start, self.patch_size, 0, lambda inside: _vary(inside, rng))
         axes = tuple(axis + 1 for axis in self.flip_axes if rng.random() < 0.5)
-        return np.flip(image, axes), np.flip(label[None], axes)[0]
+        soft = None
+        if case.soft_labels is not None:
+            soft = np.flip(_crop(case.soft_labels, start, self.patch_size, 0), axes)
+        return np.flip(image, axes), np.flip(label[None], axes)[0], soft
 
     def _start(self, case: LoadedCase, rng: np.random.Generator, centres: NDArray[np.int64] | None) -> tuple[int, ...]:
         """The first voxel of the patch on every axis; negative where the volume is smaller than the patch."""

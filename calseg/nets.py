@@ -1,30 +1,76 @@
-"""The networks that ``calseg train`` trains. Needs the extra ``calseg[train]`` (MONAI)."""
+"""The networks that ``calseg train`` trains, in 2-D and 3-D. Needs the extra ``calseg[train]`` (MONAI).
+
+:class:`SegmentationNet` is what is deployed (the paper's ``f_cal``); :class:`StageOneNet` holds the four networks of
+CALSeg's first stage and estimates soft labels.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from monai.networks.blocks.convolutions import Convolution
 from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
 
+from calseg.functional import accumulate_soft_labels
+
+FEATURES = (8, 16, 32, 64, 64)
+"""Channels per resolution: ``FEATURES[0]`` at full resolution, halved once for every further entry but the last."""
+
+Net = TypeVar("Net", bound=nn.Module)
+
 
 class Output(NamedTuple):
-    """``logits``, and from a dense head ``mu`` and ``logvar``, all float ``[N, C, x, y, z]``."""
+    """``logits``, and from a dense head ``mu`` and ``logvar``, all float ``[N, C, *S]``."""
 
     logits: Tensor
     mu: Tensor | None
     logvar: Tensor | None
 
 
-class SegmentationNet(nn.Module):
-    """MONAI's 3-D U-Net with 1x1x1 heads on its last features.
+class StageOneOutput(NamedTuple):
+    """Of :class:`StageOneNet`: ``logits`` ``[N, C, *S]``, ``image`` as the input, ``mu`` and ``logvar`` ``[N, L]``."""
 
-    The trunk has ``features[0]`` channels at full resolution and halves the resolution once for every
-    further entry but the last, so patch sides must be multiples of :attr:`stride`. With ``dense_head`` two
-    more heads give a Gaussian over the logits of every voxel, which variational label smoothing samples; they
-    are used in training only. The prediction is ``softmax(logits)`` either way, and both kinds of network
-    start from the same trunk and logits for one random state.
+    logits: Tensor
+    image: Tensor
+    mu: Tensor
+    logvar: Tensor
+
+
+class Trunk(nn.Sequential):
+    """MONAI's U-Net, then a norm: features ``[N, features[0], *S]``. Sides must be multiples of ``stride``."""
+
+    def __init__(self, spatial_dims: int, in_channels: int, features: tuple[int, ...]) -> None:
+        norm = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}[spatial_dims]
+        super().__init__(
+            UNet(
+                spatial_dims=spatial_dims,
+                in_channels=in_channels,
+                out_channels=features[0],
+                channels=features,
+                strides=(1,) + (2,) * (len(features) - 2),
+            ),
+            norm(features[0], affine=True),
+            nn.LeakyReLU(0.1),
+        )
+        self.stride = 2 ** (len(features) - 2)
+
+
+def _pointwise(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
+    """A convolution with one tap."""
+    conv: nn.Module = {2: nn.Conv2d, 3: nn.Conv3d}[spatial_dims](in_channels, out_channels, 1)
+    return conv
+
+
+class SegmentationNet(nn.Module):
+    """MONAI's U-Net with heads of one tap on its last features.
+
+    With ``dense_head`` two more heads give a Gaussian over the logits of every voxel, which variational label
+    smoothing samples; they are used in training only. The prediction is ``softmax(logits)`` either way, and both
+    kinds of network start from the same trunk and logits for one random state.
     """
 
     def __init__(
@@ -32,33 +78,27 @@ class SegmentationNet(nn.Module):
         in_channels: int,
         num_classes: int,
         *,
-        features: tuple[int, ...] = (8, 16, 32, 64, 64),
+        spatial_dims: int = 3,
+        features: tuple[int, ...] = FEATURES,
         dense_head: bool = False,
     ) -> None:
         super().__init__()
-        self.stride = 2 ** (len(features) - 2)
-        self.trunk = UNet(
-            spatial_dims=3,
-            in_channels=in_channels,
-            out_channels=features[0],
-            channels=features,
-            strides=(1,) + (2,) * (len(features) - 2),
-        )
-        self.activation = nn.Sequential(nn.InstanceNorm3d(features[0], affine=True), nn.LeakyReLU(0.1))
-        self.logits = nn.Conv3d(features[0], num_classes, 1)
-        self.mu = nn.Conv3d(features[0], num_classes, 1) if dense_head else None
-        self.logvar = nn.Conv3d(features[0], num_classes, 1) if dense_head else None
+        self.spatial_dims = spatial_dims
+        self.trunk = Trunk(spatial_dims, in_channels, features)
+        self.logits = _pointwise(spatial_dims, features[0], num_classes)
+        self.mu = _pointwise(spatial_dims, features[0], num_classes) if dense_head else None
+        self.logvar = _pointwise(spatial_dims, features[0], num_classes) if dense_head else None
         if self.mu is not None:
             # Heads that start equal ask the same of the trunk; unequal ones delay each other.
             self.mu.load_state_dict(self.logits.state_dict())
-        if self.logvar is not None and self.logvar.bias is not None:
+        if isinstance(self.logvar, (nn.Conv2d, nn.Conv3d)) and self.logvar.bias is not None:
             # sigma = exp(logvar / 2) = 0.5 everywhere at first: noise that neither drowns mu nor vanishes.
             nn.init.zeros_(self.logvar.weight)
             nn.init.constant_(self.logvar.bias, -1.386)
 
     def forward(self, image: Tensor) -> Output:
-        """``image`` float ``[N, in_channels, x, y, z]``."""
-        features = self.activation(self.trunk(image))
+        """``image`` float ``[N, in_channels, *S]``."""
+        features = self.trunk(image)
         return Output(
             self.logits(features),
             None if self.mu is None else self.mu(features),
@@ -66,15 +106,160 @@ class SegmentationNet(nn.Module):
         )
 
     def predict(self, image: Tensor) -> Tensor:
-        """The deployed prediction's logits ``[N, C, x, y, z]``; the dense head is not run."""
-        logits: Tensor = self.logits(self.activation(self.trunk(image)))
+        """The deployed prediction's logits ``[N, C, *S]``; the dense head is not run."""
+        logits: Tensor = self.logits(self.trunk(image))
         return logits
 
 
-def build_net(in_channels: int, num_classes: int, *, loss: str, seed: int) -> SegmentationNet:
-    """The network for ``loss`` with weights drawn from ``seed``; PyTorch's global generator is left alone."""
+class StageOneNet(nn.Module):
+    """CALSeg's first stage: a posterior over a latent code of (image, label), and decoders of code and image.
+
+    ======== =========== ==============================================================================
+    paper    attribute   what it is
+    ======== =========== ==============================================================================
+    f_theta  trunk       U-Net on the image: a feature map
+    f_omega  encoder     convolutions on (image, one-hot label), pooled: ``mu, logvar`` of the code
+    f_phi    segment     convolutions on (feature map, code at every voxel): segmentation logits
+    f_psi    reconstruct convolutions on the same: the image
+    ======== =========== ==============================================================================
+
+    Args:
+        in_channels: of the image.
+        num_classes: ``C``.
+        spatial_dims: 2 or 3.
+        features: channels per resolution of the U-Net and, halved, of the encoder.
+        latent_size: ``L``, of the code.
+
+    Example:
+        >>> import torch
+        >>> from calseg.nets import StageOneNet
+        >>> net = StageOneNet(1, 3, spatial_dims=2)
+        >>> image, label = torch.randn(1, 1, 32, 32), torch.zeros(1, 32, 32, dtype=torch.uint8)
+        >>> soft = net.estimate_soft_labels(image, label, num_samples=8, temperature=2.0, alpha=0.3)
+        >>> soft.shape, bool(((soft.sum(1) - 1).abs() < 1e-5).all())
+        (torch.Size([1, 3, 32, 32]), True)
+
+    Source: Guo et al., *CALSeg*, ICASSP 2024, doi 10.1109/ICASSP48485.2024.10446030.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        spatial_dims: int = 3,
+        features: tuple[int, ...] = FEATURES,
+        latent_size: int = 4,
+    ) -> None:
+        super().__init__()
+        self.spatial_dims, self.num_classes, self.latent_size = spatial_dims, num_classes, latent_size
+        self.trunk = Trunk(spatial_dims, in_channels, features)
+        sizes = (in_channels + num_classes, *features[:-1])
+        # One group over all channels: a norm per channel would remove what pooling is to keep, its mean.
+        norm = ("group", {"num_groups": 1})
+        self.encoder = nn.Sequential(*(_block(spatial_dims, a, b, strides=2, norm=norm) for a, b in pairwise(sizes)))
+        self.code = nn.Linear(sizes[-1], 2 * latent_size)
+        self.segment = self._decoder(features[0], num_classes)
+        self.reconstruct = self._decoder(features[0], in_channels)
+
+    def _decoder(self, width: int, out_channels: int) -> nn.Module:
+        # No norm: the code adds a constant to each channel, which a norm per channel would subtract again. With blocks
+        # of one tap instead, as in the probabilistic U-Net, training needed several times the updates.
+        return nn.Sequential(
+            _block(self.spatial_dims, width + self.latent_size, width),
+            _pointwise(self.spatial_dims, width, out_channels),
+        )
+
+    def encode(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """``mu, logvar`` ``[N, L]`` of the posterior; a label outside the classes is unknown: 0 in every channel."""
+        classes = torch.arange(self.num_classes, device=label.device).view(-1, *(1,) * self.spatial_dims)
+        onehot = (label[:, None] == classes).to(image.dtype)
+        pooled = self.encoder(torch.cat([image, onehot], 1)).flatten(2).mean(2)
+        mu, logvar = self.code(pooled).chunk(2, 1)
+        return mu, logvar
+
+    def _with_code(self, features: Tensor, code: Tensor) -> Tensor:
+        spread = code.view(*code.shape, *(1,) * self.spatial_dims).expand(-1, -1, *features.shape[2:])
+        return torch.cat([features, spread], 1)
+
+    def forward(self, image: Tensor, label: Tensor, noise: Tensor) -> StageOneOutput:
+        """One draw: ``image`` ``[N, in_channels, *S]``, ``label`` ``[N, *S]``, ``noise`` standard normal ``[N, L]``."""
+        mu, logvar = self.encode(image, label)
+        joined = self._with_code(self.trunk(image), mu + (logvar / 2).exp() * noise)
+        return StageOneOutput(self.segment(joined), self.reconstruct(joined), mu, logvar)
+
+    @torch.no_grad()
+    def estimate_soft_labels(
+        self,
+        image: Tensor,
+        label: Tensor,
+        *,
+        num_samples: int,
+        temperature: float,
+        alpha: float,
+        ignore_index: int = -100,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """``(1 - alpha) onehot(label) + alpha mean_k softmax(logits of code k / temperature)``.
+
+        U-Net and encoder run once, only the decoder runs for every code, and no more than one of its maps is held.
+
+        Args:
+            image: float ``[N, in_channels, *S]``.
+            label: class indices ``[N, *S]``.
+            num_samples: codes drawn from the posterior.
+            temperature: of the softmax, above 0.
+            alpha: share of the estimate, in [0, 1].
+            ignore_index: label of voxels whose soft label is 0 in every class. Default -100.
+            generator: of the codes, on the CPU. Default: PyTorch's.
+
+        Returns:
+            Soft labels ``[N, C, *S]``, the dtype of the logits, float32 at least.
+
+        Raises:
+            TypeError, ValueError, IndexError: as :func:`calseg.accumulate_soft_labels`.
+        """
+        features = self.trunk(image)
+        mu, logvar = self.encode(image, label)
+        sigma = (logvar / 2).exp()
+
+        def maps() -> Iterator[Tensor]:
+            for _ in range(num_samples):
+                noise = torch.randn(mu.shape, generator=generator).to(mu)
+                yield self.segment(self._with_code(features, mu + sigma * noise))
+
+        return accumulate_soft_labels(maps(), label, temperature=temperature, alpha=alpha, ignore_index=ignore_index)
+
+
+def _block(spatial_dims: int, in_channels: int, out_channels: int, *, strides: int = 1, norm: Any = None) -> nn.Module:
+    """Convolution of 3 voxels a side, a norm if there is one, LeakyReLU."""
+    act = ("leakyrelu", {"negative_slope": 0.1})
+    block: nn.Module = Convolution(spatial_dims, in_channels, out_channels, strides=strides, norm=norm, act=act)
+    return block
+
+
+def build_net(
+    in_channels: int, num_classes: int, *, spatial_dims: int = 3, dense_head: bool = False, seed: int
+) -> SegmentationNet:
+    """The network to deploy with weights drawn from ``seed``; PyTorch's global generator is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = SegmentationNet(in_channels, num_classes, dense_head=loss == "vls")
-    # Convolutions with few channels run faster on a CPU with the channels innermost.
-    return net.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload, no-any-return]
+        return _channels_last(
+            SegmentationNet(in_channels, num_classes, spatial_dims=spatial_dims, dense_head=dense_head)
+        )
+
+
+def build_stage_one(
+    in_channels: int, num_classes: int, *, spatial_dims: int = 3, latent_size: int, seed: int
+) -> StageOneNet:
+    """The networks of the first stage, likewise."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _channels_last(StageOneNet(in_channels, num_classes, spatial_dims=spatial_dims, latent_size=latent_size))
+
+
+def _channels_last(net: Net) -> Net:
+    """Convolutions with few channels run faster on a CPU with the channels innermost."""
+    is_flat = getattr(net, "spatial_dims", 3) == 2
+    layout = torch.channels_last if is_flat else torch.channels_last_3d
+    return net.to(memory_format=layout)  # type: ignore[call-overload, no-any-return]

@@ -20,20 +20,30 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from monai.inferers.utils import sliding_window_inference
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from calseg.data import IGNORE_INDEX, CaseCache, Dataset, LabelMap, PatchSampler, find_cases, split_cases
+from calseg.data import (
+    IGNORE_INDEX,
+    Batch,
+    CaseCache,
+    Dataset,
+    PatchSampler,
+    find_cases,
+    soft_labels_path,
+    split_cases,
+)
 from calseg.functional import vls_cross_entropy, vls_elbo
+from calseg.methods import focal_cross_entropy, mbls_cross_entropy, nacl_cross_entropy, svls_cross_entropy
 from calseg.nets import Output, SegmentationNet, build_net
 
-CHECKPOINT_FORMAT = 1
-LOSSES = ("cross_entropy", "vls")
+CHECKPOINT_FORMAT = 2
+METHODS = ("cross_entropy", "label_smoothing", "svls", "focal", "mbls", "nacl", "vls", "calseg")
 RUN_FILES = ("config.json", "split.json", "checkpoint.pt", "metrics.json")
 
 Progress = Callable[[str, int, int, float | None], None]
@@ -54,9 +64,12 @@ class RunInterruptedError(Exception):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides the result of a run on given cases; ``calseg train --help`` explains each."""
+    """Everything that decides the result of a run on given cases; ``calseg train --help`` explains each.
 
-    loss: str = "cross_entropy"
+    A setting that is None becomes the method's default, of :data:`DEFAULTS`.
+    """
+
+    method: str = "cross_entropy"
     iterations: int = 300
     batch_size: int = 2
     patch_size: tuple[int, int, int] = (48, 64, 48)
@@ -66,18 +79,27 @@ class TrainConfig:
     split_seed: int = 0
     foreground: float = 1 / 3
     flip_axes: tuple[int, ...] = ()
-    alpha: float = 0.1
-    temperature: float = 1.0
-    num_samples: int = 4
-    beta: float = 0.001
+    alpha: float = None  # type: ignore[assignment]
+    sigma: float = 1.0
+    gamma: float = 3.0
+    margin: float = 5.0
+    temperature: float = None  # type: ignore[assignment]
+    num_samples: int = None  # type: ignore[assignment]
+    beta: float = None  # type: ignore[assignment]
+    latent_size: int = 4
+    reconstruction: float = 0.1
+    folds: int = 4
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise TrainingError(f"loss must be one of {', '.join(LOSSES)}; got {self.loss!r}")
-        for name in ("iterations", "batch_size", "num_samples"):
+        if self.method not in METHODS:
+            raise TrainingError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}")
+        for name, value in DEFAULTS.get(self.method, DEFAULTS["vls"]).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        for name in ("iterations", "batch_size", "num_samples", "latent_size", "folds"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("learning_rate", "temperature"):
+        for name in ("learning_rate", "temperature", "sigma"):
             if not (0 < getattr(self, name) < math.inf):
                 raise TrainingError(f"{name} must be positive and finite; got {getattr(self, name)}")
         for name in ("foreground", "alpha"):
@@ -85,16 +107,29 @@ class TrainConfig:
                 raise TrainingError(f"{name} must lie in [0, 1]; got {getattr(self, name)}")
         if not (0 < self.val_fraction < 1):
             raise TrainingError(f"val_fraction must lie strictly between 0 and 1; got {self.val_fraction}")
-        if not (0 <= self.beta < math.inf):
-            raise TrainingError(f"beta must be finite and not negative; got {self.beta}")
+        for name in ("beta", "margin", "reconstruction"):
+            if not (0 <= getattr(self, name) < math.inf):
+                raise TrainingError(f"{name} must be finite and not negative; got {getattr(self, name)}")
+        if not (self.gamma == 0 or 1 <= self.gamma < math.inf):
+            raise TrainingError(f"gamma must be 0 or at least 1; got {self.gamma}")
         if self.seed < 0 or self.split_seed < 0:
             raise TrainingError("seed and split_seed must not be negative")
-        if len(self.patch_size) != 3 or any(side < 8 or side % 8 for side in self.patch_size):
-            raise TrainingError(f"patch_size must be three positive multiples of 8; got {self.patch_size}")
-        if max(self.patch_size) == 8:
-            raise TrainingError("patch_size (8, 8, 8) leaves one voxel at the network's coarsest level; enlarge a side")
+        sides = self.patch_size[:2] if self.spatial_dims == 2 else self.patch_size
+        if len(self.patch_size) != 3 or any(side < 8 or side % 8 for side in sides):
+            raise TrainingError(
+                f"patch_size must be three positive multiples of 8, or two and 1 for slices; got {self.patch_size}"
+            )
+        if max(sides) == 8:
+            raise TrainingError(
+                f"patch_size {self.patch_size} leaves one voxel at the network's coarsest level; enlarge a side"
+            )
         if any(axis not in (0, 1, 2) for axis in self.flip_axes):
             raise TrainingError(f"flip_axes are among 0, 1 and 2; got {self.flip_axes}")
+
+    @property
+    def spatial_dims(self) -> int:
+        """2 where a patch is one slice, for a network of two dimensions that sees slices only; else 3."""
+        return 2 if self.patch_size[2:] == (1,) else 3
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -104,6 +139,13 @@ class TrainConfig:
             return cls(**settings)
         except TypeError as error:
             raise TrainingError(f"not the settings of a run: {error}") from error
+
+
+DEFAULTS: dict[str, dict[str, float]] = {
+    "vls": {"alpha": 0.1, "temperature": 1.0, "num_samples": 4, "beta": 0.001},
+    "calseg": {"alpha": 0.5, "temperature": 1.0, "num_samples": 16, "beta": 0.001},
+}
+"""Of the settings that several methods share; the methods not listed take those of "vls"."""
 
 
 # ------------------------------------------------------------------------------------------------- files
@@ -184,19 +226,47 @@ def noise_seed(seed: int, iteration: int, stream: int) -> int:
     return (int(high) << 31) ^ int(low)
 
 
-def objective(output: Output, label: Tensor, config: TrainConfig, iteration: int) -> Tensor:
-    """The training loss, a scalar: the mean over the labelled voxels of ``label[N, x, y, z]``.
+def objective(
+    output: Output, label: Tensor, config: TrainConfig, iteration: int, soft_labels: Tensor | None = None
+) -> Tensor:
+    """The training loss, a scalar: the mean over the labelled voxels of ``label[N, *S]``.
 
     With a dense head it is the stage-1 ELBO of (mu, logvar) plus the cross-entropy of the logits with the
     soft labels that (mu, logvar), held fixed, give. Sums are divided here, so that a batch without a labelled
     voxel gives 0 and not NaN.
     """
-    voxels = (label != IGNORE_INDEX).sum().clamp(min=1)
-    if output.mu is None or output.logvar is None:
-        return vls_cross_entropy(output.logits, label, ignore_index=IGNORE_INDEX, reduction="sum") / voxels
+    loss = _summed_loss(output, label, config, iteration, soft_labels)
+    return loss / (label != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def _summed_loss(
+    output: Output, label: Tensor, config: TrainConfig, iteration: int, soft_labels: Tensor | None
+) -> Tensor:
+    logits, alpha = output.logits, config.alpha
+    if soft_labels is not None:
+        return vls_cross_entropy(logits, label, soft_labels=soft_labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    if output.mu is not None and output.logvar is not None:
+        return _summed_vls(output.logits, output.mu, output.logvar, label, config, iteration)
+    if config.method == "svls":
+        return svls_cross_entropy(logits, label, sigma=config.sigma, ignore_index=IGNORE_INDEX, reduction="sum")
+    if config.method == "focal":
+        return focal_cross_entropy(logits, label, gamma=config.gamma, ignore_index=IGNORE_INDEX, reduction="sum")
+    if config.method == "mbls":
+        return mbls_cross_entropy(
+            logits, label, alpha=alpha, margin=config.margin, ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+    if config.method == "nacl":
+        return nacl_cross_entropy(logits, label, alpha=alpha, ignore_index=IGNORE_INDEX, reduction="sum")
+    smoothing = alpha if config.method == "label_smoothing" else 0.0
+    return vls_cross_entropy(logits, label, label_smoothing=smoothing, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def _summed_vls(
+    logits: Tensor, mu: Tensor, logvar: Tensor, label: Tensor, config: TrainConfig, iteration: int
+) -> Tensor:
     elbo = vls_elbo(
-        output.mu,
-        output.logvar,
+        mu,
+        logvar,
         label,
         num_samples=config.num_samples,
         beta=config.beta,
@@ -204,20 +274,19 @@ def objective(output: Output, label: Tensor, config: TrainConfig, iteration: int
         reduction="sum",
         seed=noise_seed(config.seed, iteration, 0),
     )
-    soft = vls_cross_entropy(
-        output.logits,
+    return elbo + vls_cross_entropy(
+        logits,
         label,
         ignore_index=IGNORE_INDEX,
         reduction="sum",
-        mu=output.mu.detach(),
-        logvar=output.logvar.detach(),
+        mu=mu.detach(),
+        logvar=logvar.detach(),
         alpha=config.alpha,
         temperature=config.temperature,
         num_samples=config.num_samples,
         beta=0.0,
         seed=noise_seed(config.seed, iteration, 1),
     )
-    return (elbo + soft) / voxels
 
 
 def learning_rate(config: TrainConfig, iteration: int) -> float:
@@ -297,18 +366,21 @@ def predict_volume(net: SegmentationNet, image: NDArray[np.float32], patch_size:
     Windows of the training patch's size overlap by half and their logits are averaged with Gaussian weights;
     a volume that one window covers is padded with 0, as in training.
     """
-    device = next(net.parameters()).device
+
+    def predict(window: Tensor) -> Tensor:
+        return net.predict(window[..., 0])[..., None] if patch_size[2] == 1 else net.predict(window)
+
     with torch.inference_mode():
-        logits = sliding_window_inference(
-            torch.from_numpy(image)[None].to(device),
-            roi_size=tuple(patch_size),
-            sw_batch_size=2,
-            predictor=net.predict,
-            overlap=0.5,
-            mode="gaussian",
-        )
-    assert isinstance(logits, Tensor)
-    return logits[0]
+        return in_windows(predict, torch.from_numpy(image).to(next(net.parameters()).device), patch_size)
+
+
+def in_windows(function: Callable[[Tensor], Tensor], volume: Tensor, patch_size: Sequence[int]) -> Tensor:
+    """``function`` of ``volume[channels, x, y, z]``, over overlapping windows ``[N, channels, *patch_size]``."""
+    whole = sliding_window_inference(
+        volume[None], roi_size=tuple(patch_size), sw_batch_size=2, predictor=function, overlap=0.5, mode="gaussian"
+    )
+    assert isinstance(whole, Tensor)
+    return whole[0]
 
 
 def evaluate(
@@ -393,10 +465,15 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-def _fingerprint(dataset: Dataset, config: TrainConfig) -> dict[str, Any]:
+def split_names(dataset: Dataset, config: TrainConfig) -> tuple[list[str], list[str]]:
+    """The cases to train on and to validate on."""
+    return split_cases([case.name for case in dataset.cases], config.val_fraction, config.split_seed)
+
+
+def fingerprint(
+    dataset: Dataset, config: TrainConfig, training: Sequence[str], validation: Sequence[str]
+) -> dict[str, Any]:
     """What a resumed run must share with the run that it continues, in JSON's types."""
-    names = [case.name for case in dataset.cases]
-    training, validation = split_cases(names, config.val_fraction, config.split_seed)
     content = {
         "config": asdict(config),
         "classes": dataset.class_names,
@@ -406,8 +483,8 @@ def _fingerprint(dataset: Dataset, config: TrainConfig) -> dict[str, Any]:
     return dict(json.loads(json.dumps(content)))
 
 
-def _check_same(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    ours, theirs = wanted["config"], saved.get("config", {})
+def check_same_config(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Refuse to resume the run in ``path`` with settings that are not its own."""
     changed = [
         f"{item.name} is {ours[item.name]!r} but was {theirs.get(item.name)!r}"
         for item in fields(TrainConfig)
@@ -415,6 +492,10 @@ def _check_same(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any])
     ]
     if changed:
         raise TrainingError(f"{path}: cannot be resumed with other settings: {'; '.join(changed)}")
+
+
+def _check_same(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    check_same_config(path, saved.get("config", {}), wanted["config"])
     for key in ("classes", "channels", "split"):
         if saved.get(key) != wanted[key]:
             raise TrainingError(f"{path}: cannot be resumed on other data: the {key} of DATA changed since")
@@ -425,6 +506,7 @@ def train(
     out: str | Path,
     config: TrainConfig,
     *,
+    soft_labels: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     device: str = "cpu",
@@ -432,20 +514,90 @@ def train(
     progress: Progress = no_progress,
     also: Callable[[str, Tensor], None] | None = None,
 ) -> dict[str, Any]:
-    """Train on the cases of ``data`` and score the validation cases; returns what ``metrics.json`` holds.
+    """Train the network to deploy on the cases of ``data`` and score the validation cases.
 
-    ``also`` is passed to :func:`evaluate`. Raises :class:`~calseg.data.DataError` or :class:`TrainingError`
-    for what the user can mend, :class:`RunInterruptedError` after SIGINT or SIGTERM, the checkpoint written.
+    Returns what ``metrics.json`` holds. ``soft_labels`` is the folder of soft labels for the method "calseg"
+    (:func:`calseg.stages.train` makes them first). ``also`` is passed to :func:`evaluate`. Raises
+    :class:`~calseg.data.DataError` or :class:`TrainingError` for what the user can mend,
+    :class:`RunInterruptedError` after SIGINT or SIGTERM, the checkpoint written.
     """
+    if (config.method == "calseg") != (soft_labels is not None):
+        raise TrainingError(f"soft labels go with the method calseg, and only with it; got {config.method!r}")
     target = check_device(device)
     dataset = find_cases(data)
-    content = _fingerprint(dataset, config)
+    training, validation = split_names(dataset, config)
+    content = fingerprint(dataset, config, training, validation)
     run = Path(out)
     prepare_run(run, resume=resume, overwrite=overwrite)
-    checkpoint = run / "checkpoint.pt"
+    net = build_net(
+        len(dataset.channel_names),
+        len(dataset.class_names),
+        spatial_dims=config.spatial_dims,
+        dense_head=config.method == "vls",
+        seed=config.seed,
+    ).to(target)
+    files = {} if soft_labels is None else {name: soft_labels_path(Path(soft_labels), name) for name in training}
+    cache = CaseCache(dataset, soft_labels=files)
 
-    net = build_net(len(dataset.channel_names), len(dataset.class_names), loss=config.loss, seed=config.seed)
-    net.to(target)
+    def loss_of(patches: Patches, iteration: int) -> Tensor:
+        return objective(net(patches.image), patches.label, config, iteration, patches.soft_labels)
+
+    seconds = fit(
+        net, loss_of, run, content, cache, config,
+        data=data, resume=resume, checkpoint_every=checkpoint_every, progress=progress,
+    )  # fmt: skip
+    begun = time.perf_counter()
+    scores = evaluate(net, cache, validation, config.patch_size, progress, also)
+    metrics = {
+        "dataset": dataset.name,
+        "method": config.method,
+        "iterations": config.iterations,
+        "classes": list(dataset.class_names),
+        **scores,
+        "seconds": {"train": seconds, "evaluate": time.perf_counter() - begun},
+        "config": content["config"],
+    }
+    write_json(run / "metrics.json", metrics)
+    return metrics
+
+
+class Patches(NamedTuple):
+    """A batch on the device: ``image[N, channels, *S]``, ``label[N, *S]``, ``soft_labels[N, C, *S]``."""
+
+    image: Tensor
+    label: Tensor
+    soft_labels: Tensor | None
+
+
+def _patches(batch: Batch, device: torch.device) -> Patches:
+    image, label, soft_labels = (None if part is None else torch.from_numpy(part).to(device) for part in batch)
+    assert image is not None
+    assert label is not None
+    if label.shape[-1] == 1:  # patches of one slice are for networks of two dimensions
+        return Patches(image[..., 0], label[..., 0], None if soft_labels is None else soft_labels[..., 0])
+    return Patches(image, label, soft_labels)
+
+
+def fit(
+    net: nn.Module,
+    loss_of: Callable[[Patches, int], Tensor],
+    run: Path,
+    content: dict[str, Any],
+    cache: CaseCache,
+    config: TrainConfig,
+    *,
+    data: str | Path,
+    resume: bool,
+    checkpoint_every: int,
+    progress: Progress,
+    stage: str = "train",
+) -> float:
+    """Train ``net`` in place, with checkpoints in ``run``; returns the seconds it took, those before a resumption too.
+
+    ``content`` is the :func:`fingerprint`, ``loss_of(patches, iteration)`` the loss of a batch, ``stage`` the name
+    for ``progress``.
+    """
+    checkpoint = run / "checkpoint.pt"
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=1e-4)
     iteration, seconds = 0, 0.0
     if resume:
@@ -460,11 +612,10 @@ def train(
     write_json(run / "config.json", {"data": str(Path(data).resolve()), **content["config"]})
     write_json(run / "split.json", content["split"])
 
-    cache = CaseCache(dataset)
-    _read_all(cache, progress)
-    training = tuple(content["split"]["training"])
+    names = tuple(content["split"]["training"])
+    read_all(cache, (*names, *content["split"]["validation"]), progress)
     sampler = PatchSampler(
-        training, config.patch_size, config.batch_size, config.seed, config.foreground, config.flip_axes
+        names, config.patch_size, config.batch_size, config.seed, config.foreground, config.flip_axes
     )
 
     def save() -> None:
@@ -476,55 +627,42 @@ def train(
 
     if not resume:
         save()
+    device = next(net.parameters()).device
     net.train()
     begun = time.perf_counter() - seconds
     with _signals() as received:
         while iteration < config.iterations:
-            loss = _step(net, optimizer, sampler.batch(cache, iteration), config, iteration)
+            patches = _patches(sampler.batch(cache, iteration), device)
+            loss = _step(net, optimizer, loss_of, patches, config, iteration)
             iteration += 1
             seconds = time.perf_counter() - begun
-            progress("train", iteration, config.iterations, loss)
+            progress(stage, iteration, config.iterations, loss)
             if iteration % checkpoint_every == 0 or iteration == config.iterations or received:
                 save()
             if received:
                 raise RunInterruptedError(run, iteration, received[0])
-
-    begun = time.perf_counter()
-    scores = evaluate(net, cache, content["split"]["validation"], config.patch_size, progress, also)
-    metrics = {
-        "dataset": dataset.name,
-        "loss": config.loss,
-        "iterations": iteration,
-        "classes": list(dataset.class_names),
-        **scores,
-        "seconds": {"train": seconds, "evaluate": time.perf_counter() - begun},
-        "config": content["config"],
-    }
-    write_json(run / "metrics.json", metrics)
-    return metrics
+    return seconds
 
 
-def _read_all(cache: CaseCache, progress: Progress) -> None:
+def read_all(cache: CaseCache, names: Sequence[str], progress: Progress) -> None:
     """Read every case once, so that a bad file stops the run now and not after an hour."""
-    cases = cache.dataset.cases
-    for done, case in enumerate(cases, 1):
-        cache.get(case.name)
-        progress("read", done, len(cases), None)
+    for done, name in enumerate(names, 1):
+        cache.get(name)
+        progress("read", done, len(names), None)
 
 
 def _step(
-    net: SegmentationNet,
+    net: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batch: tuple[NDArray[np.float32], LabelMap],
+    loss_of: Callable[[Patches, int], Tensor],
+    patches: Patches,
     config: TrainConfig,
     iteration: int,
 ) -> float:
     """One update in place; returns the loss."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, iteration)
-    device = next(net.parameters()).device
-    image, label = (torch.from_numpy(part).to(device) for part in batch)
-    loss = objective(net(image), label, config, iteration)
+    loss = loss_of(patches, iteration)
     value = float(loss.detach())
     if not math.isfinite(value):
         raise TrainingError(

@@ -58,7 +58,7 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_train_resume_and_table(capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path) -> None:
     out_folder = tmp_path / "run"
-    code, out, err = run(capsys, "train", data, "--out", out_folder, "--loss", "vls", "--alpha", "0.2", *QUICK)
+    code, out, err = run(capsys, "train", data, "--out", out_folder, "--method", "vls", "--alpha", "0.2", *QUICK)
     assert code == 0, err
     metrics = json.loads((out_folder / "metrics.json").read_text())
     assert metrics["config"]["alpha"] == 0.2
@@ -89,8 +89,8 @@ def test_train_resume_and_table(capsys: pytest.CaptureFixture[str], data: Path, 
         (["train", "{data}"], "Missing option"),
         (["train", "{data}", "--out", "{tmp}/run", "--iterations", "few"], "Invalid value"),
         (
-            ["train", "{data}", "--out", "{tmp}/run", "--loss", "dice"],
-            "loss must be one of cross_entropy, vls",
+            ["train", "{data}", "--out", "{tmp}/run", "--method", "dice"],
+            "method must be one of cross_entropy, label_smoothing",
         ),
         (["train", "{tmp}/nowhere", "--out", "{tmp}/run"], "nowhere: no such folder"),
         (["train", "{data}", "--out", "{tmp}/run", "--resume"], "no run to resume"),
@@ -152,7 +152,7 @@ def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, out, err = run(capsys, "demo", "--out", tmp_path / "demo", *small)
     assert code == 0, err
     results = json.loads((tmp_path / "demo" / "demo.json").read_text())["results"]
-    row = [f"{results[loss]['raters']['all']['ece']:.4f}" for loss in ("cross_entropy", "vls")]
+    row = [f"{results[method]['raters']['all']['ece']:.4f}" for method in ("cross_entropy", "calseg")]
     assert re.search(rf"ECE.*other raters.*{row[0]}.*{row[1]}", out)
     assert (tmp_path / "demo" / "data" / "truth" / "demo_000.nii.gz").is_file()
 
@@ -197,3 +197,53 @@ def test_write_json_refuses_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "a.json", {"ece": float(np.nan)})
     assert not list(tmp_path.iterdir())
+
+
+def test_soft_labels_and_training_on_them(capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path) -> None:
+    quick = ["--iterations", "2", "--patch-size", "16", "16", "8", "--num-samples", "2", "--threads", "1"]
+    first, again, second = tmp_path / "first", tmp_path / "again", tmp_path / "second"
+    code, out, err = run(capsys, "soft-labels", data, "--out", first, "--folds", "2", "--alpha", "0.3", *quick)
+    assert code == 0, err
+    summary = json.loads((first / "soft_labels.json").read_text())
+    assert summary["config"]["alpha"] == 0.3
+    assert f"confidence {summary['estimate']['confidence']:.4f}" in out
+    assert len(list((first / "soft_labels").glob("*.nii.gz"))) == 4
+    code, _, err = run(capsys, "soft-labels", data, "--out", first, "--resume")  # the settings are the run's
+    assert code == 0, err
+    code, _, err = run(
+        capsys, "soft-labels", data, "--out", again, "--networks", first, "--folds", "2", "--temperature", "2", *quick
+    )
+    assert code == 0, err
+    assert not list(again.glob("stage1/*/checkpoint.pt"))
+    on_them = ["--method", "calseg", "--soft-labels", again / "soft_labels", *quick]
+    code, out, err = run(capsys, "train", data, "--out", second, *on_them)
+    assert code == 0, err
+    assert "calseg" in out
+    code, _, err = run(capsys, "train", data, "--out", tmp_path / "x", "--soft-labels", again / "soft_labels")
+    assert code == 2
+    assert "soft labels go with the method calseg" in err
+
+
+def test_ctrl_c_in_the_first_stage_says_how_to_continue(
+    capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import signal
+
+    from calseg import training
+
+    step = training._step
+
+    def interrupted(*arguments: Any) -> float:
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(*arguments)
+
+    monkeypatch.setattr(training, "_step", interrupted)
+    words = ["train", data, "--out", tmp_path / "run", "--method", "calseg", "--alpha", "0.3", "--folds", "2", *QUICK]
+    code, _, err = run(capsys, *words)
+    assert code == 130
+    assert "fold_0" in err
+    assert err.rstrip().endswith("--resume")
+    monkeypatch.undo()
+    code, _, err = run(capsys, "train", data, "--out", tmp_path / "run", "--resume")  # nothing else need be typed
+    assert code == 0, err
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["config"]["alpha"] == 0.3

@@ -354,7 +354,7 @@ def test_patches_are_crops_with_ignored_padding() -> None:
     starts = set()
     sampler = PatchSampler(("case_0",), (16, 16, 8), 2, seed=3, foreground=0)
     for iteration in range(20):
-        images, labels = sampler.batch(cache, iteration)
+        images, labels, _ = sampler.batch(cache, iteration)
         assert images.dtype == np.float32
         assert labels.dtype == np.int16
         assert images.shape == (2, 1, 16, 16, 8)
@@ -379,7 +379,7 @@ def test_patches_are_a_function_of_seed_and_iteration() -> None:
     sampler = PatchSampler(names, (8, 8, 8), 2, seed=0, flip_axes=(0, 2))
     forward = [sampler.batch(cache, iteration) for iteration in range(4)]
     for iteration in reversed(range(4)):
-        image, label = PatchSampler(names, (8, 8, 8), 2, seed=0, flip_axes=(0, 2)).batch(cache, iteration)
+        image, label, _ = PatchSampler(names, (8, 8, 8), 2, seed=0, flip_axes=(0, 2)).batch(cache, iteration)
         np.testing.assert_array_equal(image, forward[iteration][0])
         np.testing.assert_array_equal(label, forward[iteration][1])
     assert not np.array_equal(forward[0][0], forward[1][0])
@@ -418,7 +418,7 @@ def test_flips_move_image_and_label_together() -> None:
     sampler = PatchSampler(("case_0",), (8, 8, 8), 1, seed=0, flip_axes=(0,))
     first = []
     for iteration in range(12):
-        image, flipped = sampler.batch(cache, iteration)
+        image, flipped, _ = sampler.batch(cache, iteration)
         np.testing.assert_array_equal(image[0, 0] // 64, flipped[0])
         first.append(int(flipped[0, 0, 0, 0]))
     assert set(first) == {0, 7}
@@ -426,7 +426,7 @@ def test_flips_move_image_and_label_together() -> None:
 
 def test_intensity_changes_leave_the_padding_alone() -> None:
     cache = FixedCache(ramp_case((4, 8, 8)))
-    image, label = PatchSampler(("case_0",), (8, 8, 8), 1, seed=0).batch(cache, 0)
+    image, label, _ = PatchSampler(("case_0",), (8, 8, 8), 1, seed=0).batch(cache, 0)
     np.testing.assert_array_equal(image[:, 0][label == IGNORE_INDEX], 0)
     inside = image[:, 0][label != IGNORE_INDEX]
     original = np.arange(256, dtype=np.float32)

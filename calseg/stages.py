@@ -1,0 +1,272 @@
+"""CALSeg's two stages on a folder of cases. Needs the extra ``calseg[train]`` (MONAI, nibabel).
+
+A run of the method "calseg" is a folder as :mod:`calseg.training` makes it, with two folders more: ``stage1`` with a
+run per fold, and ``soft_labels`` with ``NAME.nii.gz`` for every training case. Soft labels are cross-fitted: the
+training cases are dealt into folds, and those of a fold get soft labels from networks that did not see them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calseg import training
+from calseg.data import IGNORE_INDEX, CaseCache, Dataset, LoadedCase, find_cases, soft_labels_file, soft_labels_path
+from calseg.functional import gaussian_kl, vls_cross_entropy
+from calseg.nets import StageOneNet, build_stage_one
+from calseg.training import Patches, Progress, TrainConfig, TrainingError, no_progress
+
+SUMMARY = "soft_labels.json"
+
+
+def train(
+    data: str | Path,
+    out: str | Path,
+    config: TrainConfig,
+    *,
+    soft_labels: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "cpu",
+    checkpoint_every: int = 50,
+    progress: Progress = no_progress,
+    also: Callable[[str, Tensor], None] | None = None,
+) -> dict[str, Any]:
+    """:func:`calseg.training.train` with any method; for "calseg" without ``soft_labels`` the first stage comes first.
+
+    The metrics of such a run have an entry ``soft_labels`` more, see :func:`estimate`.
+    """
+    options: dict[str, Any] = {"device": device, "checkpoint_every": checkpoint_every, "progress": progress}
+    if config.method != "calseg" or soft_labels is not None:
+        return training.train(
+            data, out, config, soft_labels=soft_labels, resume=resume, overwrite=overwrite, also=also, **options
+        )
+    dataset = find_cases(data)
+    names, _ = training.split_names(dataset, config)
+    run = Path(out)
+    second = resume and (run / "checkpoint.pt").is_file()
+    if not second:
+        summary = estimate(data, out, config, names=names, resume=resume, overwrite=overwrite, **options)
+    else:  # the second stage checks the settings, and the first is complete
+        summary = training.read_json(run / SUMMARY)
+    metrics = training.train(
+        data, out, config, soft_labels=run / "soft_labels", resume=second, overwrite=not second, also=also, **options
+    )
+    metrics["soft_labels"] = summary["estimate"]
+    metrics["seconds"]["stage1"] = summary["seconds"]
+    training.write_json(run / "metrics.json", metrics)
+    return metrics
+
+
+def started(run: Path) -> bool:
+    """Whether ``run`` holds something to resume."""
+    return (run / "checkpoint.pt").is_file() or (run / SUMMARY).is_file()
+
+
+def estimate(
+    data: str | Path,
+    out: str | Path,
+    config: TrainConfig,
+    *,
+    names: Sequence[str] | None = None,
+    networks: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "cpu",
+    checkpoint_every: int = 50,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Train the first stage and write ``out/soft_labels/NAME.nii.gz`` for ``names`` (default: every case of ``data``).
+
+    The maps are 4-D NIfTI, ``[x, y, z, classes]``, uint16 with the slope that makes them probabilities; an ignored
+    voxel is 0 in every class. Returns what ``out/soft_labels.json`` holds: under ``estimate`` the mean over the
+    cases of what :func:`_judge` says of the estimate alone (not blended with the label), under ``cases`` the same of
+    each case.
+
+    ``networks`` is the folder of another run on the same cases, whose first stage is used instead of training one:
+    ``alpha``, ``temperature`` and ``num_samples`` may then differ. ``resume`` goes on where an interrupted call with
+    the same settings stopped. Raises as :func:`calseg.training.train`.
+    """
+    target = training.check_device(device)
+    dataset = find_cases(data)
+    names = [case.name for case in dataset.cases] if names is None else list(names)
+    run = Path(out)
+    settings = {"config": asdict(config), "names": names}
+    _prepare(run, data, settings, resume=resume, overwrite=overwrite)
+
+    cache = CaseCache(dataset)
+    folds = split_folds(names, config.folds, config.split_seed)  # no more than there are cases
+    seconds = 0.0
+    cases: dict[str, dict[str, float]] = training.read_json(run / SUMMARY)["cases"]
+    for number, members in enumerate(folds):
+        folder = _fold(run if networks is None else Path(networks), number)
+        if networks is not None and not (folder / "checkpoint.pt").is_file():
+            raise TrainingError(f"{folder / 'checkpoint.pt'}: not found; there is no first stage of these folds")
+        # What the networks do not depend on is left out, so that they can serve other estimates.
+        stage = replace(config, alpha=1.0, temperature=1.0, num_samples=1)
+        content = training.fingerprint(dataset, stage, _others(names, members), members)
+        net = _build(dataset, config).to(target)
+        seconds += training.fit(
+            net, _loss_of(net, config), folder, content, cache, stage,
+            data=data, resume=(folder / "checkpoint.pt").is_file(), checkpoint_every=checkpoint_every,
+            progress=progress, stage=f"fold {number + 1}/{len(folds)}",
+        )  # fmt: skip
+        for done, name in enumerate(members, 1):
+            if name not in cases:
+                cases[name] = _write(net, dataset, cache.get(name), run / "soft_labels", config)
+                training.write_json(run / SUMMARY, {**_as_json(settings), "cases": cases})
+            progress("soft labels", done, len(members), None)
+    summary = {
+        **_as_json(settings),
+        "seconds": seconds,
+        "estimate": {key: float(np.mean([case[key] for case in cases.values()])) for key in next(iter(cases.values()))},
+        "cases": cases,
+    }
+    training.write_json(run / SUMMARY, summary)
+    return summary
+
+
+def split_folds(names: Sequence[str], folds: int, seed: int) -> list[list[str]]:
+    """``names`` dealt into ``folds`` parts of about one size; it depends on the arguments only."""
+    order = sorted(names, key=lambda name: hashlib.sha256(f"fold:{seed}:{name}".encode()).digest())
+    return [sorted(order[number::folds]) for number in range(min(folds, len(order)))]
+
+
+def _fold(run: Path, number: int) -> Path:
+    return run / "stage1" / f"fold_{number}"
+
+
+def _others(names: Sequence[str], members: Sequence[str]) -> list[str]:
+    """What the networks of a fold are trained on: the other folds; all there is where there is but one."""
+    return [name for name in names if name not in set(members)] or list(names)
+
+
+def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    return {**settings, "config": {k: list(v) if isinstance(v, tuple) else v for k, v in settings["config"].items()}}
+
+
+def _prepare(run: Path, data: str | Path, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+    """Make ``run`` ready for a new first stage, or check that it holds one with these settings."""
+    wanted = _as_json(settings)
+    path = run / SUMMARY
+    if resume and not overwrite:
+        if not path.is_file():
+            raise TrainingError(f"{path}: not found; there is no run to resume in {run}")
+        saved = training.read_json(path)
+        training.check_same_config(path, saved.get("config", {}), wanted["config"])
+        if saved.get("names") != wanted["names"]:
+            raise TrainingError(f"{path}: cannot be resumed on other data: the training cases changed since")
+        return
+    training.prepare_run(run, resume=resume, overwrite=overwrite)
+    try:
+        for pattern in (SUMMARY, "stage1/fold_*/*.json", "stage1/fold_*/checkpoint.pt", "soft_labels/*.nii.gz"):
+            for file in run.glob(pattern):
+                file.unlink()
+        for number in range(settings["config"]["folds"]):
+            _fold(run, number).mkdir(parents=True, exist_ok=True)
+        (run / "soft_labels").mkdir(exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"{run}: cannot be made ready ({error.strerror or error})") from error
+    training.write_json(run / "config.json", {"data": str(Path(data).resolve()), **wanted["config"]})
+    training.write_json(path, {**wanted, "cases": {}})
+
+
+def _build(dataset: Dataset, config: TrainConfig) -> StageOneNet:
+    return build_stage_one(
+        len(dataset.channel_names),
+        len(dataset.class_names),
+        spatial_dims=config.spatial_dims,
+        latent_size=config.latent_size,
+        seed=config.seed,
+    )
+
+
+def _loss_of(net: StageOneNet, config: TrainConfig) -> Callable[[Patches, int], Tensor]:
+    """The first stage's loss: cross-entropy of the label, squared error of the image, KL of the code's posterior.
+
+    The first two are means over the labelled voxels, the KL is the mean over the patches of its sum over the code.
+    """
+
+    def loss_of(patches: Patches, iteration: int) -> Tensor:
+        generator = torch.Generator().manual_seed(training.noise_seed(config.seed, iteration, 0))
+        noise = torch.randn(len(patches.image), net.latent_size, generator=generator).to(patches.image)
+        logits, image, mu, logvar = net(patches.image, patches.label, noise)
+        valid = patches.label != IGNORE_INDEX
+        voxels = valid.sum().clamp(min=1)
+        nll = vls_cross_entropy(logits, patches.label, ignore_index=IGNORE_INDEX, reduction="sum") / voxels
+        error: Tensor = ((image - patches.image).square().mean(1) * valid).sum() / voxels
+        return nll + config.reconstruction * error + config.beta * gaussian_kl(mu, logvar)
+
+    return loss_of
+
+
+# ------------------------------------------------------------------------------------------- soft labels
+
+
+def estimate_case(net: StageOneNet, case: LoadedCase, config: TrainConfig) -> Tensor:
+    """The estimate alone, float32 ``[classes, x, y, z]``, by sliding windows, on the device of ``net``.
+
+    Windows of the training patch's size overlap by half, each with codes of its own posterior, and are averaged with
+    Gaussian weights.
+    """
+    device = next(net.parameters()).device
+    seed = int.from_bytes(hashlib.sha256(case.name.encode()).digest()[:4], "big")
+    # Windows pad with 0, which must not read as background: classes are counted from 1.
+    label = np.where(case.label == IGNORE_INDEX, 0, case.label + 1).astype(np.float32)
+    volume = torch.from_numpy(np.concatenate([case.image, label[None]])).to(device)
+    is_flat = config.spatial_dims == 2
+
+    def estimate(window: Tensor) -> Tensor:
+        if is_flat:
+            window = window[..., 0]
+        classes = window[:, -1].long() - 1
+        soft = net.estimate_soft_labels(
+            window[:, :-1],
+            torch.where(classes < 0, IGNORE_INDEX, classes),
+            num_samples=config.num_samples,
+            temperature=config.temperature,
+            alpha=1.0,
+            ignore_index=IGNORE_INDEX,
+            generator=torch.Generator().manual_seed(training.noise_seed(config.seed, seed, 3)),
+        )
+        maps: Tensor = soft[..., None] if is_flat else soft
+        return maps
+
+    net.eval()
+    with torch.inference_mode():
+        return training.in_windows(estimate, volume, config.patch_size)
+
+
+def _write(net: StageOneNet, dataset: Dataset, case: LoadedCase, folder: Path, config: TrainConfig) -> dict[str, float]:
+    """Estimate and write the soft labels of a case; returns what :func:`_judge` says of the estimate."""
+    soft = estimate_case(net, case, config).cpu()
+    label = torch.from_numpy(case.label).long()
+    valid = label != IGNORE_INDEX
+    onehot = torch.zeros_like(soft).scatter_(0, torch.where(valid, label, 0)[None], valid[None].to(soft))
+    blended = (1 - config.alpha) * onehot + config.alpha * soft
+    like = next(each.label for each in dataset.cases if each.name == case.name)
+    training.write_atomic(soft_labels_path(folder, case.name), soft_labels_file(blended.numpy(), like))
+    return _judge(soft, label, dataset)
+
+
+def _judge(soft: Tensor, label: Tensor, dataset: Dataset) -> dict[str, float]:
+    """Dice, and over the foreground the NLL, mean confidence and accuracy: apart, these tell over-confidence."""
+    dice = training.dice_per_class(soft.argmax(0), label, len(dataset.class_names))
+    inside = label > 0
+    p, y = soft[:, inside].double(), label[inside]
+    confidence, top = p.max(0)
+    nll = -p.gather(0, y[None]).clamp(min=1e-12).log()
+    present = [value for value in dice if value is not None]
+    return {
+        "dice": sum(present) / max(len(present), 1),
+        "nll": float(nll.mean()) if len(y) else 0.0,
+        "confidence": float(confidence.mean()) if len(y) else 1.0,
+        "accuracy": float((top == y).double().mean()) if len(y) else 1.0,
+    }
