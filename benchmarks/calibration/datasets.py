@@ -1,0 +1,121 @@
+"""The three data sets of the experiment, each as two folders in the Decathlon's layout: development and test.
+
+Development is split again, by ``calseg.training``, into what trains and what tunes; nothing of the test folder is seen
+before the settings are chosen. Where the probability of every voxel is known, or the share of many annotators, it lies
+in ``truth/NAME.nii.gz`` ``[x, y, z, classes]`` and the label is one rater's, as it mostly is in practice.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from matplotlib.image import imread
+from numpy.typing import NDArray
+
+from calseg.demo import CLASS_NAMES, DemoConfig, make_case
+from calseg.training import write_json
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a data set is used: cases to train on, to tune on and to test on, patches, updates of a network."""
+
+    training: int
+    tuning: int
+    test: int
+    patch_size: tuple[int, int, int]
+    batch_size: int
+    iterations: int
+
+
+PLANS = {
+    "hippocampus": Plan(10, 20, 60, (32, 48, 32), 2, 400),
+    "multirater": Plan(12, 8, 15, (128, 128, 1), 4, 400),
+    "synthetic": Plan(8, 12, 40, (32, 32, 32), 2, 400),
+}
+
+
+def prepare(name: str, source: Path | None, out: Path, plan: Plan) -> None:
+    """Make ``out/development`` and ``out/test``, unless they are there."""
+    if not (out / "test" / "dataset.json").is_file():
+        MAKERS[name](source, out, plan)
+
+
+def _write(out: Path, name: str, labels: Sequence[str], entries: Sequence[dict[str, str]], plan: Plan) -> None:
+    """Deal the cases at random, always alike."""
+    wanted = plan.training + plan.tuning + plan.test
+    if len(entries) < wanted:
+        raise SystemExit(f"{name}: {len(entries)} cases, but the plan needs {wanted}")
+    order = sorted(entries, key=lambda entry: entry["label"])
+    random.Random(0).shuffle(order)
+    cut = plan.training + plan.tuning
+    for part, chosen in (("development", order[:cut]), ("test", order[cut:wanted])):
+        (out / part).mkdir(parents=True, exist_ok=True)
+        content = {
+            "name": name,
+            "modality": {"0": "image"},
+            "labels": {str(number): label for number, label in enumerate(labels)},
+            "training": chosen,
+        }
+        write_json(out / part / "dataset.json", content)
+
+
+def _hippocampus(source: Path | None, out: Path, plan: Plan) -> None:
+    if source is None:
+        raise SystemExit("hippocampus: --data must name the folder of Task04_Hippocampus")
+    meta = json.loads((source / "dataset.json").read_text())
+    entries = [{key: str((source / entry[key]).resolve()) for key in ("image", "label")} for entry in meta["training"]]
+    _write(out, "hippocampus", [meta["labels"][key] for key in sorted(meta["labels"], key=int)], entries, plan)
+
+
+def _save(voxels: NDArray[Any], path: Path) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), path)
+    return str(path.resolve())
+
+
+def _multirater(source: Path | None, out: Path, plan: Plan) -> None:
+    """Slices ``[x, y, 1]`` of every second pixel; an image's label is one annotation, the annotators taking turns."""
+    if source is None:
+        raise SystemExit("multirater: --data must name the folder with images/ and raters/")
+    entries = []
+    for index, path in enumerate(sorted((source / "images").glob("*.png"))):
+        image = imread(path)
+        image = (image if image.ndim == 2 else image[..., :3].mean(-1)).T[::2, ::2, None].astype(np.float32)
+        bits = np.rint(imread(source / "raters" / path.name) * 65535).astype(np.uint16).T[::2, ::2]
+        raters = np.stack([bits >> bit & 1 for bit in range(10)]).astype(np.uint8)[..., None]
+        share = raters.mean(0, dtype=np.float32)
+        _save(np.stack([1 - share, share], -1), out / "truth" / f"{path.stem}.nii.gz")
+        entries.append(
+            {
+                "image": _save(image, out / "images" / f"{path.stem}.nii.gz"),
+                "label": _save(raters[index % 10], out / "labels" / f"{path.stem}.nii.gz"),
+            }
+        )
+    _write(out, "multirater", ("background", "cell"), entries, plan)
+
+
+def _synthetic(source: Path | None, out: Path, plan: Plan) -> None:
+    """The demo's lesions: the label is one simulated rater's, the truth the probability of every voxel."""
+    config = DemoConfig(raters=2)
+    entries = []
+    for index in range(plan.training + plan.tuning + plan.test):
+        image, raters, truth = make_case(1, index, config)
+        name = f"synthetic_{index:03d}.nii.gz"
+        _save(np.moveaxis(truth, 0, -1), out / "truth" / name)
+        entries.append({"image": _save(image, out / "images" / name), "label": _save(raters[0], out / "labels" / name)})
+    _write(out, "synthetic", CLASS_NAMES, entries, plan)
+
+
+MAKERS: dict[str, Callable[[Path | None, Path, Plan], None]] = {
+    "hippocampus": _hippocampus,
+    "multirater": _multirater,
+    "synthetic": _synthetic,
+}

@@ -1,0 +1,260 @@
+"""Train every method alike, tune each on the validation cases, score it on the test cases.
+
+    python benchmarks/calibration/run.py hippocampus --data Task04_Hippocampus --out RUNS
+
+Every method has the same network, cases, updates and seeds, and at most three settings to choose from, the published
+one among them. They are tried with the first seed; the choice is the lowest foreground ECE on the tuning cases among
+the settings whose Dice there is at most 0.01 below cross-entropy's. The chosen setting is trained with every seed and
+scored on the test cases, which nothing has seen before. A finished run is a JSON file in RUNS, and an interrupted
+experiment goes on where it stopped. The result is benchmarks/results/calibration-NAME.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from datasets import MAKERS, PLANS, Plan, prepare
+from scores import SCORES, resamples, score_case, summarise
+
+import calseg
+from calseg import stages
+from calseg.data import CaseCache, find_cases, read_volume
+from calseg.methods import fit_temperature
+from calseg.nets import build_net
+from calseg.training import TrainConfig, load_checkpoint, predict_volume, read_json, write_json
+
+RESULTS = Path(__file__).parents[1] / "results"
+GRID: dict[str, tuple[dict[str, float], ...]] = {
+    "cross_entropy": ({},),
+    "label_smoothing": ({"alpha": 0.1}, {"alpha": 0.05}, {"alpha": 0.2}),
+    "svls": ({"sigma": 1.0}, {"sigma": 2.0}),
+    "focal": ({"gamma": 3.0}, {"gamma": 2.0}, {"gamma": 1.0}),
+    "mbls": ({"margin": 5.0}, {"margin": 10.0}, {"margin": 2.5}),
+    "nacl": ({"alpha": 0.1}, {"alpha": 0.05}, {"alpha": 0.2}),
+    "vls": ({"alpha": 0.1}, {"alpha": 0.3}, {"alpha": 0.3, "temperature": 2.0}),
+    "calseg": ({"alpha": 0.5}, {"alpha": 0.5, "temperature": 1.5}, {"alpha": 0.8}),
+}
+"""A method's settings, its published one or its default first. With SVLS's 3 voxels a wider sigma changes little."""
+
+SCALED = "temperature_scaling"
+"""Cross-entropy's networks, their logits divided by one temperature fitted on the tuning cases."""
+
+
+class Experiment:
+    """One data set: its plan, its folders and what has been computed."""
+
+    def __init__(self, name: str, out: Path, plan: Plan) -> None:
+        self.name, self.root, self.plan = name, out / name, plan
+        self.data = {part: find_cases(self.root / part) for part in ("development", "test")}
+        self._caches = {part: CaseCache(dataset) for part, dataset in self.data.items()}
+
+    def config(self, method: str, settings: Mapping[str, float], seed: int) -> TrainConfig:
+        """What ``stages.train`` is given."""
+        plan = self.plan
+        return TrainConfig(
+            method=method,
+            iterations=plan.iterations,
+            batch_size=plan.batch_size,
+            patch_size=plan.patch_size,
+            val_fraction=plan.tuning / (plan.training + plan.tuning),
+            seed=seed,
+            **settings,  # type: ignore[arg-type]
+        )
+
+    def folder(self, config: TrainConfig, settings: Mapping[str, float]) -> Path:
+        """Of a run."""
+        words = [config.method, *(f"{key}{value:g}" for key, value in settings.items()), f"seed{config.seed}"]
+        return self.root / "runs" / "-".join(words)
+
+    def trained(self, method: str, settings: Mapping[str, float], seed: int) -> Path:
+        """The folder of the finished run, trained now if it is not there."""
+        config = self.config(method, settings, seed)
+        run = self.folder(config, settings)
+        if not (run / "metrics.json").is_file():
+            print(f"{self.name}: {run.name}", flush=True)
+            soft_labels = self._soft_labels(run, config) if method == "calseg" else None
+            resume = stages.started(run)
+            stages.train(
+                self.root / "development", run, config, soft_labels=soft_labels, resume=resume, overwrite=not resume
+            )
+        return run
+
+    def _soft_labels(self, run: Path, config: TrainConfig) -> Path:
+        """Soft labels for the run; the networks of the first stage are trained once for all that can share them."""
+        shared = replace(config, alpha=1.0, temperature=1.0)
+        words = [f"{key}{getattr(config, key):g}" for key in ("folds", "latent_size", "beta", "reconstruction", "seed")]
+        networks = self.root / "stage1" / "-".join(words)
+        training, _ = calseg.training.split_names(self.data["development"], config)
+        for out, settings, source in ((networks, shared, None), (run / "stage1", config, networks)):
+            resume = (out / stages.SUMMARY).is_file()
+            if not (resume and "estimate" in read_json(out / stages.SUMMARY)):
+                stages.estimate(
+                    self.root / "development", out, settings,
+                    names=training, networks=source, resume=resume, overwrite=not resume,
+                )  # fmt: skip
+        return run / "stage1" / "soft_labels"
+
+    def predictions(self, run: Path, part: str) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+        """Name, logits and label of the tuning cases, or of the test cases."""
+        saved = load_checkpoint(run / "checkpoint.pt")
+        config = TrainConfig.from_json(saved["config"])
+        dataset = self.data["test" if part == "test" else "development"]
+        net = build_net(
+            len(dataset.channel_names), len(dataset.class_names), spatial_dims=config.spatial_dims,
+            dense_head=config.method == "vls", seed=0,
+        )  # fmt: skip
+        net.load_state_dict(saved["model"])
+        net.eval()
+        cache = self._caches["test" if part == "test" else "development"]
+        names = [case.name for case in dataset.cases] if part == "test" else saved["split"]["validation"]
+        result = []
+        for name in names:
+            case = cache.get(name)
+            logits = predict_volume(net, case.image, config.patch_size)
+            result.append((name, logits.clone(), torch.from_numpy(case.label)))
+        return result
+
+    def scores(self, run: Path, part: str, temperature: float | None = None) -> dict[str, dict[str, Any]]:
+        """``{case: sums}`` of a finished run on "tuning" or "test", computed now if they are not there."""
+        path = run / f"{part}{'' if temperature is None else '-scaled'}.json"
+        if not path.is_file():
+            cases = {}
+            for name, logits, label in self.predictions(run, part):
+                cases[name] = score_case(logits / (temperature or 1.0), label, self._truth(name))
+            write_json(path, cases)
+        return dict(read_json(path))
+
+    def _truth(self, name: str) -> torch.Tensor | None:
+        path = self.root / "truth" / f"{name}.nii.gz"
+        return torch.from_numpy(read_volume(path)).movedim(-1, 0) if path.is_file() else None
+
+    def temperature(self, run: Path) -> float:
+        """Of temperature scaling, fitted on the tuning cases."""
+        path = run / "temperature.json"
+        if not path.is_file():
+            cases = self.predictions(run, "tuning")
+            write_json(path, fit_temperature([logits for _, logits, _ in cases], [label for *_, label in cases]))
+        return float(read_json(path))
+
+    # ------------------------------------------------------------------------------------------------ steps
+
+    def tune(self, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """``{method: {"settings": chosen, "tried": [...]}}``, from the first seed on the tuning cases."""
+        chosen: dict[str, dict[str, Any]] = {}
+        floor = 0.0
+        for method in methods:
+            tried = []
+            for settings in GRID[method]:
+                run = self.trained(method, settings, 0)
+                summary = summarise(list(self.scores(run, "tuning").values()))
+                tried.append({"settings": settings, **summary})
+            if method == "cross_entropy":
+                floor = tried[0]["dice"] - 0.01
+            good = [each for each in tried if each["dice"] >= floor] or tried
+            best = min(good, key=lambda each: float(each["fg_ece"]))
+            chosen[method] = {"settings": best["settings"], "tried": tried}
+        return chosen
+
+    def test(self, chosen: Mapping[str, Any], seeds: int) -> dict[str, list[list[dict[str, Any]]]]:
+        """``{method: [the cases' sums of each seed]}``."""
+        result: dict[str, list[list[dict[str, Any]]]] = {}
+        for method, choice in chosen.items():
+            runs = [self.trained(method, choice["settings"], seed) for seed in range(seeds)]
+            result[method] = [list(self.scores(run, "test").values()) for run in runs]
+            if method == "cross_entropy":
+                temperatures = [self.temperature(run) for run in runs]
+                result[SCALED] = [
+                    list(self.scores(run, "test", t).values()) for run, t in zip(runs, temperatures, strict=True)
+                ]
+        return result
+
+
+def report(chosen: Mapping[str, Any], tested: Mapping[str, Any]) -> dict[str, Any]:
+    """Per method and score the mean over the seeds, each seed, the 95 % interval over cases, and against CE."""
+    count = len(tested["cross_entropy"][0])
+    weights = resamples(count)
+
+    def interval(values: Any) -> list[float]:
+        import numpy as np
+
+        return [float(value) for value in np.quantile(values, (0.025, 0.975))]
+
+    boot = {m: [summarise(cases, weights) for cases in seeds] for m, seeds in tested.items()}
+    points = {m: [summarise(cases) for cases in seeds] for m, seeds in tested.items()}
+    result: dict[str, Any] = {}
+    for method in tested:
+        scores = {}
+        for key in points[method][0]:
+            each = [point[key] for point in points[method]]
+            spread = sum(b[key] for b in boot[method]) / len(each)
+            scores[key] = {"mean": sum(each) / len(each), "seeds": each, "interval": interval(spread)}
+            if method != "cross_entropy":
+                base = sum(b[key] for b in boot["cross_entropy"]) / len(boot["cross_entropy"])
+                scores[key]["minus_cross_entropy"] = interval(spread - base)
+        settings = chosen.get(method, chosen["cross_entropy"])["settings"]
+        result[method] = {"settings": settings, "scores": scores}
+    return result
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Markdown: mean over the seeds, and the range of the seeds."""
+    keys = list(next(iter(result.values()))["scores"])
+    lines = ["| method | settings | " + " | ".join(keys) + " |", "|---" * (len(keys) + 2) + "|"]
+    for method, entry in result.items():
+        cells = []
+        for key in keys:
+            score = entry["scores"][key]
+            low, high = min(score["seeds"]), max(score["seeds"])
+            cells.append(f"{score['mean']:.4f} ({low:.4f} to {high:.4f})")
+        settings = ", ".join(f"{name} {value:g}" for name, value in entry["settings"].items()) or "-"
+        lines.append(f"| {method} | {settings} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=sorted(MAKERS))
+    parser.add_argument("--data", type=Path, help="folder of the cases; the synthetic set needs none")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--methods", nargs="+", choices=sorted(GRID), default=list(GRID))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--iterations", type=int, help="updates of every network; default: the plan's")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    plan = PLANS[arguments.name]
+    if arguments.iterations:
+        plan = replace(plan, iterations=arguments.iterations)
+    prepare(arguments.name, arguments.data, arguments.out / arguments.name, plan)
+    experiment = Experiment(arguments.name, arguments.out, plan)
+    methods = [method for method in GRID if method in {"cross_entropy", *arguments.methods}]
+    chosen = experiment.tune(methods)
+    result = report(chosen, experiment.test(chosen, arguments.seeds))
+    print(table(result))
+    content = {
+        "dataset": arguments.name,
+        "plan": asdict(plan),
+        "machine": {"processor": platform.processor() or platform.machine(), "torch": torch.__version__},
+        "calseg": calseg.__version__,
+        "scores": SCORES,
+        "tuning": chosen,
+        "test": result,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"calibration-{arguments.name}.json"
+    write_json(path, json.loads(json.dumps(content)))
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

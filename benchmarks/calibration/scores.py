@@ -1,0 +1,100 @@
+"""Scores of a prediction that add up over cases, so that cases can be resampled; and their summary.
+
+A case gives sums only: ``{name: number or list}``. :func:`summarise` adds them up, weighted, for one weighting of the
+cases or for many at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from calseg.data import IGNORE_INDEX
+from calseg.training import dice_per_class
+
+BINS = 15
+SCORES = {
+    "dice": "mean over the foreground classes of the mean over the cases",
+    "ece": "top label, all voxels, pooled",
+    "fg_ece": "top label, voxels whose label is not 0, pooled",
+    "cw_ece": "mean over the classes of the class's error, all voxels, pooled",
+    "nll": "all voxels",
+    "fg_nll": "voxels whose label is not 0",
+    "brier": "all voxels",
+    "fg_brier": "voxels whose label is not 0",
+    "truth_ece": "top label, all voxels, against the true probability instead of a label",
+    "disputed_ece": "the same, where the true probability of background is under 0.99",
+    "truth_error": "mean absolute error of the probabilities where that of background is under 0.99",
+}
+
+
+def score_case(logits: Tensor, label: Tensor, truth: Tensor | None = None) -> dict[str, Any]:
+    """Sums over the voxels of a case: ``logits`` and ``truth`` ``[C, *S]``, ``label`` ``[*S]``."""
+    dice = dice_per_class(logits.argmax(0), label, len(logits))
+    valid = label != IGNORE_INDEX
+    y = label[valid].long()
+    log_p = torch.log_softmax(logits[:, valid].double(), 0)
+    p = log_p.exp()
+    confidence, top = p.max(0)
+    nll = -log_p.gather(0, y[None])[0]
+    brier = p.square().sum(0) + 1 - 2 * p.gather(0, y[None])[0]
+    hit = (top == y).double()
+    result: dict[str, Any] = {
+        "dice": [0.0 if value is None else value for value in dice],
+        "dice_cases": [float(value is not None) for value in dice],
+    }
+    for region, inside in (("", torch.ones_like(y, dtype=torch.bool)), ("fg_", y > 0)):
+        result[f"{region}voxels"] = float(inside.sum())
+        result[f"{region}nll"] = float(nll[inside].sum())
+        result[f"{region}brier"] = float(brier[inside].sum())
+        result[f"{region}gap"] = _gaps(confidence[inside], hit[inside])
+    result["class_gap"] = [_gaps(p[c], (y == c).double()) for c in range(len(p))]
+    if truth is not None:
+        t = truth[:, valid].double()
+        expected = t.gather(0, top[None])[0]
+        disputed = t[0] < 0.99
+        result["truth_gap"] = _gaps(confidence, expected)
+        result["disputed_gap"] = _gaps(confidence[disputed], expected[disputed])
+        result["disputed_voxels"] = float(disputed.sum())
+        result["truth_error"] = float((p - t)[:, disputed].abs().mean(0).sum())
+    return result
+
+
+def _gaps(confidence: Tensor, hit: Tensor) -> list[float]:
+    """Per bin the sum of confidence minus hits; bins ``[lo, hi)``, the last closed."""
+    index = (confidence * BINS).long().clamp(max=BINS - 1)
+    return list(torch.bincount(index, confidence - hit, BINS).tolist())
+
+
+def summarise(cases: Sequence[Mapping[str, Any]], weights: NDArray[np.float64] | None = None) -> dict[str, Any]:
+    """The scores of :data:`SCORES` that the cases allow; arrays ``[B]`` for ``weights[B, cases]``, else numbers."""
+    single = weights is None
+    w = np.ones((1, len(cases))) if weights is None else weights
+    total = {key: np.tensordot(w, np.array([case[key] for case in cases], float), 1) for key in cases[0]}
+
+    def error(gap: str, voxels: str) -> NDArray[np.float64]:
+        return np.asarray(np.abs(total[gap]).sum(-1) / np.maximum(total[voxels], 1))
+
+    scores = {
+        "dice": (total["dice"] / np.maximum(total["dice_cases"], 1e-12)).mean(-1),
+        "ece": error("gap", "voxels"),
+        "fg_ece": error("fg_gap", "fg_voxels"),
+        "cw_ece": (np.abs(total["class_gap"]).sum(-1) / total["voxels"][:, None]).mean(-1),
+        **{key: total[key] / total["voxels"] for key in ("nll", "brier")},
+        **{key: total[key] / np.maximum(total["fg_voxels"], 1) for key in ("fg_nll", "fg_brier")},
+    }
+    if "truth_gap" in total:
+        scores["truth_ece"] = error("truth_gap", "voxels")
+        scores["disputed_ece"] = error("disputed_gap", "disputed_voxels")
+        scores["truth_error"] = total["truth_error"] / np.maximum(total["disputed_voxels"], 1)
+    return {key: float(value[0]) if single else value for key, value in scores.items()}
+
+
+def resamples(cases: int, count: int = 2000) -> NDArray[np.float64]:
+    """Weights ``[count, cases]`` of the bootstrap, always the same, so that all methods are compared on the same."""
+    return np.random.default_rng(0).multinomial(cases, np.full(cases, 1 / cases), count).astype(float)
