@@ -15,14 +15,20 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
+import math
+import os
 import re
+import tempfile
+import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import nibabel
 import numpy as np
@@ -76,12 +82,7 @@ def find_cases(folder: str | Path) -> Dataset:
     path = root / "dataset.json"
     if not path.is_file():
         raise DataError(f"{path}: not found; DATA must be a folder in the Decathlon's or nnU-Net's raw layout")
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(meta, dict):
-        raise DataError(f"{path}: a JSON object is wanted, not a {type(meta).__name__}")
+    meta = _read_meta(path)
 
     is_msd = isinstance(meta.get("training"), list)
     class_names, ignore_label = _read_labels(meta.get("labels"), path)
@@ -108,6 +109,21 @@ def find_cases(folder: str | Path) -> Dataset:
         cases=tuple(sorted(cases, key=lambda case: case.name)),
         ignore_label=ignore_label,
     )
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(meta, dict):
+        raise DataError(f"{path}: a JSON object is wanted, not a {type(meta).__name__}")
+    return meta
+
+
+def read_class_names(path: Path) -> tuple[tuple[str, ...], int | None]:
+    """The names of the classes 0, 1, ... in a ``dataset.json`` of either layout, and its ignore label or None."""
+    return _read_labels(_read_meta(path).get("labels"), path)
 
 
 def _read_labels(labels: Any, path: Path) -> tuple[tuple[str, ...], int | None]:
@@ -210,22 +226,62 @@ def load_case(case: Case, dataset: Dataset) -> tuple[Volume, LabelMap]:
     return image, label
 
 
-def read_volume(path: Path) -> NDArray[Any]:
-    """The voxels of a NIfTI file, scaled as it says. Gzip is read to its end: the checksum is verified."""
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turns whatever reading a file raises into a :class:`DataError` that names it."""
     try:
-        data = path.read_bytes()
-        if path.name.endswith(".gz"):
-            data = gzip.decompress(data)
-        # The first field of a NIfTI header is its size: 348 for version 1, 540 for version 2.
-        is_nifti2 = data[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")
-        nifti = (nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image).from_bytes(data)
-        return np.asanyarray(nifti.dataobj)
+        yield
+    except DataError:
+        raise
     except FileNotFoundError as error:
         raise DataError(f"{path}: not found") from error
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: cannot be read; the file is corrupt or truncated ({error})") from error
     except Exception as error:  # nibabel meets a broken header with many kinds of exception
-        raise DataError(f"{path}: not a readable NIfTI file ({type(error).__name__}: {error})") from error
+        kind = "NumPy .npz" if path.name.endswith(".npz") else "NIfTI"
+        raise DataError(f"{path}: not a readable {kind} file ({type(error).__name__}: {error})") from error
+
+
+@contextmanager
+def open_volume(path: Path, max_bytes: int | None = None) -> Iterator[Any]:
+    """A nibabel image whose voxels are read when its ``dataobj`` is sliced.
+
+    gzip has no random access: a ``.nii.gz`` is unpacked once, to its end, so that its checksum is verified. It
+    is kept in memory; one of more than ``max_bytes`` goes to a temporary file, which is gone at the end.
+    """
+    with naming(path), ExitStack() as stack:
+        if path.name.endswith(".gz"):
+            with gzip.open(path) as packed:
+                file = stack.enter_context(unpack(packed, max_bytes))
+        else:
+            file = stack.enter_context(open(path, "rb"))
+        # The first field of a NIfTI header is its size: 348 for version 1, 540 for version 2.
+        is_nifti2 = file.read(4) in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")
+        file.seek(0)
+        nifti: Any = (nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image).from_stream(cast(io.IOBase, file))
+        wanted = nifti.dataobj.offset + nifti.dataobj.dtype.itemsize * math.prod(nifti.shape)
+        size = file.seek(0, os.SEEK_END)
+        if size < wanted:
+            raise EOFError(f"{size} of {wanted} bytes")
+        yield nifti
+
+
+def unpack(packed: Any, max_bytes: int | None = None) -> IO[bytes]:
+    """The content of a compressed stream: in memory, or in a temporary file if it is more than ``max_bytes``."""
+    file: Any = io.BytesIO()
+    while chunk := packed.read(1 << 20):
+        if isinstance(file, io.BytesIO) and max_bytes is not None and file.tell() + len(chunk) > max_bytes:
+            memory, file = file, tempfile.TemporaryFile()  # noqa: SIM115  # the caller closes it
+            file.write(memory.getbuffer())
+        file.write(chunk)
+    file.seek(0)
+    return cast("IO[bytes]", file)
+
+
+def read_volume(path: Path) -> NDArray[Any]:
+    """The voxels of a NIfTI file, scaled as it says. Gzip is read to its end: the checksum is verified."""
+    with open_volume(path) as nifti:
+        return np.asanyarray(nifti.dataobj)
 
 
 def _read_image(path: Path) -> Volume:
@@ -251,13 +307,17 @@ def _read_label(path: Path, dataset: Dataset) -> LabelMap:
         voxels = voxels[..., 0]
     if voxels.ndim != 3 or 0 in voxels.shape:
         raise DataError(f"{path}: shape {voxels.shape}; a 3-D label map with one class number per voxel is wanted")
+    return check_label(voxels, path, len(dataset.class_names), dataset.ignore_label)
+
+
+def check_label(voxels: NDArray[Any], path: Path, classes: int, ignore_label: int | None) -> LabelMap:
+    """Voxels of the label map ``path`` as classes ``0 .. classes - 1`` or :data:`IGNORE_INDEX`."""
     if voxels.dtype.kind not in "biuf":
         raise DataError(f"{path}: labels of type {voxels.dtype}; whole numbers are wanted")
     if voxels.dtype.kind == "f" and not np.array_equal(voxels, np.floor(voxels)):
         odd = voxels[voxels != np.floor(voxels)].flat[0]
         raise DataError(f"{path}: labels must be whole numbers; found {odd}")
-    classes = len(dataset.class_names)
-    ignored = np.zeros(voxels.shape, bool) if dataset.ignore_label is None else voxels == dataset.ignore_label
+    ignored = np.zeros(voxels.shape, bool) if ignore_label is None else voxels == ignore_label
     outside = ~ignored & ((voxels < 0) | (voxels >= classes))
     if outside.any():
         found = ", ".join(f"{value:g}" for value in np.unique(voxels[outside])[:5])

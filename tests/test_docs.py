@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import inspect
 
 import pytest
 
 import calseg
 
-PUBLIC = [name for name in calseg.__all__ if name != "__version__"]
+MODULES = {"calseg": calseg}
+for extra, package in (("metrics", "torchmetrics"), ("plots", "matplotlib")):
+    if importlib.util.find_spec(package):
+        MODULES[f"calseg.{extra}"] = importlib.import_module(f"calseg.{extra}")
+PUBLIC = [
+    pytest.param(module, name, id=f"{path}.{name}")
+    for path, module in MODULES.items()
+    for name in module.__all__
+    if name not in ("__version__", "PRESETS")
+]
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_docstring(name):
-    thing = getattr(calseg, name)
+@pytest.mark.parametrize(("module", "name"), PUBLIC)
+def test_docstring(module, name):
+    thing = getattr(module, name)
     examples = doctest.DocTestFinder(recurse=False).find(thing, name, globs={})
     assert examples, f"{name} has no docstring"
     assert examples[0].examples, f"{name} has no example"
@@ -23,10 +33,10 @@ def test_docstring(name):
     assert outcome.failed == 0, "".join(report)
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_every_argument_is_described(name):
+@pytest.mark.parametrize(("module", "name"), PUBLIC)
+def test_every_argument_is_described(module, name):
     """Each parameter has a line of its own under Args, and what is raised and returned is said."""
-    thing = getattr(calseg, name)
+    thing = getattr(module, name)
     documentation = inspect.getdoc(thing) or ""
     parameters = [p for p in inspect.signature(thing).parameters if p not in ("self", "args", "kwargs")]
     for parameter in parameters:

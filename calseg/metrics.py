@@ -1,0 +1,539 @@
+"""Streaming metrics of calibration for torchmetrics (the extra ``calseg[metrics]``).
+
+State is the integer sums of :class:`calseg.CalibrationBins`, a few kilobytes for a data set of any size: nothing of
+a volume is kept, nothing is rounded when sums are added, and the value is the same, bit for bit, whatever the order
+of updates and merges and however volumes are spread over ranks. Metrics with the same settings have the same state,
+so that in a ``torchmetrics.MetricCollection`` they share one pass over each volume (``compute_groups``, its default).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+try:
+    from torchmetrics import Metric
+except ModuleNotFoundError as error:
+    if error.name != "torchmetrics":
+        raise
+    raise ModuleNotFoundError(
+        "calseg.metrics needs torchmetrics: pip install 'calseg[metrics]'", name="torchmetrics"
+    ) from None
+
+from calseg import _checks as check
+from calseg.bootstrap import NUM_RESAMPLES, check_options, mean_interval, pooled_interval
+from calseg.calibration import (
+    EQUAL_MASS_CELLS,
+    NORMS,
+    CalibrationBins,
+    calibration_bins,
+    calibration_error_from_bins,
+)
+from calseg.reference import compute_dtype
+
+__all__ = ["PRESETS", "BrierScore", "CalibrationError", "NegativeLogLikelihood", "PerCase", "preset_metric"]
+
+Plot = tuple[Any, Any]
+"""The figure (None if it was drawn into given axes) and the axes."""
+
+
+def _warn_of_nan(bins: CalibrationBins) -> None:
+    if num_nan := int(bins.num_nan.sum()):
+        total = int(bins.num_voxels.sum())
+        message = f"{num_nan} of {total} voxels have a NaN probability and are left out"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+class _ExactMetric(Metric):
+    """What the metrics of this module share: states of exact integers, which are never cast or mixed up."""
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    settings: Tensor
+
+    def _add_settings(self, *values: int) -> None:
+        # As a state they keep a collection from merging metrics whose first sums happen to be equal, and they show
+        # when states of different metrics are merged or loaded.
+        self.add_state("settings", torch.tensor(values, dtype=torch.int64), dist_reduce_fx="max")
+
+    def _differs(self, settings: Any) -> bool:
+        mine = cast(Tensor, self._defaults["settings"]).cpu()
+        return not (isinstance(settings, Tensor) and torch.equal(settings.cpu(), mine))
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the sums of another metric of this kind with the same settings, or of its ``metric_state``."""
+        state = incoming_state.metric_state if isinstance(incoming_state, Metric) else incoming_state
+        if isinstance(state, dict) and self._differs(state.get("settings")):
+            raise ValueError("incoming_state: got the state of a metric with other settings, wanted the same")
+        super().merge_state(incoming_state)
+        self._update_count += 1  # for a metric that was only ever merged into
+        self._computed = None
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> Metric:
+        """Leaves the state alone: integers stay exact."""
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        saved = state_dict.get(f"{prefix}settings")
+        if saved is not None and self._differs(saved):
+            args[-1].append(f"{prefix}settings: got the state of a metric with other settings, wanted the same")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _BinMetric(_ExactMetric):
+    """Sums per bin over all voxels that count, and a value from them."""
+
+    plot_lower_bound = 0.0
+    plot_legend_name = "Class"
+
+    count: Tensor
+
+    def __init__(
+        self,
+        *,
+        n_bins: int = 15,
+        from_logits: bool = True,
+        class_wise: bool = False,
+        num_classes: int | None = None,
+        include_background: bool = True,
+        foreground_only: bool = False,
+        ignore_index: int = -100,
+        right_closed: bool = False,
+        separate_one: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        check.check_integer("n_bins", n_bins, 1)
+        check.check_integer("ignore_index", ignore_index)
+        for name, flag in (
+            ("from_logits", from_logits), ("class_wise", class_wise), ("include_background", include_background),
+            ("foreground_only", foreground_only), ("right_closed", right_closed), ("separate_one", separate_one),
+        ):  # fmt: skip
+            check.check_flag(name, flag)
+        if class_wise != (num_classes is not None):
+            raise ValueError(
+                f"num_classes: got {num_classes!r}, wanted the number of classes with class_wise=True only"
+            )
+        if num_classes is not None:
+            check.check_integer("num_classes", num_classes, 1 if include_background else 2)
+        if separate_one and (class_wise or right_closed):
+            raise ValueError("separate_one: got True, wanted False with class_wise or right_closed")
+        self.class_wise = class_wise
+        self.num_classes = num_classes
+        self.foreground_only = foreground_only
+        self.separate_one = separate_one
+        self.options: dict[str, Any] = {
+            "n_bins": n_bins,
+            "from_logits": from_logits,
+            "class_wise": class_wise,
+            "include_background": include_background,
+            "ignore_index": ignore_index,
+            "right_closed": right_closed,
+        }
+        kinds = () if num_classes is None else (num_classes - (not include_background),)
+        binned = torch.zeros(*kinds, self.options["n_bins"] + separate_one, dtype=torch.int64)
+        scalar = torch.zeros((), dtype=torch.int64)
+        shapes = {"count": binned, "confidence": binned, "hits": binned, "nll": torch.zeros(2, dtype=torch.int64)}
+        for name in CalibrationBins._fields:
+            self.add_state(name, shapes.get(name, scalar).clone(), dist_reduce_fx="sum")
+        self._add_settings(*(int(value) for value in self.options.values()), foreground_only, separate_one)
+
+    @property
+    def bins(self) -> CalibrationBins:
+        """The sums of this process so far, on the CPU."""
+        return CalibrationBins(*(getattr(self, name).cpu() for name in CalibrationBins._fields))
+
+    def update(self, input: Tensor | CalibrationBins, target: Tensor | None = None, mask: Tensor | None = None) -> None:
+        """Add a volume, a batch of them, or a slab of one.
+
+        Args:
+            input: logits, or with ``from_logits=False`` probabilities, ``[N, C]`` or ``[N, C, *S]``; or the sums that
+                ``calibration_bins`` made of such a tensor with the same settings.
+            target: class indices ``[N, *S]`` or ``[N, 1, *S]``.
+            mask: bool ``[N, *S]`` or ``[N, 1, *S]``: where False, a voxel does not count.
+        """
+        for name, sums in self.item_bins(input, target, mask).pool()._asdict().items():
+            setattr(self, name, getattr(self, name) + sums.to(self.device))
+
+    def item_bins(
+        self, input: Tensor | CalibrationBins, target: Tensor | None = None, mask: Tensor | None = None
+    ) -> CalibrationBins:
+        """The sums that :meth:`update` adds, one item per batch item of ``input``."""
+        if isinstance(input, CalibrationBins):
+            bins = input if input.num_voxels.dim() else CalibrationBins(*(sums[None] for sums in input))
+        elif target is None:
+            raise TypeError("target: got None, wanted a tensor of class indices")
+        else:
+            bins = self._item_bins(input, target, mask)
+        if bins.count.shape[1:] != self.count.shape:
+            raise ValueError(f"input: got bins {list(bins.count.shape[1:])}, wanted {list(self.count.shape)}")
+        return bins
+
+    def _item_bins(self, input: Tensor, target: Tensor, mask: Tensor | None) -> CalibrationBins:
+        counted = None if mask is None else check.check_mask("mask", mask, input).bool()
+        if self.foreground_only:
+            foreground = check.check_labels("target", target, input) != 0
+            counted = foreground if counted is None else foreground & counted
+        if not self.separate_one:
+            return calibration_bins(input, target, mask=counted, per_item=True, **self.options)
+        check.check_scores("input", input)
+        dtype = compute_dtype(input.dtype)
+        p = torch.softmax(input.detach(), 1, dtype=dtype) if self.options["from_logits"] else input.detach().to(dtype)
+        is_one = p.amax(1).float() == 1
+        parts = (~is_one, is_one) if counted is None else (counted & ~is_one, counted & is_one)
+        below, one = (calibration_bins(input, target, mask=part, per_item=True, **self.options) for part in parts)
+        binned = {
+            name: (getattr(below, name), getattr(one, name)[..., -1:]) for name in ("count", "confidence", "hits")
+        }
+        return (below + one)._replace(**{name: torch.cat(sums, -1) for name, sums in binned.items()})
+
+    def value_of(self, bins: CalibrationBins) -> Tensor:
+        """The metric of any number of items ``[items, ...]`` at once: float64 ``[items]`` or ``[items, K]``."""
+        raise NotImplementedError
+
+    def compute(self) -> Tensor:
+        """The value over everything so far (of all ranks), float64 0-d, or ``[K]`` with ``average="none"``."""
+        bins = self.bins
+        _warn_of_nan(bins)
+        return self.value_of(bins)
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Plot:
+        """The value or values ``val``, by default the current one, as torchmetrics draws them; figure and axes."""
+        return cast(Plot, self._plot(val, ax))
+
+
+class CalibrationError(_BinMetric):
+    r"""Expected, average, maximum or root-mean-square calibration error of a stream of volumes.
+
+    Args:
+        norm: ``"l1"`` (ECE), ``"l2"`` (RMSCE), ``"max"`` (MCE) or ``"average"`` (ACE); the formulas are at
+            :func:`calseg.calibration_error_from_bins`. Default ``"l1"``.
+        n_bins: number of bins. Default 15.
+        from_logits: whether inputs are logits or probabilities. Never guessed. Default True.
+        class_wise: the error of each class's own probability, not that of the top label. Needs ``num_classes``.
+            Default False.
+        num_classes: the number of classes C; with ``class_wise=True`` only.
+        average: with ``class_wise``, ``"macro"`` for the mean over the classes, ``"none"`` for a value per class.
+            Default ``"macro"``.
+        include_background: False leaves the background out: top-label, voxels whose label is 0; class-wise, class 0.
+            Default True.
+        foreground_only: only voxels whose label is not 0 count, class-wise too. Default False.
+        ignore_index: voxels with this label count nowhere. Default -100.
+        right_closed: bins :math:`(lo, hi]` instead of :math:`[lo, hi)`. Default False.
+        equal_mass: bins of equal mass (adaptive) made from 4096 cells. Default False.
+        separate_one: confidences that are exactly 1 get a bin of their own, as in torchmetrics, at the price of
+            temporary memory of a volume. Default False.
+        kwargs: those of ``torchmetrics.Metric``.
+
+    ``compute`` gives float64. A voxel with a NaN probability is in no bin, and ``compute`` warns of how many there are.
+
+    Example:
+        >>> import torch
+        >>> from calseg.metrics import CalibrationError
+        >>> metric = CalibrationError(n_bins=4)
+        >>> for volume in range(3):
+        ...     logits = torch.tensor([[[2.0, 0.0, 0.0], [0.0, 3.0, 0.1]]])
+        ...     metric.update(logits, torch.tensor([[0, 1, 0]]))
+        >>> round(float(metric.compute()), 4)
+        0.2305
+    """
+
+    plot_upper_bound = 1.0
+
+    def __init__(
+        self,
+        *,
+        norm: str = "l1",
+        n_bins: int = 15,
+        average: str = "macro",
+        equal_mass: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        check.check_flag("equal_mass", equal_mass)
+        check.check_integer("n_bins", n_bins, 1)
+        super().__init__(n_bins=EQUAL_MASS_CELLS if equal_mass else n_bins, **kwargs)
+        if norm not in NORMS:
+            raise ValueError(f"norm: got {norm!r}, wanted one of {', '.join(map(repr, NORMS))}")
+        if average not in ("macro", "none"):
+            raise ValueError(f"average: got {average!r}, wanted 'macro' or 'none'")
+        self.norm = norm
+        self.n_bins = n_bins
+        self.average = average
+        self.equal_mass = equal_mass
+
+    def value_of(self, bins: CalibrationBins) -> Tensor:  # noqa: D102
+        silent = bins._replace(num_nan=torch.zeros_like(bins.num_nan))  # compute warns, once
+        error = calibration_error_from_bins(silent, self.norm, equal_mass=self.n_bins if self.equal_mass else None)
+        return error.mean(-1) if self.class_wise and self.average == "macro" else error
+
+    def diagram_bins(self, bins: CalibrationBins) -> CalibrationBins:
+        """Bins of equal width to draw: 16 of the cells of ``equal_mass``, and 1 in the last bin."""
+        if not (self.equal_mass or self.separate_one):
+            return bins
+        binned = {name: getattr(bins, name) for name in ("count", "confidence", "hits")}
+        for name, sums in binned.items():
+            if self.separate_one:
+                sums = torch.cat([sums[..., :-2], sums[..., -2:].sum(-1, keepdim=True)], -1)
+            if self.equal_mass:
+                sums = sums.unflatten(-1, (16, -1)).sum(-1)
+            binned[name] = sums
+        return bins._replace(**binned)
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Plot:
+        """The reliability diagram of everything so far; with ``val``, that value or those values.
+
+        Args:
+            val: what ``compute`` or ``forward`` gave, or a sequence of that: drawn as torchmetrics draws values.
+            ax: axes to draw into, the diagram without its histogram; not with ``class_wise``.
+
+        Returns:
+            The figure (None with ``ax``) and the axes.
+        """
+        if val is not None:
+            return super().plot(val, ax)
+        with self.sync_context(
+            dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
+        ):
+            bins = self.bins
+        return _draw(self, bins, None, ax)
+
+
+class NegativeLogLikelihood(_BinMetric):
+    """Mean negative log-likelihood of the labels, in nats, from the same state as :class:`CalibrationError`.
+
+    Args:
+        from_logits: as for :class:`CalibrationError`; so are all others.
+        include_background: with ``class_wise=False``, False leaves out voxels whose label is 0.
+        foreground_only: only voxels whose label is not 0 count.
+        ignore_index: voxels with this label count nowhere.
+        n_bins: of no effect on the value, as the four that follow. A collection reads a volume once for all metrics in
+            which these, too, are equal.
+        class_wise: see ``n_bins``.
+        num_classes: see ``n_bins``.
+        right_closed: see ``n_bins``.
+        separate_one: see ``n_bins``.
+        kwargs: those of ``torchmetrics.Metric``.
+
+    Example:
+        >>> import torch
+        >>> from torchmetrics import MetricCollection
+        >>> from calseg.metrics import BrierScore, CalibrationError, NegativeLogLikelihood
+        >>> metrics = MetricCollection([CalibrationError(), NegativeLogLikelihood(), BrierScore()])
+        >>> metrics.update(torch.tensor([[2.0, 0.0], [0.0, 3.0], [0.0, 0.1]]), torch.tensor([0, 1, 0]))
+        >>> {name: round(float(value), 4) for name, value in metrics.compute().items()}
+        {'CalibrationError': 0.2305, 'NegativeLogLikelihood': 0.3066, 'BrierScore': 0.1947}
+        >>> metrics.compute_groups
+        {0: ['CalibrationError', 'NegativeLogLikelihood', 'BrierScore']}
+    """
+
+    def value_of(self, bins: CalibrationBins) -> Tensor:  # noqa: D102
+        return bins.mean_nll()
+
+
+class BrierScore(_BinMetric):
+    """Mean squared error of the probabilities, summed over the classes (0 to 2 a voxel).
+
+    Args:
+        from_logits: as for :class:`CalibrationError`; so are all others.
+        include_background: with ``class_wise=False``, False leaves out voxels whose label is 0.
+        foreground_only: only voxels whose label is not 0 count.
+        ignore_index: voxels with this label count nowhere.
+        n_bins: of no effect on the value, as the four that follow. A collection reads a volume once for all metrics in
+            which these, too, are equal.
+        class_wise: see ``n_bins``.
+        num_classes: see ``n_bins``.
+        right_closed: see ``n_bins``.
+        separate_one: see ``n_bins``.
+        kwargs: those of ``torchmetrics.Metric``.
+
+    Example:
+        >>> import torch
+        >>> from calseg.metrics import BrierScore
+        >>> metric = BrierScore(from_logits=False)
+        >>> metric.update(torch.tensor([[0.8, 0.2], [0.4, 0.6]]), torch.tensor([0, 0]))
+        >>> round(float(metric.compute()), 4)
+        0.4
+    """
+
+    plot_upper_bound = 2.0
+
+    def value_of(self, bins: CalibrationBins) -> Tensor:  # noqa: D102
+        return bins.mean_brier()
+
+
+class PerCase(_ExactMetric):
+    """A metric per case, its mean over the cases, and the bootstrap interval of that mean.
+
+    Every batch item of an ``update`` is a case. The state is the sums of each case, a few kilobytes a case; of rank or
+    order of arrival nothing depends on it but the order of :attr:`values`.
+
+    Args:
+        metric: the metric of one case, whose settings hold for all. Its own state is not used.
+        pooled: the value of all cases together, that is of ``metric`` over the stream, and its interval, instead of
+            the mean of the cases' values. Default False.
+        confidence_level: of the interval. Default 0.95.
+        num_resamples: how many times the cases are drawn with replacement. Default 2000.
+        seed: of these draws. Default 0.
+        kwargs: those of ``torchmetrics.Metric``.
+
+    ``compute`` gives ``{"value", "lower", "upper"}``, float64 (``[K]`` each where ``metric`` gives a value per class).
+    A case without a value, where no voxel counts, is left out before anything is drawn. ``lower`` and ``upper`` are NaN
+    with fewer than two cases.
+
+    Example:
+        >>> import torch
+        >>> from calseg.metrics import CalibrationError, PerCase
+        >>> metric = PerCase(CalibrationError(n_bins=4))
+        >>> logits = torch.randn(8, 3, 6, 6, 6, generator=torch.Generator().manual_seed(0))
+        >>> metric.update(logits, logits.argmax(1))
+        >>> {name: round(float(value), 3) for name, value in metric.compute().items()}
+        {'value': 0.407, 'lower': 0.402, 'upper': 0.41}
+    """
+
+    plot_lower_bound = 0.0
+    plot_legend_name = "Class"
+
+    def __init__(
+        self,
+        metric: _BinMetric,
+        *,
+        pooled: bool = False,
+        confidence_level: float = 0.95,
+        num_resamples: int = NUM_RESAMPLES,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not isinstance(metric, _BinMetric):
+            raise TypeError(f"metric: got {check.describe(metric)}, wanted a metric of calseg.metrics")
+        check.check_flag("pooled", pooled)
+        check_options(confidence_level, num_resamples, seed)
+        self.metric = metric
+        self.pooled = pooled
+        self.confidence_level = confidence_level
+        self.num_resamples = num_resamples
+        self.seed = seed
+        for name in CalibrationBins._fields:
+            self.add_state(name, [], dist_reduce_fx="cat")
+        self._add_settings(*metric.settings.tolist())
+
+    @property
+    def cases(self) -> CalibrationBins:
+        """The sums of the cases of this process so far, one item per case, on the CPU."""
+        empty = CalibrationBins(*(sums[None][:0] for sums in self.metric.bins))
+        state = {name: getattr(self, name) for name in CalibrationBins._fields}
+        parts = {name: [sums] if isinstance(sums, Tensor) else sums for name, sums in state.items()}
+        return CalibrationBins(*(torch.cat([getattr(empty, name), *(p.cpu() for p in parts[name])]) for name in parts))
+
+    @property
+    def values(self) -> Tensor:
+        """The metric of each case so far (this process), float64 ``[cases]`` or ``[cases, K]``, in order of arrival."""
+        return self.metric.value_of(self.cases)
+
+    def update(self, input: Tensor | CalibrationBins, target: Tensor | None = None, mask: Tensor | None = None) -> None:
+        """Add every batch item as a case. A case that comes in slabs is added as the sum of their ``calibration_bins``.
+
+        Args:
+            input: as for :meth:`CalibrationError.update`.
+            target: as for :meth:`CalibrationError.update`.
+            mask: as for :meth:`CalibrationError.update`.
+        """
+        for name, sums in self.metric.item_bins(input, target, mask)._asdict().items():
+            getattr(self, name).append(sums.to(self.device))
+
+    def compute(self) -> dict[str, Tensor]:
+        """``{"value", "lower", "upper"}`` over the cases of all ranks."""
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("confidence_level", "num_resamples", "seed")}
+        cases = self.cases
+        _warn_of_nan(cases)
+        if self.pooled:
+            return pooled_interval(cases, self.metric.value_of, **options)._asdict()
+        values = self.metric.value_of(cases)
+        columns = values[:, None] if values.dim() == 1 else values
+        intervals = [mean_interval(column, **options) for column in columns.unbind(1)]
+        shape = values.shape[1:]
+        return {
+            name: torch.stack([getattr(interval, name) for interval in intervals]).reshape(shape)
+            for name in ("value", "lower", "upper")
+        }
+
+    def plot(self, val: Any = None, ax: Any = None) -> Plot:
+        """As :meth:`CalibrationError.plot`; the diagram shows all cases pooled and the spread over them."""
+        if val is not None or not isinstance(self.metric, CalibrationError):
+            return cast(Plot, self._plot(val, ax))
+        with self.sync_context(
+            dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
+        ):
+            cases = self.cases
+        return _draw(self.metric, cases.pool(), cases, ax)
+
+    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
+        # For a rank without a case torchmetrics makes an empty tensor of a float dtype and one axis.
+        for name, sums in self.cases._asdict().items():
+            setattr(self, name, [sums.to(self.device)])
+        super()._sync_dist(*args, **kwargs)
+
+
+def _draw(metric: CalibrationError, bins: CalibrationBins, cases: CalibrationBins | None, ax: Any) -> Plot:
+    from calseg import plots
+
+    if metric.class_wise and ax is not None:
+        raise ValueError(f"ax: got {type(ax).__name__}, wanted None: a class-wise diagram makes a figure of its own")
+    bins, cases = metric.diagram_bins(bins), None if cases is None else metric.diagram_bins(cases)
+    if not metric.class_wise:
+        return plots.reliability_diagram(bins, cases=cases, ax=ax)
+    first = 0 if metric.options["include_background"] else 1
+    names = [f"class {number}" for number in range(first, first + bins.count.shape[-2])]
+    return plots.class_reliability_diagrams(bins, names, cases=cases)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "torchmetrics": {"n_bins": 15, "separate_one": True},
+    "monai": {"n_bins": 20, "class_wise": True, "right_closed": True},
+    "marginloss": {"n_bins": 15, "foreground_only": True, "right_closed": True},
+}
+"""The settings of :class:`CalibrationError` by which other packages' figures come out; see :func:`preset_metric`."""
+
+
+def preset_metric(name: str, **settings: Any) -> CalibrationError | PerCase:
+    """The calibration error as another package defines it.
+
+    - ``"torchmetrics"``: ``MulticlassCalibrationError``: top-label, pooled over all voxels, 15 bins ``[lo, hi)``, a
+      confidence of exactly 1 in a bin of its own. Norms ``"l1"``, ``"l2"``, ``"max"``.
+    - ``"monai"``: ``CalibrationErrorMetric``: one error per image and class, 20 bins, mean over classes and images. The
+      bins are ``(lo, hi]``, as its code has it by default (its documentation says ``[lo, hi)``). Its "expected",
+      "average" and "maximum" are the norms ``"l1"``, ``"average"`` and ``"max"``. Needs ``num_classes``.
+    - ``"marginloss"``: MarginLoss, and CRaC and NACL after it: voxels whose label is not 0, one top-label error per
+      volume, 15 bins ``(lo, hi]``, mean over the volumes. With ``class_wise=True`` and ``num_classes``, its CECE.
+      MarginLoss also rounds the error of each volume to 4 digits, which is not done here.
+
+    Args:
+        name: ``"torchmetrics"``, ``"monai"`` or ``"marginloss"``.
+        settings: what to add to or change in the preset, as for :class:`CalibrationError`.
+
+    Returns:
+        :class:`CalibrationError` for ``"torchmetrics"``; for the others :class:`PerCase`, whose ``"value"`` is the
+        figure.
+
+    Raises:
+        TypeError, ValueError: an unknown name, and what :class:`CalibrationError` raises.
+
+    Example:
+        >>> import torch
+        >>> from calseg.metrics import preset_metric
+        >>> metric = preset_metric("marginloss", from_logits=False)
+        >>> metric.update(torch.tensor([[[0.9, 0.2], [0.1, 0.8]]]), torch.tensor([[0, 1]]))
+        >>> round(float(metric.compute()["value"]), 4)
+        0.2
+    """
+    if name not in PRESETS:
+        raise ValueError(f"name: got {name!r}, wanted one of {', '.join(map(repr, PRESETS))}")
+    metric = CalibrationError(**{**PRESETS[name], **settings})
+    return metric if name == "torchmetrics" else PerCase(metric)

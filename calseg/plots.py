@@ -1,0 +1,211 @@
+"""Reliability diagrams with the histogram of confidences, drawn with matplotlib (the extra ``calseg[plots]``).
+
+What is drawn are the counts and sums of :class:`calseg.CalibrationBins`, so that the diagram of a whole data set
+needs no volume in memory. Bars, gaps and spread differ in lightness and texture, and survive a grey-scale printer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+try:
+    import matplotlib.pyplot as plt
+except ModuleNotFoundError as error:
+    if error.name is None or error.name.partition(".")[0] != "matplotlib":
+        raise
+    raise ModuleNotFoundError("calseg.plots needs matplotlib: pip install 'calseg[plots]'", name="matplotlib") from None
+
+from calseg.calibration import CalibrationBins, calibration_error_from_bins
+
+__all__ = ["class_reliability_diagrams", "reliability_diagram"]
+
+BAR, GAP, INK = "#9ecae1", "#b2182b", "#222222"
+QUANTILES = (0.05, 0.95)
+LEAST_CASES = 3  # with voxels in a bin, for their spread to be drawn
+
+
+def reliability_diagram(
+    bins: CalibrationBins,
+    *,
+    cases: CalibrationBins | None = None,
+    title: str | None = None,
+    ax: Any = None,
+) -> tuple[Any, Any]:
+    """Accuracy against confidence per bin, and below it how many voxels each bin holds, on a logarithmic axis.
+
+    The bar of a bin ends at its accuracy; the hatched part lies between accuracy and mean confidence, whose difference
+    the calibration error sums up. The corner gives the ECE and the number of voxels.
+
+    Args:
+        bins: top-label bins ``[n_bins]``, or those of one class.
+        cases: the same per case, ``[cases, n_bins]``: adds, where at least three cases have voxels in a bin, a line
+            from the 5 % to the 95 % quantile of the cases' accuracies, with a dot at their median.
+        title: above the diagram.
+        ax: axes to draw the diagram into, without the histogram. Default: a new figure with both.
+
+    Returns:
+        The figure (None with ``ax``) and the axes (two of them in a new figure).
+
+    Raises:
+        TypeError, ValueError: bins of another kind or shape.
+
+    Example:
+        >>> import torch, calseg
+        >>> from calseg.plots import reliability_diagram
+        >>> logits = 3 * torch.randn(1, 4, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+        >>> bins = calseg.calibration_bins(logits, logits.argmax(1))
+        >>> figure, (diagram, histogram) = reliability_diagram(bins, title="Perfect predictions")
+        >>> diagram.get_ylabel(), histogram.get_ylabel()
+        ('Accuracy', 'Voxels')
+    """
+    _check(bins, 1, cases)
+    if ax is not None:
+        _draw_diagram(ax, bins, cases)
+        ax.set_xlabel("Confidence")
+        ax.set_title(title or "")
+        return None, ax
+    figure, (upper, lower) = plt.subplots(
+        2, 1, sharex=True, height_ratios=(3.4, 1), figsize=(3.5, 5.0), layout="constrained"
+    )
+    _draw_diagram(upper, bins, cases)
+    _draw_histogram(lower, bins)
+    upper.set_title(title or "")
+    _draw_legend(figure, upper, 1 if cases is None else 2)
+    return figure, (upper, lower)
+
+
+def class_reliability_diagrams(
+    bins: CalibrationBins,
+    names: Sequence[str],
+    *,
+    cases: CalibrationBins | None = None,
+    title: str | None = None,
+) -> tuple[Any, Any]:
+    """A diagram and a histogram per class, in one figure with the same axes for all.
+
+    Args:
+        bins: class-wise bins ``[K, n_bins]``: the probability of each class against its frequency.
+        names: of the K classes.
+        cases: the same per case, ``[cases, K, n_bins]``: adds the spread over the cases.
+        title: of the figure.
+
+    Returns:
+        The figure, and an array ``[K, 2]`` of axes: diagram and histogram of each class.
+
+    Raises:
+        TypeError, ValueError: bins of another kind or shape, or another number of names.
+
+    Example:
+        >>> import torch, calseg
+        >>> from calseg.plots import class_reliability_diagrams
+        >>> logits = 3 * torch.randn(1, 4, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+        >>> bins = calseg.calibration_bins(logits, logits.argmax(1), class_wise=True)
+        >>> figure, axes = class_reliability_diagrams(bins, ["background", "liver", "kidney", "spleen"])
+        >>> axes.shape, axes[1, 0].get_title()
+        ((4, 2), 'liver')
+    """
+    _check(bins, 2, cases)
+    if len(names) != len(bins.count):
+        raise ValueError(f"names: got {len(names)}, wanted {len(bins.count)}: one per class of the bins")
+    columns = min(len(names), 4)
+    rows = -(-len(names) // columns)
+    figure = plt.figure(figsize=(max(3.5, 0.6 + 2.3 * columns), 1.0 + 3.3 * rows), layout="constrained")
+    grid = figure.add_gridspec(2 * rows, columns, height_ratios=(3.4, 1) * rows)
+    axes = np.empty((len(names), 2), dtype=object)
+    for number, name in enumerate(names):
+        row, column = divmod(number, columns)
+        upper = figure.add_subplot(grid[2 * row, column], sharey=axes[0, 0])
+        lower = figure.add_subplot(grid[2 * row + 1, column], sharex=upper, sharey=axes[0, 1])
+        mine = _of_class(bins, number)
+        _draw_diagram(upper, mine, None if cases is None else _of_class(cases, number))
+        _draw_histogram(lower, mine)
+        upper.set_title(name)
+        upper.set_ylabel("Frequency of class")
+        upper.tick_params(labelbottom=False)
+        lower.set_xlabel("Probability")
+        if column:
+            for each in (upper, lower):
+                each.set_ylabel("")
+                each.tick_params(labelleft=False)
+        axes[number] = upper, lower
+    if title is not None:
+        figure.suptitle(title)
+    _draw_legend(figure, axes[0, 0], 2)
+    return figure, axes
+
+
+def _check(bins: Any, axes: int, cases: Any) -> None:
+    for name, given, wanted in (("bins", bins, axes), ("cases", cases, axes + 1)):
+        if given is None and name == "cases":
+            continue
+        if not isinstance(given, CalibrationBins):
+            raise TypeError(f"{name}: got a {type(given).__name__}, wanted CalibrationBins")
+        if given.count.dim() != wanted:
+            raise ValueError(f"{name}: got counts of shape {list(given.count.shape)}, wanted {wanted} axes")
+
+
+def _of_class(bins: CalibrationBins, number: int) -> CalibrationBins:
+    binned = {name: getattr(bins, name)[..., number, :] for name in ("count", "confidence", "hits")}
+    return bins._replace(**binned)
+
+
+def _draw_diagram(ax: Any, bins: CalibrationBins, cases: CalibrationBins | None) -> None:
+    width = 1 / len(bins.count)
+    filled = np.flatnonzero(bins.count.numpy())
+    edges = filled * width
+    accuracy, confidence = bins.accuracy().numpy()[filled], bins.mean_confidence().numpy()[filled]
+    style = {"width": width, "align": "edge", "linewidth": 0.6}
+    ax.bar(edges, accuracy, color=BAR, edgecolor=INK, label="accuracy", **style)
+    ax.bar(
+        edges, confidence - accuracy, bottom=accuracy, facecolor="none", edgecolor=GAP, hatch="//////",
+        label="gap to confidence", **style,
+    )  # fmt: skip
+    ax.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=0.9, label="perfect calibration")
+    if cases is not None:
+        _draw_spread(ax, cases, width)
+    error = float(calibration_error_from_bins(bins._replace(num_nan=torch.zeros_like(bins.num_nan))))
+    lines = ["ECE -" if math.isnan(error) else f"ECE {error:.4f}", f"{_short(int(bins.count.sum()))} voxels"]
+    if cases is not None:
+        lines.append(f"{len(cases.count)} cases")
+    ax.text(
+        0.03, 0.97, "\n".join(lines), transform=ax.transAxes, va="top", fontsize="x-small",
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
+    )  # fmt: skip
+    ax.set(xlim=(0, 1), ylim=(0, 1), ylabel="Accuracy")
+
+
+def _short(count: int) -> str:
+    """Three digits and a unit of thousands: 1.23 million."""
+    for unit, word in ((10**9, "billion"), (10**6, "million")):
+        if count >= unit:
+            return f"{count / unit:.3g} {word}"
+    return f"{count:,}"
+
+
+def _draw_legend(figure: Any, ax: Any, columns: int) -> None:
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize="x-small")
+
+
+def _draw_spread(ax: Any, cases: CalibrationBins, width: float) -> None:
+    accuracy = cases.accuracy().numpy()
+    drawn = np.flatnonzero((cases.count > 0).sum(0).numpy() >= LEAST_CASES)
+    if len(drawn):
+        low, middle, high = np.nanquantile(accuracy[:, drawn], (QUANTILES[0], 0.5, QUANTILES[1]), axis=0)
+        ax.errorbar(
+            (drawn + 0.5) * width, middle, yerr=(middle - low, high - middle), color=INK, fmt="o", markersize=2.5,
+            linewidth=1.0, capsize=2.0, label="cases: median, 5 % to 95 %",
+        )  # fmt: skip
+
+
+def _draw_histogram(ax: Any, bins: CalibrationBins) -> None:
+    count = bins.count.numpy()
+    ax.bar(np.arange(len(count)) / len(count), count, width=1 / len(count), align="edge", color="#737373")
+    ax.set_ylim(0.8, max(10.0, 2 * float(count.max())))  # first, for there is no automatic log scale of zeros
+    ax.set_yscale("log")
+    ax.set_xlabel("Confidence")
+    ax.set_ylabel("Voxels")
