@@ -104,7 +104,13 @@ def build_app() -> Any:
         typer.Option(help="vls, calseg: share of the estimate in the soft label; label_smoothing: share of the"
                      " uniform one; mbls, nacl: weight of the penalty."),
     ]  # fmt: skip
-    Temperature = Annotated[float | None, typer.Option(help="vls, calseg: temperature of the sampled softmax.")]
+    Temperature = Annotated[
+        float | None,
+        typer.Option(
+            help="vls, calseg: temperature of the sampled softmax. calseg's default is fitted: the one under which the"
+            " estimates of networks that did not see a case fit its label best."
+        ),
+    ]
     NumSamples = Annotated[int | None, typer.Option(help="vls: noise samples per voxel; calseg: codes per case.")]
     Beta = Annotated[
         float | None,
@@ -302,7 +308,7 @@ def build_app() -> Any:
             _set_threads(threads)
             results = run_demo(out, config, overwrite=overwrite, device=device, progress=progress)
         print_metrics(results)
-        print(f"written to {out / 'demo.json'}; the data set is {out / 'data'}")
+        print(f"written to {out / 'demo.json'}, drawn in {out / 'demo.png'}; the data set is {out / 'data'}")
 
     return app
 
@@ -394,7 +400,10 @@ def print_estimate(summary: Mapping[str, Any]) -> None:
         f"{len(summary['cases'])} cases; the estimate alone, before it is blended with the label, mean over the cases:"
     )
     print(f"  Dice {estimate['dice']:.4f}; over the foreground: NLL {estimate['nll']:.4f},")
-    print(f"  confidence {estimate['confidence']:.4f} against an accuracy of {estimate['accuracy']:.4f}")
+    print(
+        f"  confidence {estimate['confidence']:.4f} against an accuracy of {estimate['accuracy']:.4f};"
+        f" temperature {summary['temperature']:.2f}"
+    )
 
 
 def print_metrics(runs: Mapping[str, Mapping[str, Any]]) -> None:

@@ -11,7 +11,8 @@ practice; the other raters' maps and the true probabilities serve to score what 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from calseg import stages
-from calseg.data import find_cases, load_case, read_volume
+from calseg.calibration import CalibrationBins, calibration_bins
+from calseg.data import find_cases, load_case, read_soft_labels, read_volume, soft_labels_path
 from calseg.training import (
     RUN_FILES,
     Progress,
@@ -32,6 +34,7 @@ from calseg.training import (
     TrainingError,
     no_progress,
     read_json,
+    write_atomic,
     write_json,
 )
 
@@ -79,8 +82,9 @@ def run_demo(
     if not (data / "dataset.json").is_file():  # written last
         make_dataset(data, config)
     results: dict[str, dict[str, Any]] = {}
+    judges: dict[str, _Judge] = {}
     for method in METHODS:
-        judge = _Judge(data, config)
+        judge = judges[method] = _Judge(data, config)
         settings = TrainConfig(
             method=method,
             iterations=config.iterations,
@@ -103,6 +107,7 @@ def run_demo(
         results[method] = {**metrics, **judge.compute()}
         write_json(run / "metrics.json", results[method])
     write_json(root / "demo.json", {"config": asdict(config), "results": results})
+    write_atomic(root / "demo.png", draw(data, root / "calseg" / "soft_labels", judges))
     return results
 
 
@@ -236,6 +241,10 @@ class _Judge:
         self._config = config
         self._scores = Scores()
         self._squared, self._voxels = 0.0, 0
+        self.bins: list[CalibrationBins] = []
+        """Of every map of every other rater."""
+        self.example: tuple[str, Tensor] | None = None
+        """The first case and its probabilities ``[3, x, y, z]``."""
 
     def add(self, name: str, logits: Tensor) -> None:
         """Take the prediction ``logits`` float ``[3, x, y, z]`` of one case."""
@@ -246,11 +255,88 @@ class _Judge:
                 map_of_rater = replace(case, label=folder / "raters" / f"{name}_r{number}.nii.gz")
                 _, label = load_case(map_of_rater, self._dataset)
                 self._scores.update(logits, torch.from_numpy(label).to(logits.device))
-        truth = torch.from_numpy(read_volume(folder / "truth" / f"{name}.nii.gz")).to(logits.device)
-        error = torch.softmax(logits.double(), 0) - truth.movedim(-1, 0).double()
+                self.bins.append(calibration_bins(logits[None].cpu(), torch.from_numpy(label)[None]))
+        probabilities = torch.softmax(logits.double(), 0)
+        error = probabilities - _truth(folder, name).to(logits.device)
         self._squared += float(error.square().sum())
         self._voxels += error[0].numel()
+        if self.example is None:
+            self.example = name, probabilities.cpu()
 
     def compute(self) -> dict[str, Any]:
         """The scores, to be merged into a run's metrics."""
         return {"raters": self._scores.compute(), "truth": {"brier": self._squared / self._voxels}}
+
+
+def _truth(folder: Path, name: str) -> Tensor:
+    """The true probabilities ``[3, x, y, z]``."""
+    return torch.from_numpy(read_volume(folder / "truth" / f"{name}.nii.gz")).movedim(-1, 0).double()
+
+
+# --------------------------------------------------------------------------------------------- picture
+
+
+def draw(data: Path, soft_labels: Path, judges: Mapping[str, _Judge]) -> bytes:
+    """The demo in one picture, as a PNG file.
+
+    Above, a case that was trained on: image, one rater's label, the soft label, the true probability. Below, for each
+    method, a case that was not: the predicted probability, its distance from the truth, and the reliability diagram
+    over all such cases against the other raters' maps. Everything is of the lesion (with its core), in the slice
+    through the most disputed voxels.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from calseg.plots import reliability_diagram
+
+    dataset = find_cases(data)
+    cases = {case.name: case for case in dataset.cases}
+    name = min(path.name.split(".")[0] for path in soft_labels.glob("*.nii.gz"))
+    image, label = load_case(cases[name], dataset)
+    soft = read_soft_labels(soft_labels_path(soft_labels, name), label, len(CLASS_NAMES))
+    truth = _truth(data, name).numpy()
+    cut = _most_disputed(truth)
+
+    figure = Figure(figsize=(11, 3 * (1 + len(judges))), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1 + len(judges), 4)
+    probability = {"cmap": "viridis", "vmin": 0, "vmax": 1}
+    shown: list[tuple[str, NDArray[Any], dict[str, Any]]] = [
+        (f"image ({name}, trained on)", image[0], {"cmap": "gray"}),
+        ("label: one rater", label > 0, probability),
+        ("soft label", 1 - soft[0], probability),
+        ("true probability", 1 - truth[0], probability),
+    ]
+    for ax, (title, volume, style) in zip(axes[0], shown, strict=True):
+        _slice(figure, ax, title, volume[..., cut], style)
+    for row, (method, judge) in zip(axes[1:], judges.items(), strict=True):
+        assert judge.example is not None
+        case, probabilities = judge.example
+        truth = _truth(data, case).numpy()
+        cut = _most_disputed(truth)
+        predicted = 1 - probabilities[0].numpy()
+        image, _ = load_case(cases[case], dataset)
+        _slice(figure, row[0], f"image ({case}, not seen)", image[0, ..., cut], {"cmap": "gray"})
+        _slice(figure, row[1], f"{method}: prediction", predicted[..., cut], probability)
+        error = predicted - (1 - truth[0])
+        style = {"cmap": "RdBu_r", "vmin": -0.5, "vmax": 0.5}
+        _slice(figure, row[2], f"{method}: prediction - truth", error[..., cut], style)
+        bins = judge.bins[0]
+        for more in judge.bins[1:]:
+            bins = bins + more
+        reliability_diagram(bins, ax=row[3], title=f"{method}: other raters")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    return buffer.getvalue()
+
+
+def _most_disputed(truth: NDArray[np.float64]) -> int:
+    """The slice along the last axis in which the truth is furthest from certainty."""
+    return int((truth[0] * (1 - truth[0])).sum((0, 1)).argmax())
+
+
+def _slice(figure: Any, ax: Any, title: str, pixels: NDArray[Any], style: dict[str, Any]) -> None:
+    shown = ax.imshow(pixels.T, origin="lower", interpolation="nearest", **style)
+    figure.colorbar(shown, ax=ax, shrink=0.8)
+    ax.set_title(title, fontsize=9)
+    ax.set_axis_off()

@@ -20,6 +20,7 @@ from torch import Tensor
 from calseg import training
 from calseg.data import IGNORE_INDEX, CaseCache, Dataset, LoadedCase, find_cases, soft_labels_file, soft_labels_path
 from calseg.functional import gaussian_kl, vls_cross_entropy
+from calseg.methods import fit_temperature
 from calseg.nets import StageOneNet, build_stage_one
 from calseg.training import Patches, Progress, TrainConfig, TrainingError, no_progress
 
@@ -88,7 +89,8 @@ def estimate(
     The maps are 4-D NIfTI, ``[x, y, z, classes]``, uint16 with the slope that makes them probabilities; an ignored
     voxel is 0 in every class. Returns what ``out/soft_labels.json`` holds: under ``estimate`` the mean over the
     cases of what :func:`_judge` says of the estimate alone (not blended with the label), under ``cases`` the same of
-    each case.
+    each case, and ``temperature``: where ``config`` leaves it to us, it is the one under which the estimates of
+    networks that did not see the cases fit the labels best.
 
     ``networks`` is the folder of another run on the same cases, whose first stage is used instead of training one:
     ``alpha``, ``temperature`` and ``num_samples`` may then differ. ``resume`` goes on where an interrupted call with
@@ -103,31 +105,39 @@ def estimate(
 
     cache = CaseCache(dataset)
     folds = split_folds(names, config.folds, config.split_seed)  # no more than there are cases
+    # What the networks do not depend on is left out, so that they can serve other estimates.
+    stage = replace(config, alpha=1.0, temperature=1.0, num_samples=1)
+    nets: list[StageOneNet] = []
     seconds = 0.0
-    cases: dict[str, dict[str, float]] = training.read_json(run / SUMMARY)["cases"]
     for number, members in enumerate(folds):
         folder = _fold(run if networks is None else Path(networks), number)
         if networks is not None and not (folder / "checkpoint.pt").is_file():
             raise TrainingError(f"{folder / 'checkpoint.pt'}: not found; there is no first stage of these folds")
-        # What the networks do not depend on is left out, so that they can serve other estimates.
-        stage = replace(config, alpha=1.0, temperature=1.0, num_samples=1)
         content = training.fingerprint(dataset, stage, _others(names, members), members)
-        net = _build(dataset, config).to(target)
+        nets.append(_build(dataset, config).to(target))
         seconds += training.fit(
-            net, _loss_of(net, config), folder, content, cache, stage,
+            nets[-1], _loss_of(nets[-1], config), folder, content, cache, stage,
             data=data, resume=(folder / "checkpoint.pt").is_file(), checkpoint_every=checkpoint_every,
             progress=progress, stage=f"fold {number + 1}/{len(folds)}",
         )  # fmt: skip
-        for done, name in enumerate(members, 1):
-            if name not in cases:
-                cases[name] = _write(net, dataset, cache.get(name), run / "soft_labels", config)
-                training.write_json(run / SUMMARY, {**_as_json(settings), "cases": cases})
-            progress("soft labels", done, len(members), None)
-    summary = {
-        **_as_json(settings),
+
+    pairs = [(net, name) for net, members in zip(nets, folds, strict=True) for name in members]
+    content = training.read_json(run / SUMMARY)
+    if "temperature" not in content:
+        fitted = config.temperature is None
+        content["temperature"] = _fit_temperature(pairs, cache, config, progress) if fitted else config.temperature
+        training.write_json(run / SUMMARY, content)
+    final = replace(config, temperature=content["temperature"])
+    cases: dict[str, dict[str, float]] = content["cases"]
+    for done, (net, name) in enumerate(pairs, 1):
+        if name not in cases:
+            cases[name] = _write(net, dataset, cache.get(name), run / "soft_labels", final)
+            training.write_json(run / SUMMARY, content)
+        progress("soft labels", done, len(pairs), None)
+    summary: dict[str, Any] = {
+        **content,
         "seconds": seconds,
         "estimate": {key: float(np.mean([case[key] for case in cases.values()])) for key in next(iter(cases.values()))},
-        "cases": cases,
     }
     training.write_json(run / SUMMARY, summary)
     return summary
@@ -242,6 +252,23 @@ def estimate_case(net: StageOneNet, case: LoadedCase, config: TrainConfig) -> Te
     net.eval()
     with torch.inference_mode():
         return training.in_windows(estimate, volume, config.patch_size)
+
+
+def _fit_temperature(
+    pairs: Sequence[tuple[StageOneNet, str]], cache: CaseCache, config: TrainConfig, progress: Progress
+) -> float:
+    """The temperature under which the estimates, of networks that did not see the cases, fit the labels best.
+
+    It is fitted to the logarithm of the mean over the codes, which is all there is to keep of a case.
+    """
+    logits, labels = [], []
+    for done, (net, name) in enumerate(pairs, 1):
+        case = cache.get(name)
+        soft = estimate_case(net, case, replace(config, temperature=1.0)).cpu()
+        logits.append(soft.clamp(min=1e-12).log())
+        labels.append(torch.from_numpy(case.label))
+        progress("temperature", done, len(pairs), None)
+    return fit_temperature(logits, labels, ignore_index=IGNORE_INDEX)
 
 
 def _write(net: StageOneNet, dataset: Dataset, case: LoadedCase, folder: Path, config: TrainConfig) -> dict[str, float]:

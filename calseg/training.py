@@ -66,7 +66,8 @@ class RunInterruptedError(Exception):
 class TrainConfig:
     """Everything that decides the result of a run on given cases; ``calseg train --help`` explains each.
 
-    A setting that is None becomes the method's default, of :data:`DEFAULTS`.
+    A setting that is None becomes the method's default, of :data:`DEFAULTS`; the ``temperature`` of "calseg" stays
+    None, and is then fitted (:func:`calseg.stages.estimate`).
     """
 
     method: str = "cross_entropy"
@@ -100,7 +101,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} must be at least 1; got {getattr(self, name)}")
         for name in ("learning_rate", "temperature", "sigma"):
-            if not (0 < getattr(self, name) < math.inf):
+            if getattr(self, name) is not None and not (0 < getattr(self, name) < math.inf):
                 raise TrainingError(f"{name} must be positive and finite; got {getattr(self, name)}")
         for name in ("foreground", "alpha"):
             if not (0 <= getattr(self, name) <= 1):
@@ -143,7 +144,7 @@ class TrainConfig:
 
 DEFAULTS: dict[str, dict[str, float]] = {
     "vls": {"alpha": 0.1, "temperature": 1.0, "num_samples": 4, "beta": 0.001},
-    "calseg": {"alpha": 0.5, "temperature": 1.0, "num_samples": 16, "beta": 0.001},
+    "calseg": {"alpha": 0.5, "num_samples": 8, "beta": 0.001},
 }
 """Of the settings that several methods share; the methods not listed take those of "vls"."""
 

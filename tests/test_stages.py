@@ -35,7 +35,14 @@ from calseg.nets import StageOneNet, build_stage_one  # noqa: E402
 from calseg.training import RunInterruptedError, TrainConfig, TrainingError, load_checkpoint  # noqa: E402
 
 TINY = TrainConfig(
-    method="calseg", iterations=4, patch_size=(16, 16, 8), val_fraction=0.34, num_samples=3, folds=2, alpha=0.4
+    method="calseg",
+    iterations=4,
+    patch_size=(16, 16, 8),
+    val_fraction=0.34,
+    num_samples=3,
+    folds=2,
+    alpha=0.4,
+    temperature=1.0,
 )
 
 
@@ -223,8 +230,8 @@ def test_interrupted_run_ends_bit_for_bit_like_a_whole_one(data: Path, run: Path
     broken = tmp_path / "broken"
     for stage, done, error in (
         ("fold 1/2", 2, RunInterruptedError),
-        ("soft labels", 1, KeyboardInterrupt),
         ("fold 2/2", 3, RunInterruptedError),
+        ("soft labels", 1, KeyboardInterrupt),
         ("train", 2, RunInterruptedError),
     ):
         with pytest.raises(error):
@@ -262,6 +269,32 @@ def test_networks_serve_other_estimates(data: Path, run: Path, tmp_path: Path) -
             stages.estimate(data, tmp_path / "a", replace(TINY, **changes), names=names, networks=run, overwrite=True)
     with pytest.raises(TrainingError, match="there is no first stage of these folds"):
         stages.estimate(data, tmp_path / "b", TINY, names=names, networks=data)
+
+
+def test_temperature_is_fitted_to_cases_that_were_not_seen(data: Path, run: Path, tmp_path: Path) -> None:
+    names = training.read_json(run / "split.json")["training"]
+    settings = replace(TINY, alpha=1.0, temperature=None)
+    summary = stages.estimate(data, tmp_path / "fitted", settings, names=names, networks=run)
+
+    def nll(temperature: float, folder: str) -> float:
+        """Over all labelled voxels, of the soft labels at a temperature."""
+        fixed = replace(settings, temperature=temperature)
+        stages.estimate(data, tmp_path / folder, fixed, names=names, networks=run)
+        total, voxels = 0.0, 0
+        cache = CaseCache(find_cases(data))
+        for name in names:
+            label = cache.get(name).label
+            soft = read_soft_labels(tmp_path / folder / "soft_labels" / f"{name}.nii.gz", label, 3)
+            own = np.take_along_axis(soft, label[None].astype(np.int64), 0)
+            total, voxels = total - float(np.log(own).sum()), voxels + own.size
+        return total / voxels
+
+    best = summary["temperature"]
+    assert 0.01 < best < 100
+    assert nll(best, "same") < min(nll(best * 1.3, "above"), nll(best / 1.3, "below"))
+    for name in names:
+        ours, theirs = (tmp_path / folder / "soft_labels" / f"{name}.nii.gz" for folder in ("fitted", "same"))
+        assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_soft_labels_from_elsewhere(data: Path, run: Path, tmp_path: Path) -> None:

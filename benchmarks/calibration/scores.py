@@ -14,7 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from calseg.calibration import CalibrationBins, calibration_bins
 from calseg.data import IGNORE_INDEX
+from calseg.reference import CONFIDENCE_UNIT
 from calseg.training import dice_per_class
 
 BINS = 15
@@ -36,39 +38,35 @@ SCORES = {
 def score_case(logits: Tensor, label: Tensor, truth: Tensor | None = None) -> dict[str, Any]:
     """Sums over the voxels of a case: ``logits`` and ``truth`` ``[C, *S]``, ``label`` ``[*S]``."""
     dice = dice_per_class(logits.argmax(0), label, len(logits))
-    valid = label != IGNORE_INDEX
-    y = label[valid].long()
-    log_p = torch.log_softmax(logits[:, valid].double(), 0)
-    p = log_p.exp()
-    confidence, top = p.max(0)
-    nll = -log_p.gather(0, y[None])[0]
-    brier = p.square().sum(0) + 1 - 2 * p.gather(0, y[None])[0]
-    hit = (top == y).double()
     result: dict[str, Any] = {
         "dice": [0.0 if value is None else value for value in dice],
         "dice_cases": [float(value is not None) for value in dice],
     }
-    for region, inside in (("", torch.ones_like(y, dtype=torch.bool)), ("fg_", y > 0)):
-        result[f"{region}voxels"] = float(inside.sum())
-        result[f"{region}nll"] = float(nll[inside].sum())
-        result[f"{region}brier"] = float(brier[inside].sum())
-        result[f"{region}gap"] = _gaps(confidence[inside], hit[inside])
-    result["class_gap"] = [_gaps(p[c], (y == c).double()) for c in range(len(p))]
+    x, y = logits[None].double(), label[None]
+    for region, with_background in (("", True), ("fg_", False)):
+        bins = calibration_bins(x, y, n_bins=BINS, include_background=with_background)
+        result[f"{region}voxels"] = float(bins.num_voxels)
+        result[f"{region}nll"] = float(bins.mean_nll() * bins.num_voxels)
+        result[f"{region}brier"] = float(bins.mean_brier() * bins.num_voxels)
+        result[f"{region}gap"] = _gaps(bins)
+    result["class_gap"] = _gaps(calibration_bins(x, y, n_bins=BINS, class_wise=True))
     if truth is not None:
-        t = truth[:, valid].double()
-        expected = t.gather(0, top[None])[0]
+        valid = label != IGNORE_INDEX
+        p, t = torch.softmax(x[0, :, valid], 0), truth[:, valid].double()
+        confidence, top = p.max(0)
         disputed = t[0] < 0.99
-        result["truth_gap"] = _gaps(confidence, expected)
-        result["disputed_gap"] = _gaps(confidence[disputed], expected[disputed])
+        gap = confidence - t.gather(0, top[None])[0]
+        index = (confidence * BINS).long().clamp(max=BINS - 1)
+        result["truth_gap"] = torch.bincount(index, gap, BINS).tolist()
+        result["disputed_gap"] = torch.bincount(index[disputed], gap[disputed], BINS).tolist()
         result["disputed_voxels"] = float(disputed.sum())
         result["truth_error"] = float((p - t)[:, disputed].abs().mean(0).sum())
     return result
 
 
-def _gaps(confidence: Tensor, hit: Tensor) -> list[float]:
-    """Per bin the sum of confidence minus hits; bins ``[lo, hi)``, the last closed."""
-    index = (confidence * BINS).long().clamp(max=BINS - 1)
-    return list(torch.bincount(index, confidence - hit, BINS).tolist())
+def _gaps(bins: CalibrationBins) -> list[Any]:
+    """Per bin the sum of confidence minus hits, ``[..., BINS]``; what the calibration error adds up."""
+    return list((bins.confidence.double() / CONFIDENCE_UNIT - bins.hits).tolist())
 
 
 def summarise(cases: Sequence[Mapping[str, Any]], weights: NDArray[np.float64] | None = None) -> dict[str, Any]:
