@@ -85,13 +85,21 @@ Divisors divisors(const LabelSums& sums, const Labels& labels, const double* wei
     return {weight && labels.view && !labels.is_mask ? sums.weight : voxels, voxels};
 }
 
-void scale_upstream(Upstream& upstream, const Divisors& by) {
-    upstream.scale /= by.loss;
-    upstream.kl_scale /= by.kl;
+// Where a loss keeps what all of them have.
+CrossEntropyArgs& common(VLSCrossEntropyArgs& args) { return args.ce; }
+template <class Args>
+Args& common(Args& args) {
+    return args;
 }
 
-// Chunk sums in the order of the chunks: the same for any number of threads.
-LossSums sum_chunks(const std::vector<LossSums>& chunks) {
+// The chunks' sums in the order of the chunks: the same for any number of threads.
+template <class Args>
+LossSums run_loss(const Kernel<Args>& kernel, Args& args, const Divisors& by, int num_threads) {
+    common(args).upstream.scale /= by.loss;
+    common(args).upstream.kl_scale /= by.kl;
+    std::vector<LossSums> chunks(static_cast<std::size_t>(kernel.num_chunks(args)));
+    common(args).chunk_sums = chunks.data();
+    run(kernel, args, num_threads);
     LossSums total;
     for (const LossSums& chunk : chunks) {
         total.loss += chunk.loss;
@@ -100,54 +108,33 @@ LossSums sum_chunks(const std::vector<LossSums>& chunks) {
     return total;
 }
 
+template <class Args>
+Outcome labelled_loss(const Kernel<Args>& kernel, Args& args, double beta, Reduction reduction, int num_threads) {
+    const auto& with = common(args);
+    const LabelSums labels = scan(with.labels, with.shape, with.weight, num_threads);
+    if (labels.bad_position >= 0) return bad_label(labels);
+    const Divisors by = divisors(labels, with.labels, with.weight, reduction);
+    const LossSums total = run_loss(kernel, args, by, num_threads);
+    return {total.loss / by.loss + (beta != 0.0 ? beta * total.kl / by.kl : 0.0), -1, 0};
+}
+
 }  // namespace
 
 Outcome cross_entropy(CrossEntropyArgs args, Reduction reduction, int num_threads) {
-    const LabelSums labels = scan(args.labels, args.shape, args.weight, num_threads);
-    if (labels.bad_position >= 0) return bad_label(labels);
-    const Divisors by = divisors(labels, args.labels, args.weight, reduction);
-    scale_upstream(args.upstream, by);
-    const auto& kernel = kernels().cross_entropy;
-    std::vector<LossSums> sums(static_cast<std::size_t>(kernel.num_chunks(args)));
-    args.chunk_sums = sums.data();
-    run(kernel, args, num_threads);
-    return {sum_chunks(sums).loss / by.loss, -1, 0};
+    return labelled_loss(kernels().cross_entropy, args, 0.0, reduction, num_threads);
 }
 
 Outcome vls_cross_entropy(VLSCrossEntropyArgs args, Reduction reduction, int num_threads) {
-    const LabelSums labels = scan(args.ce.labels, args.ce.shape, args.ce.weight, num_threads);
-    if (labels.bad_position >= 0) return bad_label(labels);
-    const Divisors by = divisors(labels, args.ce.labels, args.ce.weight, reduction);
-    scale_upstream(args.ce.upstream, by);
-    const auto& kernel = kernels().vls_cross_entropy;
-    std::vector<LossSums> sums(static_cast<std::size_t>(kernel.num_chunks(args)));
-    args.ce.chunk_sums = sums.data();
-    run(kernel, args, num_threads);
-    const LossSums total = sum_chunks(sums);
-    return {total.loss / by.loss + (args.gaussian.beta != 0.0 ? args.gaussian.beta * total.kl / by.kl : 0.0), -1, 0};
+    return labelled_loss(kernels().vls_cross_entropy, args, args.gaussian.beta, reduction, num_threads);
 }
 
 Outcome vls_elbo(VLSElboArgs args, Reduction reduction, int num_threads) {
-    const LabelSums labels = scan(args.labels, args.shape, args.weight, num_threads);
-    if (labels.bad_position >= 0) return bad_label(labels);
-    const Divisors by = divisors(labels, args.labels, args.weight, reduction);
-    scale_upstream(args.upstream, by);
-    const auto& kernel = kernels().vls_elbo;
-    std::vector<LossSums> sums(static_cast<std::size_t>(kernel.num_chunks(args)));
-    args.chunk_sums = sums.data();
-    run(kernel, args, num_threads);
-    const LossSums total = sum_chunks(sums);
-    return {total.loss / by.loss + (args.gaussian.beta != 0.0 ? args.gaussian.beta * total.kl / by.kl : 0.0), -1, 0};
+    return labelled_loss(kernels().vls_elbo, args, args.gaussian.beta, reduction, num_threads);
 }
 
 Outcome gaussian_kl(GaussianKLArgs args, Reduction reduction, int num_threads) {
     const double voxels = reduction == Reduction::mean ? static_cast<double>(args.shape.voxels()) : 1.0;
-    scale_upstream(args.upstream, {voxels, voxels});
-    const auto& kernel = kernels().gaussian_kl;
-    std::vector<LossSums> sums(static_cast<std::size_t>(kernel.num_chunks(args)));
-    args.chunk_sums = sums.data();
-    run(kernel, args, num_threads);
-    return {sum_chunks(sums).kl / voxels, -1, 0};
+    return {run_loss(kernels().gaussian_kl, args, {voxels, voxels}, num_threads).kl / voxels, -1, 0};
 }
 
 Outcome sample_soft_labels(const SoftLabelsArgs& args, int num_threads) {

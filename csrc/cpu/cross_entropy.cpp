@@ -2,6 +2,7 @@
 // Floor: one read of the logits (and soft labels), one write of each gradient.
 #include "cpu/cross_entropy.h"
 
+#include "cpu/few_classes.h"
 #include "cpu/hard_cross_entropy.h"
 #include "cpu/operations.h"
 
@@ -18,19 +19,19 @@ Tiling tiling(const CrossEntropyArgs& a) {
 
 // What a tile leaves behind.
 template <class T>
-double finish_tile(const CrossEntropyArgs& a, const Span& span, const LossTile<T>& t) {
+void finish_tile(const CrossEntropyArgs& a, const Span& span, const LossTile<T>& t, LossSums& sums) {
     if (a.loss) store_tile(a.loss, span, t.loss, 1, false);
-    return sum_row(t.loss, span.count);
+    sums.loss += sum_row(t.loss, span.count);
 }
 
-// From: how the logits are stored.
-template <bool kGradient, bool kPlain, class From, class T>
-double run_hard(const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+// D: how the logits are stored.
+template <bool kGradient, bool kPlain, class D, class T>
+LossSums run_hard(const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
     const T smoothing = static_cast<T>(a.label_smoothing);
     const bool stream = is_streamed(a.grad_logits, a.shape);
     LossTile<T> t(scratch, a.shape.C, tiles.length, a.weight);
-    ReadAhead<T, From> logits(scratch, a.logits, a.shape.C, tiles.length);
-    double total = 0.0;
+    ReadAhead<T, D> logits(scratch, a.logits, a.shape.C, tiles.length);
+    LossSums sums;
     tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
         t.load(a.labels, a.upstream, span);
         logits.begin(span, next);
@@ -39,31 +40,59 @@ double run_hard(const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk, S
         logits.end();
         for (int b = 0; b * kLanes < span.count; ++b) hard_loss<kPlain>(t, b, smoothing);
         if (kGradient) store_hard_gradient<kPlain>(a.grad_logits, span, t, logits.tile(), smoothing, stream);
-        total += finish_tile(a, span, t);
+        finish_tile(a, span, t, sums);
     });
     finish_streams();
-    return total;
+    return sums;
 }
 
-template <class From, class T>
-double run_hard(const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
-    const bool plain = !a.weight && a.label_smoothing == 0.0;
-    if (a.grad_logits)
-        return plain ? run_hard<true, true, From, T>(a, tiles, chunk, scratch) : run_hard<true, false, From, T>(a, tiles, chunk, scratch);
-    return plain ? run_hard<false, true, From, T>(a, tiles, chunk, scratch) : run_hard<false, false, From, T>(a, tiles, chunk, scratch);
+template <int C, bool kGradient, class D, class T>
+LossSums run_few(const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+    const bool stream = is_streamed(a.grad_logits, a.shape);
+    if (!FewClasses<C, kGradient, D, T>::takes(a, stream)) return run_hard<kGradient, true, D, T>(a, tiles, chunk, scratch);
+    LossTile<T> t(scratch, C, tiles.length, nullptr);
+    LossSums sums;
+    tiles.for_tiles(chunk, [&](const Span& span, const Span&) {
+        t.load(a.labels, a.upstream, span);
+        const FewClasses<C, kGradient, D, T> few(a, t, span, stream);
+        t.any_ignored() ? few.template run<true>(span.count) : few.template run<false>(span.count);
+        finish_tile(a, span, t, sums);
+    });
+    finish_streams();
+    return sums;
 }
 
-double run_hard(float, const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+template <bool kGradient, class D, class T>
+LossSums run_hard(const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+    if (a.weight || a.label_smoothing != 0.0) return run_hard<kGradient, false, D, T>(a, tiles, chunk, scratch);
+    switch (a.shape.C) {
+        case 2:
+            return run_few<2, kGradient, D, T>(a, tiles, chunk, scratch);
+        case 3:
+            return run_few<3, kGradient, D, T>(a, tiles, chunk, scratch);
+        case kFewClasses:
+            return run_few<kFewClasses, kGradient, D, T>(a, tiles, chunk, scratch);
+        default:
+            return run_hard<kGradient, true, D, T>(a, tiles, chunk, scratch);
+    }
+}
+
+template <class D, class T>
+LossSums run_hard(const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+    return a.grad_logits ? run_hard<true, D, T>(a, tiles, chunk, scratch) : run_hard<false, D, T>(a, tiles, chunk, scratch);
+}
+
+LossSums run_hard(float, const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
     if (a.logits.dtype == DType::bf16) return run_hard<BF16, float>(a, tiles, chunk, scratch);
     if (a.logits.dtype == DType::f16) return run_hard<F16, float>(a, tiles, chunk, scratch);
     return run_hard<float, float>(a, tiles, chunk, scratch);
 }
-double run_hard(double, const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+LossSums run_hard(double, const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
     return run_hard<double, double>(a, tiles, chunk, scratch);
 }
 
 template <class T>
-double run_soft(const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+LossSums run_soft(const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
     const T smoothing = static_cast<T>(a.label_smoothing);
     const bool gradient = bool(a.grad_logits), soft_gradient = bool(a.grad_soft_labels);
     LossTile<T> t(scratch, a.shape.C, tiles.length, a.weight);
@@ -71,7 +100,7 @@ double run_soft(const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk, S
     // they become their gradients
     TensorTile<T> logits(scratch, a.logits, a.grad_logits, a.shape, tiles.length);
     TensorTile<T> soft(scratch, a.soft_labels, a.grad_soft_labels, a.shape, tiles.length);
-    double total = 0.0;
+    LossSums sums;
     tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
         t.load(a.labels, a.upstream, span);
         for (auto* tensor : {&logits, &soft}) {
@@ -88,17 +117,17 @@ double run_soft(const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk, S
             if (gradient) copy_block(x, e, t.C);
         }
         for (auto* tensor : {&logits, &soft}) tensor->end(span);
-        total += finish_tile(a, span, t);
+        finish_tile(a, span, t, sums);
     });
-    return total;
+    return sums;
 }
 
 template <class T>
 void run(const CrossEntropyArgs& a, int64_t chunk, void* memory) {
     const Tiling tiles = tiling<T>(a);
     Scratch scratch(memory);
-    const double loss = a.soft_labels ? run_soft<T>(a, tiles, chunk, scratch) : run_hard(T(), a, tiles, chunk, scratch);
-    if (a.chunk_sums) a.chunk_sums[chunk].loss = loss;
+    const LossSums sums = a.soft_labels ? run_soft<T>(a, tiles, chunk, scratch) : run_hard(T(), a, tiles, chunk, scratch);
+    if (a.chunk_sums) a.chunk_sums[chunk] = sums;
 }
 
 template <class T>

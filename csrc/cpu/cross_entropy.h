@@ -47,23 +47,25 @@ struct LossTile {
     void load(const Labels& from, const Upstream& up, const Span& span) {
         count = span.count;
         counted = load_labels(labels, from, span);
-        const T scale = static_cast<T>(up.scale), kl_scale = static_cast<T>(up.kl_scale);
-        const int padded = static_cast<int>(round_up(count, kLanes));
-        if (up.grad_output) {
-            load_tile(upstream, up.grad_output, span, 1);
-            for (int i = 0; i < padded; ++i) {
-                kl_upstream[i] = labels[i] < 0 ? T(0) : upstream[i] * kl_scale;
-                upstream[i] = labels[i] < 0 ? T(0) : upstream[i] * scale;
-            }
-        } else {
-            for (int i = 0; i < padded; ++i) {
-                kl_upstream[i] = labels[i] < 0 ? T(0) : kl_scale;
-                upstream[i] = labels[i] < 0 ? T(0) : scale;
-            }
-        }
+        load_upstream(up, span);
     }
 
     bool any_ignored() const { return counted < count; }
+
+ private:
+    void load_upstream(const Upstream& up, const Span& span) {
+        const T scale = static_cast<T>(up.scale), kl_scale = static_cast<T>(up.kl_scale);
+        const int padded = static_cast<int>(round_up(count, kLanes));
+        if (up.grad_output) load_tile(upstream, up.grad_output, span, 1);
+        else if (!any_ignored()) {
+            fill(upstream, upstream + padded, scale);
+            return fill(kl_upstream, kl_upstream + padded, kl_scale);
+        } else fill(upstream, upstream + padded, T(1));
+        for (int i = 0; i < padded; ++i) {
+            kl_upstream[i] = labels[i] < 0 ? T(0) : upstream[i] * kl_scale;
+            upstream[i] = labels[i] < 0 ? T(0) : upstream[i] * scale;
+        }
+    }
 };
 
 template <class T>

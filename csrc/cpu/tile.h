@@ -395,19 +395,38 @@ inline void stream_bytes(void* to, const void* from, int64_t bytes) {
     if (bytes) std::memcpy(out, in, static_cast<size_t>(bytes));
 }
 
-#if defined(CALSEG_NATIVE_FLOAT)
-CALSEG_INLINE void stream_lanes(float* to, FloatVector from) {  // to: aligned to a vector
+// kLanes values at an address that is a multiple of their size, where the instruction set has such a store.
+template <class To>
+constexpr bool kStreamed = false;
+#if defined(__SSE2__)
+template <>
+constexpr bool kStreamed<float> = true;
+#if defined(__AVX2__)
+template <>
+constexpr bool kStreamed<BF16> = true;
+template <>
+constexpr bool kStreamed<F16> = true;
+#endif
+template <class To>
+CALSEG_INLINE void stream_lanes(To* to, const To* from) {
+    constexpr int kBytes = kLanes * sizeof(To);
 #if defined(__AVX512F__)
-    _mm512_stream_ps(to, from);
-#elif defined(__AVX__)
-    _mm256_stream_ps(to, from);
-#elif defined(__SSE2__)
-    _mm_stream_ps(to, from);
-#else
-    store(to, from);
+    if constexpr (kBytes == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
 #endif
+#if defined(__AVX__)
+    if constexpr (kBytes == 32)
+        return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#endif
+    if constexpr (kBytes == 16) _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
+#else
+template <class To>
+CALSEG_INLINE void stream_lanes(To*, const To*) {}
 #endif
+template <class To>
+CALSEG_INLINE bool is_aligned_to_lanes(const To* p) {
+    return reinterpret_cast<uintptr_t>(p) % (kLanes * sizeof(To)) == 0;
+}
 
 // Streamed lines must be seen by whoever reads after the chunk.
 CALSEG_INLINE void finish_streams() {
@@ -425,15 +444,16 @@ CALSEG_INLINE void write_row(const TensorView& view, const Span& span, int64_t c
         const Block block = block_at;  // a copy: what lies behind a reference is read anew after every store
         const int whole = span.count / kLanes, rest = span.count % kLanes;
         int b = 0;
-#if defined(CALSEG_NATIVE_FLOAT)
-        if constexpr (std::is_same<To, float>::value && std::is_same<T, float>::value)
-            if (stream && reinterpret_cast<uintptr_t>(row) % sizeof(FloatVector) == 0)
-                for (; b < whole; ++b) stream_lanes(row + b * kLanes, block(b));
-#endif
+        alignas(64) T lanes[kLanes];
+        if (kStreamed<To> && stream && is_aligned_to_lanes(row))
+            for (alignas(64) To narrowed[kLanes]; b < whole; ++b) {
+                store(lanes, block(b));
+                narrow_lanes(narrowed, lanes);
+                stream_lanes(row + b * kLanes, narrowed);
+            }
         alignas(64) To staged[kMaxTile];  // the narrowed row, to be streamed in whole cache lines
         const bool in_stages = stream && b < whole;
         To* out = in_stages ? staged : row;
-        T lanes[kLanes];
         for (; b < whole; ++b) {
             store(lanes, block(b));
             narrow_lanes(out + b * kLanes, lanes);
