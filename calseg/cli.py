@@ -137,7 +137,7 @@ def build_app() -> Any:
         context: typer.Context,
         data: Data,
         out: Annotated[Path, typer.Option(help="Folder of the run: checkpoint, split, metrics.")],
-        method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = base.method,
+        method: Annotated[str, typer.Option("--method", "--loss", help=f"One of {', '.join(METHODS)}.")] = base.method,
         iterations: Iterations = base.iterations,
         batch_size: BatchSize = base.batch_size,
         patch_size: PatchSize = base.patch_size,

@@ -58,7 +58,7 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_train_resume_and_table(capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path) -> None:
     out_folder = tmp_path / "run"
-    code, out, err = run(capsys, "train", data, "--out", out_folder, "--method", "vls", "--alpha", "0.2", *QUICK)
+    code, out, err = run(capsys, "train", data, "--out", out_folder, "--loss", "vls", "--alpha", "0.2", *QUICK)
     assert code == 0, err
     metrics = json.loads((out_folder / "metrics.json").read_text())
     assert metrics["config"]["alpha"] == 0.2
