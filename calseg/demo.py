@@ -49,10 +49,10 @@ FOLDS = 2  # in so few that the demo takes no more than a minute or two
 class DemoConfig:
     """What decides the result of a demo."""
 
-    cases: int = 24
+    cases: int = 16
     raters: int = 5
     side: int = 40
-    iterations: int = 600
+    iterations: int = 300
     seed: int = 0
 
     def __post_init__(self) -> None:

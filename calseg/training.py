@@ -146,7 +146,10 @@ DEFAULTS: dict[str, dict[str, float]] = {
     "vls": {"alpha": 0.1, "temperature": 1.0, "num_samples": 4, "beta": 0.001},
     "calseg": {"alpha": 0.5, "num_samples": 8, "beta": 0.001},
 }
-"""Of the settings that several methods share; the methods not listed take those of "vls"."""
+"""Of the settings that several methods share; the methods not listed take those of "vls".
+
+CALSeg's share and number of codes are those of the experiment in benchmarks/README.md.
+"""
 
 
 # ------------------------------------------------------------------------------------------------- files
