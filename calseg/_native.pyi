@@ -87,6 +87,24 @@ def accumulate_softmax_backward(
 def blend_soft_labels(
     shape: Shape, estimate: View, labels: Labels, alpha: float, scale: float, blended: View, num_threads: int, /
 ) -> Outcome: ...
+def calibration_bins(
+    shape: Shape,
+    scores: View,
+    labels: Labels,
+    mask: View,
+    n_bins: int,
+    first_class: int,
+    from_logits: bool,
+    class_wise: bool,
+    skip_background: bool,
+    per_item: bool,
+    right_closed: bool,
+    tolerance: float,
+    sums: View,
+    totals: View,
+    num_threads: int,
+    /,
+) -> tuple[int, int, int, float, float]: ...
 def empty_pooled(dtype: int, sizes: tuple[int, ...], strides: tuple[int, ...], /) -> Any: ...
 def pool_trim() -> None: ...
 def pool_held_bytes() -> int: ...

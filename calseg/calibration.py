@@ -12,7 +12,7 @@ from calseg import _checks as check
 from calseg import ops, reference
 from calseg.functional import _flat, _reference_labels
 from calseg.ops import Labels
-from calseg.reference import CONFIDENCE_UNIT, SCORE_UNIT
+from calseg.reference import UNIT
 
 NORMS = ("l1", "l2", "max", "average")
 MAX_BINS = 1 << 16
@@ -31,15 +31,15 @@ class CalibrationBins(NamedTuple):
         confidence: their summed confidences in units of 2^-24, ``[*P, *K, n_bins]``. Each is rounded to the unit: a
             float32 confidence of 1/2 or more is held exactly.
         hits: those of them where the class is the label, ``[*P, *K, n_bins]``.
-        nll: summed negative log-likelihood of the labels, ``[*P, 2]``: whole nats, and the rest in units of 2^-28.
-        brier: summed squared error of the probabilities (over all classes, in [0, 2] a voxel) in units of 2^-28,
+        nll: summed negative log-likelihood of the labels, ``[*P, 2]``: whole nats, and the rest in units of 2^-24.
+        brier: summed squared error of the probabilities (over all classes, in [0, 2] a voxel) in units of 2^-24,
             ``[*P]``.
         num_voxels: voxels that count, ``[*P]``.
         num_nan: those of them with a NaN among their probabilities: in no bin, and in neither ``nll`` nor ``brier``.
-        num_infinite: those of them whose label has probability 0 (or a negative log-likelihood above 2^27): in the
+        num_infinite: those of them whose label has probability 0 (or a negative log-likelihood above 2^25): in the
             bins and in ``brier``, not in ``nll``.
 
-    Up to 2^34 voxels no sum can overflow.
+    No sum can overflow below 2^38 voxels.
 
     Example:
         >>> import torch, calseg
@@ -78,7 +78,7 @@ class CalibrationBins(NamedTuple):
 
     def mean_confidence(self) -> Tensor:
         """Mean confidence of each bin, float64 ``[*P, *K, n_bins]``; NaN where a bin is empty."""
-        return self.confidence.double() / CONFIDENCE_UNIT / self.count
+        return self.confidence.double() / UNIT / self.count
 
     def accuracy(self) -> Tensor:
         """Share of hits in each bin, float64 ``[*P, *K, n_bins]``; NaN where a bin is empty."""
@@ -87,12 +87,12 @@ class CalibrationBins(NamedTuple):
     def mean_nll(self) -> Tensor:
         """Mean negative log-likelihood in nats, float64 ``[*P]``; Inf with ``num_infinite``, NaN without a voxel."""
         whole, rest = self.nll.double().unbind(-1)
-        mean = (whole + rest / SCORE_UNIT) / (self.num_voxels - self.num_nan)
+        mean = (whole + rest / UNIT) / (self.num_voxels - self.num_nan)
         return torch.where(self.num_infinite > 0, torch.inf, mean)
 
     def mean_brier(self) -> Tensor:
         """Mean Brier score (summed over classes, in [0, 2]), float64 ``[*P]``; NaN without a voxel."""
-        return self.brier.double() / SCORE_UNIT / (self.num_voxels - self.num_nan)
+        return self.brier.double() / UNIT / (self.num_voxels - self.num_nan)
 
 
 def calibration_bins(
@@ -169,10 +169,27 @@ def calibration_bins(
     counted = None if mask is None else check.check_mask("mask", mask, input)
     if class_wise and not include_background and ops.shape_of(input)[1] == 1:
         raise ValueError(f"include_background: got False for one class ({check.describe(input)}), wanted 2 or more")
-    ops.choose_backend(input, backend)
-    return _reference_bins(
-        input.detach(), labels, counted, n_bins, from_logits, class_wise, include_background, per_item, right_closed
-    )
+    chosen = ops.choose_backend(input, backend)
+    first_class = (0 if include_background else 1) if class_wise else None
+    skip_background = not (class_wise or include_background)
+    if chosen == "reference":
+        sums, totals = _reference_bins(
+            input.detach(), labels, counted, n_bins, from_logits, first_class, skip_background, right_closed
+        )
+        if not per_item:
+            sums, totals = sums.sum(0, keepdim=True), totals.sum(0, keepdim=True)
+    else:
+        sums, totals = ops.calibration_bins(
+            input.detach(), labels, counted, n_bins=n_bins, from_logits=from_logits, first_class=first_class,
+            skip_background=skip_background, per_item=per_item, right_closed=right_closed,
+        )  # fmt: skip
+    if not class_wise:
+        sums = sums[:, 0]
+    if not per_item:
+        sums, totals = sums[0], totals[0]
+    nll, (brier, *numbers) = totals[..., :2], totals[..., 2:].unbind(-1)
+    parts = (*sums.unbind(-1), nll, brier, *numbers)
+    return CalibrationBins(*(each.contiguous() for each in parts))
 
 
 def _reference_bins(
@@ -181,27 +198,25 @@ def _reference_bins(
     mask: Tensor | None,
     n_bins: int,
     from_logits: bool,
-    class_wise: bool,
-    include_background: bool,
-    per_item: bool,
+    first_class: int | None,
+    skip_background: bool,
     right_closed: bool,
-) -> CalibrationBins:
+) -> tuple[Tensor, Tensor]:
     tensor, ignore_index, _ = labels
     wide = tensor.long()
     if mask is not None:
         wide = torch.where(mask.bool(), wide, ignore_index)
     flat = _reference_labels(Labels(wide, ignore_index), scores)
     counted = flat != ignore_index
-    if not (class_wise or include_background):
+    if skip_background:
         counted = counted & (flat != 0)
-    sums, bad = reference.calibration_bins(
-        _flat(scores), flat, counted, n_bins=n_bins, from_logits=from_logits,
-        first_class=None if not class_wise else 0 if include_background else 1, right_closed=right_closed,
+    sums, totals, bad = reference.calibration_bins(
+        _flat(scores), flat, counted, n_bins=n_bins, from_logits=from_logits, first_class=first_class,
+        right_closed=right_closed,
     )  # fmt: skip
     if bad is not None:
         raise reference.probability_error(*bad, ops.voxel_shape(scores))
-    bins = CalibrationBins(*(each.cpu() for each in sums))
-    return bins if per_item else bins.pool()
+    return sums.cpu(), totals.cpu()
 
 
 def calibration_error_from_bins(bins: CalibrationBins, norm: str = "l1", *, equal_mass: int | None = None) -> Tensor:
@@ -254,7 +269,7 @@ def calibration_error_from_bins(bins: CalibrationBins, norm: str = "l1", *, equa
             RuntimeWarning,
             stacklevel=2,
         )
-    count, confidence, hits = bins.count.double(), bins.confidence.double() / CONFIDENCE_UNIT, bins.hits.double()
+    count, confidence, hits = bins.count.double(), bins.confidence.double() / UNIT, bins.hits.double()
     if equal_mass is not None:
         count, confidence, hits = _equal_mass(count, confidence, hits, equal_mass)
     total, filled = count.sum(-1), count > 0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from calseg.reference import label_error
+from calseg.reference import label_error, probability_error, probability_tolerance
 
 try:
     from calseg import _native
@@ -357,6 +357,42 @@ def blend_soft_labels(estimate: Tensor, labels: Labels | None, alpha: float, sca
     labels, view, shape = _kept_labels(labels), _view(estimate), shape_of(estimate)
     outcome = _native.blend_soft_labels(shape, view, _label_view(labels), alpha, scale, view, torch.get_num_threads())
     _check(outcome, labels, shape[1])
+
+
+def calibration_bins(
+    scores: Tensor,
+    labels: Labels,
+    mask: Tensor | None,
+    *,
+    n_bins: int,
+    from_logits: bool,
+    first_class: int | None,
+    skip_background: bool,
+    per_item: bool,
+    right_closed: bool,
+) -> tuple[Tensor, Tensor]:
+    """Sums per bin and totals, int64 ``[items, kinds, n_bins, 3]`` and ``[items, 6]``: see csrc/kernels.h.
+
+    ``first_class`` is the first class with bins of its own, None for top-label bins; ``mask`` is uint8.
+    """
+    shape = N, C, _ = shape_of(scores)
+    items, kinds = N if per_item else 1, 1 if first_class is None else C - first_class
+    sums = torch.zeros(items, kinds, n_bins, 3, dtype=torch.int64)
+    totals = torch.zeros(items, 6, dtype=torch.int64)
+    kept, kept_labels = _kept(scores), _kept_labels(labels)
+    counted = None if mask is None else _kept_labels(Labels(mask, 0))
+    mask_view = _label_view(counted)
+    label_position, label, score_position, total, least = _native.calibration_bins(
+        shape, _view(kept), _label_view(kept_labels), None if mask_view is None else mask_view[0], n_bins,
+        first_class or 0, from_logits, first_class is not None, skip_background, per_item, right_closed,
+        probability_tolerance(scores.dtype), (sums.data_ptr(), 0, 0, 0, 0), (totals.data_ptr(), 0, 0, 0, 0),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if label_position >= 0:
+        raise label_error(label, label_position, tuple(labels.tensor.shape), C, labels.ignore_index)
+    if score_position >= 0:
+        raise probability_error(total, least, score_position, voxel_shape(scores))
+    return sums, totals
 
 
 # ---- what a bug report needs ----

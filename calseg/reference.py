@@ -14,9 +14,8 @@ from torch import Tensor
 
 from calseg.rng import standard_normal
 
-CONFIDENCE_UNIT = 2**24  # a confidence of 1 in the sums of calibration_bins
-SCORE_UNIT = 2**28  # a Brier score or a rest of a nat of 1
-MAX_NLL = 2.0**27  # above, a negative log-likelihood is infinite
+UNIT = 2**24  # 1 in the fixed-point sums of calibration_bins
+MAX_NLL = 2.0**25  # above, a negative log-likelihood is infinite
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -287,8 +286,9 @@ def calibration_bins(
     from_logits: bool,
     first_class: int | None,
     right_closed: bool,
-) -> tuple[tuple[Tensor, ...], tuple[float, float, int] | None]:
-    """The sums of :class:`calseg.CalibrationBins` per item, and the first voxel whose scores are no probabilities, if
+) -> tuple[Tensor, Tensor, tuple[float, float, int] | None]:
+    """Counts, confidences and hits ``[N, kinds, n_bins, 3]``; whole nats, their rest, Brier score, voxels that count,
+    those with NaN and those with infinite NLL ``[N, 6]``; and the first voxel whose scores are no probabilities, if
     any, as (sum, smallest, position).
 
     ``counted`` is ``[N, S]``; ``first_class`` the first class with bins of its own, None for top-label bins.
@@ -296,14 +296,14 @@ def calibration_bins(
     batch, classes, _ = scores.shape
     x = widen_counted(scores, counted)
     p = torch.softmax(x, 1) if from_logits else x
-    is_nan = p.isnan().any(1)
+    is_nan = p.sum(1).isnan()
     ok = counted & ~is_nan
     if not from_logits:
         total, least, tolerance = p.sum(1), p.amin(1), probability_tolerance(scores.dtype)
         bad = ok & (((total - 1).abs() > tolerance) | (least < -tolerance))
         if bool(bad.any()):
             at = int(bad.flatten().nonzero()[0])
-            return (), (float(total.flatten()[at]), float(least.flatten()[at]), at)
+            return total, least, (float(total.flatten()[at]), float(least.flatten()[at]), at)
 
     truth = torch.where(ok, labels, 0)[:, None]
     if first_class is None:
@@ -312,31 +312,23 @@ def calibration_bins(
     else:
         confidence = p[:, first_class:]
         hit = truth == torch.arange(first_class, classes, device=p.device)[None, :, None]
-    edges = torch.arange(1, n_bins, device=p.device, dtype=p.dtype) / n_bins
-    bin = torch.bucketize(confidence.contiguous(), edges, right=not right_closed)
+    confidence = confidence.clamp(0, 1).contiguous()
+    edges = (torch.arange(1, n_bins, dtype=p.dtype) / n_bins).to(p.device)
+    bin = torch.bucketize(confidence, edges, right=not right_closed)
 
     kinds = confidence.shape[1]
     row = torch.arange(batch * kinds, device=p.device).view(batch, kinds, 1)
     inside = ok[:, None].expand_as(bin)
     index = (row * n_bins + bin)[inside]
-    sums = []
-    for values in (torch.ones_like(bin), (confidence * CONFIDENCE_UNIT).round(), hit):
-        zeros = torch.zeros(batch * kinds * n_bins, dtype=torch.int64, device=p.device)
-        sums.append(zeros.index_add_(0, index, values[inside].long()).view(batch, kinds, n_bins))
-    if first_class is None:
-        sums = [each[:, 0] for each in sums]
+    sums = torch.zeros(batch * kinds * n_bins, 3, dtype=torch.int64, device=p.device)
+    for column, values in enumerate((torch.ones_like(bin), (confidence * UNIT).round(), hit)):
+        sums[:, column].index_add_(0, index, values[inside].long())
 
     log_p = torch.log_softmax(x, 1) if from_logits else x.clamp(min=0).log()
     nll = -torch.where(ok, log_p.gather(1, truth)[:, 0], 0.0)
     infinite = nll > MAX_NLL
     nll = nll.clamp(min=0).masked_fill(infinite, 0.0)
     brier = torch.where(ok, (p - one_hot(truth[:, 0], classes, p.dtype)).square().sum(1), 0.0)
-    rest = ((nll - nll.floor()) * SCORE_UNIT).round().long().sum(1)
-    return (
-        *sums,
-        torch.stack([nll.floor().long().sum(1), rest], 1),
-        (brier * SCORE_UNIT).round().long().sum(1),
-        counted.sum(1),
-        (counted & is_nan).sum(1),
-        infinite.sum(1),
-    ), None
+    whole, rest = nll.floor(), (nll - nll.floor()) * UNIT
+    totals = (whole, rest.round(), (brier * UNIT).round(), counted, counted & is_nan, infinite)
+    return sums.view(batch, kinds, n_bins, 3), torch.stack([each.long().sum(1) for each in totals], 1), None

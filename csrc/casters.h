@@ -87,4 +87,13 @@ struct type_caster<calseg::Outcome> {
     }
 };
 
+// (label_position, label, score_position, total, least)
+template <>
+struct type_caster<calseg::CalibrationFault> {
+    PYBIND11_TYPE_CASTER(calseg::CalibrationFault, const_name("tuple[int, int, int, float, float]"));
+    static handle cast(const calseg::CalibrationFault& fault, return_value_policy, handle) {
+        return make_tuple(fault.label_position, fault.label, fault.score_position, fault.total, fault.least).release();
+    }
+};
+
 }  // namespace pybind11::detail

@@ -108,6 +108,30 @@ struct GaussianKLArgs {
     LossSums* chunk_sums = nullptr;
 };
 
+// What a chunk met that makes the call an error: the first label that is no class, the first scores that are no
+// probabilities.
+struct CalibrationFault {
+    int64_t label_position = -1, label = 0;
+    int64_t score_position = -1;
+    double total = 0.0, least = 0.0;
+};
+
+// NLL in whole nats, its rest, Brier, voxels that count, those with NaN, those with infinite NLL
+constexpr int kCalibrationTotals = 6;
+
+struct CalibrationArgs {
+    Shape shape;
+    TensorView scores;  // logits or probabilities
+    Labels labels;
+    TensorView mask;  // uint8 [N, S], optional: 0 where a voxel does not count
+    int64_t n_bins = 15, first_class = 0;
+    bool from_logits = true, class_wise = false, skip_background = false, per_item = false, right_closed = false;
+    double tolerance = 0.0;                    // of given probabilities
+    int64_t* sums = nullptr;                   // in and out: [items][classes from first_class on, or 1][n_bins][3]
+    int64_t* totals = nullptr;                 // in and out: [items][kCalibrationTotals]
+    CalibrationFault* chunk_faults = nullptr;  // out: [chunks]
+};
+
 struct LabelSums {
     int64_t counted = 0;
     double weight = 0.0;
@@ -139,6 +163,7 @@ struct KernelTable {
     Kernel<BlendArgs> blend_soft_labels;
     Kernel<GaussianKLArgs> gaussian_kl;
     Kernel<ScanLabelsArgs> scan_labels;
+    Kernel<CalibrationArgs> calibration_bins;
 };
 
 namespace baseline {

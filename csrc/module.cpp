@@ -94,6 +94,15 @@ PYBIND11_MODULE(_native, m) {
         return blend_soft_labels({shape, estimate, blended, labels, alpha, scale}, num_threads);
     });
 
+    m.def("calibration_bins", [](const Shape& shape, const TensorView& scores, const Labels& labels, const TensorView& mask, int64_t n_bins,
+                                 int64_t first_class, bool from_logits, bool class_wise, bool skip_background, bool per_item,
+                                 bool right_closed, double tolerance, const TensorView& sums, const TensorView& totals, int num_threads) {
+        const Release release;
+        return calibration_bins({shape, scores, labels, mask, n_bins, first_class, from_logits, class_wise, skip_background, per_item,
+                                 right_closed, tolerance, static_cast<int64_t*>(sums.data), static_cast<int64_t*>(totals.data), nullptr},
+                                num_threads);
+    });
+
     m.def("empty_pooled", [](int dtype, const py::tuple& sizes, const py::tuple& strides) {
         return empty_pooled(static_cast<DType>(dtype), sizes, strides);
     });

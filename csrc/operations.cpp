@@ -162,4 +162,16 @@ void accumulate_softmax_backward(const AccumulateArgs& args, int num_threads) {
     run(kernels().accumulate_softmax_backward, args, num_threads);
 }
 
+CalibrationFault calibration_bins(CalibrationArgs args, int num_threads) {
+    const auto& kernel = kernels().calibration_bins;
+    std::vector<CalibrationFault> faults(static_cast<std::size_t>(kernel.num_chunks(args)));
+    args.chunk_faults = faults.data();
+    run(kernel, args, num_threads);
+    for (const CalibrationFault& fault : faults)  // labels come first: scores are looked at with good labels only
+        if (fault.label_position >= 0) return fault;
+    for (const CalibrationFault& fault : faults)
+        if (fault.score_position >= 0) return fault;
+    return {};
+}
+
 }  // namespace calseg

@@ -22,5 +22,7 @@ Outcome sample_soft_labels_backward(const SoftLabelsArgs& args, int num_threads)
 Outcome blend_soft_labels(const BlendArgs& args, int num_threads);
 void accumulate_softmax(const AccumulateArgs& args, int num_threads);
 void accumulate_softmax_backward(const AccumulateArgs& args, int num_threads);
+// The first faults, if any: args.sums and args.totals are to be thrown away then.
+CalibrationFault calibration_bins(CalibrationArgs args, int num_threads);
 
 }  // namespace calseg

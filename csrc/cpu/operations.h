@@ -14,6 +14,7 @@ extern const Kernel<AccumulateArgs> accumulate_softmax, accumulate_softmax_backw
 extern const Kernel<BlendArgs> blend_soft_labels;
 extern const Kernel<GaussianKLArgs> gaussian_kl;
 extern const Kernel<ScanLabelsArgs> scan_labels;
+extern const Kernel<CalibrationArgs> calibration_bins;
 
 }  // namespace CALSEG_ISA
 }  // namespace calseg

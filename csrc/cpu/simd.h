@@ -50,6 +50,9 @@ CALSEG_ARRAY_OPERATOR(+)
 CALSEG_ARRAY_OPERATOR(-)
 CALSEG_ARRAY_OPERATOR(*)
 CALSEG_ARRAY_OPERATOR(/)
+CALSEG_ARRAY_OPERATOR(&)
+CALSEG_ARRAY_OPERATOR(|)
+CALSEG_ARRAY_OPERATOR(^)
 #undef CALSEG_ARRAY_OPERATOR
 
 #define CALSEG_ARRAY_COMPARISON(name, op)                           \
@@ -79,6 +82,41 @@ CALSEG_INLINE Array<T> square_root(Array<T> a) {
     return a;
 }
 
+template <class T>
+CALSEG_INLINE Array<int32_t> nearest_integer(Array<T> a) {  // halves to even
+    Array<int32_t> r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = static_cast<int32_t>(std::nearbyint(a.v[i]));
+    return r;
+}
+template <class T>
+CALSEG_INLINE Array<int32_t> truncated_integer(Array<T> a) {
+    Array<int32_t> r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = static_cast<int32_t>(a.v[i]);
+    return r;
+}
+template <class T>
+CALSEG_INLINE Array<T> to_values(Array<int32_t> a, Array<T>) {
+    Array<T> r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = static_cast<T>(a.v[i]);
+    return r;
+}
+
+CALSEG_INLINE bool any(Array<bool> mask) {
+    bool r = false;
+    for (bool lane : mask.v) r |= lane;
+    return r;
+}
+CALSEG_INLINE bool all(Array<bool> mask) {
+    bool r = true;
+    for (bool lane : mask.v) r &= lane;
+    return r;
+}
+// to[i] = high[i] * 2^32 + low[i]
+CALSEG_INLINE void store_words(uint64_t* to, Array<int32_t> low, Array<int32_t> high) {
+    for (int i = 0; i < kLanes; ++i)
+        to[i] = static_cast<uint64_t>(static_cast<uint32_t>(high.v[i])) << 32 | static_cast<uint32_t>(low.v[i]);
+}
+
 // ---- the types of T ----
 
 template <class T>
@@ -96,6 +134,8 @@ typedef uint32_t UintVector __attribute__((vector_size(4 * kLanes)));
 
 #if defined(__AVX512F__)
 typedef __mmask16 MaskVector;
+CALSEG_INLINE bool any(MaskVector mask) { return mask != 0; }
+CALSEG_INLINE bool all(MaskVector mask) { return mask == 0xffff; }
 CALSEG_INLINE MaskVector equal(IntVector a, IntVector b) { return _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b); }
 CALSEG_INLINE MaskVector less(IntVector a, IntVector b) { return _mm512_cmplt_epi32_mask((__m512i)a, (__m512i)b); }
 CALSEG_INLINE MaskVector equal(FloatVector a, FloatVector b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
@@ -108,6 +148,18 @@ CALSEG_INLINE FloatVector larger(FloatVector a, FloatVector b) { return _mm512_m
 CALSEG_INLINE FloatVector square_root(FloatVector a) { return _mm512_sqrt_ps(a); }
 #else
 typedef IntVector MaskVector;
+CALSEG_INLINE bool any(MaskVector mask) {
+#if defined(__AVX2__)
+    return _mm256_movemask_ps((__m256)mask) != 0;
+#elif defined(__SSE2__)
+    return _mm_movemask_ps((__m128)mask) != 0;
+#else
+    int32_t r = 0;
+    for (int i = 0; i < kLanes; ++i) r |= mask[i];
+    return r != 0;
+#endif
+}
+CALSEG_INLINE bool all(MaskVector mask) { return !any(~mask); }
 CALSEG_INLINE MaskVector equal(IntVector a, IntVector b) { return a == b; }
 CALSEG_INLINE MaskVector less(IntVector a, IntVector b) { return a < b; }
 CALSEG_INLINE MaskVector equal(FloatVector a, FloatVector b) { return a == b; }
@@ -137,6 +189,36 @@ CALSEG_INLINE FloatVector square_root(FloatVector a) {
 CALSEG_INLINE IntVector to_int_bits(FloatVector a) { return (IntVector)a; }
 CALSEG_INLINE FloatVector to_float_bits(IntVector a) { return (FloatVector)a; }
 CALSEG_INLINE FloatVector convert(IntVector a) { return __builtin_convertvector(a, FloatVector); }
+CALSEG_INLINE FloatVector to_values(IntVector a, FloatVector) { return convert(a); }
+CALSEG_INLINE IntVector truncated_integer(FloatVector a) { return __builtin_convertvector(a, IntVector); }
+CALSEG_INLINE IntVector nearest_integer(FloatVector a) {  // halves to even
+#if defined(__AVX512F__)
+    return (IntVector)_mm512_cvtps_epi32(a);
+#elif defined(__AVX2__)
+    return (IntVector)_mm256_cvtps_epi32(a);
+#elif defined(__SSE2__)
+    return (IntVector)_mm_cvtps_epi32(a);
+#else
+    IntVector r;
+    for (int i = 0; i < kLanes; ++i) r[i] = static_cast<int32_t>(std::nearbyint(a[i]));
+    return r;
+#endif
+}
+
+// to[i] = high[i] * 2^32 + low[i]
+CALSEG_INLINE void store_words(uint64_t* to, IntVector low, IntVector high) {
+#if defined(__AVX512F__)
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi32((__m512i)low, first, (__m512i)high));
+    _mm512_storeu_si512(to + 8, _mm512_permutex2var_epi32((__m512i)low, second, (__m512i)high));
+#elif defined(__SSE2__) && !defined(__AVX2__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi32((__m128i)low, (__m128i)high));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 2), _mm_unpackhi_epi32((__m128i)low, (__m128i)high));
+#else
+    for (int i = 0; i < kLanes; ++i) to[i] = static_cast<uint64_t>(static_cast<uint32_t>(high[i])) << 32 | static_cast<uint32_t>(low[i]);
+#endif
+}
 
 template <>
 struct Vectors<float> {
