@@ -16,7 +16,7 @@ from torch import Tensor
 
 from calseg.calibration import CalibrationBins, calibration_bins
 from calseg.data import IGNORE_INDEX
-from calseg.reference import CONFIDENCE_UNIT
+from calseg.reference import UNIT
 from calseg.training import dice_per_class
 
 BINS = 15
@@ -66,7 +66,7 @@ def score_case(logits: Tensor, label: Tensor, truth: Tensor | None = None) -> di
 
 def _gaps(bins: CalibrationBins) -> list[Any]:
     """Per bin the sum of confidence minus hits, ``[..., BINS]``; what the calibration error adds up."""
-    return list((bins.confidence.double() / CONFIDENCE_UNIT - bins.hits).tolist())
+    return list((bins.confidence.double() / UNIT - bins.hits).tolist())
 
 
 def summarise(cases: Sequence[Mapping[str, Any]], weights: NDArray[np.float64] | None = None) -> dict[str, Any]:
