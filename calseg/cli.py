@@ -1,4 +1,5 @@
-"""The command line: ``calseg info``, ``calseg demo``, ``calseg train``, ``calseg soft-labels``.
+"""The command line: ``calseg info``, ``calseg demo``, ``calseg train``, ``calseg soft-labels``, ``calseg predict``,
+``calseg evaluate``.
 
 Without the extra ``calseg[train]`` only ``info`` runs; nothing of that extra is imported before it is needed.
 Exit codes: 0, 2 for what the user can mend (one line on stderr), 130 and 143 after SIGINT and SIGTERM.
@@ -19,6 +20,7 @@ from typing import Annotated, Any, NoReturn
 import calseg
 
 EXTRA = ("typer", "rich", "monai", "nibabel")
+RESUMABLE = ("calseg train", "calseg soft-labels", "calseg predict", "calseg evaluate")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -57,7 +59,7 @@ def _run(app: Any, arguments: Sequence[str], command: str) -> NoReturn:
         _fail(command, str(error))
     except RunInterruptedError as error:
         again = [word for word in arguments if word not in ("--overwrite", "--resume")]
-        again += ["--resume"] if command in ("calseg train", "calseg soft-labels") else []
+        again += ["--resume"] if command in RESUMABLE else []
         _fail(command, f"{error}; continue with: {shlex.join(['calseg', *again])}", error.code)
     except (KeyboardInterrupt, typer.Abort):
         _fail(command, "interrupted", 130)
@@ -72,10 +74,13 @@ def build_app() -> Any:
 
     from calseg import stages
     from calseg.demo import DemoConfig, run_demo
+    from calseg.evaluate import DIAGRAMS, EvaluateConfig, evaluate_folders
+    from calseg.predict import CASES, predict_folder
+    from calseg.probabilities import MEMORY
     from calseg.training import METHODS, TrainConfig
 
     app = typer.Typer(add_completion=False, help=calseg.__doc__)
-    base, demo_base = TrainConfig(), DemoConfig()
+    base, demo_base, evaluate_base = TrainConfig(), DemoConfig(), EvaluateConfig()
     Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in RUN where it stopped.")]
     Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")]
     Device = Annotated[str, typer.Option(help="Device to train on: cpu, cuda, cuda:1, ...")]
@@ -287,6 +292,92 @@ def build_app() -> Any:
         print_estimate(summary)
         print(f"written to {out / 'soft_labels'}")
 
+    @app.command("predict")
+    def predict_command(
+        run: Annotated[Path, typer.Argument(help="Folder of a run of calseg train.")],
+        data: Data,
+        out: Annotated[Path, typer.Option(help="Folder of the probability maps.")],
+        cases: Annotated[str, typer.Option(help="validation or training, by the split of the run, or all.")] = CASES[0],
+        resume: Resume = False,
+        overwrite: Overwrite = False,
+        device: Device = "cpu",
+        threads: Threads = 0,
+    ) -> None:
+        """Write the probabilities that a trained network gives, a 4-D NIfTI file [x, y, z, classes] per case."""
+        with _progress_bars() as progress:
+            _set_threads(threads)
+            content = predict_folder(
+                run, data, out, cases=cases, resume=resume, overwrite=overwrite, device=device, progress=progress
+            )
+        print(f"{len(content['cases'])} probability maps are in {out}")
+
+    @app.command("evaluate")
+    def evaluate_command(
+        probabilities: Annotated[
+            Path,
+            typer.Argument(
+                help="Folder of probability maps: NAME.nii.gz with the classes last, NAME_0000.nii.gz, ... with a class"
+                " each, or nnU-Net's NAME.npz."
+            ),
+        ],
+        labels: Annotated[Path, typer.Argument(help="Folder of label maps, NAME.nii.gz or NAME.nii.")],
+        out: Annotated[Path, typer.Option(help="Folder of the report: JSON, CSV and diagrams.")],
+        n_bins: Annotated[int, typer.Option(help="Bins of confidence, of equal width.")] = evaluate_base.n_bins,
+        ignore_label: Annotated[
+            int | None, typer.Option(help="Label of voxels that do not count; default: that of dataset.json.")
+        ] = None,
+        preset: Annotated[
+            list[str] | None,
+            typer.Option(
+                help="Add the ECE as torchmetrics, monai or marginloss define it; may be repeated. The figure of"
+                " torchmetrics is the pooled one, that of the others the mean over the cases."
+            ),
+        ] = None,
+        dataset_json: Annotated[
+            Path | None,
+            typer.Option(help="File with the names of the classes; default: dataset.json beside or above the maps."),
+        ] = None,
+        num_resamples: Annotated[
+            int, typer.Option(help="How often cases are drawn anew for the 95 % intervals.")
+        ] = evaluate_base.num_resamples,
+        seed: Annotated[int, typer.Option(help="Seed of these draws.")] = evaluate_base.seed,
+        memory: Annotated[
+            int,
+            typer.Option(
+                min=1,
+                help="MiB to work in, about: larger volumes are read in slabs, and what is compressed and unpacks to"
+                " more than a quarter of it goes through a temporary file.",
+            ),
+        ] = MEMORY >> 20,
+        resume: Resume = False,
+        overwrite: Overwrite = False,
+        threads: Threads = 0,
+    ) -> None:
+        """Score probability maps against label maps: Dice, NLL, Brier, calibration errors, reliability diagrams.
+
+        Every score comes with its 95 % interval over the cases (percentile bootstrap). Cases are kept as they are
+        done: after Ctrl-C, or an error in a file, --resume goes on where it stopped.
+        """
+        import matplotlib
+
+        matplotlib.use("agg")
+        config = EvaluateConfig(n_bins, ignore_label, tuple(preset or ()), num_resamples, seed)
+        with _progress_bars() as progress:
+            _set_threads(threads)
+            report = evaluate_folders(
+                probabilities,
+                labels,
+                out,
+                config,
+                dataset_json=dataset_json,
+                resume=resume,
+                overwrite=overwrite,
+                memory=memory << 20,
+                progress=progress,
+            )
+        print_report(report)
+        print(f"written to {out}: report.json, cases.csv, {', '.join(f'{name}.png/.pdf' for name in DIAGRAMS)}")
+
     @app.command("demo")
     def demo_command(
         out: Annotated[Path, typer.Option(help="Folder for the data and both runs.")] = Path("calseg-demo"),
@@ -445,3 +536,59 @@ def print_metrics(runs: Mapping[str, Mapping[str, Any]]) -> None:
     print(f"{first['dataset']}: {first['iterations']} iterations, {count} validation case{'s' * (count != 1)}")
     Console(width=None if sys.stdout.isatty() else 100).print(table)
     print("foreground: voxels whose label is not 0; ECE: 15 equal bins of the top probability")
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """The table of ``calseg evaluate``: each score with its interval over the cases."""
+    from rich.console import Console
+    from rich.table import Table
+
+    def cell(entry: Mapping[str, Any] | None) -> str:
+        if entry is None or entry["value"] is None:
+            return "-"
+        if entry["interval"] is None:
+            return f"{float(entry['value']):.4f}"
+        lower, upper = map(float, entry["interval"])
+        return f"{float(entry['value']):.4f} [{lower:.4f}, {upper:.4f}]"
+
+    table = Table()
+    for name in ("score", "over"):
+        table.add_column(name)
+    for name in ("pooled", "mean over cases"):
+        table.add_column(f"{name} [{report['confidence_level']:.0%}]", justify="right")
+
+    def row(score: str, over: str, entry: Mapping[str, Any]) -> None:
+        table.add_row(score, over, cell(entry.get("pooled")), cell(entry["mean"]))
+
+    for name, entry in report["dice"].items():
+        row("Dice", name, entry)
+    row("Dice", "classes 1 and up", report["dice_foreground_mean"])
+    names = {
+        "nll": "NLL",
+        "brier": "Brier",
+        "ece": "ECE",
+        "ace": "ACE",
+        "mce": "MCE",
+        "class_wise_ece": "class-wise ECE",
+    }
+    for region in ("all", "foreground"):
+        table.add_section()
+        for score, name in names.items():
+            row(name, f"{region} voxels", report[region][score])
+    if report["presets"]:
+        table.add_section()
+    for name, entry in report["presets"].items():
+        row(f"ECE, {name}", "its voxels", entry)
+    voxels = report["voxels"]
+    count = report["cases"]
+    print(f"{count} case{'s' * (count != 1)}, {voxels['all']:,} voxels, {voxels['foreground']:,} of them foreground")
+    Console(width=None if sys.stdout.isatty() else 100).print(table, markup=False)
+    print(f"foreground: label not 0; calibration errors: {report['config']['n_bins']} equal bins of the probability")
+    for number, what in (
+        ("nan_voxels", "a NaN probability; they are left out"),
+        ("infinite_voxels", "a label of probability 0, whose NLL is infinite"),
+    ):
+        if report[number]:
+            print(f"{report[number]:,} voxels have {what}")
+    for note in report["notes"]:
+        print(f"note: {note}", file=sys.stderr)

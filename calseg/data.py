@@ -13,6 +13,7 @@ file. Needs the extra ``calseg[train]`` (nibabel).
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import io
@@ -236,6 +237,9 @@ def naming(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise DataError(f"{path}: not found") from error
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            folder = tempfile.gettempdir()
+            raise DataError(f"{path}: no space to unpack it in {folder}; TMPDIR names another") from error
         raise DataError(f"{path}: cannot be read; the file is corrupt or truncated ({error})") from error
     except Exception as error:  # nibabel meets a broken header with many kinds of exception
         kind = "NumPy .npz" if path.name.endswith(".npz") else "NIfTI"
@@ -249,21 +253,34 @@ def open_volume(path: Path, max_bytes: int | None = None) -> Iterator[Any]:
     gzip has no random access: a ``.nii.gz`` is unpacked once, to its end, so that its checksum is verified. It
     is kept in memory; one of more than ``max_bytes`` goes to a temporary file, which is gone at the end.
     """
-    with naming(path), ExitStack() as stack:
-        if path.name.endswith(".gz"):
-            with gzip.open(path) as packed:
-                file = stack.enter_context(unpack(packed, max_bytes))
-        else:
-            file = stack.enter_context(open(path, "rb"))
-        # The first field of a NIfTI header is its size: 348 for version 1, 540 for version 2.
-        is_nifti2 = file.read(4) in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")
-        file.seek(0)
-        nifti: Any = (nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image).from_stream(cast(io.IOBase, file))
-        wanted = nifti.dataobj.offset + nifti.dataobj.dtype.itemsize * math.prod(nifti.shape)
-        size = file.seek(0, os.SEEK_END)
-        if size < wanted:
-            raise EOFError(f"{size} of {wanted} bytes")
+    with ExitStack() as stack:
+        with naming(path):
+            if path.name.endswith(".gz"):
+                with gzip.open(path) as packed:
+                    file = stack.enter_context(unpack(packed, max_bytes))
+            else:
+                file = stack.enter_context(open(path, "rb"))
+            kind = _kind_of(file.read(4))
+            file.seek(0)
+            nifti: Any = kind.from_stream(file)
+            wanted = nifti.dataobj.offset + nifti.dataobj.dtype.itemsize * math.prod(nifti.shape)
+            size = file.seek(0, os.SEEK_END)
+            if size < wanted:
+                raise EOFError(f"{size} of {wanted} bytes")
         yield nifti
+
+
+def read_header(path: Path) -> Any:
+    """The header of a NIfTI file; of the voxels nothing is read."""
+    with naming(path), (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
+        start = file.read(540)
+        return _kind_of(start).header_class.from_fileobj(io.BytesIO(start))
+
+
+def _kind_of(start: bytes) -> Any:
+    """The class of the image that begins with ``start``: its header's size, 348 for version 1 and 540 for version 2."""
+    is_nifti2 = start[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")
+    return nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image
 
 
 def unpack(packed: Any, max_bytes: int | None = None) -> IO[bytes]:
@@ -280,7 +297,7 @@ def unpack(packed: Any, max_bytes: int | None = None) -> IO[bytes]:
 
 def read_volume(path: Path) -> NDArray[Any]:
     """The voxels of a NIfTI file, scaled as it says. Gzip is read to its end: the checksum is verified."""
-    with open_volume(path) as nifti:
+    with open_volume(path) as nifti, naming(path):
         return np.asanyarray(nifti.dataobj)
 
 
@@ -355,6 +372,12 @@ def soft_labels_file(soft_labels: Volume, like: Path) -> bytes:
     steps = np.rint(np.moveaxis(soft_labels, 0, -1).astype(np.float64) * SOFT_LABEL_STEPS).astype(np.uint16)
     image = nibabel.Nifti1Image(steps, nibabel.load(like).affine)  # type: ignore[attr-defined]
     image.header.set_slope_inter(1 / SOFT_LABEL_STEPS, 0)
+    return gzip.compress(image.to_bytes(), 3, mtime=0)
+
+
+def probabilities_file(probabilities: Volume, like: Path) -> bytes:
+    """The same of float32 ``[classes, x, y, z]``, for what must not be rounded: a small probability is no 0."""
+    image = nibabel.Nifti1Image(np.moveaxis(probabilities, 0, -1), nibabel.load(like).affine)  # type: ignore[attr-defined]
     return gzip.compress(image.to_bytes(), 3, mtime=0)
 
 

@@ -122,7 +122,7 @@ def class_reliability_diagrams(
         upper = figure.add_subplot(grid[2 * row, column], sharey=axes[0, 0])
         lower = figure.add_subplot(grid[2 * row + 1, column], sharex=upper, sharey=axes[0, 1])
         mine = _of_class(bins, number)
-        _draw_diagram(upper, mine, None if cases is None else _of_class(cases, number))
+        _draw_diagram(upper, mine, None if cases is None else _of_class(cases, number), "frequency")
         _draw_histogram(lower, mine)
         upper.set_title(name)
         upper.set_ylabel("Frequency of class")
@@ -154,16 +154,16 @@ def _of_class(bins: CalibrationBins, number: int) -> CalibrationBins:
     return bins._replace(**binned)
 
 
-def _draw_diagram(ax: Any, bins: CalibrationBins, cases: CalibrationBins | None) -> None:
+def _draw_diagram(ax: Any, bins: CalibrationBins, cases: CalibrationBins | None, what: str = "accuracy") -> None:
     width = 1 / len(bins.count)
     filled = np.flatnonzero(bins.count.numpy())
     edges = filled * width
     accuracy, confidence = bins.accuracy().numpy()[filled], bins.mean_confidence().numpy()[filled]
     style = {"width": width, "align": "edge", "linewidth": 0.6}
-    ax.bar(edges, accuracy, color=BAR, edgecolor=INK, label="accuracy", **style)
+    ax.bar(edges, accuracy, color=BAR, edgecolor=INK, label=what, **style)
     ax.bar(
         edges, confidence - accuracy, bottom=accuracy, facecolor="none", edgecolor=GAP, hatch="//////",
-        label="gap to confidence", **style,
+        label="gap to confidence" if what == "accuracy" else "gap to probability", **style,
     )  # fmt: skip
     ax.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=0.9, label="perfect calibration")
     if cases is not None:
@@ -176,7 +176,7 @@ def _draw_diagram(ax: Any, bins: CalibrationBins, cases: CalibrationBins | None)
         0.03, 0.97, "\n".join(lines), transform=ax.transAxes, va="top", fontsize="x-small",
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
     )  # fmt: skip
-    ax.set(xlim=(0, 1), ylim=(0, 1), ylabel="Accuracy")
+    ax.set(xlim=(0, 1), ylim=(0, 1), ylabel=what.capitalize())
 
 
 def _short(count: int) -> str:

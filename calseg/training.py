@@ -62,6 +62,14 @@ class RunInterruptedError(Exception):
         self.code = 128 + number
 
 
+class CasesInterruptedError(RunInterruptedError):
+    """Ctrl-C stopped work that goes case by case; those that were done are kept in ``place``."""
+
+    def __init__(self, place: Path, done: int, total: int) -> None:
+        Exception.__init__(self, f"interrupted after {done} of {total} cases, which are kept in {place}")
+        self.code = 128 + signal.SIGINT
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides the result of a run on given cases; ``calseg train --help`` explains each.
@@ -184,21 +192,26 @@ def read_json(path: Path) -> Any:
         raise TrainingError(f"{path}: not readable as JSON ({error})") from error
 
 
-def prepare_run(out: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make ``out`` ready for a new run, or check that it holds one to resume. Foreign files stay."""
+def prepare_run(
+    out: Path, *, resume: bool, overwrite: bool, files: Sequence[str] = RUN_FILES, state: str = "checkpoint.pt"
+) -> None:
+    """Make ``out`` ready for a new run, whose ``files`` go, or check that it holds one, the file ``state``, to resume.
+
+    Foreign files stay.
+    """
     if resume and overwrite:
         raise TrainingError("--resume and --overwrite exclude each other")
     if out.exists() and not out.is_dir():
         raise TrainingError(f"{out}: exists and is not a folder")
     if resume:
-        if not (out / "checkpoint.pt").is_file():
-            raise TrainingError(f"{out / 'checkpoint.pt'}: not found; there is no run to resume in {out}")
+        if not (out / state).is_file():
+            raise TrainingError(f"{out / state}: not found; there is no run to resume in {out}")
         return
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise TrainingError(f"{out}: not empty; give --resume to continue the run in it, or --overwrite to start anew")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in RUN_FILES:
+        for name in files:
             (out / name).unlink(missing_ok=True)
     except OSError as error:
         raise TrainingError(f"{out}: cannot be made ready ({error.strerror or error})") from error
