@@ -55,13 +55,13 @@ class Loss(Function):
     def forward(ctx: Any, spec: ops.Loss, reuse_logits: bool, places: tuple[int, ...], *tensors: Tensor) -> Tensor:
         ctx.places = places
         inputs = _placed(places, tensors)
-        if reuse_logits or spec.reduction == "none":
+        if reuse_logits or ops.needs_upstream_first(spec, tensors):
             ctx.spec, ctx.reuse_logits, ctx.gradients = spec, reuse_logits, None
             label_tensor = None if spec.labels is None else spec.labels.tensor
             ctx.save_for_backward(label_tensor, spec.weight, *tensors)
             return ops.loss(spec, *inputs)
         ctx.save_for_backward(*tensors)  # for a pass with create_graph=True; otherwise never unpacked
-        needed = ctx.needs_input_grad
+        needed, ctx.backend = ctx.needs_input_grad, spec.backend
         # Kept on ctx, not saved: nobody else sees them, so they can be handed over, not copied.
         ctx.gradients = gradients = tuple(
             [ops.empty_like(tensor) if needed[3 + i] else None for i, tensor in enumerate(tensors)]
@@ -81,15 +81,11 @@ class Loss(Function):
                 "already been freed). Specify retain_graph=True if you need to backward through the graph a second "
                 "time."
             )
-        factor = grad_output.item()
         if _graph_is_kept():
-            gradients = [None if g is None else g.mul(factor) for g in gradients]
+            gradients = [None if g is None else g.mul(grad_output) for g in gradients]
         else:
             ctx.gradients = ()
-            if factor != 1.0:  # in place: nobody wants the unscaled ones again
-                for gradient in gradients:
-                    if gradient is not None:
-                        gradient.mul_(factor)
+            ops.scale_gradients(gradients, grad_output, ctx.backend)  # in place: nobody wants the unscaled ones again
         if torch.is_grad_enabled():
             gradients = _guarded(gradients, grad_output, *ctx.saved_tensors)
         return None, None, None, *gradients
@@ -126,40 +122,42 @@ def _gradients_now(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
 
 
 class SampleSoftLabels(Function):
-    """``(labels, sampling, alpha, mu, logvar) -> soft labels``; backward draws the same noise again."""
+    """``(labels, sampling, alpha, backend, mu, logvar) -> soft labels``; backward draws the same noise again."""
 
     @staticmethod
     def forward(
-        ctx: Any, labels: Labels | None, sampling: Sampling, alpha: float, mu: Tensor, logvar: Tensor
+        ctx: Any, labels: Labels | None, sampling: Sampling, alpha: float, backend: str, mu: Tensor, logvar: Tensor
     ) -> Tensor:
-        ctx.labels, ctx.sampling, ctx.alpha = labels, sampling, alpha
+        ctx.labels, ctx.sampling, ctx.alpha, ctx.backend = labels, sampling, alpha, backend
         ctx.save_for_backward(mu, logvar, None if labels is None else labels.tensor)
-        return ops.sample_soft_labels(mu, logvar, labels, sampling, alpha)
+        return ops.sample_soft_labels(mu, logvar, labels, sampling, alpha, backend)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad_output,) = grad_outputs
         mu, logvar, label_tensor = ctx.saved_tensors
         labels = None if label_tensor is None else ctx.labels._replace(tensor=label_tensor)
-        _, _, _, *needed = ctx.needs_input_grad
+        _, _, _, _, *needed = ctx.needs_input_grad
         grad_mu, grad_logvar = (
             ops.empty_like(t) if need else None for t, need in zip((mu, logvar), needed, strict=True)
         )
         ops.sample_soft_labels_backward(
-            mu, logvar, labels, ctx.sampling, ctx.alpha, grad_output, (grad_mu, grad_logvar)
+            mu, logvar, labels, ctx.sampling, ctx.alpha, grad_output, (grad_mu, grad_logvar), ctx.backend
         )
-        return None, None, None, *_guarded((grad_mu, grad_logvar), grad_output, mu, logvar)
+        return None, None, None, None, *_guarded((grad_mu, grad_logvar), grad_output, mu, logvar)
 
 
 class AccumulateSoftmax(Function):
-    """``(total, logits, labels, temperature) -> total``, which is updated in place."""
+    """``(total, logits, labels, temperature, backend) -> total``, which is updated in place."""
 
     @staticmethod
-    def forward(ctx: Any, total: Tensor, logits: Tensor, labels: Labels | None, temperature: float) -> Tensor:
+    def forward(
+        ctx: Any, total: Tensor, logits: Tensor, labels: Labels | None, temperature: float, backend: str
+    ) -> Tensor:
         ctx.mark_dirty(total)
         ctx.save_for_backward(logits, None if labels is None else labels.tensor)
-        ctx.labels, ctx.temperature = labels, temperature
-        ops.accumulate_softmax(total, logits, temperature)
+        ctx.labels, ctx.temperature, ctx.backend = labels, temperature, backend
+        ops.accumulate_softmax(total, logits, temperature, backend)
         return total
 
     @staticmethod
@@ -168,21 +166,23 @@ class AccumulateSoftmax(Function):
         logits, label_tensor = ctx.saved_tensors
         gradient = None
         if ctx.needs_input_grad[1]:
-            gradient = ops.accumulate_softmax_backward(logits, grad_output, ctx.temperature)
+            gradient = ops.accumulate_softmax_backward(logits, grad_output, ctx.temperature, ctx.backend)
             if label_tensor is not None:  # NaN under an ignored voxel must not come back as its gradient
                 gradient.masked_fill_(_ignored(ctx.labels._replace(tensor=label_tensor), gradient), 0.0)
-        return grad_output, *_guarded((gradient,), grad_output, logits), None, None
+        return grad_output, *_guarded((gradient,), grad_output, logits), None, None, None
 
 
 class BlendSoftLabels(Function):
-    """``(estimate, labels, alpha, scale) -> soft labels``, in place of the estimate."""
+    """``(estimate, labels, alpha, scale, backend) -> soft labels``, in place of the estimate."""
 
     @staticmethod
-    def forward(ctx: Any, estimate: Tensor, labels: Labels | None, alpha: float, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, estimate: Tensor, labels: Labels | None, alpha: float, scale: float, backend: str
+    ) -> Tensor:
         ctx.mark_dirty(estimate)
         ctx.labels, ctx.alpha, ctx.scale = labels, alpha, scale
         ctx.save_for_backward(None if labels is None else labels.tensor)
-        ops.blend_soft_labels(estimate, labels, alpha, scale)
+        ops.blend_soft_labels(estimate, labels, alpha, scale, backend)
         return estimate
 
     @staticmethod
@@ -190,7 +190,7 @@ class BlendSoftLabels(Function):
         (grad_output,) = grad_outputs
         (label_tensor,) = ctx.saved_tensors
         labels = None if label_tensor is None else ctx.labels._replace(tensor=label_tensor)
-        return blend_gradient(grad_output, labels, ctx.alpha, ctx.scale), None, None, None
+        return blend_gradient(grad_output, labels, ctx.alpha, ctx.scale), None, None, None, None
 
 
 def blend_gradient(grad_output: Tensor, labels: Labels | None, alpha: float, scale: float) -> Tensor:

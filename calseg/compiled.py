@@ -67,6 +67,7 @@ def loss_operator(
     beta: float,
     prior_mu: float,
     prior_logvar: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss and its gradients with respect to logits, soft labels, mu and logvar."""
     inputs = (logits, soft_labels, mu, logvar)
@@ -75,10 +76,11 @@ def loss_operator(
     gradients = [_gradient_of(t, need, like) for t, need in zip(inputs, needed, strict=True)]
     sampling = Sampling(num_samples, temperature, beta, prior_mu, prior_logvar, 0 if seed is None else seed)
     spec = ops.Loss(
-        _labels(labels, ignore_index, is_mask), weight, reduction, loss_dtype, label_smoothing, alpha, sampling
+        _labels(labels, ignore_index, is_mask), weight, reduction, loss_dtype, label_smoothing, alpha, sampling, backend
     )
     to = [g if need else None for g, need in zip(gradients, needed, strict=True)]
-    value = ops.loss(spec, *inputs, (to[0], to[1], to[2], to[3]), grad_output)
+    upstream = None if grad_output is None else grad_output.expand(ops.voxel_shape(like))
+    value = ops.loss(spec, *inputs, (to[0], to[1], to[2], to[3]), upstream)
     return value, gradients[0], gradients[1], gradients[2], gradients[3]
 
 
@@ -93,7 +95,7 @@ def _(logits, soft_labels, mu, logvar, labels, weight, seed, grad_output, needed
 
 def _setup_loss(ctx: Any, inputs: Any, output: Any) -> None:
     (*tensors, _grad_output, needed) = inputs[:9]
-    ctx.needed, ctx.rest, ctx.later = needed, inputs[9:], inputs[11] == "none"
+    ctx.needed, ctx.rest, ctx.later = needed, inputs[9:], not any(needed)
     ctx.present = [t is not None for t in tensors]
     saved = (
         [t for t in tensors if t is not None]
@@ -107,13 +109,13 @@ def _loss_backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
     saved = iter(ctx.saved_tensors)
     if ctx.later:
         tensors = [next(saved) if here else None for here in ctx.present]
-        # the forward of "none" made no gradients: the same operator, with the upstream gradient of every voxel
+        # the forward made no gradients: the same operator, with the upstream gradient of every voxel
         wanted = [bool(n) for n in ctx.needs_input_grad[:4]]
         _, *gradients = loss_operator(*tensors, grad_output, wanted, *ctx.rest)
         result = [g if n else None for g, n in zip(gradients, wanted, strict=True)]
     else:
         result = [next(saved) * grad_output if n else None for n in ctx.needed]
-    return (*result, *([None] * 16))
+    return (*result, *([None] * 17))
 
 
 loss_operator.register_autograd(_loss_backward, setup_context=_setup_loss)
@@ -130,14 +132,15 @@ def loss(
 ) -> Tensor:
     """:func:`calseg.ops.loss` with autograd."""
     tensor, ignore_index, is_mask = spec.labels if spec.labels is not None else (None, 0, False)
-    now = torch.is_grad_enabled() and spec.reduction != "none"
-    needed = [now and t is not None and t.requires_grad for t in (logits, soft_labels, mu, logvar)]
+    inputs = (logits, soft_labels, mu, logvar)
+    now = torch.is_grad_enabled() and not ops.needs_upstream_first(spec, inputs)
+    needed = [now and t is not None and t.requires_grad for t in inputs]
     num_samples, temperature, beta, prior_mu, prior_logvar, seed = spec.sampling
     seed_tensor = None if mu is None else _seed_tensor(seed, mu.device)
     value: Tensor = loss_operator(
         logits, soft_labels, mu, logvar, tensor, spec.weight, seed_tensor, None, needed, ignore_index, is_mask,
         spec.reduction, spec.dtype, spec.label_smoothing, spec.alpha, num_samples, temperature, beta, prior_mu,
-        prior_logvar,
+        prior_logvar, spec.backend,
     )[0]  # fmt: skip
     return value
 
@@ -148,11 +151,11 @@ def loss(
 @custom_op("calseg::sample_soft_labels", mutates_args=())
 def sample_operator(
     mu: Tensor, logvar: Tensor, labels: Tensor | None, seed: Tensor, ignore_index: int, num_samples: int,
-    temperature: float, alpha: float,
+    temperature: float, alpha: float, backend: str,
 ) -> Tensor:  # fmt: skip
     """Sampled soft labels."""
     return ops.sample_soft_labels(
-        mu, logvar, _labels(labels, ignore_index), Sampling(num_samples, temperature, seed=seed), alpha
+        mu, logvar, _labels(labels, ignore_index), Sampling(num_samples, temperature, seed=seed), alpha, backend
     )
 
 
@@ -164,12 +167,14 @@ def _(mu, *_options):  # type: ignore[no-untyped-def]
 @custom_op("calseg::sample_soft_labels_backward", mutates_args=())
 def sample_backward_operator(
     mu: Tensor, logvar: Tensor, labels: Tensor | None, seed: Tensor, ignore_index: int, num_samples: int,
-    temperature: float, alpha: float, grad_output: Tensor,
+    temperature: float, alpha: float, backend: str, grad_output: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of sampled soft labels with respect to mu and logvar."""
     gradients = _empty_like(mu), _empty_like(logvar)
     sampling = Sampling(num_samples, temperature, seed=seed)
-    ops.sample_soft_labels_backward(mu, logvar, _labels(labels, ignore_index), sampling, alpha, grad_output, gradients)
+    ops.sample_soft_labels_backward(
+        mu, logvar, _labels(labels, ignore_index), sampling, alpha, grad_output, gradients, backend
+    )
     return gradients
 
 
@@ -186,27 +191,31 @@ def _setup_sample(ctx: Any, inputs: Any, output: Any) -> None:
 def _sample_backward(ctx: Any, grad_output: Tensor) -> Any:
     mu, logvar, seed, *labels = ctx.saved_tensors
     gradients = sample_backward_operator(mu, logvar, labels[0] if labels else None, seed, *ctx.rest, grad_output)
-    return (*gradients, *([None] * 6))
+    return (*gradients, *([None] * 7))
 
 
 sample_operator.register_autograd(_sample_backward, setup_context=_setup_sample)
 
 
-def sample_soft_labels(mu: Tensor, logvar: Tensor, labels: Labels | None, sampling: Sampling, alpha: float) -> Tensor:
+def sample_soft_labels(
+    mu: Tensor, logvar: Tensor, labels: Labels | None, sampling: Sampling, alpha: float, backend: str
+) -> Tensor:
     """:func:`calseg.ops.sample_soft_labels` with autograd."""
     tensor, ignore_index, _ = labels if labels is not None else (None, 0, False)
     soft: Tensor = sample_operator(
         mu, logvar, tensor, _seed_tensor(sampling.seed, mu.device), ignore_index, sampling.num_samples,
-        sampling.temperature, alpha,
+        sampling.temperature, alpha, backend,
     )  # fmt: skip
     return soft
 
 
 @custom_op("calseg::blend_soft_labels", mutates_args=())
-def blend_operator(estimate: Tensor, labels: Tensor | None, ignore_index: int, alpha: float, scale: float) -> Tensor:
+def blend_operator(
+    estimate: Tensor, labels: Tensor | None, ignore_index: int, alpha: float, scale: float, backend: str
+) -> Tensor:
     """``(1 - alpha) * onehot(labels) + alpha * scale * estimate``, 0 where ignored."""
     blended = estimate.clone(memory_format=ops.layout_like(estimate))
-    ops.blend_soft_labels(blended, _labels(labels, ignore_index), alpha, scale)
+    ops.blend_soft_labels(blended, _labels(labels, ignore_index), alpha, scale, backend)
     return blended
 
 
@@ -216,22 +225,22 @@ def _(estimate, *_options):  # type: ignore[no-untyped-def]
 
 
 def _setup_blend(ctx: Any, inputs: Any, output: Any) -> None:
-    _, labels, ctx.ignore_index, ctx.alpha, ctx.scale = inputs
+    _, labels, ctx.ignore_index, ctx.alpha, ctx.scale, _ = inputs
     ctx.save_for_backward(*(() if labels is None else (labels,)))
 
 
 def _blend_backward(ctx: Any, grad_output: Tensor) -> Any:
     labels = _labels(ctx.saved_tensors[0], ctx.ignore_index) if ctx.saved_tensors else None
-    return blend_gradient(grad_output, labels, ctx.alpha, ctx.scale), None, None, None, None
+    return blend_gradient(grad_output, labels, ctx.alpha, ctx.scale), *([None] * 5)
 
 
 blend_operator.register_autograd(_blend_backward, setup_context=_setup_blend)
 
 
-def blend_soft_labels(total: Tensor, labels: Labels | None, alpha: float, scale: float) -> Tensor:
+def blend_soft_labels(total: Tensor, labels: Labels | None, alpha: float, scale: float, backend: str) -> Tensor:
     """:func:`calseg.ops.blend_soft_labels` with autograd."""
     tensor, ignore_index, _ = labels if labels is not None else (None, 0, False)
-    blended: Tensor = blend_operator(total, tensor, ignore_index, alpha, scale)
+    blended: Tensor = blend_operator(total, tensor, ignore_index, alpha, scale, backend)
     return blended
 
 

@@ -79,8 +79,8 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
 def _check_reuse(logits: Tensor, backend: str) -> None:
     """Refuse to reuse the logits' storage where somebody else could see it change."""
     problem = None
-    if backend != "cpu" or torch.compiler.is_compiling():
-        problem = "it needs the eager CPU backend"
+    if backend == "reference" or torch.compiler.is_compiling():
+        problem = "it needs the CPU or Triton backend, in eager mode"
     elif logits.is_leaf:
         problem = "input is a leaf (a parameter or data of the caller's), which nobody expects to be overwritten"
     elif logits._is_view() or logits.untyped_storage().nbytes() != logits.numel() * logits.element_size():
@@ -148,8 +148,8 @@ def vls_cross_entropy(
         prior_mu: mean of the prior. Default 0.
         prior_logvar: log-variance of the prior. Default 0.
         seed: 64-bit seed of the noise, an int or a 0-d int64 tensor; default: drawn from PyTorch's default generator.
-        backend: ``"cpu"`` (native) or ``"reference"`` (plain PyTorch, differentiable to any order); default: the
-            fastest that there is.
+        backend: ``"cpu"`` (native), ``"triton"`` (GPU) or ``"reference"`` (plain PyTorch, differentiable to any
+            order); default: the fastest that there is. On a GPU float64 takes the reference.
         reuse_logits: let backward write the gradient of ``input`` over ``input`` itself, which saves memory of its
             size; ``input`` then holds no logits after backward. Needs an ``input`` that is not a leaf and shares its
             storage with no other tensor. A backward that keeps the graph takes new memory. Default False.
@@ -160,7 +160,9 @@ def vls_cross_entropy(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range.
-        IndexError: a label that is neither a class nor ``ignore_index``; nothing has been computed then.
+        IndexError: a label that is neither a class nor ``ignore_index``; nothing has been computed then. On a GPU the
+            loss and the gradients of such a voxel are NaN instead, for an error would have to wait for the GPU; with
+            CALSEG_CHECK_LABELS=1 in the environment it does.
 
     Note:
         A class with probability 0 in the soft label and logit -inf adds 0 (the limit), where ``F.cross_entropy`` with
@@ -224,7 +226,7 @@ def vls_cross_entropy(
         )  # fmt: skip
         return loss.view(ops.voxel_shape(input)) if reduction == "none" else loss
 
-    spec = Loss(labels, weight, reduction, _loss_dtype(input), float(label_smoothing))
+    spec = Loss(labels, weight, reduction, _loss_dtype(input), float(label_smoothing), backend=chosen)
     if mu is None or logvar is None or not (alpha or beta):
         return _loss(spec, input, soft_labels, reuse_logits=reuse_logits)
     sampling = _sampling(num_samples, temperature, beta, prior_mu, prior_logvar, seed_value)
@@ -332,7 +334,7 @@ def _soft_cross_entropy(
             weight, label_smoothing=label_smoothing, reduction=reduction, out_dtype=_loss_dtype(input),
         )  # fmt: skip
         return loss.view(ops.voxel_shape(input)) if reduction == "none" else loss
-    spec = Loss(mask, weight, reduction, _loss_dtype(input), float(label_smoothing))
+    spec = Loss(mask, weight, reduction, _loss_dtype(input), float(label_smoothing), backend=chosen)
     return _loss(spec, input, soft_target, reuse_logits=reuse_logits)
 
 
@@ -394,7 +396,8 @@ def vls_elbo(
     check.check_weight(weight, mu)
     labels = Labels(check.check_labels("target", target, mu), ignore_index)
     seed_value = _seed(seed, mu.device)
-    if _backend(mu, backend) == "reference":
+    chosen = _backend(mu, backend)
+    if chosen == "reference":
         loss = reference.vls_elbo(
             _flat(mu), _flat(logvar), _reference_labels(labels, mu), weight, num_samples=num_samples, beta=beta,
             prior_mu=prior_mu, prior_logvar=prior_logvar, ignore_index=ignore_index, reduction=reduction,
@@ -402,7 +405,8 @@ def vls_elbo(
         )  # fmt: skip
         return loss.view(ops.voxel_shape(mu)) if reduction == "none" else loss
     sampling = _sampling(num_samples, 1.0, beta, prior_mu, prior_logvar, seed_value)
-    return _loss(Loss(labels, weight, reduction, _loss_dtype(mu), sampling=sampling), None, None, mu, logvar)
+    spec = Loss(labels, weight, reduction, _loss_dtype(mu), sampling=sampling, backend=chosen)
+    return _loss(spec, None, None, mu, logvar)
 
 
 def gaussian_kl(
@@ -442,14 +446,16 @@ def gaussian_kl(
     check.check_like("logvar", logvar, "mu", mu)
     check.check_reduction(reduction)
     check.check_prior(1.0, prior_mu, prior_logvar)
-    if _backend(mu, backend) == "reference":
+    chosen = _backend(mu, backend)
+    if chosen == "reference":
         kl = reference.gaussian_kl(
             _flat(mu), _flat(logvar), prior_mu=prior_mu, prior_logvar=prior_logvar, reduction=reduction,
             out_dtype=_loss_dtype(mu),
         )  # fmt: skip
         return kl.view(ops.voxel_shape(mu)) if reduction == "none" else kl
     sampling = _sampling(1, 1.0, 1.0, prior_mu, prior_logvar, 0)
-    return _loss(Loss(None, None, reduction, _loss_dtype(mu), sampling=sampling), None, None, mu, logvar)
+    spec = Loss(None, None, reduction, _loss_dtype(mu), sampling=sampling, backend=chosen)
+    return _loss(spec, None, None, mu, logvar)
 
 
 def sample_soft_labels(
@@ -501,7 +507,8 @@ def sample_soft_labels(
     check.check_integer("ignore_index", ignore_index)
     labels = None if target is None else Labels(check.check_labels("target", target, mu), ignore_index)
     seed_value = _seed(seed, mu.device)
-    if _backend(mu, backend) == "reference":
+    chosen = _backend(mu, backend)
+    if chosen == "reference":
         soft_labels = reference.sample_soft_labels(
             _flat(mu), _flat(logvar), None if labels is None else _reference_labels(labels, mu),
             num_samples=num_samples, temperature=temperature, alpha=alpha, ignore_index=ignore_index, seed=seed_value,
@@ -509,11 +516,11 @@ def sample_soft_labels(
         return _unflat(soft_labels, mu)
     sampling = Sampling(num_samples, float(temperature), seed=seed_value)
     if torch.compiler.is_compiling():
-        return compiled.sample_soft_labels(mu, logvar, labels, sampling, float(alpha))
+        return compiled.sample_soft_labels(mu, logvar, labels, sampling, float(alpha), chosen)
     if _wants_gradient(mu, logvar):
-        result: Tensor = autograd.SampleSoftLabels.apply(labels, sampling, float(alpha), mu, logvar)
+        result: Tensor = autograd.SampleSoftLabels.apply(labels, sampling, float(alpha), chosen, mu, logvar)
         return result
-    return ops.sample_soft_labels(mu, logvar, labels, sampling, float(alpha))
+    return ops.sample_soft_labels(mu, logvar, labels, sampling, float(alpha), chosen)
 
 
 def accumulate_soft_labels(
@@ -565,7 +572,8 @@ def accumulate_soft_labels(
         raise ValueError("logit_maps: got none, wanted at least one map of logits")
     maps = chain((first,), maps)
     labels = None if target is None else Labels(check.check_labels("target", target, first), ignore_index)
-    if _backend(first, backend) == "reference":
+    chosen = _backend(first, backend)
+    if chosen == "reference":
         soft_labels = reference.accumulate_soft_labels(
             map(_flat, maps), None if labels is None else _reference_labels(labels, first), temperature=temperature,
             alpha=alpha, ignore_index=ignore_index,
@@ -580,15 +588,15 @@ def accumulate_soft_labels(
         if torch.compiler.is_compiling():
             total = compiled.accumulate_softmax(total, logits, labels, float(temperature))
         elif _wants_gradient(total, logits):
-            total = autograd.AccumulateSoftmax.apply(total, logits, labels, float(temperature))
+            total = autograd.AccumulateSoftmax.apply(total, logits, labels, float(temperature), chosen)
         else:
-            ops.accumulate_softmax(total, logits, float(temperature))
+            ops.accumulate_softmax(total, logits, float(temperature), chosen)
     if torch.compiler.is_compiling():
-        return compiled.blend_soft_labels(total, labels, float(alpha), 1 / count)
+        return compiled.blend_soft_labels(total, labels, float(alpha), 1 / count, chosen)
     if _wants_gradient(total):
-        blended: Tensor = autograd.BlendSoftLabels.apply(total, labels, float(alpha), 1 / count)
+        blended: Tensor = autograd.BlendSoftLabels.apply(total, labels, float(alpha), 1 / count, chosen)
         return blended
-    ops.blend_soft_labels(total, labels, float(alpha), 1 / count)
+    ops.blend_soft_labels(total, labels, float(alpha), 1 / count, chosen)
     return total
 
 

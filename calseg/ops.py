@@ -7,8 +7,12 @@ without autograd; :mod:`calseg.autograd` adds it.
 
 from __future__ import annotations
 
+import os
 import platform
 import warnings
+from collections.abc import Sequence
+from importlib import metadata
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +35,24 @@ except ImportError as error:
         stacklevel=2,
     )
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
+
+MIN_TRITON = (3, 6)
+TRITON_DEVICES = ("cuda", "xpu")  # "cuda" is ROCm too
+
+
+def _triton_error() -> str | None:
+    """Why the Triton engine cannot run, or None. Triton itself is imported when it is first used."""
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "Triton is not installed: pip install triton"
+    if tuple(map(int, version.split(".")[:2])) < MIN_TRITON:
+        return f"Triton {version} is too old: pip install 'triton>={'.'.join(map(str, MIN_TRITON))}'"
+    return None
+
+
+TRITON_ERROR = _triton_error()
 
 # The order of DType in csrc/kernels.h.
 _DTYPES = {
@@ -82,12 +103,22 @@ class Loss(NamedTuple):
     label_smoothing: float = 0.0
     alpha: float = 0.0
     sampling: Sampling = Sampling()
+    backend: str = "cpu"
 
 
 def choose_backend(tensor: Tensor, backend: str | None) -> str:
     """The backend of a call whose main argument is ``tensor``."""
     if backend is None:
-        return "cpu" if _native is not None and tensor.device.type == "cpu" else "reference"
+        device = tensor.device.type
+        if device == "cpu":
+            return "cpu" if _native is not None else "reference"
+        if device not in TRITON_DEVICES or tensor.dtype == torch.float64:
+            return "reference"
+        if TRITON_ERROR is None:
+            return "triton"
+        if not torch.compiler.is_compiling():
+            _warn_once(f"calseg: {TRITON_ERROR}; on {device} the slow reference backend is used")
+        return "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, wanted None or one of {', '.join(map(repr, BACKENDS))}")
     if backend == "cpu":
@@ -95,7 +126,36 @@ def choose_backend(tensor: Tensor, backend: str | None) -> str:
             raise RuntimeError(f"backend='cpu': the native engine is not available ({NATIVE_ERROR})")
         if tensor.device.type != "cpu":
             raise ValueError(f"backend='cpu': got a tensor on {tensor.device}, wanted one on the CPU")
+    if backend == "triton":
+        if TRITON_ERROR is not None:
+            raise RuntimeError(f"backend='triton': {TRITON_ERROR}")
+        if tensor.device.type not in TRITON_DEVICES and not _interpreted(tensor):
+            wanted = "one on a GPU (or TRITON_INTERPRET=1 set before Triton is imported)"
+            raise ValueError(f"backend='triton': got a tensor on {tensor.device}, wanted {wanted}")
+        if tensor.dtype == torch.float64:
+            return "reference"
     return backend
+
+
+def _interpreted(tensor: Tensor) -> bool:
+    """Whether Triton's interpreter runs the kernels on the CPU: for tests."""
+    return tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _triton() -> ModuleType:
+    """The Triton engine."""
+    from calseg import kernels
+
+    return kernels
 
 
 # ---- views ----
@@ -195,7 +255,11 @@ def _voxel_view(tensor: Tensor | None) -> View | None:
 
 def empty_like(tensor: Tensor) -> Tensor:
     """``torch.empty_like`` in the layout of :func:`layout_like`, a large one on pooled memory."""
-    large = _native is not None and tensor.numel() * tensor.element_size() >= _native.POOLED_BYTES
+    large = (
+        _native is not None
+        and tensor.numel() * tensor.element_size() >= _native.POOLED_BYTES
+        and tensor.device.type == "cpu"
+    )
     if not large and tensor.is_contiguous():
         return torch.empty_like(tensor)
     layout = layout_like(tensor)
@@ -269,7 +333,10 @@ def loss(
         gradients: for each of the four, the tensor to write to, or None.
         grad_output: the upstream gradient ``[N, *S]``, where it is not 1; then no loss is written.
     """
-    labels, weight, reduction, dtype, label_smoothing, alpha, sampling = spec
+    labels, weight, reduction, dtype, label_smoothing, alpha, sampling, backend = spec
+    if backend == "triton":
+        on_gpu: Tensor = _triton().loss(spec, logits, soft_labels, mu, logvar, gradients, grad_output)
+        return on_gpu
     like = logits if logits is not None else mu
     assert like is not None
     shape, reduction_code, threads = shape_of(like), _REDUCTIONS[reduction], torch.get_num_threads()
@@ -307,8 +374,34 @@ def loss(
     return torch.scalar_tensor(value, dtype=dtype) if per_voxel is None else per_voxel
 
 
-def sample_soft_labels(mu: Tensor, logvar: Tensor, labels: Labels | None, sampling: Sampling, alpha: float) -> Tensor:
+def needs_upstream_first(spec: Loss, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether gradients can only be made in backward: where the upstream gradient differs per voxel, and on a GPU where
+    they are float16, which a mean's gradients underflow before backward brings the factor of the gradient scaler.
+    """
+    if spec.reduction == "none":
+        return True
+    return spec.backend == "triton" and any(t is not None and t.dtype == torch.float16 for t in tensors)
+
+
+def scale_gradients(gradients: Sequence[Tensor | None], factor: Tensor, backend: str) -> None:
+    """Multiply in place by a 0-d tensor."""
+    if backend == "triton":
+        _triton().scale_gradients(gradients, factor)
+        return
+    value = factor.item()
+    if value != 1.0:
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(value)
+
+
+def sample_soft_labels(
+    mu: Tensor, logvar: Tensor, labels: Labels | None, sampling: Sampling, alpha: float, backend: str = "cpu"
+) -> Tensor:
     """Sampled soft labels, blended with ``labels`` where they are given; the dtype of ``mu``."""
+    if backend == "triton":
+        on_gpu: Tensor = _triton().sample_soft_labels(mu, logvar, labels, sampling, alpha)
+        return on_gpu
     soft_labels = empty_like(mu)
     mu, logvar, labels = _kept(mu), _kept(logvar), _kept_labels(labels)
     shape = shape_of(mu)
@@ -327,8 +420,12 @@ def sample_soft_labels_backward(
     alpha: float,
     grad_output: Tensor,
     gradients: tuple[Tensor | None, Tensor | None],
+    backend: str = "cpu",
 ) -> None:
     """Writes the gradients of :func:`sample_soft_labels` with respect to mu and logvar."""
+    if backend == "triton":
+        _triton().sample_soft_labels_backward(mu, logvar, labels, sampling, alpha, grad_output, gradients)
+        return
     mu, logvar, labels, grad_output = _kept(mu), _kept(logvar), _kept_labels(labels), _kept(grad_output)
     _native.sample_soft_labels_backward(
         shape_of(mu), _gaussian(mu, logvar, sampling), _label_view(labels), alpha, _view(grad_output),
@@ -336,14 +433,22 @@ def sample_soft_labels_backward(
     )  # fmt: skip
 
 
-def accumulate_softmax(total: Tensor, logits: Tensor, temperature: float) -> None:
+def accumulate_softmax(total: Tensor, logits: Tensor, temperature: float, backend: str = "cpu") -> None:
     """``total += softmax(logits / temperature)``."""
+    if backend == "triton":
+        _triton().accumulate_softmax(total, logits, temperature)
+        return
     logits = _kept(logits)
     _native.accumulate_softmax(shape_of(logits), _view(logits), temperature, _view(total), torch.get_num_threads())
 
 
-def accumulate_softmax_backward(logits: Tensor, grad_output: Tensor, temperature: float) -> Tensor:
+def accumulate_softmax_backward(
+    logits: Tensor, grad_output: Tensor, temperature: float, backend: str = "cpu"
+) -> Tensor:
     """The gradient of :func:`accumulate_softmax` with respect to the logits."""
+    if backend == "triton":
+        on_gpu: Tensor = _triton().accumulate_softmax_backward(logits, grad_output, temperature)
+        return on_gpu
     grad_logits = empty_like(logits)
     logits, grad_output = _kept(logits), _kept(grad_output)
     _native.accumulate_softmax_backward(
@@ -352,8 +457,13 @@ def accumulate_softmax_backward(logits: Tensor, grad_output: Tensor, temperature
     return grad_logits
 
 
-def blend_soft_labels(estimate: Tensor, labels: Labels | None, alpha: float, scale: float) -> None:
+def blend_soft_labels(
+    estimate: Tensor, labels: Labels | None, alpha: float, scale: float, backend: str = "cpu"
+) -> None:
     """``estimate = (1 - alpha) * onehot(labels) + alpha * scale * estimate``, 0 where ignored, in place."""
+    if backend == "triton":
+        _triton().blend_soft_labels(estimate, labels, alpha, scale)
+        return
     labels, view, shape = _kept_labels(labels), _view(estimate), shape_of(estimate)
     outcome = _native.blend_soft_labels(shape, view, _label_view(labels), alpha, scale, view, torch.get_num_threads())
     _check(outcome, labels, shape[1])
@@ -412,18 +522,22 @@ def info() -> dict[str, Any]:
     from calseg._version import __version__
 
     native = _native is not None
+    gpu = torch.cuda.is_available() or torch.xpu.is_available()
+    runs = {"reference": True, "cpu": native, "triton": TRITON_ERROR is None and (gpu or _interpreted(torch.empty(0)))}
     return {
         "calseg": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
-        "backends": [name for name in BACKENDS if name != "cpu" or native],
+        "backends": [name for name in BACKENDS if runs[name]],
         "native_error": NATIVE_ERROR,
         "isa": _native.isa() if native else None,
         "available_isas": _native.available_isas() if native else [],
         "threading_layer": _native.threading_layer() if native else None,
         "num_threads": torch.get_num_threads(),
         "pool_held_bytes": _native.pool_held_bytes() if native else 0,
+        "triton": metadata.version("triton") if TRITON_ERROR is None else None,
+        "triton_error": TRITON_ERROR,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cuda": torch.version.cuda,
     }

@@ -16,6 +16,15 @@ from calseg import ops
 
 native = ops._native
 ISAS = [] if native is None else native.available_isas()
+# Without a GPU the Triton kernels run in Triton's interpreter: set before anything imports Triton. It is slow, so
+# test_triton.py has a choice of cases; CALSEG_TEST_TRITON=1 takes all that the other backends go through (an hour).
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    if ops.TRITON_ERROR is None:
+        import interpreter
+
+        interpreter.install()
+TRITON = ["triton"] if "CALSEG_TEST_TRITON" in os.environ else []
 
 settings.register_profile(
     "calseg",
@@ -49,17 +58,17 @@ def engine(isa: str) -> Iterator[str]:
     """The backend's name, under an instruction set; one thread, as there are thousands of tiny calls."""
     threads, before = torch.get_num_threads(), None if native is None else native.isa()
     torch.set_num_threads(1)
-    if isa != "reference":
+    if isa in ISAS:
         native.set_isa(isa)
-    yield "reference" if isa == "reference" else "cpu"
+    yield "cpu" if isa in ISAS else isa
     if before is not None:
         native.set_isa(before)
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["reference", *ISAS])
+@pytest.fixture(params=["reference", *ISAS, *TRITON])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """``"reference"``, then ``"cpu"`` under every instruction set of this machine."""
+    """``"reference"``, then ``"cpu"`` under every instruction set of this machine, and ``"triton"`` if asked for."""
     with engine(request.param) as name:
         yield name
 

@@ -228,7 +228,8 @@ def test_layouts(backend, name, axes):
         assert torch.equal(got.gradients["input"], wanted.gradients["input"])
         # the kernels walk the spatial axes with one stride, so a result is not transposed in space
         like = x if name == "transposed_space" else torch.empty_like(strided)
-        assert got.gradients["input"].stride() == like.stride() or backend == "reference"
+        of_reference = backend == "reference" or (backend == "triton" and dtype == torch.float64)
+        assert got.gradients["input"].stride() == like.stride() or of_reference
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)

@@ -1,0 +1,25 @@
+"""GPU kernels, in Triton: one file per operation, and what :mod:`calseg.ops` calls of them.
+
+``engine`` is the host's side, ``launch`` cuts work into tiles; ``common``, ``noise`` and ``gaussian`` are what kernels
+share. Importing this imports Triton.
+"""
+
+from calseg.kernels.engine import (
+    accumulate_softmax,
+    accumulate_softmax_backward,
+    blend_soft_labels,
+    loss,
+    sample_soft_labels,
+    sample_soft_labels_backward,
+    scale_gradients,
+)
+
+__all__ = [
+    "accumulate_softmax",
+    "accumulate_softmax_backward",
+    "blend_soft_labels",
+    "loss",
+    "sample_soft_labels",
+    "sample_soft_labels_backward",
+    "scale_gradients",
+]

@@ -1,0 +1,251 @@
+"""Cross-entropy on one-hot or given soft labels: loss and gradients in one pass.
+
+Floor: one read of the logits (and soft labels), one write of each gradient. A tile stays in registers between the two;
+of more classes than fit there a block at a time is read, twice.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from calseg.kernels.common import (
+    INF,
+    class_weights,
+    classes,
+    exp_of,
+    label_weights,
+    load,
+    load_labels,
+    load_upstream,
+    locate,
+    online_top_and_sum,
+    reciprocal,
+    store,
+    store_sum,
+    store_voxels,
+    top_and_sum,
+)
+
+
+@triton.jit
+def _log_of_product(total, tile: tl.constexpr):
+    """Logarithms whose sum is that of ``log(total)``: one for the up to four adjacent voxels of a thread.
+
+    A total is in [1, C], so a product of four cannot overflow.
+    """
+    VEC_S: tl.constexpr = tile.VEC_S
+    TILE: tl.constexpr = tile.TILE
+    if VEC_S >= 2:
+        a, b = tl.split(tl.reshape(total, [TILE // 2, 2]))
+        total = a * b
+    if VEC_S >= 4:
+        a, b = tl.split(tl.reshape(total, [TILE // 4, 2]))
+        total = a * b
+    return tl.log(total)
+
+
+@triton.jit
+def _hard_terms(x, c, label, weight, top, SMOOTHED: tl.constexpr, C: tl.constexpr):
+    """Of a block of classes: ``d[label]`` and ``sum_c w[c] d[c]``, d = x - top."""
+    d = x - top[None, :]
+    label_d = tl.sum(tl.where(c[:, None] == label[None, :], d, 0.0), 0)
+    weighted_d = label_d
+    if SMOOTHED:
+        weighted_d = tl.sum(class_weights(weight, c, C)[:, None] * d, 0)
+    return label_d, weighted_d
+
+
+@triton.jit
+def _hard_gradient(x, c, label, weight, top, scale_e, scale_label, scale_weight, SMOOTHED: tl.constexpr, C: tl.constexpr):
+    # Compared with what the compiler must take for another label than _hard_terms has: the comparisons would be kept
+    # from there, packed into registers bit by bit, which costs three times as much.
+    label = tl.where(scale_e == scale_e, label, -1)
+    g = exp_of(x - top[None, :]) * scale_e[None, :] - tl.where(c[:, None] == label[None, :], scale_label[None, :], 0.0)
+    if SMOOTHED:
+        g -= class_weights(weight, c, C)[:, None] * scale_weight[None, :]
+    return g
+
+
+@triton.jit
+def hard_cross_entropy(
+    logits,  # [N, C, S]
+    labels,  # [N, S]
+    weight,  # [C] or None
+    upstream,
+    loss,  # out [N, S] or None
+    partials,  # out [1, programs] or None
+    grad,  # out [N, C, S] or None
+    S,
+    smoothing,  # None: no label smoothing
+    C: tl.constexpr,
+    NUM_SUMS: tl.constexpr,
+    tile: tl.constexpr,
+):
+    """``-log softmax(x)[label]`` with weights and smoothing, and its gradient."""
+    BLOCK_C: tl.constexpr = tile.BLOCK_C
+    SMOOTHED: tl.constexpr = smoothing is not None
+    n, first, inside = locate(tl.program_id(0), S, tile)
+    label, ok, bad = load_labels(labels, n, first, inside, C, False, tile)
+    counted = None if labels.ignore is None else ok
+    c = classes(0, tile)
+    if C <= BLOCK_C:
+        x = load(logits, n, first, inside, counted, c, C, tile)
+        top, total = top_and_sum(x, c, 1.0, C)
+    else:
+        top = tl.full([tile.TILE], -INF, tl.float32)
+        total = tl.full([tile.TILE], 0.0, tl.float32)
+        for start in range(0, C, BLOCK_C):
+            x = load(logits, n, first, inside, counted, start + c, C, tile)
+            top, total = online_top_and_sum(top, total, x, start + c, 1.0, C)
+    total = tl.where(bad, float("nan"), total)
+
+    on_label = 1.0
+    mass = 1.0
+    spread = 0.0
+    weight_sum = 0.0
+    if weight is not None:
+        on_label = label_weights(weight, label, C)
+        mass = on_label
+    if SMOOTHED:
+        w = class_weights(weight, c, C)
+        for start in range(BLOCK_C, C, BLOCK_C):
+            w += class_weights(weight, start + c, C)
+        weight_sum = tl.sum(w, 0)
+        spread = smoothing / C
+        on_label = on_label * (1.0 - smoothing)
+        mass = on_label + spread * weight_sum
+    scale_e = total
+    scale_label = total
+    scale_weight = total
+    if grad is not None:
+        up, _ = load_upstream(upstream, n, first, inside, ok, NUM_SUMS, tile)
+        scale_e = up * mass * reciprocal(total)
+        scale_label = up * on_label
+        scale_weight = up * spread
+
+    if C <= BLOCK_C:
+        label_d, weighted_d = _hard_terms(x, c, label, weight, top, SMOOTHED, C)
+    else:
+        label_d = tl.full([tile.TILE], 0.0, tl.float32)
+        weighted_d = label_d
+        for start in range(0, C, BLOCK_C):
+            x = load(logits, n, first, inside, counted, start + c, C, tile)
+            a, b = _hard_terms(x, start + c, label, weight, top, SMOOTHED, C)
+            label_d += a
+            weighted_d += b
+            if grad is not None:
+                g = _hard_gradient(
+                    x, start + c, label, weight, top, scale_e, scale_label, scale_weight, SMOOTHED, C
+                )  # fmt: skip
+                store(grad, n, first, inside, start + c, g, C, tile)
+
+    if loss is None and weight is None and not SMOOTHED:
+        if partials is not None:
+            log_total = tl.sum(_log_of_product(tl.where(ok, total, 1.0), tile), 0)
+            tl.store(partials + tl.program_id(0), log_total - tl.sum(label_d, 0))
+    else:
+        log_total = tl.log(total)
+        value = on_label * (log_total - label_d)
+        if SMOOTHED:
+            value += spread * (weight_sum * log_total - weighted_d)
+        value = tl.where(ok, value, 0.0)
+        if loss is not None:
+            store_voxels(loss, n, first, inside, value, tile)
+        if partials is not None:
+            store_sum(partials, 0, value)
+
+    if C <= BLOCK_C and grad is not None:
+        g = _hard_gradient(x, c, label, weight, top, scale_e, scale_label, scale_weight, SMOOTHED, C)
+        store(grad, n, first, inside, c, g, C, tile)
+
+
+@triton.jit
+def _soft_block(
+    x, y, c, weight, top, log_total, scale_p, up, keep, spread, grad, grad_soft, n, first, inside,
+    C: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    """Of a block of classes: ``- sum_c w[c] Y[c] log p[c]``; the gradients are stored."""
+    log_p = (x - top[None, :]) - log_total[None, :]
+    w = class_weights(weight, c, C)[:, None]
+    smoothed = keep * y + spread
+    # the limit of t log t is 0, also where log p is -inf
+    value = -tl.sum(tl.where((smoothed == 0.0) | (c >= C)[:, None], 0.0, w * smoothed * log_p), 0)
+    if grad is not None:
+        g = exp_of(log_p) * scale_p[None, :] - up[None, :] * (w * smoothed)
+        store(grad, n, first, inside, c, g, C, tile)
+    if grad_soft is not None:
+        # an impossible class without mass: as the loss takes it, nothing to change
+        finite = tl.where((log_p == -INF) & (y == 0.0), 0.0, log_p)
+        g = tl.where((up == 0.0)[None, :], 0.0, -(keep * up)[None, :] * w * finite)
+        store(grad_soft, n, first, inside, c, g, C, tile)
+    return value
+
+
+@triton.jit
+def soft_cross_entropy(
+    logits,  # [N, C, S]
+    soft,  # [N, C, S]
+    labels,  # [N, S]: a mask, class indices that only say what is ignored, or None
+    weight,  # [C] or None
+    upstream,
+    loss,  # out [N, S] or None
+    partials,  # out [1, programs] or None
+    grad,  # out [N, C, S] or None
+    grad_soft,  # out [N, C, S] or None
+    S,
+    smoothing,
+    C: tl.constexpr,
+    NUM_SUMS: tl.constexpr,
+    IS_MASK: tl.constexpr,
+    tile: tl.constexpr,
+):
+    """``- sum_c w[c] Y[c] log softmax(x)[c]``, and its gradients."""
+    BLOCK_C: tl.constexpr = tile.BLOCK_C
+    n, first, inside = locate(tl.program_id(0), S, tile)
+    if labels is None:
+        ok = inside
+        bad = inside & False
+        counted = None
+    else:
+        _, ok, bad = load_labels(labels, n, first, inside, C, IS_MASK, tile)
+        counted = None if labels.ignore is None else ok
+    keep = 1.0 - smoothing
+    spread = smoothing / C
+    c = classes(0, tile)
+    if C <= BLOCK_C:
+        x = load(logits, n, first, inside, counted, c, C, tile)
+        y = load(soft, n, first, inside, counted, c, C, tile)
+        top, total = top_and_sum(x, c, 1.0, C)
+        mass = tl.sum(class_weights(weight, c, C)[:, None] * (keep * y + spread), 0)
+    else:
+        top = tl.full([tile.TILE], -INF, tl.float32)
+        total = tl.full([tile.TILE], 0.0, tl.float32)
+        mass = total
+        for start in range(0, C, BLOCK_C):
+            x = load(logits, n, first, inside, counted, start + c, C, tile)
+            y = load(soft, n, first, inside, counted, start + c, C, tile)
+            top, total = online_top_and_sum(top, total, x, start + c, 1.0, C)
+            mass += tl.sum(class_weights(weight, start + c, C)[:, None] * (keep * y + spread), 0)
+    log_total = tl.log(tl.where(bad, float("nan"), total))
+    up, _ = load_upstream(upstream, n, first, inside, ok, NUM_SUMS, tile)
+    scale_p = up * mass
+
+    if C <= BLOCK_C:
+        value = _soft_block(
+            x, y, c, weight, top, log_total, scale_p, up, keep, spread, grad, grad_soft, n, first, inside, C, tile
+        )
+    else:
+        value = tl.full([tile.TILE], 0.0, tl.float32)
+        for start in range(0, C, BLOCK_C):
+            x = load(logits, n, first, inside, counted, start + c, C, tile)
+            y = load(soft, n, first, inside, counted, start + c, C, tile)
+            value += _soft_block(
+                x, y, start + c, weight, top, log_total, scale_p, up, keep, spread, grad, grad_soft, n, first, inside,
+                C, tile,
+            )  # fmt: skip
+    value = tl.where(ok, value, 0.0)
+    if loss is not None:
+        store_voxels(loss, n, first, inside, value, tile)
+    if partials is not None:
+        store_sum(partials, 0, value)

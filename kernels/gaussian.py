@@ -1,0 +1,115 @@
+"""The Gaussian over the logits on the device: its KL term, its samples, and the softmax of a sample."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from calseg.kernels.common import INF, exp_of
+from calseg.kernels.noise import normals
+
+
+class Gaussian(NamedTuple):
+    """How the Gaussian is sampled, and its KL term. ``seed`` is a 0-d int64 tensor, or None."""
+
+    temperature: float
+    beta: float
+    prior_mu: float
+    prior_logvar: float
+    prior_precision: float
+    seed: Any
+
+
+# ---- the KL term ----
+
+
+@triton.jit
+def kl_terms(gaussian, mu, logvar, sigma):
+    """The divergence of every class."""
+    gap = mu - gaussian.prior_mu
+    return 0.5 * ((gaussian.prior_logvar - logvar) + ((sigma * sigma + gap * gap) * gaussian.prior_precision - 1.0))
+
+
+@triton.jit
+def kl_gradients(gaussian, mu, sigma, up):
+    """dK/dmu and dK/dlogvar times ``up`` ``[TILE]``; exactly 0 where that is 0, whatever the variance."""
+    off = (up == 0.0)[None, :]
+    to_mu = up[None, :] * ((mu - gaussian.prior_mu) * gaussian.prior_precision)
+    to_logvar = up[None, :] * (0.5 * (sigma * sigma * gaussian.prior_precision - 1.0))
+    return tl.where(off, 0.0, to_mu), tl.where(off, 0.0, to_logvar)
+
+
+# ---- samples ----
+
+
+@triton.jit
+def noise(k, start, voxel, k0, k1, C: tl.constexpr, tile: tl.constexpr):
+    """Normals ``[P, BLOCK_C, TILE]`` of the classes from ``start`` on, for the P = 4 / C samples from k on with C <= 2,
+    else for sample k.
+    """
+    BLOCK_C: tl.constexpr = tile.BLOCK_C
+    TILE: tl.constexpr = tile.TILE
+    if C <= 2:
+        z = normals(k0, k1, voxel, tl.arange(0, 1) + k // (4 // C), True)
+        z = tl.reshape(z, [4 // C, C, TILE])
+    else:
+        quad = k * ((C + 3) // 4) + start // 4 + tl.arange(0, BLOCK_C // 4)
+        z = normals(k0, k1, voxel, quad, tile.LANE_MAJOR)[None, :, :]
+    return z
+
+
+@triton.jit
+def samples_at_once(C: tl.constexpr):
+    """P of :func:`noise`."""
+    return 4 // C if C <= 2 else 1
+
+
+@triton.jit
+def exists(k, num_samples, C: tl.constexpr):
+    """Which of the samples from k on there are, ``[P, 1, 1]``."""
+    P: tl.constexpr = 4 // C if C <= 2 else 1
+    return (k + tl.arange(0, P) < num_samples)[:, None, None]
+
+
+# ---- the softmax of a sample, of all classes or of a block of them ----
+
+
+class Statistics(NamedTuple):
+    """What a block of classes must know of all others, float32 ``[3 + 3 * num_samples, voxels]``; see
+    :func:`sample_statistics`.
+    """
+
+    ptr: Any
+    num_voxels: int
+
+
+@triton.jit
+def statistic(statistics, row, voxel, inside):
+    """A row for the tile's voxels, ``[TILE]``."""
+    return tl.load(statistics.ptr + row * statistics.num_voxels + voxel, mask=inside, other=1.0)
+
+
+@triton.jit
+def softmax_of_sample(mean, deviation, z, c, k, statistics, voxel, inside, C: tl.constexpr):
+    """``(top, e, total)`` of nu = mean + deviation * z: its maximum, exp(nu - top), and their sum over all classes."""
+    valid = (c < C)[None, :, None]
+    nu = tl.where(valid, mean[None, :, :] + deviation[None, :, :] * z, -INF)
+    if statistics is None:
+        top = tl.max(nu, 1)
+    else:
+        top = statistic(statistics, 3 + 3 * k, voxel, inside)[None, :]
+    e = tl.where(valid, exp_of(nu - top[:, None, :]), 0.0)
+    total = tl.sum(e, 1) if statistics is None else statistic(statistics, 4 + 3 * k, voxel, inside)[None, :]
+    return top, e, total
+
+
+@triton.jit
+def slope(a, s, k, statistics, voxel, inside):
+    """``s * (a - sum_c a s)``: dLoss/dnu of dLoss/dsoftmax."""
+    if statistics is None:
+        dot = tl.sum(a[None, :, :] * s, 1)
+    else:
+        dot = statistic(statistics, 5 + 3 * k, voxel, inside)[None, :]
+    return s * (a[None, :, :] - dot[:, None, :])

@@ -1,0 +1,45 @@
+"""KL(N(mu, exp(logvar)) || prior), summed over classes: loss and gradients in one pass. Floor: two reads, two writes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from calseg.kernels.common import classes, exp_any, load, load_upstream, locate, store, store_sum, store_voxels
+from calseg.kernels.gaussian import kl_gradients, kl_terms
+
+
+@triton.jit
+def gaussian_kl(
+    mu,  # [N, C, S]
+    logvar,  # [N, C, S]
+    gaussian,
+    upstream,
+    loss,  # out [N, S] or None
+    partials,  # out [1, programs] or None
+    grad_mu,  # out [N, C, S] or None
+    grad_logvar,  # out [N, C, S] or None
+    S,
+    C: tl.constexpr,
+    tile: tl.constexpr,
+):
+    """The divergence, and its gradients."""
+    n, first, inside = locate(tl.program_id(0), S, tile)
+    _, up = load_upstream(upstream, n, first, inside, inside, 1, tile)
+    value = tl.full([tile.TILE], 0.0, tl.float32)
+    for start in range(0, C, tile.BLOCK_C):
+        c = classes(start, tile)
+        mean = load(mu, n, first, inside, None, c, C, tile)
+        log_variance = load(logvar, n, first, inside, None, c, C, tile)
+        sigma = exp_any(log_variance * 0.5)
+        value += tl.sum(tl.where((c < C)[:, None], kl_terms(gaussian, mean, log_variance, sigma), 0.0), 0)
+        to_mu, to_logvar = kl_gradients(gaussian, mean, sigma, up)
+        if grad_mu is not None:
+            store(grad_mu, n, first, inside, c, to_mu, C, tile)
+        if grad_logvar is not None:
+            store(grad_logvar, n, first, inside, c, to_logvar, C, tile)
+    value = tl.where(inside, value, 0.0)
+    if loss is not None:
+        store_voxels(loss, n, first, inside, value, tile)
+    if partials is not None:
+        store_sum(partials, 0, value)

@@ -1,0 +1,95 @@
+"""The noise contract (calseg/rng.py) on the device: Philox4x32-7, and Box-Muller to a few ulp.
+
+A call of Philox makes four words for one quad of one voxel: normals of four classes of one sample, or with C <= 2
+classes of 4 / C samples. What depends on the voxel alone or on the quad alone stays ``[1, TILE]`` or ``[Q, 1]`` as long
+as it can, so the compiler keeps it out of the loop over samples: of 14 products a quad costs 11.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+M0, M1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
+W0, W1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
+ROUNDS = tl.constexpr(7)
+
+
+@triton.jit
+def load_seed(seed, seed_tensor):
+    """The two words of the key: of a number, or of a 0-d int64 tensor, which a captured graph reads at every replay."""
+    if seed_tensor is not None:
+        seed = tl.load(seed_tensor)
+    seed = seed.to(tl.int64)
+    return seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+
+
+@triton.jit
+def philox4x32(c0, c1, c2, c3, k0, k1):
+    """Four words; counters of any shapes that broadcast."""
+    for _ in tl.static_range(ROUNDS):
+        p0, p1 = c0.to(tl.uint64) * M0, c2.to(tl.uint64) * M1  # one wide multiplication each
+        c0, c1, c2, c3 = (
+            (p1 >> 32).to(tl.uint32) ^ k0 ^ c1,
+            p1.to(tl.uint32),
+            (p0 >> 32).to(tl.uint32) ^ k1 ^ c3,
+            p0.to(tl.uint32),
+        )
+        k0, k1 = k0 + W0, k1 + W1
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def box_muller(a, b):
+    """Two normals of two words: ``sqrt(-2 ln u1)`` times cos and sin of ``2 pi u2``.
+
+    u1 = ((a >> 8) + 0.5) / 2^24, u2 = (b >> 8) / 2^24. Polynomials, as in csrc/cpu/vector_math.h: the hardware's own
+    logarithm and sine are good to 2^-21, the library's take a slow path through local memory.
+    """
+    # -2 ln u1 = -2 ln(2) e - 2 f + f^2 (1 - 2 f P(f)), with u1 = (1 + f) 2^e
+    n = (a >> 8).to(tl.int32).to(tl.float32)
+    u = n + 0.5
+    bits = u.to(tl.int32, bitcast=True) - 0x4B3504F3  # that of 2^24 sqrt(1/2)
+    e = (bits >> 23).to(tl.float32)
+    f = ((bits & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
+    f += ((n - u) + 0.5) * 5.9604644775390625e-08  # n + 0.5 is rounded from 2^23 on: near u1 = 1 that bit counts
+    p = f * -1.740071989e-1 + 2.853495264e-1
+    p = p * f - 2.982957404e-1
+    p = p * f + 3.315517202e-1
+    p = p * f - 3.992612458e-1
+    p = p * f + 5.000267404e-1
+    p = p * f - 6.666782154e-1
+    p = p * f + 1.0
+    radius = tl.sqrt(p * (f * f) + (f * -2.0 + e * -1.38629436))
+
+    # The word counts turns. Its two upper bits, rounded, are the quadrant; the rest, signed, is an angle in
+    # [-1/8, 1/8] of a turn: exact.
+    t = ((b << 2) & 0xFFFFFC00).to(tl.int32, bitcast=True).to(tl.float32) * 3.657295198e-10  # (pi / 2) / 2^32
+    turns = b + 0x20000000
+    z = t * t
+    sine = z * -1.9515295891e-4 + 8.3321608736e-3
+    sine = sine * z - 1.6666654611e-1
+    sine = sine * z * t + t
+    cosine = z * 2.443315711809948e-5 - 1.388731625493765e-3
+    cosine = cosine * z + 4.166664568298827e-2
+    cosine = cosine * z - 0.5
+    cosine = cosine * z + 1.0
+    even = (turns & 0x40000000) == 0
+    c, s = tl.where(even, cosine, sine), tl.where(even, sine, cosine)
+    c = tl.where(((turns + 0x40000000) & 0x80000000) != 0, -c, c)
+    s = tl.where((turns & 0x80000000) != 0, -s, s)
+    return radius * c, radius * s
+
+
+@triton.jit
+def normals(k0, k1, voxel, quad, LANE_MAJOR: tl.constexpr):
+    """Normals of ``quad`` ``[Q]`` for ``voxel`` ``[TILE]``: ``[4 * Q, TILE]``, row ``lane * Q + q`` or ``4 * q + lane``."""
+    voxel, quad = voxel[None, :], quad.to(tl.uint32)[:, None]
+    r0, r1, r2, r3 = philox4x32(
+        voxel.to(tl.uint32), (voxel >> 32).to(tl.uint32), quad, tl.full([1, 1], 0, tl.uint32), k0, k1
+    )
+    z0, z1 = box_muller(r0, r1)
+    z2, z3 = box_muller(r2, r3)
+    z = tl.join(tl.join(z0, z1), tl.join(z2, z3))  # [Q, TILE, lane % 2, lane // 2]
+    z = tl.permute(z, (3, 2, 0, 1)) if LANE_MAJOR else tl.permute(z, (0, 3, 2, 1))
+    return tl.reshape(z, [4 * quad.shape[0], voxel.shape[1]])

@@ -1,0 +1,108 @@
+"""What a block of classes must know of all others, where a kernel of samples cannot hold all classes at once.
+
+Memory: ``3 + 3 * num_samples`` floats a voxel, which is little where there are hundreds of classes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from calseg.kernels.common import (
+    INF,
+    class_weights,
+    classes,
+    exp_any,
+    exp_of,
+    label_weights,
+    load,
+    load_labels,
+    locate,
+    online_top_and_sum,
+)
+from calseg.kernels.gaussian import noise
+from calseg.kernels.noise import load_seed
+
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def _store_row(statistics, row, voxel, inside, values):
+    tl.store(statistics.ptr + row * statistics.num_voxels + voxel, values, mask=inside)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def sample_statistics(
+    logits,  # [N, C, S] or None
+    mu,  # [N, C, S]
+    logvar,  # [N, C, S]
+    grad_output,  # [N, C, S] or None
+    gaussian,
+    seed: tl.int64,
+    num_samples,
+    labels,  # [N, S] or None
+    weight,  # [C] or None
+    statistics,  # out
+    S,
+    smoothing,
+    alpha,
+    C: tl.constexpr,
+    tile: tl.constexpr,
+):
+    """Rows 0 and 1: max and sum of exp of the logits. Row 2: sum of the weighted soft labels (with logits). Then of
+    every sample, max and sum of exp of nu, and the dot product of its softmax with dl/dy_hat: ``w log p`` with logits,
+    else ``grad_output``.
+    """
+    BLOCK_C: tl.constexpr = tile.BLOCK_C
+    n, first, inside = locate(tl.program_id(0), S, tile)
+    voxel = n * S + first + tl.arange(0, tile.TILE)
+    counted = None
+    if labels is not None:
+        label, ok, _ = load_labels(labels, n, first, inside, C, False, tile)
+        counted = ok
+    lowest = tl.full([tile.TILE], -INF, tl.float32)
+    zero = tl.full([tile.TILE], 0.0, tl.float32)
+    top, total = lowest, zero
+    weight_sum = zero
+    if logits is not None:
+        for start in range(0, C, BLOCK_C):
+            c = classes(start, tile)
+            x = load(logits, n, first, inside, counted, c, C, tile)
+            top, total = online_top_and_sum(top, total, x, c, 1.0, C)
+            weight_sum += tl.sum(class_weights(weight, c, C), 0)
+        _store_row(statistics, 0, voxel, inside, top)
+        _store_row(statistics, 1, voxel, inside, total)
+    log_total = tl.log(total)
+
+    per_temperature = 1.0 / gaussian.temperature
+    k0, k1 = load_seed(seed, gaussian.seed)
+    estimated = zero  # sum_k sum_c w s
+    for k in range(num_samples):
+        sample_top, sample_total, dot, weighted = lowest, zero, zero, zero
+        for start in range(0, C, BLOCK_C):
+            c = classes(start, tile)
+            mean = load(mu, n, first, inside, counted, c, C, tile) * per_temperature
+            deviation = exp_any(load(logvar, n, first, inside, counted, c, C, tile) * 0.5) * per_temperature
+            z = tl.reshape(noise(k, start, voxel, k0, k1, C, tile), [BLOCK_C, tile.TILE])
+            nu = mean + deviation * z
+            before = sample_top
+            sample_top, sample_total = online_top_and_sum(sample_top, sample_total, nu, c, 1.0, C)
+            shrink = exp_of(before - sample_top)
+            e = tl.where((c < C)[:, None], exp_of(nu - sample_top[None, :]), 0.0)
+            w = class_weights(weight, c, C)[:, None]
+            weighted = weighted * shrink + tl.sum(w * e, 0)
+            if logits is not None:
+                x = load(logits, n, first, inside, counted, c, C, tile)
+                log_p = (x - top[None, :]) - log_total[None, :]
+                dot = dot * shrink + tl.sum(w * tl.where(log_p < LOWEST, LOWEST, log_p) * e, 0)
+            elif grad_output is not None:
+                dot = dot * shrink + tl.sum(load(grad_output, n, first, inside, counted, c, C, tile) * e, 0)
+        _store_row(statistics, 3 + 3 * k, voxel, inside, sample_top)
+        _store_row(statistics, 4 + 3 * k, voxel, inside, sample_total)
+        _store_row(statistics, 5 + 3 * k, voxel, inside, dot / sample_total)
+        estimated += weighted / sample_total
+
+    if logits is not None:
+        on_label = 1.0 if weight is None else label_weights(weight, label, C)
+        mass = (1.0 - alpha) * on_label + (alpha / num_samples) * estimated
+        _store_row(statistics, 2, voxel, inside, (1.0 - smoothing) * mass + smoothing / C * weight_sum)

@@ -1,0 +1,165 @@
+"""Cross-entropy on sampled soft labels plus KL: the loss and the gradients of logits, mu and logvar in one pass.
+
+Floor: one read of each input, one write of each gradient; ``num_samples * C`` normals a voxel. See benchmarks/notes.md
+for which of the two rules.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from calseg.kernels.common import (
+    INF,
+    class_weights,
+    classes,
+    exp_any,
+    exp_of,
+    load,
+    load_labels,
+    load_upstream,
+    locate,
+    reciprocal,
+    store,
+    store_sum,
+    store_voxels,
+    top_and_sum,
+)
+from calseg.kernels.gaussian import (
+    exists,
+    kl_gradients,
+    kl_terms,
+    noise,
+    samples_at_once,
+    slope,
+    softmax_of_sample,
+    statistic,
+)
+from calseg.kernels.noise import load_seed
+
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def _block(
+    start, logits, mu, logvar, gaussian, k0, k1, num_samples, statistics, label, ok, bad, counted, weight, up, kl_up,
+    grad_logits, grad_mu, grad_logvar, S, n, first, inside, smoothing, alpha, SAMPLED: tl.constexpr,
+    WITH_KL: tl.constexpr, C: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    """Of a block of classes: its share of the loss and of the KL term; the gradients are stored."""
+    GRADIENT: tl.constexpr = grad_mu is not None or grad_logvar is not None
+    c = classes(start, tile)
+    valid = (c < C)[:, None]
+    x = load(logits, n, first, inside, counted, c, C, tile)
+    m = load(mu, n, first, inside, counted, c, C, tile)
+    v = load(logvar, n, first, inside, counted, c, C, tile)
+    voxel = n * S + first + tl.arange(0, tile.TILE)
+
+    if statistics is None:
+        top, total = top_and_sum(x, c, 1.0, C)
+    else:
+        top, total = statistic(statistics, 0, voxel, inside), statistic(statistics, 1, voxel, inside)
+    log_p = (x - top[None, :]) - tl.log(tl.where(bad, float("nan"), total))[None, :]
+    sigma = exp_any(v * 0.5)
+    kl = tl.full([tile.TILE], 0.0, tl.float32)
+    if WITH_KL:
+        kl = tl.sum(tl.where(valid, kl_terms(gaussian, m, v, sigma), 0.0), 0)
+    per_temperature = 1.0 / gaussian.temperature
+    mean, deviation = m * per_temperature, sigma * per_temperature
+
+    w = class_weights(weight, c, C)[:, None]
+    keep = 1.0 - smoothing
+    estimate = tl.full([tile.BLOCK_C, tile.TILE], 0.0, tl.float32)
+    to_mu, to_logvar = estimate, estimate
+    if SAMPLED:
+        # dl/dy_hat = -(1 - ls) alpha w log p needs no sample. An impossible class (log p = -inf) stays finite here: no
+        # mass on it must be no NaN.
+        log_p = tl.where(log_p < LOWEST, LOWEST, log_p)
+        a = log_p if weight is None else w * log_p
+        for k in range(0, num_samples, samples_at_once(C)):
+            z = noise(k, start, voxel, k0, k1, C, tile)
+            _, e, sum_e = softmax_of_sample(mean, deviation, z, c, k, statistics, voxel, inside, C)
+            s = e * tl.where(exists(k, num_samples, C), reciprocal(sum_e)[:, None, :], 0.0)
+            estimate = tl.where(valid, estimate + tl.sum(s, 0), 0.0)
+            if GRADIENT:
+                g = slope(a, s, k, statistics, voxel, inside)
+                to_mu = tl.where(valid, to_mu + tl.sum(g, 0), 0.0)
+                to_logvar = tl.where(valid, to_logvar + tl.sum(g * z, 0), 0.0)
+        log_p = tl.where(log_p == LOWEST, -INF, log_p)
+
+    hard = tl.where(c[:, None] == label[None, :], 1.0 - alpha, 0.0)
+    smoothed = keep * (hard + estimate * (alpha / num_samples)) + smoothing / C
+    y = w * smoothed
+    # the limit of t log t is 0, also where log p is -inf
+    value = -tl.sum(tl.where((smoothed == 0.0) | (c >= C)[:, None], 0.0, y * log_p), 0)
+    if grad_logits is not None:
+        mass = tl.sum(y, 0) if statistics is None else statistic(statistics, 2, voxel, inside)
+        g = exp_of(log_p) * (up * mass)[None, :] - up[None, :] * y
+        store(grad_logits, n, first, inside, c, g, C, tile)
+    if GRADIENT:
+        per_sample = up * (-keep * alpha * per_temperature / num_samples)
+        sigma = deviation * gaussian.temperature
+        to_mu *= per_sample[None, :]
+        to_logvar *= (per_sample * 0.5)[None, :] * sigma
+        if WITH_KL:
+            kl_mu, kl_logvar = kl_gradients(gaussian, mean * gaussian.temperature, sigma, kl_up * gaussian.beta)
+            to_mu += kl_mu
+            to_logvar += kl_logvar
+        if grad_mu is not None:
+            store(grad_mu, n, first, inside, c, to_mu, C, tile)
+        if grad_logvar is not None:
+            store(grad_logvar, n, first, inside, c, to_logvar, C, tile)
+    return value, kl
+
+
+@triton.jit(do_not_specialize=["seed"])
+def vls_cross_entropy(
+    logits,  # [N, C, S]
+    mu,  # [N, C, S]
+    logvar,  # [N, C, S]
+    gaussian,
+    seed: tl.int64,
+    num_samples,
+    statistics,  # where classes are taken in blocks, else None
+    labels,  # [N, S]
+    weight,  # [C] or None
+    upstream,
+    loss,  # out [N, S] or None
+    partials,  # out [2, programs] or None
+    grad_logits,  # out [N, C, S] or None
+    grad_mu,  # out [N, C, S] or None
+    grad_logvar,  # out [N, C, S] or None
+    S,
+    smoothing,
+    alpha,
+    SAMPLED: tl.constexpr,  # alpha is not 0
+    WITH_KL: tl.constexpr,  # beta is not 0
+    C: tl.constexpr,
+    NUM_SUMS: tl.constexpr,
+    tile: tl.constexpr,
+):
+    """The loss of every voxel, and its gradients."""
+    n, first, inside = locate(tl.program_id(0), S, tile)
+    label, ok, bad = load_labels(labels, n, first, inside, C, False, tile)
+    counted = None if labels.ignore is None else ok
+    up, kl_up = load_upstream(upstream, n, first, inside, ok, NUM_SUMS, tile)
+    k0, k1 = load_seed(seed, gaussian.seed)
+    value, kl = _block(
+        0, logits, mu, logvar, gaussian, k0, k1, num_samples, statistics, label, ok, bad, counted, weight, up, kl_up,
+        grad_logits, grad_mu, grad_logvar, S, n, first, inside, smoothing, alpha, SAMPLED, WITH_KL, C, tile,
+    )  # fmt: skip
+    for start in range(tile.BLOCK_C, C, tile.BLOCK_C):
+        block_value, block_kl = _block(
+            start, logits, mu, logvar, gaussian, k0, k1, num_samples, statistics, label, ok, bad, counted, weight, up,
+            kl_up, grad_logits, grad_mu, grad_logvar, S, n, first, inside, smoothing, alpha, SAMPLED, WITH_KL, C, tile,
+        )  # fmt: skip
+        value += block_value
+        kl += block_kl
+
+    value, kl = tl.where(ok, value, 0.0), tl.where(ok, kl, 0.0)
+    if loss is not None:
+        store_voxels(loss, n, first, inside, value + gaussian.beta * kl if WITH_KL else value, tile)
+    if partials is not None:
+        store_sum(partials, 0, value)
+        if WITH_KL:
+            store_sum(partials, 1, kl)

@@ -1,0 +1,132 @@
+"""The stage-1 objective in dense form: the expected cross-entropy of the logit samples, plus KL; loss and gradients.
+
+Floor: two reads, two writes; ``num_samples * C`` normals a voxel.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from calseg.kernels.common import (
+    classes,
+    exp_any,
+    label_weights,
+    load,
+    load_labels,
+    load_upstream,
+    locate,
+    reciprocal,
+    store,
+    store_sum,
+    store_voxels,
+)
+from calseg.kernels.gaussian import exists, kl_gradients, kl_terms, noise, samples_at_once, softmax_of_sample
+from calseg.kernels.noise import load_seed
+
+
+@triton.jit
+def _block(
+    start, mu, logvar, gaussian, k0, k1, num_samples, statistics, label, counted, up, kl_up, grad_mu, grad_logvar, S, n,
+    first, inside, WITH_KL: tl.constexpr, C: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    """Of a block of classes: its share of ``- sum_k log softmax(nu_k)[y]`` and of the KL term; gradients are stored."""
+    GRADIENT: tl.constexpr = grad_mu is not None or grad_logvar is not None
+    c = classes(start, tile)
+    valid = (c < C)[:, None]
+    mean = load(mu, n, first, inside, counted, c, C, tile)
+    v = load(logvar, n, first, inside, counted, c, C, tile)
+    sigma = exp_any(v * 0.5)
+    kl = tl.full([tile.TILE], 0.0, tl.float32)
+    if WITH_KL:
+        kl = tl.sum(tl.where(valid, kl_terms(gaussian, mean, v, sigma), 0.0), 0)
+
+    value = tl.full([tile.TILE], 0.0, tl.float32)
+    to_mu = tl.full([tile.BLOCK_C, tile.TILE], 0.0, tl.float32)
+    to_logvar = to_mu
+    # the label's own mean and deviation: then a sample asks for its noise alone
+    hit = c[:, None] == label[None, :]
+    here = (label >= start) & (label < start + tile.BLOCK_C)
+    label_mean, label_sigma = tl.sum(tl.where(hit, mean, 0.0), 0), tl.sum(tl.where(hit, sigma, 0.0), 0)
+    label_noise = value
+    voxel = n * S + first + tl.arange(0, tile.TILE)
+    for k in range(0, num_samples, samples_at_once(C)):
+        z = noise(k, start, voxel, k0, k1, C, tile)
+        top, e, total = softmax_of_sample(mean, sigma, z, c, k, statistics, voxel, inside, C)
+        there = exists(k, num_samples, C)
+        label_z = tl.sum(tl.where(hit[None, :, :], z, 0.0), 1)
+        label_d = (label_mean[None, :] + label_sigma[None, :] * label_z) - top
+        terms = tl.where(start == 0, tl.log(total), 0.0) - tl.where(here[None, :], label_d, 0.0)
+        value += tl.reshape(tl.sum(tl.where(there, terms[:, None, :], 0.0), 0), [tile.TILE])
+        if GRADIENT:
+            s = e * tl.where(there, reciprocal(total)[:, None, :], 0.0)
+            to_mu = tl.where(valid, to_mu + tl.sum(s, 0), 0.0)
+            to_logvar = tl.where(valid, to_logvar + tl.sum(s * z, 0), 0.0)
+            label_noise += tl.reshape(tl.sum(tl.where(there, label_z[:, None, :], 0.0), 0), [tile.TILE])
+    to_mu -= tl.where(hit, 1.0, 0.0) * num_samples
+    to_logvar -= tl.where(hit, label_noise[None, :], 0.0)
+
+    if GRADIENT:
+        to_mu *= up[None, :]
+        to_logvar *= (up * 0.5)[None, :] * sigma
+        if WITH_KL:
+            kl_mu, kl_logvar = kl_gradients(gaussian, mean, sigma, kl_up * gaussian.beta)
+            to_mu += kl_mu
+            to_logvar += kl_logvar
+        if grad_mu is not None:
+            store(grad_mu, n, first, inside, c, to_mu, C, tile)
+        if grad_logvar is not None:
+            store(grad_logvar, n, first, inside, c, to_logvar, C, tile)
+    return value, kl
+
+
+@triton.jit(do_not_specialize=["seed"])
+def vls_elbo(
+    mu,  # [N, C, S]
+    logvar,  # [N, C, S]
+    gaussian,
+    seed: tl.int64,
+    num_samples,
+    statistics,  # where classes are taken in blocks, else None
+    labels,  # [N, S]
+    weight,  # [C] or None
+    upstream,
+    loss,  # out [N, S] or None
+    partials,  # out [2, programs] or None
+    grad_mu,  # out [N, C, S] or None
+    grad_logvar,  # out [N, C, S] or None
+    S,
+    WITH_KL: tl.constexpr,  # beta is not 0
+    C: tl.constexpr,
+    NUM_SUMS: tl.constexpr,
+    tile: tl.constexpr,
+):
+    """``- (1/m) sum_k w[y] log softmax(nu_k)[y]`` and the KL term, and their gradients."""
+    n, first, inside = locate(tl.program_id(0), S, tile)
+    label, ok, bad = load_labels(labels, n, first, inside, C, False, tile)
+    counted = None if labels.ignore is None else ok
+    per_sample = tl.where(bad, float("nan"), 1.0 / num_samples)
+    if weight is not None:
+        per_sample *= label_weights(weight, label, C)
+    up, kl_up = load_upstream(upstream, n, first, inside, ok, NUM_SUMS, tile)
+    up *= per_sample
+    k0, k1 = load_seed(seed, gaussian.seed)
+    value, kl = _block(
+        0, mu, logvar, gaussian, k0, k1, num_samples, statistics, label, counted, up, kl_up, grad_mu, grad_logvar, S, n,
+        first, inside, WITH_KL, C, tile,
+    )  # fmt: skip
+    for start in range(tile.BLOCK_C, C, tile.BLOCK_C):
+        block_value, block_kl = _block(
+            start, mu, logvar, gaussian, k0, k1, num_samples, statistics, label, counted, up, kl_up, grad_mu,
+            grad_logvar, S, n, first, inside, WITH_KL, C, tile,
+        )  # fmt: skip
+        value += block_value
+        kl += block_kl
+
+    value, kl = tl.where(ok, value * per_sample, 0.0), tl.where(ok, kl, 0.0)
+    if loss is not None:
+        store_voxels(loss, n, first, inside, value + gaussian.beta * kl if WITH_KL else value, tile)
+    if partials is not None:
+        store_sum(partials, 0, value)
+        if WITH_KL:
+            store_sum(partials, 1, kl)
