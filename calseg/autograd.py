@@ -176,9 +176,7 @@ class BlendSoftLabels(Function):
     """``(estimate, labels, alpha, scale, backend) -> soft labels``, in place of the estimate."""
 
     @staticmethod
-    def forward(
-        ctx: Any, estimate: Tensor, labels: Labels | None, alpha: float, scale: float, backend: str
-    ) -> Tensor:
+    def forward(ctx: Any, estimate: Tensor, labels: Labels | None, alpha: float, scale: float, backend: str) -> Tensor:
         ctx.mark_dirty(estimate)
         ctx.labels, ctx.alpha, ctx.scale = labels, alpha, scale
         ctx.save_for_backward(None if labels is None else labels.tensor)

@@ -11,7 +11,7 @@ import os
 import platform
 import warnings
 from collections.abc import Sequence
-from importlib import metadata
+from importlib import import_module, metadata
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -153,9 +153,7 @@ def _warn_once(message: str) -> None:
 
 def _triton() -> ModuleType:
     """The Triton engine."""
-    from calseg import kernels
-
-    return kernels
+    return import_module("calseg.kernels")
 
 
 # ---- views ----

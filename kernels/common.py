@@ -95,6 +95,7 @@ def load(x, n, first, inside, ok, c, C: tl.constexpr, tile: tl.constexpr):
 
 @triton.jit
 def store(x, n, first, inside, c, values, C: tl.constexpr, tile: tl.constexpr):
+    """What :func:`load` loads."""
     mask = (c < C)[:, None] & inside[None, :]
     tl.store(pointers(x, n, first, c, tile), values.to(x.ptr.dtype.element_ty), mask=mask)
 
@@ -171,17 +172,15 @@ def store_sum(partials, row: tl.constexpr, values):
 
 @triton.jit
 def store_voxels(x, n, first, inside, values, tile: tl.constexpr):
+    """A number per voxel."""
     tl.store(voxel_pointers(x, n, first, tile), values.to(x.ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def class_weights(weight, c, C: tl.constexpr):
     """Weights of classes, ones without any; 0 for what is none."""
-    if weight is None:
-        values = tl.where(c < C, 1.0, 0.0)
-    else:
-        values = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
-    return values
+    valid = c < C
+    return tl.where(valid, 1.0, 0.0) if weight is None else tl.load(weight + c, mask=valid, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from calseg.kernels.common import (
     INF,
     class_weights,
@@ -57,11 +56,14 @@ def _hard_terms(x, c, label, weight, top, SMOOTHED: tl.constexpr, C: tl.constexp
 
 
 @triton.jit
-def _hard_gradient(x, c, label, weight, top, scale_e, scale_label, scale_weight, SMOOTHED: tl.constexpr, C: tl.constexpr):
+def _hard_gradient(
+    x, c, label, weight, top, scale_e, scale_label, scale_weight, SMOOTHED: tl.constexpr, C: tl.constexpr
+):
     # Compared with what the compiler must take for another label than _hard_terms has: the comparisons would be kept
     # from there, packed into registers bit by bit, which costs three times as much.
     label = tl.where(scale_e == scale_e, label, -1)
-    g = exp_of(x - top[None, :]) * scale_e[None, :] - tl.where(c[:, None] == label[None, :], scale_label[None, :], 0.0)
+    g = exp_of(x - top[None, :]) * scale_e[None, :]
+    g = tl.where(c[:, None] == label[None, :], g - scale_label[None, :], g)
     if SMOOTHED:
         g -= class_weights(weight, c, C)[:, None] * scale_weight[None, :]
     return g

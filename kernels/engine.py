@@ -12,9 +12,6 @@ from collections.abc import Sequence
 
 import torch
 import triton
-from torch import Tensor
-
-from calseg import ops, reference
 from calseg.kernels import launch as host
 from calseg.kernels.common import Labels, Tile, Upstream, View
 from calseg.kernels.cross_entropy import hard_cross_entropy, soft_cross_entropy
@@ -28,6 +25,9 @@ from calseg.kernels.soft_labels import blend_soft_labels as blend_soft_labels_ke
 from calseg.kernels.soft_labels import sample_soft_labels as sample_soft_labels_kernel
 from calseg.kernels.vls_cross_entropy import vls_cross_entropy
 from calseg.kernels.vls_elbo import vls_elbo
+from torch import Tensor
+
+from calseg import ops, reference
 
 CHECK_LABELS = os.environ.get("CALSEG_CHECK_LABELS", "0") not in ("", "0")
 SCAN_TILE = Tile(1, 1024)
@@ -47,6 +47,7 @@ class _Call:
             [(n, 0, s) for n, _, s in (ops._view(t)[2:] for t in flat if t is not None)],
         )  # fmt: skip
         self.geometry = host.merge_items(geometry)
+        self.C, self.S = self.geometry.C, self.geometry.S
         self.tile, self.num_warps = host.choose_tile(
             kind, self.geometry, min(tensor.element_size() for tensor in present)
         )
@@ -55,14 +56,6 @@ class _Call:
         self.scores = [None if t is None else View(t, *next(strides)) for t in scores]
         strides = iter(self.geometry.voxels)
         self.voxels = [None if t is None else View(t, *next(strides)) for t in voxels]
-
-    @property
-    def C(self) -> int:
-        return self.geometry.C
-
-    @property
-    def S(self) -> int:
-        return self.geometry.S
 
     def run(self, kernel: object, *arguments: object) -> None:
         launch(kernel, self.programs, self.like, (*arguments, self.tile), self.num_warps)
@@ -82,10 +75,10 @@ def _check_labels(labels: ops.Labels, num_classes: int) -> None:
         reference.check_labels(labels.tensor.long(), num_classes, labels.ignore_index)
 
 
-def _gaussian(sampling: ops.Sampling) -> tuple[Gaussian, int]:
-    """How the Gaussian is sampled, with a seed tensor; else the seed, as a signed number."""
+def _gaussian(sampling: ops.Sampling, device: torch.device) -> tuple[Gaussian, int]:
+    """How the Gaussian is sampled, with a seed tensor of the device; else the seed, as a signed number."""
     _, temperature, beta, prior_mu, prior_logvar, seed = sampling
-    tensor = seed if isinstance(seed, Tensor) and seed.device.type != "cpu" else None
+    tensor = seed if isinstance(seed, Tensor) and seed.device == device else None
     gaussian = Gaussian(temperature, beta, prior_mu, prior_logvar, math.exp(-prior_logvar), tensor)
     return gaussian, 0 if tensor is not None else (int(seed) + 2**63) % 2**64 - 2**63
 
@@ -179,10 +172,11 @@ def loss(
         )  # fmt: skip
     elif not sampled:
         call.run(
-            soft_cross_entropy, x, y, given, weight, *outputs, to[0], to[1], call.S, smoothing, call.C, num_sums, is_mask
+            soft_cross_entropy, x, y, given, weight, *outputs, to[0], to[1], call.S, smoothing, call.C, num_sums,
+            is_mask,
         )  # fmt: skip
     else:
-        gaussian, seed = _gaussian(sampling)
+        gaussian, seed = _gaussian(sampling, like.device)
         if labels is None:
             call.run(gaussian_kl, m, v, gaussian, *outputs, to[2], to[3], call.S, call.C)
             return _finish(call, up, num_sums, per_voxel, partials, dtype, 0.0)
@@ -265,7 +259,7 @@ def _sample(
         _check_labels(labels, call.C)
     m, v, *rest = call.scores
     given = None if labels is None else Labels(call.voxels[0], _ignore(labels))
-    draws = (*_gaussian(sampling), sampling.num_samples)
+    draws = (*_gaussian(sampling, mu.device), sampling.num_samples)
     statistics = _statistics(call, None, m, v, rest[1], *draws, given, None, 0.0, alpha)
     alpha = 1.0 if labels is None else alpha
     call.run(sample_soft_labels_kernel, m, v, *draws, statistics, given, *rest, call.S, alpha, call.C)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-
 from calseg.kernels.common import INF, exp_of
 from calseg.kernels.noise import normals
 
@@ -96,10 +95,7 @@ def softmax_of_sample(mean, deviation, z, c, k, statistics, voxel, inside, C: tl
     """``(top, e, total)`` of nu = mean + deviation * z: its maximum, exp(nu - top), and their sum over all classes."""
     valid = (c < C)[None, :, None]
     nu = tl.where(valid, mean[None, :, :] + deviation[None, :, :] * z, -INF)
-    if statistics is None:
-        top = tl.max(nu, 1)
-    else:
-        top = statistic(statistics, 3 + 3 * k, voxel, inside)[None, :]
+    top = tl.max(nu, 1) if statistics is None else statistic(statistics, 3 + 3 * k, voxel, inside)[None, :]
     e = tl.where(valid, exp_of(nu - top[:, None, :]), 0.0)
     total = tl.sum(e, 1) if statistics is None else statistic(statistics, 4 + 3 * k, voxel, inside)[None, :]
     return top, e, total

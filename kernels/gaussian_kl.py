@@ -1,10 +1,12 @@
-"""KL(N(mu, exp(logvar)) || prior), summed over classes: loss and gradients in one pass. Floor: two reads, two writes."""
+"""KL(N(mu, exp(logvar)) || prior), summed over classes: loss and gradients in one pass.
+
+Floor: two reads, two writes.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from calseg.kernels.common import classes, exp_any, load, load_upstream, locate, store, store_sum, store_voxels
 from calseg.kernels.gaussian import kl_gradients, kl_terms
 

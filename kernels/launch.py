@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
-
 from calseg.kernels.common import Tile, View
+from torch import Tensor
 
 WARP = 32
 VECTOR_BYTES = 16  # the widest load of a thread
@@ -27,20 +26,21 @@ Strides = tuple[int, int, int]
 
 
 class Kind(NamedTuple):
-    """What a kernel asks of its tiles: ``held`` elements a thread can hold where all classes are in it, ``spread`` where
-    they are not, and whether it draws noise, which comes in quads of classes.
+    """What a kernel asks of its tiles: how many elements a thread can hold at most, and is given at least, where all
+    classes of a voxel are in it; how many where they are spread; whether it draws noise, which comes in quads.
     """
 
     held: int
+    fill: int
     spread: int
     noise: bool = False
 
 
 # Bounded by registers: see the resource figures in benchmarks/notes.md.
-HARD = Kind(held=64, spread=16)
-WEIGHTED = Kind(held=32, spread=16)  # class weights and smoothing: the weights too are in registers
-SOFT = Kind(held=32, spread=16)
-SAMPLED = Kind(held=16, spread=8, noise=True)
+HARD = Kind(held=64, fill=32, spread=16)
+WEIGHTED = Kind(held=32, fill=32, spread=16)  # class weights and smoothing: the weights too are in registers
+SOFT = Kind(held=32, fill=16, spread=16)
+SAMPLED = Kind(held=16, fill=8, spread=8, noise=True)
 
 
 class Geometry(NamedTuple):
@@ -102,7 +102,7 @@ def choose_tile(kind: Kind, geometry: Geometry, itemsize: int) -> tuple[Tile, in
         while vector * rows > kind.held:
             vector //= 2
         voxels = vector
-        while 2 * voxels * rows <= kind.spread:
+        while 2 * voxels * rows <= kind.fill:
             voxels *= 2
         return Tile(block, 4 * WARP * voxels, align, 1, 1, vector, quads), 4
     width, narrowest = WARP, SECTOR_BYTES // itemsize

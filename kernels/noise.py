@@ -83,7 +83,9 @@ def box_muller(a, b):
 
 @triton.jit
 def normals(k0, k1, voxel, quad, LANE_MAJOR: tl.constexpr):
-    """Normals of ``quad`` ``[Q]`` for ``voxel`` ``[TILE]``: ``[4 * Q, TILE]``, row ``lane * Q + q`` or ``4 * q + lane``."""
+    """Normals ``[4 * Q, TILE]`` of ``quad`` ``[Q]`` for ``voxel`` ``[TILE]``, in rows ``lane * Q + q`` or
+    ``4 * q + lane``.
+    """
     voxel, quad = voxel[None, :], quad.to(tl.uint32)[:, None]
     r0, r1, r2, r3 = philox4x32(
         voxel.to(tl.uint32), (voxel >> 32).to(tl.uint32), quad, tl.full([1, 1], 0, tl.uint32), k0, k1

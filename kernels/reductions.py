@@ -1,13 +1,12 @@
 """The small kernels around a loss: the mean's divisors before it, its sum after it, the upstream factor in backward.
 
-Sums are made in a fixed order: partial sums per program, then over programs. No atomics, and nothing waits for the host.
+Sums are made in a fixed order, of a program and then over programs: no atomics, and nothing waits for the host.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from calseg.kernels.common import divisors, label_weights, load_labels, locate
 
 

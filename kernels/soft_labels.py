@@ -1,10 +1,9 @@
-"""Soft labels: sampled from the dense Gaussian (and their gradient), accumulated from logit maps, blended with labels."""
+"""Soft labels: sampled from the dense Gaussian, accumulated from logit maps, blended with labels; their gradients."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from calseg.kernels.common import (
     INF,
     classes,

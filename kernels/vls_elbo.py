@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from calseg.kernels.common import (
     classes,
     exp_any,

@@ -1,4 +1,4 @@
-"""Compiles what the Triton engine would launch, without a GPU: ``python ahead_of_time.py`` prints one JSON row a kernel.
+"""Compiles what the Triton engine would launch, without a GPU: ``python ahead_of_time.py`` prints a JSON row a kernel.
 
 The engine runs as it is, on CPU tensors whose memory nobody touches; only the launch is replaced by a compilation for
 a GPU of each architecture, through the same just-in-time path, with a driver that is not there. Registers, stack (what
@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 import triton
+from calseg.kernels import engine
 from triton.backends.compiler import GPUTarget
 
 from calseg import ops
-from calseg.kernels import engine
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 EDGES = {1: 128, 2: 128, 4: 128, 8: 128, 14: 128, 33: 96, 64: 64, 117: 64, 600: 32, 3000: 16}
@@ -62,7 +62,7 @@ def compiled(architectures: tuple[int, ...], run: Any) -> list[dict[str, Any]]:
         for architecture in architectures:
             triton.runtime.driver.set_active(Driver(architecture))
             binary = kernel.warmup(*arguments, grid=(programs,), num_warps=num_warps, enable_fp_fusion=True)
-            vectors = {match for match in re.findall(r"(?:ld|st)\.global\S*", binary.asm["ptx"])}
+            vectors = set(re.findall(r"(?:ld|st)\.global\S*", binary.asm["ptx"]))
             rows.append(
                 {"kernel": kernel.fn.__name__, "architecture": architecture, "programs": programs,
                  "num_warps": num_warps, "tile": str(arguments[-1]), "memory": sorted(vectors),

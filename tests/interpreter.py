@@ -7,6 +7,11 @@ bfloat16, where a GPU rounds to nearest. NumPy warns of every NaN and overflow, 
 
 from __future__ import annotations
 
+import inspect
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
@@ -18,7 +23,8 @@ class _Patched:
 
 
 def install() -> None:
-    patch, run, cast = interpreter._patch_lang, interpreter.GridExecutor.__call__, interpreter.InterpreterBuilder.cast_impl
+    executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
+    patch, run, cast = interpreter._patch_lang, executor.__call__, builder.cast_impl
     done = []
 
     def patch_once(function):
@@ -27,7 +33,8 @@ def install() -> None:
         return _Patched()
 
     def run_quietly(self, *args, **kwargs):
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
             run(self, *args, **kwargs)
 
     def cast_rounding(self, source, to):
@@ -42,10 +49,19 @@ def install() -> None:
         return cast(self, source, to)
 
     interpreter._patch_lang = patch_once
-    executor = interpreter.GridExecutor
     executor.__call__ = run_quietly
     executor._init_args_hst = lambda self, args, kwargs: (list(args), dict(kwargs))
     executor._restore_args_dev = lambda self, *_: None
-    interpreter.InterpreterBuilder.cast_impl = cast_rounding
-    for name in ("create_fp_ext", "create_fp_trunc"):
-        setattr(interpreter.InterpreterBuilder, name, cast_rounding)
+    builder.cast_impl = builder.create_fp_ext = builder.create_fp_trunc = cast_rounding
+
+
+def run_program(kernel: Any, programs: int, program: int, arguments: Sequence[Any]) -> None:
+    """One of a launch's programs alone."""
+    executor = interpreter.GridExecutor(kernel.rewrite(), kernel.arg_names, (1,))
+    given = inspect.getcallargs(executor.fn, *arguments)
+    given = {k: v if k in executor.constexprs else interpreter._implicit_cvt(v) for k, v in given.items()}
+    interpreter._patch_lang(executor.fn)
+    interpreter.interpreter_builder.set_grid_dim(programs, 1, 1)
+    interpreter.interpreter_builder.set_grid_idx(program, 0, 0)
+    with np.errstate(all="ignore"):
+        executor.fn(**given)

@@ -138,7 +138,7 @@ def _loss_arguments(reduction, *, mu=False, soft=False, hard=True, requires_grad
     m, v = (leaf(1), leaf(2)) if mu else (None, None)
     needed = [reduction != "none" and requires_grad and t is not None for t in (x, y, m, v)]
     return (x, y, m, v, TARGET if hard else None, None, torch.tensor(5), None, needed, -100, False, reduction,
-            torch.float64,             0.1, 0.3, 2, 1.0, 0.5, 0.0, 0.0)  # fmt: skip
+            torch.float64, 0.1, 0.3, 2, 1.0, 0.5, 0.0, 0.0, "cpu")  # fmt: skip
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -150,10 +150,10 @@ def test_opcheck_of_the_loss(reduction, kind, monkeypatch):
 def test_opcheck_of_the_soft_labels():
     mu, logvar = (scores(*SHAPE, seed=k).requires_grad_() for k in (1, 2))
     for target in (None, TARGET):
-        torch.library.opcheck(compiled.sample_operator, (mu, logvar, target, torch.tensor(5), -100, 2, 1.0, 0.3))
-        torch.library.opcheck(compiled.blend_operator, (mu, target, -100, 0.3, 0.5))
+        torch.library.opcheck(compiled.sample_operator, (mu, logvar, target, torch.tensor(5), -100, 2, 1.0, 0.3, "cpu"))
+        torch.library.opcheck(compiled.blend_operator, (mu, target, -100, 0.3, 0.5, "cpu"))
         upstream = scores(*SHAPE, seed=4)
-        arguments = (mu.detach(), logvar.detach(), target, torch.tensor(5), -100, 2, 1.0, 0.3, upstream)
+        arguments = (mu.detach(), logvar.detach(), target, torch.tensor(5), -100, 2, 1.0, 0.3, "cpu", upstream)
         torch.library.opcheck(compiled.sample_backward_operator, arguments)
 
 

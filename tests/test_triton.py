@@ -1,0 +1,825 @@
+"""The Triton engine without a GPU: its numbers in Triton's interpreter, and what its kernels compile to.
+
+Through the cases of the other backends, as many as the interpreter has time for; with CALSEG_TEST_TRITON=1 the files of
+the operations take all of them. test_gpu.py has what only a GPU can show.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    LABELS,
+    LAYOUTS,
+    SHAPES,
+    assert_accurate,
+    assert_matches,
+    class_weights,
+    evaluate,
+    id_of,
+    labels,
+    scores,
+)
+from test_autograd import LOSSES, MAPS
+from test_cross_entropy import EXTREMES, pair
+from test_soft_labels import naive_accumulate, sampler
+from test_vls_cross_entropy import gaussian, vls
+from test_vls_elbo import elbo
+
+import calseg
+from calseg import ops, rng
+
+pytestmark = [
+    pytest.mark.skipif(ops.TRITON_ERROR is not None, reason=str(ops.TRITON_ERROR)),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU: test_gpu.py"),
+    pytest.mark.timeout(300),
+]
+
+if ops.TRITON_ERROR is None:
+    import interpreter
+    import triton
+    import triton.language as tl
+    from calseg.kernels import engine, launch
+    from calseg.kernels.common import Tile
+    from calseg.kernels.launch import HARD, SAMPLED, SOFT, WEIGHTED, Geometry
+    from calseg.kernels.noise import normals, philox4x32
+
+REDUCTIONS = ("none", "mean", "sum")
+LOW = (torch.bfloat16, torch.float16)
+ULPS = 48  # as for the CPU engine: the noise is good to 1e-6
+
+
+# ---- cross-entropy ----
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_cross_entropy(shape, reduction):
+    shape = shape(5)
+    for weighted, label_smoothing, ignore_index in ((False, 0.0, -100), (True, 0.3, 2), (False, 0.1, 255)):
+        target = labels(shape, ignore_index=ignore_index)
+        if target.dim() == 0:
+            target = torch.ones_like(target)
+        weight = class_weights(5, torch.float32) if weighted else None
+        options = {"weight": weight, "label_smoothing": label_smoothing, "ignore_index": ignore_index}
+        function = pair(target, "triton", reduction=reduction, **options)
+        assert_matches(*function, {"input": scores(*shape, dtype=torch.float32)})
+
+
+@pytest.mark.parametrize("C", [1, 2, 3, 4, 7, 8, 9, 16, 17, 33, 64, 117])
+def test_classes_and_odd_sizes(C):
+    """Every way in which classes are held by threads; sizes that are no multiple of anything."""
+    for size in (1, 37, 128):
+        shape = (2, C, size)
+        assert_matches(*pair(labels(shape), "triton", reduction="none"), {"input": scores(*shape, dtype=torch.float32)},
+                       ulps=8 + C / 4)  # fmt: skip
+
+
+def test_a_tile_and_its_edges():
+    """Sizes around the tile of 2048 voxels: several programs, partial sums, the last one cut."""
+    for size in (2047, 2049, 4097):
+        shape = (1, 2, size)
+        x = scores(*shape, dtype=torch.float32)
+        for reduction in ("none", "mean"):
+            assert_matches(*pair(labels(shape, ignore_index=-100), "triton", reduction=reduction), {"input": x})
+
+
+@pytest.mark.parametrize("dtype", LABELS, ids=id_of)
+def test_label_types(dtype):
+    C, ignore_index = 117, 100 if dtype == torch.int8 else 200
+    shape = (2, C, 5, 3)
+    target = labels(shape, ignore_index=ignore_index, dtype=dtype)
+    x = {"input": scores(*shape, dtype=torch.float32)}
+    transposed = target.long().transpose(1, 2).contiguous().to(dtype).transpose(1, 2)
+    for given in (target[:, None], transposed, target[:1].expand(2, -1, -1)):
+        flat = given.squeeze(1) if given.dim() == 4 else given
+        assert_matches(
+            lambda input, given=given: calseg.vls_cross_entropy(
+                input, given, ignore_index=ignore_index, backend="triton"
+            ),
+            pair(flat, None, ignore_index=ignore_index)[1], x,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "label", "ignore_index"),
+    [(torch.uint8, 156, -100), (torch.uint8, 255, -1), (torch.int8, 3, 259), (torch.uint64, 7, -(2**64) + 7)],
+    ids=str,
+)
+def test_ignore_index_is_compared_as_a_number(dtype, label, ignore_index):
+    shape = (2, label + 1, 3)
+    target = torch.full((2, 3), label, dtype=torch.int64).to(dtype)
+    function = lambda input: calseg.vls_cross_entropy(input, target, ignore_index=ignore_index, backend="triton")  # noqa: E731
+    assert_matches(function, pair(target, None)[1], {"input": scores(*shape, dtype=torch.float32)})
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_extreme_logits(kind):
+    x = torch.tensor(EXTREMES, dtype=torch.float32).repeat(3, 1)
+    target = torch.arange(3).repeat_interleave(len(EXTREMES))
+    if kind == "soft":
+        target = 0.2 * torch.ones(len(x), 3) + 0.4 * F.one_hot(target, 3)
+    for dtype, weight in product((torch.float32, torch.bfloat16), (None, class_weights(3).float())):
+        wanted = target.to(dtype) if kind == "soft" else target
+        options = {"reduction": "none", "weight": None if weight is None else weight.to(dtype)}
+        assert_matches(*pair(wanted, "triton", **options), {"input": x.to(dtype)}, grad_scale=2.0)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=id_of)
+@pytest.mark.parametrize(("kind", "C"), [("hard", 2), ("weighted", 5), ("soft", 3)])
+def test_low_precision(dtype, kind, C):
+    """Arithmetic is float32's: one rounding of the result, in value and gradient."""
+    shape = (2, C, 17, 19)
+    x, target, options = scores(*shape, dtype=dtype, scale=3.0), labels(shape), {}
+    if kind == "weighted":
+        options["weight"] = class_weights(C).to(dtype)
+    if kind == "soft":
+        target = torch.softmax(scores(*shape, seed=4), 1).to(dtype)
+    wide = target.double() if kind == "soft" else target
+    for reduction in ("none", "mean"):
+        options["reduction"] = reduction
+        assert_matches(pair(target, "triton", **options)[0], pair(wide, None, **options)[1], {"input": x})
+
+
+def test_a_gradient_scaler_reaches_float16_before_it_is_rounded():
+    """The gradient of a mean over 2^14 voxels is below the normal numbers of float16; times 2^13 it is not."""
+    shape = (1, 2, 2**14)
+    x, target = scores(*shape, dtype=torch.float16).requires_grad_(), labels(shape, dtype=torch.uint8)
+    loss = calseg.vls_cross_entropy(x, target, ignore_index=255, backend="triton")
+    (gradient,) = torch.autograd.grad(loss.float() * 2.0**13, x)
+    wide = x.detach().double().requires_grad_()
+    (wanted,) = torch.autograd.grad(F.cross_entropy(wide, target.long()) * 2.0**13, wide)
+    assert_accurate(gradient, wanted, ulps=8)
+
+
+@pytest.mark.parametrize("name", ["channels_last", "sliced_channels", "sliced_channels_last", "every_second",
+                                  "transposed_space", "batch_inside", "odd_offset", "negative_bit"])  # fmt: skip
+def test_layouts(name):
+    """Each tensor in its own layout: the numbers of contiguous ones; gradients have the strides of empty_like."""
+    shape = (2, 5, 6, 7)
+    x, soft = scores(*shape, dtype=torch.float32), torch.softmax(scores(*shape, dtype=torch.float32, seed=2), 1)
+    function = lambda input, soft: calseg.soft_cross_entropy(input, soft, backend="triton")  # noqa: E731
+    wanted = evaluate(function, {"input": x, "soft": soft})
+    for of in ("input", "soft"):
+        tensors = {"input": x, "soft": soft}
+        tensors[of] = LAYOUTS[name](tensors[of])
+        got = evaluate(function, tensors)
+        assert_accurate(got.value, wanted.value, ulps=2)
+        for key, gradient in got.gradients.items():
+            assert_accurate(gradient, wanted.gradients[key], ulps=4, what=key)
+            like = x if name == "transposed_space" or key != of else torch.empty_like(tensors[of])
+            assert gradient.stride() == like.stride()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nothing_of_an_ignored_voxel_counts(bad):
+    shape = (2, 4, 7, 9)
+    target = labels(shape, ignore_index=-100)
+    hole = (target == -100)[:, None].expand(shape)
+    tensors = gaussian(*shape, dtype=torch.float32)
+    for function, names in (
+        (pair(target, "triton", label_smoothing=0.1)[0], ("input",)),
+        (vls(target, "triton", alpha=0.5), ("input", "mu", "logvar")),
+        (elbo(target, "triton"), ("mu", "logvar")),
+        (sampler(target, "triton", alpha=0.5), ("mu", "logvar")),
+        (lambda mu, logvar: calseg.accumulate_soft_labels((mu, logvar), target, alpha=0.5, backend="triton"),
+         ("mu", "logvar")),
+    ):  # fmt: skip
+        given = {name: tensors[name] for name in names}
+        clean = evaluate(function, given)
+        soiled = evaluate(function, {k: t.masked_fill(hole, bad) for k, t in given.items()})
+        assert torch.equal(clean.value, soiled.value)
+        for name, gradient in soiled.gradients.items():
+            assert torch.count_nonzero(gradient[hole]) == 0, name
+            assert torch.equal(gradient, clean.gradients[name]), name
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_all_ignored_and_empty(reduction):
+    weight = class_weights(3).float()
+    for options in ({}, {"weight": weight, "label_smoothing": 0.1}):
+        function, oracle = pair(torch.full((2, 5), -100), "triton", reduction=reduction, **options)
+        x = scores(2, 3, 5, dtype=torch.float32)
+        got = evaluate(function, {"input": x})
+        assert torch.equal(got.value.isnan(), oracle(x.double()).isnan())
+        assert torch.count_nonzero(got.value.nan_to_num()) == 0
+        assert torch.equal(got.gradients["input"], torch.zeros_like(x))
+    for shape in ((0, 3, 4), (2, 3, 0), (0, 3)):
+        x = scores(*shape, dtype=torch.float32)
+        assert_matches(*pair(labels(shape), "triton", reduction=reduction), {"input": x})
+        assert_matches(
+            lambda mu, logvar: calseg.gaussian_kl(mu, logvar, reduction=reduction, backend="triton"),
+            lambda mu, logvar: calseg.gaussian_kl(mu, logvar, reduction=reduction, backend="reference"),
+            {"mu": x, "logvar": x},
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_soft_labels_and_masks(reduction):
+    """Probabilities, given soft labels beside hard ones, masks, mixed dtypes, an impossible class without mass."""
+    shape = (2, 4, 5, 6)
+    target, weight = labels(shape, ignore_index=3), class_weights(4).float()
+    mask = labels(shape, ignore_index=-1) < 0
+    tensors = {"input": scores(*shape, dtype=torch.bfloat16), "soft": scores(*shape, dtype=torch.float32, seed=2).abs()}
+    for call in (
+        lambda b, input, soft: calseg.soft_cross_entropy(
+            input, soft, weight.to(soft.dtype), label_smoothing=0.3, reduction=reduction, backend=b
+        ),
+        lambda b, input, soft: calseg.soft_cross_entropy(input, soft, ignore_mask=mask, reduction=reduction, backend=b),
+        lambda b, input, soft: calseg.vls_cross_entropy(
+            input, target, weight.to(soft.dtype), ignore_index=3, soft_labels=soft, reduction=reduction, backend=b
+        ),
+    ):
+        assert_matches(
+            lambda input, soft, call=call: call("triton", input, soft),
+            lambda input, soft, call=call: call("reference", input, soft), tensors, ulps=16,
+        )  # fmt: skip
+    x = torch.tensor([[0.5, -torch.inf, 1.0]])
+    got = evaluate(
+        lambda x, y: calseg.soft_cross_entropy(x, y, backend="triton"), {"x": x, "y": torch.tensor([[0.25, 0.0, 0.75]])}
+    )
+    assert all(bool(g.isfinite().all()) and float(g[0, 1]) == 0.0 for g in got.gradients.values())
+    assert got.value.isfinite()
+
+
+# ---- the Gaussian ----
+
+SAMPLED_OPTIONS = [
+    {},
+    {"alpha": 1.0, "temperature": 2.0, "num_samples": 3, "beta": 0.2, "prior_mu": 0.5, "prior_logvar": -1.0},
+    {"alpha": 0.3, "label_smoothing": 0.2, "beta": 0.0, "num_samples": 5, "seed": -9, "weighted": True},
+    {"alpha": 0.0, "beta": 2.0},
+]  # fmt: skip
+
+
+def against_reference(make, target, tensors, **options):
+    return assert_matches(
+        make(target, "triton", **options), make(target, "reference", **options), tensors, ulps=ULPS, scale=2.0
+    )
+
+
+@pytest.mark.parametrize("options", SAMPLED_OPTIONS, ids=range(len(SAMPLED_OPTIONS)))
+@pytest.mark.parametrize("C", [1, 2, 3, 5, 14, 33])
+def test_vls(C, options):
+    """One to several samples and classes a quad, with and without classes that pad it."""
+    shape = (2, C, 6, 7) if C < 14 else (1, C, 33)
+    for reduction in ("none", "mean") if C == 5 else ("mean",):
+        target = labels(shape, ignore_index=-100)
+        against_reference(vls, target, gaussian(*shape, dtype=torch.float32), reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=id_of)
+@pytest.mark.parametrize("shape", ["C", "NC", "NCDHW"])
+def test_vls_in_shapes_and_dtypes(shape, dtype):
+    shape = SHAPES[shape](4)
+    tensors = gaussian(*shape, dtype=dtype)
+    tensors["mu"] = tensors["mu"].float()
+    against_reference(vls, labels(shape), tensors, alpha=0.5, reduction="sum")
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "sliced_space"])
+def test_vls_layouts(layout):
+    shape = (2, 5, 6, 7)
+    tensors, target = gaussian(*shape, dtype=torch.float32), labels(shape, ignore_index=-100)
+    wanted = evaluate(vls(target, "triton", alpha=0.5), tensors)
+    for names in (("mu",), ("input", "mu", "logvar")):
+        changed = {k: LAYOUTS[layout](t) if k in names else t for k, t in tensors.items()}
+        got = evaluate(vls(target, "triton", alpha=0.5), changed)
+        assert_accurate(got.value, wanted.value, ulps=4)
+        for name, gradient in got.gradients.items():
+            assert_accurate(gradient, wanted.gradients[name], ulps=8, what=name)
+
+
+@pytest.mark.parametrize("C", [1, 2, 4, 5, 33])
+def test_elbo(C):
+    shape = (2, C, 6, 7) if C < 14 else (1, C, 33)
+    tensors = {k: t for k, t in gaussian(*shape, dtype=torch.float32).items() if k != "input"}
+    for options in ({"reduction": "none"}, {"weighted": True, "num_samples": 3, "beta": 0.0, "prior_mu": -0.5}):
+        target = labels(shape, ignore_index=-100)
+        against_reference(elbo, target, tensors, **options)
+
+
+@pytest.mark.parametrize("C", [1, 2, 3, 14, 33])
+def test_sampled_soft_labels(C):
+    shape = (2, C, 6, 7) if C < 14 else (1, C, 33)
+    tensors = {k: t for k, t in gaussian(*shape, dtype=torch.float32).items() if k != "input"}
+    for target, options in (
+        (None, {"num_samples": 3, "temperature": 0.5}), (labels(shape, ignore_index=-100), {"alpha": 0.6, "seed": -1})
+    ):  # fmt: skip
+        against_reference(sampler, target, tensors, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=id_of)
+def test_accumulated_soft_labels(dtype):
+    shape = (2, 4, 5, 7)
+    maps = {f"map{k}": scores(*shape, dtype=dtype, seed=k) for k in range(2)}
+    for target, options in ((None, {"temperature": 2.0}), (labels(shape, ignore_index=-100), {"alpha": 0.7})):
+        assert_matches(
+            lambda *, target=target, options=options, **maps: calseg.accumulate_soft_labels(
+                maps.values(), target, backend="triton", **options
+            ),
+            lambda *, target=target, options=options, **maps: naive_accumulate(list(maps.values()), target, **options),
+            maps, ulps=16, scale=1.0, grad_scale=1.0,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gaussian_kl(reduction):
+    for shape in ((19, 1), (2, 5, 4, 3), (1, 33, 20)):
+        tensors = {"mu": scores(*shape, dtype=torch.float32), "logvar": scores(*shape, dtype=torch.float32, seed=1)}
+        assert_matches(
+            *(lambda mu, logvar, b=b: calseg.gaussian_kl(mu, logvar, 0.5, -1.0, reduction, backend=b)
+              for b in ("triton", "reference")), tensors, ulps=16,
+        )  # fmt: skip
+
+
+def test_gaussian_kl_of_extremes():
+    mu = torch.tensor([[0.0], [1e4], [0.0], [0.0], [torch.nan], [torch.inf], [0.0]])
+    logvar = torch.tensor([[0.0], [0.0], [-1e4], [80.0], [0.0], [0.0], [torch.nan]])
+    wanted = 0.5 * (logvar.double().exp() + mu.double() ** 2 - 1 - logvar.double())[:, 0]
+    got = calseg.gaussian_kl(mu, logvar, reduction="none", backend="triton")
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=0, equal_nan=True)
+
+
+def test_impossible_class_without_mass():
+    tensors, target = gaussian(4, 3, dtype=torch.float32), torch.tensor([0, 2, 0, 2])
+    tensors["input"][:, 1], tensors["mu"][:, 1] = -torch.inf, -1e5
+    got = evaluate(vls(target, "triton", reduction="none", alpha=0.5, beta=0.0), tensors)
+    wanted = evaluate(vls(target, "reference", reduction="none", alpha=0.5, beta=0.0), {
+        k: t.double() for k, t in tensors.items()
+    })  # fmt: skip
+    assert_accurate(got.value, wanted.value, ulps=ULPS)
+    assert_accurate(got.gradients["input"], wanted.gradients["input"], ulps=ULPS)
+    for name, gradient in got.gradients.items():
+        assert bool(gradient.isfinite().all()), name
+        assert torch.count_nonzero(gradient[:, 1]) == 0, name
+
+
+# ---- more classes than a program can hold ----
+
+
+@pytest.mark.parametrize("name", [*LOSSES, *MAPS])
+def test_classes_in_blocks(name, monkeypatch):
+    """Tiles of four classes: the numbers of one tile for all, from one pass over the blocks after another."""
+    monkeypatch.setattr(launch, "choose_tile", lambda kind, geometry, itemsize: (Tile(4, 64, LANE_MAJOR=kind.noise), 4))
+    shape, target = (2, 10, 4, 5), labels((2, 10, 4, 5), ignore_index=-100)
+    weight = class_weights(10)
+    make = {
+        "hard": lambda b, r, x: calseg.vls_cross_entropy(x, target, weight.to(x.dtype), reduction=r, backend=b,
+                                                         label_smoothing=0.1),
+        "soft": lambda b, r, x, y: calseg.soft_cross_entropy(x, y, weight.to(x.dtype), reduction=r, backend=b),
+        "masked": lambda b, r, x, y: calseg.soft_cross_entropy(x, y, ignore_mask=target < 0, reduction=r, backend=b),
+        "given": lambda b, r, x, y: calseg.vls_cross_entropy(x, target, soft_labels=y, reduction=r, backend=b),
+        "vls": lambda b, r, x, mu, logvar: calseg.vls_cross_entropy(
+            x, target, weight.to(x.dtype), mu=mu, logvar=logvar, alpha=0.6, temperature=0.7, seed=1, num_samples=3,
+            label_smoothing=0.1, reduction=r, backend=b),
+        "elbo": lambda b, r, mu, logvar: calseg.vls_elbo(mu, logvar, target, seed=1, num_samples=3, reduction=r,
+                                                         backend=b),
+        "kl": lambda b, r, mu, logvar: calseg.gaussian_kl(mu, logvar, 0.2, -0.3, r, backend=b),
+        "sample": lambda b, r, mu, logvar: calseg.sample_soft_labels(mu, logvar, target, seed=1, num_samples=3,
+                                                                     backend=b),
+        "estimate": lambda b, r, mu, logvar: calseg.sample_soft_labels(mu, logvar, seed=1, num_samples=3, backend=b),
+        "accumulate": lambda b, r, mu, logvar: calseg.accumulate_soft_labels(
+            (mu, logvar), target, alpha=0.4, temperature=2.0, backend=b),
+    }[name]  # fmt: skip
+    all_tensors = {"x": scores(*shape), "y": torch.softmax(scores(*shape, seed=9), 1), "mu": scores(*shape, seed=1),
+                   "logvar": scores(*shape, seed=2, scale=0.8)}  # fmt: skip
+    names = make.__code__.co_varnames[2 : make.__code__.co_argcount]
+    tensors = {k: all_tensors[k].float() for k in names}
+    for reduction in ("none", "mean") if name in LOSSES else ("none",):
+        assert_matches(
+            lambda r=reduction, **t: make("triton", r, **t), lambda r=reduction, **t: make("reference", r, **t),
+            tensors, ulps=ULPS, scale=2.0,
+        )  # fmt: skip
+
+
+# ---- the noise ----
+
+
+def _philox_known_answers():
+    @triton.jit
+    def kernel(out, c0, c1, c2, c3, k0, k1):
+        words = philox4x32(
+            tl.load(c0), tl.load(c1), tl.load(c2), tl.load(c3), tl.load(k0).to(tl.uint32), tl.load(k1).to(tl.uint32)
+        )
+        for i in tl.static_range(4):
+            tl.store(out + i, words[i])
+
+    return kernel
+
+
+def test_philox_known_answers():
+    word = lambda value: torch.tensor([value], dtype=torch.int64).to(torch.uint32)  # noqa: E731
+    kernel = _philox_known_answers()
+    for counter, key, wanted in (
+        ((0, 0, 0, 0), (0, 0), (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+        ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
+         (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A)),
+    ):  # fmt: skip
+        out = torch.zeros(4, dtype=torch.int64).to(torch.uint32)
+        kernel[(1,)](out, *map(word, counter), *map(word, key))
+        assert tuple(out.long().tolist()) == wanted
+
+
+@pytest.mark.parametrize("lane_major", [False, True])
+def test_normals(lane_major):
+    """Those of the contract to rounding, on both sides of voxel 2^32, in both orders of rows."""
+
+    @triton.jit
+    def kernel(out, start, k0, k1, LANE_MAJOR: tl.constexpr):
+        column, row = tl.arange(0, 128), tl.arange(0, 16)
+        z = normals(tl.load(k0).to(tl.uint32), tl.load(k1).to(tl.uint32), tl.load(start) + column, tl.arange(0, 4),
+                    LANE_MAJOR)  # fmt: skip
+        c = 4 * (row % 4) + row // 4 if LANE_MAJOR else row
+        tl.store(out + c[:, None] * 128 + column[None, :], z)
+
+    for seed, start in ((5, 0), (-7, 2**32 - 64), (2**40 + 3, 2**33)):
+        out = torch.full((16, 128), torch.nan)
+        halves = [torch.tensor(seed >> shift & 0xFFFFFFFF) for shift in (0, 32)]
+        kernel[(1,)](out, torch.tensor(start), *halves, lane_major)
+        wanted = rng.standard_normal(seed, 128, 16, 0, first_voxel=start, device=torch.device("cpu"))
+        assert_accurate(out, wanted, ulps=4)
+
+
+def test_seeds():
+    tensors, target = gaussian(2, 3, 20, dtype=torch.float32), labels((2, 3, 20))
+    loss = lambda seed: float(vls(target, "triton", alpha=1.0, seed=seed, num_samples=1)(**tensors))  # noqa: E731
+    assert loss(7) == loss(torch.tensor(7))
+    assert loss(-3) == loss(2**64 - 3) == loss(torch.tensor(-3))
+    assert len({loss(seed) for seed in (0, 1, 2**32, 2**63, -1)}) == 5
+    torch.manual_seed(5)
+    first = loss(None)
+    torch.manual_seed(5)
+    assert loss(None) == first
+
+
+# ---- labels that are no class ----
+
+
+@pytest.mark.parametrize("label", [5, 255, -1, -7, 2**31 + 1, 2**32 + 1])
+def test_a_label_out_of_range_makes_the_loss_nan(label):
+    """Its voxel alone, in value and gradient; nothing is read outside the tensors."""
+    shape = (1, 5, 12)
+    target = labels(shape)
+    target[0, 7] = label
+    tensors = gaussian(*shape, dtype=torch.float32)
+    for function, names in (
+        (pair(target, "triton", reduction="none")[0], ("input",)),
+        (pair(target, "triton", reduction="none", weight=class_weights(5).float(), label_smoothing=0.1)[0], ("input",)),
+        (vls(target, "triton", reduction="none"), ("input", "mu", "logvar")),
+        (elbo(target, "triton", reduction="none"), ("mu", "logvar")),
+    ):
+        got = evaluate(function, {name: tensors[name] for name in names})
+        assert got.value.isnan().nonzero().tolist() == [[0, 7]]
+        assert all(bool(g[..., 7].isnan().any()) for g in got.gradients.values())
+        assert all(bool(g[..., :7].isfinite().all()) for g in got.gradients.values())
+    assert pair(target, "triton")[0](tensors["input"]).isnan()
+    soft = sampler(target, "triton")(tensors["mu"], tensors["logvar"])
+    assert soft.isnan().all(1).nonzero().tolist() == [[0, 7]]
+
+
+def test_a_label_out_of_range_raises_if_asked_to(monkeypatch):
+    monkeypatch.setattr(engine, "CHECK_LABELS", True)
+    target = torch.tensor([[0, 1, 2, 9]], dtype=torch.uint8)
+    x = scores(1, 3, 4, dtype=torch.float32)
+    for call in (
+        lambda: calseg.vls_cross_entropy(x, target, backend="triton"),
+        lambda: calseg.vls_elbo(x, x, target, backend="triton", seed=0),
+        lambda: calseg.sample_soft_labels(x, x, target, backend="triton", seed=0),
+        lambda: calseg.accumulate_soft_labels([x], target, backend="triton"),
+    ):
+        with pytest.raises(IndexError, match=r"target\[0, 3\] is 9: wanted a class in \[0, 3\)"):
+            call()
+
+
+def test_the_switch_in_the_environment():
+    code = "from calseg.kernels import engine; print(engine.CHECK_LABELS)"
+    for value, wanted in (("1", "True"), ("0", "False"), ("", "False")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "CALSEG_CHECK_LABELS": value}, capture_output=True,
+            text=True, check=True,
+        )  # fmt: skip
+        assert done.stdout.strip() == wanted
+
+
+# ---- beyond 32 bits ----
+
+
+def far_apart(values: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """The values in a storage whose offsets pass 2^31: untouched pages of it take no memory."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(values.shape, strides, strict=True))
+    return torch.empty(extent, dtype=values.dtype).as_strided(values.shape, strides).copy_(values)
+
+
+@pytest.mark.parametrize(
+    "strides",
+    [(2**31 + 48, 40, 1), (200, 2**30 + 16, 1), (160, 1, 2**26 + 8), (7, 2**30 + 5, 3 * 2**24 + 1)],
+    ids=["batch", "class", "voxels, channels last", "all"],
+)
+def test_offsets_past_two_to_the_31(strides):
+    """Batch items, classes and voxels that lie further apart than 32 bits reach: the numbers of contiguous tensors."""
+    shape = (2, 4, 40)
+    x, y = scores(*shape, dtype=torch.bfloat16), torch.softmax(scores(*shape, seed=3), 1).bfloat16()
+    target = labels(shape, dtype=torch.uint8, ignore_index=3)
+    spec = ops.Loss(ops.Labels(target, 3), None, "none", torch.float32, backend="triton")
+    to = [torch.full_like(x, torch.nan) for _ in range(4)]
+    wanted = engine.loss(spec, x, y, None, None, (to[0], to[1], None, None))
+    far_to = [far_apart(torch.full_like(x, torch.nan), strides) for _ in range(2)]
+    far_target = far_apart(target, (strides[0], strides[2]))
+    far_spec = spec._replace(labels=ops.Labels(far_target, 3))
+    got = engine.loss(far_spec, far_apart(x, strides), far_apart(y, strides), None, None, (*far_to, None, None))
+    assert_accurate(got, wanted, ulps=2)
+    assert torch.equal(far_to[0], to[0])
+    assert torch.equal(far_to[1], to[1])
+
+
+def test_voxels_past_two_to_the_32(monkeypatch):
+    """More voxels than 32 bits count, in expanded tensors: the programs around voxel 2^32 and the last one."""
+    size, sums = 2**32 + 3001, {}
+    mu, logvar = (torch.tensor([a, b]).view(1, 2, 1).expand(1, 2, size) for a, b in ((0.3, -0.2), (0.5, 0.1)))
+    target = torch.ones(1, 1, dtype=torch.uint8).expand(1, size)
+
+    def some_programs(kernel, programs, like, arguments, num_warps):
+        if kernel is engine.vls_elbo:
+            tile = arguments[-1].TILE
+            assert programs == -(-size // tile)
+            partials = next(a for a in arguments if isinstance(a, torch.Tensor) and a.shape == (1, programs))
+            for program in (2**32 // tile - 1, 2**32 // tile, programs - 1):
+                interpreter.run_program(kernel, programs, program, arguments)
+                sums[program * tile, min(size, (program + 1) * tile)] = float(partials[0, program])
+
+    monkeypatch.setattr(engine, "launch", some_programs)
+    sampling = ops.Sampling(3, 1.0, 0.0, 0.0, 0.0, 99)
+    spec = ops.Loss(ops.Labels(target, 255), None, "sum", torch.float32, sampling=sampling, backend="triton")
+    engine.loss(spec, None, None, mu, logvar)
+    assert len(sums) == 3
+    for (start, stop), got in sums.items():
+        wanted = 0.0
+        for k in range(3):
+            eps = rng.standard_normal(99, stop - start, 2, k, first_voxel=start, device=torch.device("cpu"))
+            nu = mu[0, :, :1].double() + (logvar[0, :, :1].double() / 2).exp() * eps
+            wanted -= float(torch.log_softmax(nu, 0)[1].sum()) / 3
+        assert abs(got / wanted - 1) < 1e-6, start
+
+
+# ---- autograd, compile, streams of calls ----
+
+
+@pytest.mark.parametrize("name", ["hard-mean", "vls-mean", "elbo-none", "sample"])
+@pytest.mark.parametrize("factor", [1.0, -2.5])
+def test_upstream_gradient(name, factor):
+    """Scaled, and twice through a kept graph: the same gradients each time."""
+    kind, _, reduction = name.partition("-")
+    function, tensors = LOSSES[kind] if kind in LOSSES else MAPS[kind]
+    call = lambda b, t: function(b, reduction, **t) if reduction else function(b, **t)  # noqa: E731
+    weights = lambda v: (torch.arange(v.numel()) % 7 - 2.5).view(v.shape)  # noqa: E731
+    leaves = {k: t.float().requires_grad_() for k, t in tensors.items()}
+    value = call("triton", leaves)
+    loss = (value * weights(value)).sum() * factor
+    loss.backward(retain_graph=True)
+    first = {k: t.grad.clone() for k, t in leaves.items()}
+    loss.backward()
+    wide = {k: t.detach().clone().requires_grad_() for k, t in tensors.items()}
+    value = call("reference", wide)
+    ((value * weights(value)).sum() * factor).backward()
+    for k, t in leaves.items():
+        assert_accurate(first[k], wide[k].grad, ulps=ULPS, what=k)
+        assert_accurate(t.grad, 2 * wide[k].grad, ulps=ULPS, what=k)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+def test_nothing_waits_for_the_host(monkeypatch):
+    """No value of a tensor is asked for, in no operation, forward or backward: a GPU would have to be waited for."""
+
+    def refuse(*_):
+        raise AssertionError("a tensor's value was asked for")
+
+    seed = torch.tensor(11)
+    cases = [
+        *((lambda f=f, r=r, **t: f("triton", r, **t), tensors) for f, tensors in LOSSES.values() for r in ("mean",)),
+        (lambda mu, logvar: calseg.accumulate_soft_labels((mu, logvar), backend="triton").sum(), MAPS["sample"][1]),
+        (lambda mu, logvar: calseg.sample_soft_labels(mu, logvar, seed=seed, backend="triton").sum(),
+         MAPS["sample"][1]),
+    ]  # fmt: skip
+    prepared = [(f, {k: t.float().requires_grad_() for k, t in tensors.items()}) for f, tensors in cases]
+    for name in ("item", "__bool__", "__int__", "__float__", "tolist", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    for function, leaves in prepared:
+        torch.autograd.grad(function(**leaves), list(leaves.values()))
+
+
+def test_reuse_logits():
+    shape = (2, 3, 4, 5)
+    target, x = labels(shape, ignore_index=-100), scores(2, 3, 4, 5, dtype=torch.float32).requires_grad_()
+    logits = x + 0.0
+    seen = []
+    logits.register_hook(seen.append)
+    calseg.vls_cross_entropy(logits, target, reuse_logits=True, backend="triton").backward()
+    assert seen[0].data_ptr() == logits.data_ptr()
+    wanted = torch.autograd.grad(calseg.vls_cross_entropy(x, target, backend="triton"), x)[0]
+    assert_accurate(x.grad, wanted, ulps=4)
+
+
+@pytest.mark.parametrize("name", ["hard", "vls", "elbo", "sample", "accumulate"])
+def test_compiled(name):
+    """torch.compile(fullgraph=True) calls the same kernels."""
+    torch._dynamo.reset()
+    function, tensors = LOSSES[name] if name in LOSSES else MAPS[name]
+    tensors = {k: t.float() for k, t in tensors.items()}
+    call = lambda **t: function("triton", *(("mean",) if name in LOSSES else ()), **t)  # noqa: E731
+    eager = evaluate(lambda **t: call(**t).square().sum(), tensors)
+    quick = torch.compile(call, fullgraph=True, backend="aot_eager")
+    got = evaluate(lambda **t: quick(**t).square().sum(), tensors)
+    assert_accurate(got.value, eager.value, ulps=4)
+    for key, gradient in got.gradients.items():
+        assert_accurate(gradient, eager.gradients[key], ulps=8, what=key)
+    torch._dynamo.reset()
+
+
+# ---- the choice of the backend ----
+
+
+def on(device, dtype=torch.float32):
+    """What the choice looks at, of a tensor on a device that is not here."""
+    return SimpleNamespace(device=torch.device(device), dtype=dtype)
+
+
+def test_the_backend_of_a_gpu(monkeypatch):
+    """Triton where it is, for what it computes; else the reference, with one warning that says what to install."""
+    for device in ("cuda", "cuda:3", "xpu"):
+        assert ops.choose_backend(on(device), None) == ops.choose_backend(on(device), "triton") == "triton"
+        assert ops.choose_backend(on(device, torch.float64), None) == "reference"
+        assert ops.choose_backend(on(device, torch.float64), "triton") == "reference"
+        assert ops.choose_backend(on(device), "reference") == "reference"
+    assert ops.choose_backend(on("mps"), None) == "reference"
+    with pytest.raises(ValueError, match="backend='triton': got a tensor on mps, wanted one on a GPU"):
+        ops.choose_backend(on("mps"), "triton")
+    with monkeypatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET")
+        with pytest.raises(ValueError, match="got a tensor on cpu, wanted one on a GPU"):
+            ops.choose_backend(torch.zeros(1), "triton")
+    monkeypatch.setattr(ops, "TRITON_ERROR", "Triton is not installed: pip install triton")
+    monkeypatch.setattr(ops, "_warned", set())
+    with pytest.warns(RuntimeWarning, match=r"pip install triton; on cuda the slow reference backend is used") as seen:
+        assert ops.choose_backend(on("cuda"), None) == ops.choose_backend(on("cuda"), None) == "reference"
+    assert len(seen) == 1
+    with pytest.raises(RuntimeError, match="backend='triton': Triton is not installed"):
+        ops.choose_backend(on("cuda"), "triton")
+
+
+def test_float64_takes_the_reference():
+    x, target = scores(2, 3, 5), labels((2, 3, 5))
+    got = calseg.vls_cross_entropy(x, target, backend="triton")
+    assert torch.equal(got, calseg.vls_cross_entropy(x, target, backend="reference"))
+
+
+def test_an_old_triton_is_none(monkeypatch):
+    monkeypatch.setattr(ops.metadata, "version", lambda _: "3.1.0+git")
+    assert "Triton 3.1.0+git is too old: pip install 'triton>=3.6'" in str(ops._triton_error())
+
+
+# ---- launches ----
+
+KINDS = {"HARD": (64, 32, 16), "WEIGHTED": (32, 32, 16), "SOFT": (32, 16, 16), "SAMPLED": (16, 8, 8)}
+
+
+def geometry_of(C, S, layout):
+    strides = {"first": (C * S, S, 1), "last": (C * S, 1, C), "odd": (C * S, S, 1)}[layout]
+    return Geometry(2, C, S, [strides], [])
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("layout", ["first", "last", "odd"])
+def test_tiles(name, layout):
+    """Powers of two that registers hold, whole sectors of memory, alignments that are true."""
+    kind = {"HARD": HARD, "WEIGHTED": WEIGHTED, "SOFT": SOFT, "SAMPLED": SAMPLED}[name]
+    held, fill, spread = KINDS[name]
+    for C, itemsize in product((*range(1, 70), 100, 117, 128, 129, 500, 513, 1000, 5000), (2, 4)):
+        S = 4095 if layout == "odd" else 4096
+        geometry = geometry_of(C, S, layout)
+        tile, warps = launch.choose_tile(kind, geometry, itemsize)
+        for number in (tile.BLOCK_C, tile.TILE, tile.VEC_C, tile.VEC_S, warps):
+            assert number > 0
+            assert number & (number - 1) == 0
+        assert warps <= 16
+        # one class has no layout; noise comes in fours, of classes or of samples, and all of a quad are held
+        in_one_thread = (layout != "last" or C == 1) and held >= C
+        rows = -(-C // 4) * 4 if in_one_thread and name == "SAMPLED" else min(C, tile.BLOCK_C)
+        elements = rows * tile.TILE / (32 * warps)
+        assert elements <= (held if in_one_thread else spread), (C, tile, warps)
+        assert not in_one_thread or 2 * elements > fill
+        assert C <= tile.BLOCK_C or 32 * warps * spread == tile.BLOCK_C * tile.TILE  # blocks only where nothing else is
+        if layout != "last" or C == 1:
+            assert tile.TILE * itemsize >= 32
+            assert S % tile.ALIGN_C == 0
+            assert tile.VEC_S * itemsize <= 16
+            if layout == "first" and name != "SAMPLED" and not held // 2 < C <= held:
+                assert tile.VEC_S > 1
+            if layout == "odd" or name == "SAMPLED":
+                assert tile.VEC_S == 1
+        else:
+            assert C % tile.ALIGN_S == 0
+            assert max(1, tile.ALIGN_S) >= tile.VEC_C
+        if name == "SAMPLED" and C > 2:
+            assert tile.BLOCK_C >= 4
+
+
+def test_merged_items():
+    """Contiguous channels-last items and rows [N, C] are one item; channel-first items are not; S = 1 turns around."""
+    merge = lambda *a: launch.merge_items(Geometry(*a))  # noqa: E731
+    assert merge(3, 5, 7, [(35, 1, 5)], [(7, 0, 1)]) == (1, 5, 21, [(0, 1, 5)], [(0, 0, 1)])
+    assert merge(3, 5, 7, [(35, 7, 1)], [(7, 0, 1)]) == (3, 5, 7, [(35, 7, 1)], [(7, 0, 1)])
+    assert merge(3, 5, 7, [(35, 1, 5), (35, 7, 1)], []) == (3, 5, 7, [(35, 1, 5), (35, 7, 1)], [])
+    assert merge(9, 5, 1, [(5, 1, 1)], [(1, 0, 1)]) == (1, 5, 9, [(0, 1, 5)], [(0, 0, 1)])
+    assert merge(1, 5, 7, [(99, 7, 1)], []) == (1, 5, 7, [(0, 7, 1)], [])
+
+
+def test_alignment():
+    assert launch.common_alignment(64, 16, 8) == 8
+    assert launch.common_alignment(0, 32) == 16
+    assert launch.common_alignment(36, 12) == 4
+    assert launch.common_alignment(7) == 1
+
+
+# ---- machine code ----
+
+# operation -> registers a thread at most, over all classes and layouts here: benchmarks/notes.md says what they mean
+REGISTERS = {
+    "cross_entropy": 144, "weighted_cross_entropy": 128, "soft_cross_entropy": 168, "vls_cross_entropy": 240,
+    "vls_elbo": 184, "gaussian_kl": 128, "sample_soft_labels": 136, "accumulate_soft_labels": 96, "scale_gradients": 64,
+}  # fmt: skip
+COMPILED = [
+    *({"operation": "cross_entropy", "C": C} for C in (2, 4, 14, 33, 117)),
+    *({"operation": "cross_entropy", "C": C, "dtype": "bfloat16"} for C in (4, 14)),
+    *({"operation": "cross_entropy", "C": 4, "layout": layout} for layout in ("odd", "channels_last")),
+    {"operation": "cross_entropy", "C": 14, "gradient": False},
+    {"operation": "weighted_cross_entropy", "C": 14},
+    {"operation": "soft_cross_entropy", "C": 14},
+    *({"operation": "vls_cross_entropy", "C": C} for C in (2, 4, 14, 33, 117)),
+    {"operation": "vls_cross_entropy", "C": 4, "layout": "channels_last"},
+    {"operation": "vls_elbo", "C": 14},
+    {"operation": "vls_elbo", "C": 600, "architectures": [90]},
+    {"operation": "gaussian_kl", "C": 14},
+    {"operation": "sample_soft_labels", "C": 14},
+    {"operation": "accumulate_soft_labels", "C": 14},
+    {"operation": "scale_gradients", "C": 4, "dtype": "bfloat16"},
+]
+
+
+@pytest.fixture(scope="module")
+def machine_code():
+    """What ahead_of_time.py compiles, in a process in which Triton compiles (here it interprets)."""
+    here = Path(__file__).parent
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(here / "ahead_of_time.py")], input="\n".join(map(json.dumps, COMPILED)), env=environment,
+        capture_output=True, text=True, check=False, cwd=here,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("case", COMPILED, ids=lambda case: "-".join(map(str, case.values())))
+def test_nothing_spills(machine_code, case):
+    """Every kernel of an operation, compiled for sm_80 and sm_90: all in registers, and no more of them than stated."""
+    rows = [row for row in machine_code if all(row.get(key) == value for key, value in case.items()
+                                               if key != "architectures")]  # fmt: skip
+    rows = [row for row in rows if len({"dtype", "layout", "gradient"} & row.keys()) == len(
+        {"dtype", "layout", "gradient"} & case.keys())]  # fmt: skip
+    assert {row["architecture"] for row in rows} == set(case.get("architectures", (80, 90)))
+    for row in rows:
+        assert row["stack"] == row["local"] == 0, row
+        assert row["registers"] <= REGISTERS[case["operation"]], row
+
+
+@pytest.mark.timeout(900)
+def test_wide_loads(machine_code):
+    """16 bytes a thread where the alignment allows it, in loads and stores; 4 with an odd number of voxels."""
+
+    def widest(**case):
+        (row,) = (
+            row
+            for row in machine_code
+            if row["architecture"] == 90
+            and row["kernel"] == "hard_cross_entropy"
+            and all(row.get(k) == v for k, v in {"dtype": None, "layout": None, "gradient": None, **case}.items())
+        )
+        return {kind: any(".v4.b32" in m or ".v2.b64" in m for m in row["memory"] if m.startswith(kind))
+                for kind in ("ld", "st")}  # fmt: skip
+
+    assert widest(operation="cross_entropy", C=4) == {"ld": True, "st": True}
+    assert widest(operation="cross_entropy", C=117) == {"ld": True, "st": True}
+    assert widest(operation="cross_entropy", C=4, dtype="bfloat16") == {"ld": True, "st": True}
+    assert widest(operation="cross_entropy", C=4, layout="channels_last") == {"ld": True, "st": True}
+    assert widest(operation="cross_entropy", C=4, layout="odd") == {"ld": False, "st": False}
