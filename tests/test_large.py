@@ -76,6 +76,42 @@ def test_sampling_past_two_to_the_32_voxels():
     assert abs(float(got) / wanted - 1) < 1e-6
 
 
+def test_vls_with_the_gradients_of_all_three_inputs():
+    """Three gradients of more than 2^31 bfloat16 elements, 13 GiB; the inputs are one voxel, expanded."""
+    size = 2**30 + 2**16
+    values = ((0.5, -1.0), (0.3, -0.2), (0.5, 0.1))
+    inputs = [torch.tensor(v).bfloat16().view(1, 2, 1).expand(1, 2, size).requires_grad_() for v in values]
+    target = torch.full((1, size), 2, dtype=torch.uint8)
+    spots = pieces(size)
+    for spot in spots:
+        target[:, spot] = torch.arange(spot.stop - spot.start).remainder(3).to(torch.uint8)
+    x, mu, logvar = inputs
+    settings = {"num_samples": 2, "temperature": 1.5, "alpha": 0.4, "beta": 0.3}
+    loss = calseg.vls_cross_entropy(
+        x, target, mu=mu, logvar=logvar, ignore_index=2, reduction="sum", seed=11, **settings
+    )
+    gradients = torch.autograd.grad(loss, inputs)
+    wanted = 0.0
+    for spot in spots:
+        count = spot.stop - spot.start
+        parts = [tensor[..., spot].detach().double().requires_grad_() for tensor in inputs]
+        nu = [
+            parts[1]
+            + (parts[2] / 2).exp()
+            * rng.standard_normal(11, count, 2, k, first_voxel=spot.start, device=torch.device("cpu"))
+            for k in range(2)
+        ]
+        labels = target[:, spot].long()
+        valid = labels != 2
+        soft = 0.6 * F.one_hot(labels.clamp(max=1), 2).movedim(-1, 1) + 0.2 * sum((n / 1.5).softmax(1) for n in nu)
+        entropy = -(soft * parts[0].log_softmax(1)).sum(1)
+        part = (entropy + 0.3 * 0.5 * (parts[1] ** 2 + parts[2].exp() - parts[2] - 1).sum(1))[valid].sum()
+        wanted += float(part.detach())
+        for got, want in zip(gradients, torch.autograd.grad(part, parts), strict=True):
+            torch.testing.assert_close(got[..., spot].double(), want, rtol=2**-8, atol=1e-6)
+    assert abs(float(loss.detach()) / wanted - 1) < 2**-8
+
+
 def test_soft_labels_of_more_than_two_to_the_31_elements():
     """Output [2, 3, 2^29 / 3 ...]: the gradient-free sampler writes 4 GiB of bfloat16."""
     size = 2**31 // 6 + 1001
