@@ -255,11 +255,11 @@ def _loss(
         return compiled.loss(spec, logits, soft_labels, mu, logvar)
     if _wants_gradient(logits, soft_labels, mu, logvar):
         if soft_labels is mu is None:
-            result: Tensor = autograd.Loss.apply(spec, reuse_logits, (0,), logits)
+            result: Tensor = autograd.loss((spec, reuse_logits, (0,)), logits)
             return result
         inputs = (logits, soft_labels, mu, logvar)
         places = tuple(i for i, tensor in enumerate(inputs) if tensor is not None)
-        result = autograd.Loss.apply(spec, reuse_logits, places, *(inputs[i] for i in places))
+        result = autograd.loss((spec, reuse_logits, places), *(inputs[i] for i in places))
         return result
     return ops.loss(spec, logits, soft_labels, mu, logvar)
 
