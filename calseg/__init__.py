@@ -4,16 +4,18 @@ from calseg._version import __version__
 from calseg.calibration import CalibrationBins, calibration_bins, calibration_error, calibration_error_from_bins
 from calseg.functional import (
     accumulate_soft_labels,
+    ace_loss,
     gaussian_kl,
     sample_soft_labels,
     soft_cross_entropy,
     vls_cross_entropy,
     vls_elbo,
 )
-from calseg.losses import GaussianKLLoss, SoftCrossEntropyLoss, VLSCrossEntropyLoss, VLSElboLoss
+from calseg.losses import ACELoss, GaussianKLLoss, SoftCrossEntropyLoss, VLSCrossEntropyLoss, VLSElboLoss
 from calseg.ops import empty_cache, info
 
 __all__ = [
+    "ACELoss",
     "CalibrationBins",
     "GaussianKLLoss",
     "SoftCrossEntropyLoss",
@@ -21,6 +23,7 @@ __all__ = [
     "VLSElboLoss",
     "__version__",
     "accumulate_soft_labels",
+    "ace_loss",
     "calibration_bins",
     "calibration_error",
     "calibration_error_from_bins",

@@ -11,6 +11,7 @@ from torch import Tensor
 from calseg.ops import FLOAT_DTYPES, LABEL_DTYPES
 
 REDUCTIONS = ("none", "mean", "sum")
+MAX_BINS = 1 << 16
 
 
 def describe(value: Any) -> str:
@@ -116,6 +117,12 @@ def check_integer(name: str, value: Any, low: int | None = None) -> None:
         raise TypeError(f"{name}: got {describe(value)}, wanted an integer")
     if low is not None and value < low:
         raise ValueError(f"{name}: got {value}, wanted at least {low}")
+
+
+def check_bins(n_bins: Any) -> None:
+    check_integer("n_bins", n_bins, 1)
+    if n_bins > MAX_BINS:
+        raise ValueError(f"n_bins: got {n_bins}, wanted at most {MAX_BINS}")
 
 
 def check_sampling(num_samples: Any, temperature: Any) -> None:

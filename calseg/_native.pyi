@@ -105,6 +105,30 @@ def calibration_bins(
     num_threads: int,
     /,
 ) -> tuple[int, int, int, float, float]: ...
+def ace_moments(
+    shape: Shape,
+    logits: View,
+    labels: Labels,
+    n_bins: int,
+    first_class: int,
+    soft: bool,
+    sums: View,
+    nans: View,
+    num_threads: int,
+    /,
+) -> Outcome: ...
+def ace_moments_backward(
+    shape: Shape,
+    logits: View,
+    labels: Labels,
+    n_bins: int,
+    first_class: int,
+    soft: bool,
+    slopes: View,
+    grad_logits: View,
+    num_threads: int,
+    /,
+) -> None: ...
 def empty_pooled(dtype: int, sizes: tuple[int, ...], strides: tuple[int, ...], /) -> Any: ...
 def pool_trim() -> None: ...
 def pool_held_bytes() -> int: ...

@@ -127,6 +127,25 @@ def _gradients_now(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
     return gradients
 
 
+class AceMoments(Function):
+    """``(labels, n_bins, soft, first_class, logits) -> moments``; backward reads the logits again."""
+
+    @staticmethod
+    def forward(ctx: Any, labels: Labels, n_bins: int, soft: bool, first_class: int, logits: Tensor) -> Tensor:
+        ctx.labels, ctx.n_bins, ctx.soft, ctx.first_class = labels, n_bins, soft, first_class
+        ctx.save_for_backward(logits, labels.tensor)
+        return ops.ace_moments(logits, labels, n_bins, soft, first_class)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (grad_moments,) = grad_outputs
+        logits, label_tensor = ctx.saved_tensors
+        gradient = ops.empty_like(logits)
+        labels = ctx.labels._replace(tensor=label_tensor)
+        ops.ace_moments_backward(logits, labels, ctx.n_bins, ctx.soft, ctx.first_class, grad_moments.detach(), gradient)
+        return None, None, None, None, *_guarded((gradient,), grad_moments, logits)
+
+
 class SampleSoftLabels(Function):
     """``(labels, sampling, alpha, backend, mu, logvar) -> soft labels``; backward draws the same noise again."""
 

@@ -15,7 +15,6 @@ from calseg.ops import Labels
 from calseg.reference import UNIT
 
 NORMS = ("l1", "l2", "max", "average")
-MAX_BINS = 1 << 16
 EQUAL_MASS_CELLS = 4096  # of equal width, from which bins of equal mass are made
 
 
@@ -156,9 +155,7 @@ def calibration_bins(
     Deep Learning*, 2019 (class-wise).
     """
     check.check_scores("input", input)
-    check.check_integer("n_bins", n_bins, 1)
-    if n_bins > MAX_BINS:
-        raise ValueError(f"n_bins: got {n_bins}, wanted at most {MAX_BINS}")
+    check.check_bins(n_bins)
     check.check_integer("ignore_index", ignore_index)
     for name, flag in (
         ("from_logits", from_logits), ("class_wise", class_wise), ("include_background", include_background),

@@ -250,3 +250,54 @@ def accumulate_softmax(total: Tensor, logits: Tensor, labels: Labels | None, tem
     if labels is not None:  # nothing of an ignored voxel counts, NaN included
         logits = logits.masked_fill((labels.tensor == labels.ignore_index).unsqueeze(axis), 0.0)
     return total + torch.softmax(logits.to(total.dtype) / temperature, axis)
+
+
+# ---- average calibration error ----
+
+
+@custom_op("calseg::ace_moments", mutates_args=())
+def ace_moments_operator(
+    logits: Tensor, labels: Tensor, ignore_index: int, n_bins: int, soft: bool, first_class: int
+) -> Tensor:
+    """:func:`calseg.ops.ace_moments`."""
+    return ops.ace_moments(logits, Labels(labels, ignore_index), n_bins, soft, first_class)
+
+
+@ace_moments_operator.register_fake
+def _(logits, labels, ignore_index, n_bins, soft, first_class):  # type: ignore[no-untyped-def]
+    N, C, _ = ops.shape_of(logits)
+    return logits.new_empty(N, C - first_class, n_bins + soft, 5, dtype=torch.float64)
+
+
+@custom_op("calseg::ace_moments_backward", mutates_args=())
+def ace_moments_backward_operator(
+    logits: Tensor, labels: Tensor, ignore_index: int, n_bins: int, soft: bool, first_class: int, grad_moments: Tensor
+) -> Tensor:
+    """:func:`calseg.ops.ace_moments_backward`."""
+    gradient = _empty_like(logits)
+    ops.ace_moments_backward(logits, Labels(labels, ignore_index), n_bins, soft, first_class, grad_moments, gradient)
+    return gradient
+
+
+@ace_moments_backward_operator.register_fake
+def _(logits, *_options):  # type: ignore[no-untyped-def]
+    return _empty_like(logits)
+
+
+def _setup_ace(ctx: Any, inputs: Any, output: Any) -> None:
+    logits, labels, *ctx.rest = inputs
+    ctx.save_for_backward(logits, labels)
+
+
+def _ace_backward(ctx: Any, grad_moments: Tensor) -> Any:
+    logits, labels = ctx.saved_tensors
+    return (ace_moments_backward_operator(logits, labels, *ctx.rest, grad_moments), *([None] * 5))
+
+
+ace_moments_operator.register_autograd(_ace_backward, setup_context=_setup_ace)
+
+
+def ace_moments(logits: Tensor, labels: Labels, n_bins: int, soft: bool, first_class: int) -> Tensor:
+    """:func:`calseg.ops.ace_moments` with autograd."""
+    moments: Tensor = ace_moments_operator(logits, labels.tensor, labels.ignore_index, n_bins, soft, first_class)
+    return moments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
@@ -456,6 +457,100 @@ def gaussian_kl(
     sampling = _sampling(1, 1.0, 1.0, prior_mu, prior_logvar, 0)
     spec = Loss(None, None, reduction, _loss_dtype(mu), sampling=sampling, backend=chosen)
     return _loss(spec, None, None, mu, logvar)
+
+
+def ace_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    n_bins: int = 20,
+    binning: str = "hard",
+    include_background: bool = True,
+    ignore_empty_classes: bool = True,
+    empty_weight: float = 0.01,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    r"""Marginal L1 average calibration error (mL1-ACE), differentiable: an auxiliary loss beside Dice or cross-entropy.
+
+    For every batch item and class, over its :math:`B` bins :math:`b` of the class's probability that are not empty,
+    of mass :math:`n_b`, with :math:`p` the probability and :math:`h` 1 where the class is the label, else 0,
+
+    .. math::
+        \mathrm{ACE} = \frac{1}{B} \sum_b \frac{1}{n_b} \Big| \sum_v s_b(p_v)\,(p_v - h_v) \Big|, \qquad
+        n_b = \sum_v s_b(p_v).
+
+    Hard bins: :math:`s_b` is 1 for the probabilities in the bin, and no gradient flows through it. Soft bins: a voxel
+    is shared between the two bins whose centres are nearest, in proportion to the distance, and the gradient flows
+    through the shares too. Beyond the logits, memory is needed for their gradient and a table per item and class.
+
+    Args:
+        input: logits ``[C]``, ``[N, C]`` (one item of N voxels) or ``[N, C, *S]``; float32, float64, bfloat16 or
+            float16. Their softmax is taken.
+        target: class indices ``[N, *S]`` or ``[N, 1, *S]`` of any integer dtype.
+        weight: a factor of the error of each class, ``[C]``. Default ones.
+        n_bins: bins of equal width over [0, 1], 1 to 65536. Default 20.
+        binning: ``"hard"`` or ``"soft"``. Default ``"hard"``.
+        include_background: False leaves class 0 out. Default True.
+        ignore_empty_classes: whether a class that no label of the item has counts 0. Default True.
+        empty_weight: a bin with less mass than this is empty (soft bins; a hard one holds whole voxels). Default 0.01.
+        ignore_index: voxels with this label add nothing to loss and gradient. Default -100.
+        reduction: ``"mean"`` or ``"sum"`` over items and classes, or ``"none"``. Default ``"mean"``.
+        backend: as in :func:`vls_cross_entropy`.
+
+    Returns:
+        A 0-d tensor, or ``[N, C]`` with ``reduction="none"`` (``[N, C - 1]`` without background; N is 1 for ``[C]``
+        and ``[N, C]``); the dtype of ``input`` (float32 for low precision under autocast). 0 where all is ignored.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range.
+        IndexError: a label that is neither a class nor ``ignore_index``.
+
+    Example:
+        >>> import torch, calseg
+        >>> logits = torch.randn(2, 3, 8, 8, 8, requires_grad=True)
+        >>> target = torch.randint(0, 3, (2, 8, 8, 8), dtype=torch.uint8)
+        >>> loss = calseg.vls_cross_entropy(logits, target) + calseg.ace_loss(logits, target, binning="soft")
+        >>> loss.backward()
+
+    Source: Barfoot et al., *Average Calibration Error: A Differentiable Loss for Improved Reliability in Image
+    Segmentation*, MICCAI 2024 (hard bins); *Average Calibration Losses for Reliable Uncertainty in Medical Image
+    Segmentation*, 2025, arXiv 2506.03942 (soft bins, classes without labels).
+    """
+    check.check_scores("input", input)
+    labels = Labels(check.check_labels("target", target, input), ignore_index)
+    check.check_weight(weight, input)
+    check.check_bins(n_bins)
+    if binning not in ("hard", "soft"):
+        raise ValueError(f"binning: got {check.describe(binning)}, wanted 'hard' or 'soft'")
+    check.check_flag("include_background", include_background)
+    check.check_flag("ignore_empty_classes", ignore_empty_classes)
+    check.check_number("empty_weight", empty_weight, 0.0, math.inf, "of at least 0")
+    check.check_integer("ignore_index", ignore_index)
+    check.check_reduction(reduction)
+    soft, first_class = binning == "soft", 0 if include_background else 1
+    if ops.shape_of(input)[1] <= first_class:
+        raise ValueError(f"include_background: got False for one class ({check.describe(input)}), wanted 2 or more")
+    if _backend(input, backend) == "reference":
+        bins = reference.ace_bins(
+            _flat(input), _reference_labels(labels, input), n_bins=n_bins, soft=soft, first_class=first_class,
+            ignore_index=ignore_index,
+        )  # fmt: skip
+    else:
+        arguments = labels, n_bins, soft, first_class
+        if torch.compiler.is_compiling():
+            moments = compiled.ace_moments(input, *arguments)
+        elif _wants_gradient(input):
+            moments = autograd.AceMoments.apply(*arguments, input)
+        else:
+            moments = ops.ace_moments(input, *arguments)
+        bins = ops.bins_of_moments(moments, n_bins, soft)
+    return reference.ace_from_bins(
+        *bins, weight, empty_weight=empty_weight if soft else 0.0, ignore_empty_classes=ignore_empty_classes,
+        reduction=reduction, out_dtype=_loss_dtype(input),
+    )  # fmt: skip
 
 
 def sample_soft_labels(

@@ -155,6 +155,42 @@ class GaussianKLLoss(nn.Module):
     extra_repr = VLSCrossEntropyLoss.extra_repr
 
 
+class ACELoss(nn.Module):
+    """:func:`calseg.ace_loss` as a module.
+
+    Args:
+        weight: a factor of the error of each class ``[C]``, kept as a buffer.
+        options: every other keyword argument of :func:`calseg.ace_loss`.
+
+    Raises:
+        TypeError: an option that the function does not have.
+
+    Example:
+        >>> import torch, calseg
+        >>> loss = calseg.ACELoss(binning="soft", include_background=False)
+        >>> loss(torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8))
+        tensor(0.)
+    """
+
+    weight: Tensor | None
+    _options = (
+        "n_bins", "binning", "include_background", "ignore_empty_classes", "empty_weight", "ignore_index", "reduction",
+        "backend",
+    )  # fmt: skip
+
+    def __init__(self, weight: Tensor | None = None, **options: Any) -> None:
+        super().__init__()
+        _check_options(type(self).__name__, options, self._options)
+        self.register_buffer("weight", weight, persistent=False)
+        self.options = options
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of a batch; see :func:`calseg.ace_loss`."""
+        return functional.ace_loss(input, target, self.weight, **self.options)
+
+    extra_repr = VLSCrossEntropyLoss.extra_repr
+
+
 def _check_options(owner: str, options: dict[str, Any], known: tuple[str, ...]) -> None:
     for name in options:
         if name not in known:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from calseg.reference import label_error, probability_error, probability_tolerance
+from calseg.reference import compute_dtype, label_error, probability_error, probability_tolerance
 
 try:
     from calseg import _native
@@ -501,6 +501,66 @@ def calibration_bins(
     if score_position >= 0:
         raise probability_error(total, least, score_position, voxel_shape(scores))
     return sums, totals
+
+
+def ace_moments(logits: Tensor, labels: Labels, n_bins: int, soft: bool, first_class: int) -> Tensor:
+    """Per item, class and cell of confidence: count, sum of f, of f^2, hits, and sum of f where hit.
+
+    float64 ``[N, kinds, cells, 5]``; what cells and f are, csrc/cpu/ace_moments.cpp says. NaN in the sums of f of an
+    item with a NaN among its logits.
+    """
+    shape = N, C, _ = shape_of(logits)
+    sums = torch.zeros(N, C - first_class, n_bins + soft, 8, dtype=torch.int64)
+    nans = torch.zeros(N, dtype=torch.int64)
+    kept, kept_labels = _kept(logits), _kept_labels(labels)
+    outcome = _native.ace_moments(
+        shape, _view(kept), _label_view(kept_labels), n_bins, first_class, soft, (sums.data_ptr(), 0, 0, 0, 0),
+        (nans.data_ptr(), 0, 0, 0, 0), torch.get_num_threads(),
+    )  # fmt: skip
+    _check(outcome, labels, C)
+    count, hits, *fractions = sums.double().unbind(-1)
+    f, f_squared, f_hits = (
+        whole * 2.0**-20 + rest * 2.0**-50 for whole, rest in zip(fractions[::2], fractions[1::2], strict=True)
+    )
+    f = torch.where((nans > 0)[:, None, None], torch.nan, f)
+    return torch.stack([count, f, f_squared, hits, f_hits], -1)
+
+
+def ace_moments_backward(
+    logits: Tensor, labels: Labels, n_bins: int, soft: bool, first_class: int, grad_moments: Tensor, grad_logits: Tensor
+) -> None:
+    """Writes the gradient of the logits, given that of the moments."""
+    _, by_f, by_f_squared, _, by_f_hits = grad_moments.unbind(-1)
+    # of f it is by_f + 2 f by_f_squared + by_f_hits where hit; f grows by n_bins (hard bins: 1) with the confidence
+    slopes = torch.stack([by_f, 2 * by_f_squared, by_f_hits], 2) * (n_bins if soft else 1)
+    slopes = slopes.to(compute_dtype(logits.dtype)).contiguous()
+    logits, labels = _kept(logits), _kept_labels(labels) or labels
+    _native.ace_moments_backward(
+        shape_of(logits), _view(logits), _label_view(labels), n_bins, first_class, soft,
+        (slopes.data_ptr(), 0, 0, 0, 0), _view(grad_logits), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def bins_of_moments(moments: Tensor, n_bins: int, soft: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`calseg.reference.ace_bins` from :func:`ace_moments`."""
+    count, f, f_squared, hits, f_hits = moments.unbind(-1)
+    if not soft:
+        return count, f, hits
+    # cell j lies between the centres of bins j - 1 and j, which get shares 1 - f and f of its voxels; the outermost
+    # cells have one neighbour, which gets both; a confidence is (f + j - 1/2) / n_bins
+    offset = torch.arange(n_bins + 1, dtype=f.dtype) - 0.5
+    upper = f, (f_squared + offset * f) / n_bins, f_hits
+    both = count, (f + offset * count) / n_bins, hits
+    mass, confidence, hits = (_neighbours(whole - high, high) for whole, high in zip(both, upper, strict=True))
+    return mass, confidence, hits
+
+
+def _neighbours(lower: Tensor, upper: Tensor) -> Tensor:
+    """What n + 1 cells give to the n bins below and above them."""
+    n_bins = lower.shape[-1] - 1
+    bins = lower[..., 1:] + upper[..., :n_bins]
+    ends = torch.zeros_like(bins)
+    return bins + torch.cat([lower[..., :1], ends[..., 1:]], -1) + torch.cat([ends[..., 1:], upper[..., n_bins:]], -1)
 
 
 # ---- what a bug report needs ----

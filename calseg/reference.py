@@ -277,6 +277,12 @@ def probability_error(total: float, least: float, position: int, shape: tuple[in
     )
 
 
+def confidence_bins(confidence: Tensor, n_bins: int, *, right_closed: bool = False) -> Tensor:
+    """The bin of confidences in [0, 1]: ``[b / n_bins, (b + 1) / n_bins)``, 1 in the last; or the other way round."""
+    edges = (torch.arange(1, n_bins, dtype=confidence.dtype) / n_bins).to(confidence.device)
+    return torch.bucketize(confidence.contiguous(), edges, right=not right_closed)
+
+
 def calibration_bins(
     scores: Tensor,
     labels: Tensor,
@@ -313,8 +319,7 @@ def calibration_bins(
         confidence = p[:, first_class:]
         hit = truth == torch.arange(first_class, classes, device=p.device)[None, :, None]
     confidence = confidence.clamp(0, 1).contiguous()
-    edges = (torch.arange(1, n_bins, dtype=p.dtype) / n_bins).to(p.device)
-    bin = torch.bucketize(confidence, edges, right=not right_closed)
+    bin = confidence_bins(confidence, n_bins, right_closed=right_closed)
 
     kinds = confidence.shape[1]
     row = torch.arange(batch * kinds, device=p.device).view(batch, kinds, 1)
@@ -332,3 +337,57 @@ def calibration_bins(
     whole, rest = nll.floor(), (nll - nll.floor()) * UNIT
     totals = (whole, rest.round(), (brier * UNIT).round(), counted, counted & is_nan, infinite)
     return sums.view(batch, kinds, n_bins, 3), torch.stack([each.long().sum(1) for each in totals], 1), None
+
+
+def ace_bins(
+    logits: Tensor, labels: Tensor, *, n_bins: int, soft: bool, first_class: int, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mass, confidences and hits of every bin, each ``[N, kinds, n_bins]``.
+
+    Hard bins hold the voxels whose confidence lies in them; soft ones share a voxel between the two bins whose centres
+    are nearest, in proportion to the distance (outside of the outermost centres there is one).
+    """
+    labels = labels.long()
+    ok = labels != ignore_index
+    p = torch.softmax(widen_counted(logits, ok), 1)[:, first_class:]
+    hit = one_hot(labels, logits.shape[1], p.dtype)[:, first_class:]
+    if soft:
+        place = (p * n_bins - 0.5).clamp(0, n_bins - 1).nan_to_num(0.0)  # a NaN reaches the loss through p
+        lower = place.detach().floor().long()
+        upper = (lower + 1).clamp(max=n_bins - 1)
+        shares = [(lower, 1 - (place - lower)), (upper, place - lower)]
+    else:
+        shares = [(confidence_bins(p.detach(), n_bins), torch.ones_like(p))]
+    empty = p.new_zeros(*p.shape[:2], n_bins)
+    mass = confidence = hits = empty
+    for bin, share in shares:
+        share = share * ok[:, None]
+        mass = mass.scatter_add(2, bin, share)
+        confidence = confidence.scatter_add(2, bin, share * p)
+        hits = hits.scatter_add(2, bin, share * hit)
+    return mass, confidence, hits
+
+
+def ace_from_bins(
+    mass: Tensor,
+    confidence: Tensor,
+    hits: Tensor,
+    weight: Tensor | None,
+    *,
+    empty_weight: float,
+    ignore_empty_classes: bool,
+    reduction: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Per item and class the mean of |confidence - accuracy| over the bins that are not empty, ``[N, kinds]``; reduced.
+
+    A bin is empty below a mass of ``empty_weight``. A class that no label has counts 0 if ``ignore_empty_classes``.
+    """
+    filled = ~((mass == 0) | (mass < empty_weight))  # a NaN is not empty: it reaches the loss
+    gap = torch.where(filled, (confidence - hits).abs() / torch.where(filled, mass, 1.0), 0.0)
+    error = gap.sum(-1) / filled.sum(-1).clamp(min=1)
+    if ignore_empty_classes:
+        error = torch.where(hits.sum(-1) > 0, error, 0.0)
+    if weight is not None:
+        error = error * weight.to(error.dtype)[-error.shape[1] :]
+    return {"none": error, "mean": error.mean(), "sum": error.sum()}[reduction].to(out_dtype)

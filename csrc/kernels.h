@@ -132,6 +132,22 @@ struct CalibrationArgs {
     CalibrationFault* chunk_faults = nullptr;  // out: [chunks]
 };
 
+// Count, hits, and the sums of f, f^2 and f where hit, each as whole 2^-20 and a rest in units of 2^-50
+constexpr int kAceSums = 8;
+constexpr int kAceSlopes = 3;
+
+struct AceArgs {
+    Shape shape;
+    TensorView logits;
+    Labels labels;
+    int64_t n_bins = 20, first_class = 0;
+    bool soft = false;
+    int64_t* sums = nullptr;       // forward, in and out: [N][classes from first_class on][cells][kAceSums]
+    int64_t* nans = nullptr;       // forward, in and out: [N], above 0 where a logit is NaN
+    const void* slopes = nullptr;  // backward: [N][classes from first_class on][kAceSlopes][cells] of the compute type
+    TensorView grad_logits;        // backward, out
+};
+
 struct LabelSums {
     int64_t counted = 0;
     double weight = 0.0;
@@ -164,6 +180,7 @@ struct KernelTable {
     Kernel<GaussianKLArgs> gaussian_kl;
     Kernel<ScanLabelsArgs> scan_labels;
     Kernel<CalibrationArgs> calibration_bins;
+    Kernel<AceArgs> ace_moments, ace_moments_backward;
 };
 
 namespace baseline {

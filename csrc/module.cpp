@@ -103,6 +103,28 @@ PYBIND11_MODULE(_native, m) {
                                 num_threads);
     });
 
+    m.def("ace_moments", [](const Shape& shape, const TensorView& logits, const Labels& labels, int64_t n_bins, int64_t first_class,
+                            bool soft, const TensorView& sums, const TensorView& nans, int num_threads) {
+        const Release release;
+        return ace_moments({shape,
+                            logits,
+                            labels,
+                            n_bins,
+                            first_class,
+                            soft,
+                            static_cast<int64_t*>(sums.data),
+                            static_cast<int64_t*>(nans.data),
+                            nullptr,
+                            {}},
+                           num_threads);
+    });
+    m.def("ace_moments_backward", [](const Shape& shape, const TensorView& logits, const Labels& labels, int64_t n_bins,
+                                     int64_t first_class, bool soft, const TensorView& slopes, const TensorView& grad_logits,
+                                     int num_threads) {
+        const Release release;
+        ace_moments_backward({shape, logits, labels, n_bins, first_class, soft, nullptr, nullptr, slopes.data, grad_logits}, num_threads);
+    });
+
     m.def("empty_pooled", [](int dtype, const py::tuple& sizes, const py::tuple& strides) {
         return empty_pooled(static_cast<DType>(dtype), sizes, strides);
     });

@@ -174,4 +174,13 @@ CalibrationFault calibration_bins(CalibrationArgs args, int num_threads) {
     return {};
 }
 
+Outcome ace_moments(const AceArgs& args, int num_threads) {
+    const LabelSums labels = scan(args.labels, args.shape, nullptr, num_threads);
+    if (labels.bad_position >= 0) return bad_label(labels);
+    run(kernels().ace_moments, args, num_threads);
+    return {};
+}
+
+void ace_moments_backward(const AceArgs& args, int num_threads) { run(kernels().ace_moments_backward, args, num_threads); }
+
 }  // namespace calseg

@@ -24,5 +24,7 @@ void accumulate_softmax(const AccumulateArgs& args, int num_threads);
 void accumulate_softmax_backward(const AccumulateArgs& args, int num_threads);
 // The first faults, if any: args.sums and args.totals are to be thrown away then.
 CalibrationFault calibration_bins(CalibrationArgs args, int num_threads);
+Outcome ace_moments(const AceArgs& args, int num_threads);
+void ace_moments_backward(const AceArgs& args, int num_threads);
 
 }  // namespace calseg

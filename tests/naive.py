@@ -90,3 +90,29 @@ def calibration_sums(probabilities, labels, n_bins, *, class_wise=False, first_c
         nll -= math.log(p[y])
         brier += sum((p[c] - (c == y)) ** 2 for c in range(C))
     return sums, nll, brier
+
+
+def average_calibration_error(
+    probabilities, labels, n_bins, *, soft=False, empty_weight=0.01, ignore_empty_classes=True
+):  # fmt: skip
+    """mL1-ACE of one item, per class: Barfoot et al., 2024 (hard bins) and 2025 (soft bins)."""
+    errors = []
+    for c in range(len(probabilities[0])):
+        bins = [[0.0, 0.0, 0.0] for _ in range(n_bins)]
+        for row, y in zip(probabilities, labels, strict=True):
+            p, hit = row[c], y == c
+            if soft:
+                centres = [(b + 0.5) / n_bins for b in range(n_bins)]
+                shares = [max(0.0, 1 - abs(p - centre) * n_bins) for centre in centres]
+                if not centres[0] <= p <= centres[-1]:
+                    shares = [float(b == (0 if p < 0.5 else n_bins - 1)) for b in range(n_bins)]
+            else:
+                shares = [float(b == min(int(p * n_bins), n_bins - 1)) for b in range(n_bins)]
+            for sums, share in zip(bins, shares, strict=True):
+                sums[0] += share
+                sums[1] += share * p
+                sums[2] += share * hit
+        gaps = [abs(p - hits) / mass for mass, p, hits in bins if mass > 0 and (mass >= empty_weight or not soft)]
+        counted = gaps and (c in labels or not ignore_empty_classes)
+        errors.append(sum(gaps) / len(gaps) if counted else 0.0)
+    return errors

@@ -47,6 +47,9 @@ MAPS = {
     "estimate": (lambda b, mu, logvar: calseg.sample_soft_labels(mu, logvar, backend=b, **SAMPLED), mu_logvar()),
     "accumulate": (lambda b, mu, logvar: calseg.accumulate_soft_labels(
         (mu, logvar), TARGET, alpha=0.4, temperature=2.0, backend=b), mu_logvar()),
+    "ace-hard": (lambda b, x: calseg.ace_loss(x, TARGET, n_bins=7, reduction="none", backend=b), {"x": scores(*SHAPE)}),
+    "ace-soft": (lambda b, x: calseg.ace_loss(x, TARGET, WEIGHT.to(x.dtype), n_bins=7, binning="soft", backend=b,
+                                              include_background=False, reduction="none"), {"x": scores(*SHAPE)}),
 }  # fmt: skip
 # every operation as (function of (backend, tensors), tensors)
 OPERATIONS = {

@@ -37,6 +37,8 @@ def results(shape=(2, 5, 31, 67), dtype=torch.float32):
         calseg.gaussian_kl(mu, logvar),
         calseg.sample_soft_labels(mu, logvar, target, seed=1),
         calseg.accumulate_soft_labels((x, mu), target),
+        calseg.ace_loss(x, target),
+        calseg.ace_loss(x, target, binning="soft", reduction="none"),
     ]
     out = list(values)
     for value in values:

@@ -157,6 +157,14 @@ def test_opcheck_of_the_soft_labels():
         torch.library.opcheck(compiled.sample_backward_operator, arguments)
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_opcheck_of_the_moments(soft):
+    x = scores(*SHAPE).requires_grad_()
+    moments = compiled.ace_moments_operator(x.detach(), TARGET, -100, 5, soft, 1)
+    torch.library.opcheck(compiled.ace_moments_operator, (x, TARGET, -100, 5, soft, 1))
+    torch.library.opcheck(compiled.ace_moments_backward_operator, (x.detach(), TARGET, -100, 5, soft, 1, moments))
+
+
 def test_opcheck_of_the_seed():
     torch.library.opcheck(
         compiled.draw_seed, (), test_utils=("test_schema", "test_autograd_registration", "test_faketensor")

@@ -45,20 +45,24 @@ def accumulate(logit_maps=(X, X), target=None, **options):
     return calseg.accumulate_soft_labels(logit_maps, target, **options)
 
 
+def ace(input=X, target=Y, **options):
+    return calseg.ace_loss(input, target, **options)
+
+
 def each(functions, error, match, **arguments):
     return [(f, arguments, error, match) for f in functions]
 
 
-WITH_LABELS = (vls, sampled, elbo, sample, accumulate)
+WITH_LABELS = (vls, sampled, elbo, sample, accumulate, ace)
 SAMPLING = (sampled, elbo, sample)
-LOSSES = (vls, sampled, soft, elbo, kl)
+LOSSES = (vls, sampled, soft, elbo, kl, ace)
 CASES = [
     # scores
-    *each((vls, sampled, soft), TypeError, r"input: got \[\[1.0\]\] \(list\), wanted a tensor", input=[[1.0]]),
-    *each((vls, soft), TypeError, r"input: got a int64 tensor of shape \[2, 3\] on cpu, wanted float32", input=torch.ones(2, 3).long()),
-    *each((vls, soft), TypeError, r"input: got a complex64 tensor", input=torch.ones(2, 3, dtype=torch.complex64)),
-    *each((vls, soft), ValueError, r"input: got .*shape \[\].*wanted \[C\], \[N, C\] or \[N, C, \*S\]", input=torch.ones(())),
-    *each((vls, soft), ValueError, r"input: got .*shape \[2, 0, 4\].*at least one class", input=torch.ones(2, 0, 4)),
+    *each((vls, sampled, soft, ace), TypeError, r"input: got \[\[1.0\]\] \(list\), wanted a tensor", input=[[1.0]]),
+    *each((vls, soft, ace), TypeError, r"input: got a int64 tensor of shape \[2, 3\] on cpu, wanted float32", input=torch.ones(2, 3).long()),
+    *each((vls, soft, ace), TypeError, r"input: got a complex64 tensor", input=torch.ones(2, 3, dtype=torch.complex64)),
+    *each((vls, soft, ace), ValueError, r"input: got .*shape \[\].*wanted \[C\], \[N, C\] or \[N, C, \*S\]", input=torch.ones(())),
+    *each((vls, soft, ace), ValueError, r"input: got .*shape \[2, 0, 4\].*at least one class", input=torch.ones(2, 0, 4)),
     *each((elbo, kl, sample), TypeError, "mu: got None", mu=None),
     *each((elbo, kl, sample), ValueError, r"logvar: .*\[2, 3, 4\].*wanted the shape of mu, \[2, 3, 4, 5\]", logvar=torch.ones(2, 3, 4)),
     *each((elbo, kl, sample), TypeError, "logvar: got a int64 tensor", logvar=torch.ones(SHAPE).long()),
@@ -78,11 +82,11 @@ CASES = [
     *each((vls,), ValueError, "mu: got None, wanted mu and logvar together", logvar=LOGVAR),
     *each((vls,), ValueError, "ignore_index: got 1, wanted none with class probabilities", target=X, ignore_index=1),
     # weights
-    *each((vls, sampled, soft, elbo), ValueError, r"weight: .*\[4\].*wanted shape \[3\]: one value per class", weight=torch.ones(4)),
-    *each((vls, sampled, soft, elbo), ValueError, r"weight: .*\[1, 3\]", weight=torch.ones(1, 3)),
-    *each((vls, sampled, soft, elbo), TypeError, r"weight: got \[1, 1, 1\] \(list\)", weight=[1, 1, 1]),
-    *each((vls, sampled, soft, elbo), TypeError, "weight: got a int64 tensor", weight=torch.ones(3).long()),
-    *each((vls, sampled, soft, elbo), ValueError, "weight: .*requires a gradient", weight=torch.ones(3, requires_grad=True)),
+    *each((vls, sampled, soft, elbo, ace), ValueError, r"weight: .*\[4\].*wanted shape \[3\]: one value per class", weight=torch.ones(4)),
+    *each((vls, sampled, soft, elbo, ace), ValueError, r"weight: .*\[1, 3\]", weight=torch.ones(1, 3)),
+    *each((vls, sampled, soft, elbo, ace), TypeError, r"weight: got \[1, 1, 1\] \(list\)", weight=[1, 1, 1]),
+    *each((vls, sampled, soft, elbo, ace), TypeError, "weight: got a int64 tensor", weight=torch.ones(3).long()),
+    *each((vls, sampled, soft, elbo, ace), ValueError, "weight: .*requires a gradient", weight=torch.ones(3, requires_grad=True)),
     # options
     *each(LOSSES, ValueError, "reduction: got 'average'.*wanted 'none', 'mean' or 'sum'", reduction="average"),
     *each(LOSSES, ValueError, "reduction: got 1", reduction=1),
@@ -111,6 +115,14 @@ CASES = [
     # masks and maps
     *each((soft,), TypeError, "ignore_mask: got a int64 tensor.*wanted a bool tensor", ignore_mask=Y),
     *each((soft,), ValueError, r"ignore_mask: .*\[2, 4\].*wanted shape \[2, 4, 5\]", ignore_mask=torch.ones(2, 4).bool()),
+    *each((ace,), ValueError, "binning: got 'medium'.*wanted 'hard' or 'soft'", binning="medium"),
+    *each((ace,), ValueError, "n_bins: got 0, wanted at least 1", n_bins=0),
+    *each((ace,), ValueError, "n_bins: got 65537, wanted at most 65536", n_bins=65537),
+    *each((ace,), TypeError, "n_bins: got 1.5", n_bins=1.5),
+    *each((ace,), ValueError, "include_background: got False for one class.*wanted 2 or more", input=X[:, :1], include_background=False),
+    *each((ace,), TypeError, "include_background: got 1", include_background=1),
+    *each((ace,), TypeError, "ignore_empty_classes: got None", ignore_empty_classes=None),
+    *(case for value in (-0.1, NAN) for case in each((ace,), ValueError, "empty_weight: got .*of at least 0", empty_weight=value)),
     *each((accumulate,), ValueError, "logit_maps: got none, wanted at least one", logit_maps=[]),
     *each((accumulate,), ValueError, r"logit_maps\[1\]: .*\[2, 3, 4\].*wanted \[2, 3, 4, 5\]", logit_maps=[X, X[..., 0]]),
     *each((accumulate,), TypeError, r"logit_maps\[0\]: got 3", logit_maps=[3]),
@@ -120,7 +132,7 @@ CASES = [
     *each(WITH_LABELS, ValueError, "target: .*on meta, wanted it on cpu", target=Y.to("meta")),
     *each((sampled,), ValueError, "mu: .*on meta, wanted it on cpu, where input is", mu=MU.to("meta")),
     *each((elbo, kl, sample), ValueError, "logvar: .*on meta, wanted it on cpu", logvar=LOGVAR.to("meta")),
-    *each((vls, sampled, soft, elbo), ValueError, "weight: .*on meta, wanted it on cpu", weight=torch.ones(3, device="meta")),
+    *each((vls, sampled, soft, elbo, ace), ValueError, "weight: .*on meta, wanted it on cpu", weight=torch.ones(3, device="meta")),
     *each(SAMPLING, ValueError, "seed: got a int64 tensor.*on meta", seed=torch.zeros((), dtype=torch.int64, device="meta")),
 ]  # fmt: skip
 

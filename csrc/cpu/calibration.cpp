@@ -4,13 +4,11 @@
 // Every sum is an integer: confidences, scores and rests of a nat in units of 2^-24. A voxel adds one 64-bit word to its
 // bin, [count | hits | confidence]; a bin has several copies, so that voxels which follow each other into one bin need not
 // wait for each other. Words spill into the chunk's sums before a field is full, and those into the call's.
+#include "cpu/calibration.h"
+
 #include "cpu/cross_entropy.h"
 #include "cpu/operations.h"
 #include "cpu/read_ahead.h"
-
-#if defined(_MSC_VER)
-#include <intrin.h>
-#endif
 
 namespace calseg {
 namespace CALSEG_ISA {
@@ -35,14 +33,6 @@ Tiling tiling(const CalibrationArgs& a) {
     // this tile and the next in a quarter of the second cache
     const int64_t wanted = 128 * 1024 / (a.shape.C * static_cast<int64_t>(sizeof(T)));
     return Tiling(a.shape, smaller(wanted, kMostBlocks * kLanes), larger(1 << 18, 16 * kinds(a) * a.n_bins));
-}
-
-CALSEG_INLINE void atomic_add(int64_t* to, int64_t value) {
-#if defined(__GNUC__)
-    __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
-#else
-    _InterlockedExchangeAdd64(to, value);
-#endif
 }
 
 // The sums of a chunk.
@@ -304,19 +294,6 @@ CALSEG_INLINE ProbabilitySums<T> sum_probabilities(I<T> labels, const T* block, 
         ahead.line();
     }
     return v;
-}
-
-// The bin of confidences in [0, 1]: an edge is k / n_bins, rounded. Only the nearest edge can be on the wrong side.
-template <class T>
-CALSEG_INLINE I<T> bin_of(F<T> confidence, F<T> n_bins, I<T> last, bool right_closed) {
-    const I<T> nearest = nearest_integer(confidence * n_bins), one = broadcast<I<T>>(1), none = broadcast<I<T>>(0);
-    const F<T> edge = to_values(nearest, confidence) / n_bins;
-    if (right_closed) {
-        const I<T> bin = nearest - select(less(edge, confidence), none, one);
-        return select(less(bin, none), none, bin);
-    }
-    const I<T> bin = nearest - select(less(confidence, edge), one, none);
-    return select(less(last, bin), last, bin);
 }
 
 // Where a block's words go, and the words: 0 where a voxel is not binned.

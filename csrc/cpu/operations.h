@@ -15,6 +15,7 @@ extern const Kernel<BlendArgs> blend_soft_labels;
 extern const Kernel<GaussianKLArgs> gaussian_kl;
 extern const Kernel<ScanLabelsArgs> scan_labels;
 extern const Kernel<CalibrationArgs> calibration_bins;
+extern const Kernel<AceArgs> ace_moments, ace_moments_backward;
 
 }  // namespace CALSEG_ISA
 }  // namespace calseg

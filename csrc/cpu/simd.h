@@ -117,6 +117,13 @@ CALSEG_INLINE void store_words(uint64_t* to, Array<int32_t> low, Array<int32_t> 
         to[i] = static_cast<uint64_t>(static_cast<uint32_t>(high.v[i])) << 32 | static_cast<uint32_t>(low.v[i]);
 }
 
+template <class T>
+CALSEG_INLINE Array<T> gather(const T* from, Array<int32_t> at) {
+    Array<T> r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = from[at.v[i]];
+    return r;
+}
+
 // ---- the types of T ----
 
 template <class T>
@@ -217,6 +224,18 @@ CALSEG_INLINE void store_words(uint64_t* to, IntVector low, IntVector high) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 2), _mm_unpackhi_epi32((__m128i)low, (__m128i)high));
 #else
     for (int i = 0; i < kLanes; ++i) to[i] = static_cast<uint64_t>(static_cast<uint32_t>(high[i])) << 32 | static_cast<uint32_t>(low[i]);
+#endif
+}
+
+CALSEG_INLINE FloatVector gather(const float* from, IntVector at) {
+#if defined(__AVX512F__)
+    return _mm512_i32gather_ps((__m512i)at, from, 4);
+#elif defined(__AVX2__)
+    return _mm256_i32gather_ps(from, (__m256i)at, 4);
+#else
+    FloatVector r;
+    for (int i = 0; i < kLanes; ++i) r[i] = from[at[i]];
+    return r;
 #endif
 }
 

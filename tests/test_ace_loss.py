@@ -1,0 +1,244 @@
+"""The average-calibration-error losses against their formulas, and the engine against the reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import (
+    FLOATS,
+    LABELS,
+    LAYOUTS,
+    SHAPES,
+    SIZES,
+    assert_accurate,
+    assert_matches,
+    class_weights,
+    evaluate,
+    id_of,
+    labels,
+    scores,
+)
+from naive import average_calibration_error, softmax
+
+import calseg
+from calseg import ops
+
+BINNINGS = ("hard", "soft")
+every_binning = pytest.mark.parametrize("binning", BINNINGS)
+REDUCTIONS = ("none", "mean", "sum")
+# In float32 a confidence rounds by up to 2^-25, and its place between two of n_bins centres by n_bins times that. The
+# gradient divides by the mass of a bin, so those of little mass are left out where float32 is judged.
+ULPS = {"hard": 8, "soft": 64}
+EMPTY_WEIGHT = 0.5
+
+
+def oracle(target, weight=None, **options):
+    weight = None if weight is None else weight.double()
+    return lambda x: calseg.ace_loss(x, target, weight, backend="reference", **options)
+
+
+@every_binning
+@pytest.mark.parametrize("ignore_empty_classes", [True, False])
+@pytest.mark.parametrize("n_bins", [1, 4, 20])
+def test_naive(backend, binning, n_bins, ignore_empty_classes):
+    """Value per item and class against the formulas in plain Python; class 3 has no label in the second item."""
+    x, target = scores(2, 4, 5, 7), labels((2, 4, 5, 7), ignore_index=-1)
+    target[1][target[1] == 3] = 0
+    wanted = []
+    for n in range(2):
+        counted = target[n] >= 0
+        rows = [softmax(row) for row in x[n].movedim(0, -1)[counted].tolist()]
+        wanted.append(
+            average_calibration_error(
+                rows, target[n][counted].tolist(), n_bins, soft=binning == "soft",
+                ignore_empty_classes=ignore_empty_classes,
+            )
+        )  # fmt: skip
+    options = {"n_bins": n_bins, "binning": binning, "ignore_index": -1, "ignore_empty_classes": ignore_empty_classes}
+    got = calseg.ace_loss(x, target, reduction="none", backend=backend, **options)
+    wanted = torch.tensor(wanted, dtype=torch.float64)
+    assert_accurate(got, wanted, ulps=64, scale=1.0)
+    for reduction in ("mean", "sum"):
+        got = calseg.ace_loss(x, target, reduction=reduction, backend=backend, **options)
+        assert_accurate(got, getattr(wanted, reduction)(), ulps=64, scale=8.0)
+    no_background = calseg.ace_loss(x, target, include_background=False, backend=backend, **options)
+    assert_accurate(no_background, wanted[:, 1:].mean(), ulps=64, scale=1.0)
+
+
+@every_binning
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("include_background", [True, False])
+def test_every_argument(backend, shape, binning, include_background):
+    for dtype, C in ((d, C) for d in FLOATS for C in (2, 5)):
+        x, target = scores(*shape(C), dtype=dtype), labels(shape(C), ignore_index=-100)
+        for reduction in REDUCTIONS:
+            options = {
+                "binning": binning, "include_background": include_background, "reduction": reduction,
+                "n_bins": 6, "weight": class_weights(C, dtype), "empty_weight": EMPTY_WEIGHT,
+            }  # fmt: skip
+            assert_matches(
+                lambda x, o=options, y=target: calseg.ace_loss(x, y, backend=backend, **o), oracle(target, **options),
+                {"x": x}, ulps=ULPS[binning], scale=4.0, grad_ulps=4 * ULPS[binning], grad_scale=0.1,
+            )  # fmt: skip
+
+
+@every_binning
+@pytest.mark.parametrize("C", [2, 3, 8, 33])
+def test_every_size(cpu, binning, C):
+    whole, target = scores(1, C, 1031), labels((1, C, 1031), ignore_index=-100)
+    for size in (s for s in SIZES if s <= 1031):
+        x, y = whole[..., :size].float().contiguous(), target[..., :size].contiguous()
+        options = {"binning": binning, "n_bins": 5, "empty_weight": EMPTY_WEIGHT}
+        assert_matches(
+            lambda x, y=y, o=options: calseg.ace_loss(x, y, backend=cpu, **o),
+            oracle(y, **options), {"x": x}, ulps=ULPS[binning], scale=1.0,
+            grad_ulps=4 * ULPS[binning], grad_scale=0.02,
+        )  # fmt: skip
+
+
+@every_binning
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=id_of)
+def test_several_chunks_and_spills(cpu, binning, dtype):
+    """More voxels in a bin than a packed word can hold, several chunks an item, many classes."""
+    for shape in ((2, 2, 150000), (1, 117, 6000)):
+        x, target = scores(*shape, scale=6.0, dtype=dtype), labels(shape, ignore_index=-100)
+        x[:, 0] += 3.0
+        got = calseg.ace_loss(x, target, binning=binning, reduction="none", backend=cpu)
+        wanted = oracle(target, binning=binning, reduction="none")(x.double())
+        # a float32 confidence may lie beyond an edge: one voxel more in a bin of hundreds
+        assert_accurate(got, wanted, ulps=ULPS[binning], scale=1.0 if dtype == torch.float64 else 50.0)
+
+
+def test_is_the_class_wise_calibration_error(backend):
+    x, target = scores(3, 4, 9, 11), labels((3, 4, 9, 11))
+    got = calseg.ace_loss(x, target, n_bins=15, backend=backend)
+    wanted = calseg.calibration_error(x, target, n_bins=15, class_wise=True, per_item=True, norm="average")
+    torch.testing.assert_close(got, wanted.mean(), rtol=0, atol=1e-7)
+
+
+@every_binning
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts(cpu, binning, layout):
+    x, target = scores(2, 5, 6, 7, dtype=torch.float32), labels((2, 5, 6, 7), ignore_index=-100)
+    function = lambda x: calseg.ace_loss(x, target, binning=binning, backend=cpu)  # noqa: E731
+    wanted, got = evaluate(function, {"x": x}), evaluate(function, {"x": layout(x)})
+    assert torch.equal(got.value, wanted.value)
+    assert torch.equal(got.gradients["x"], wanted.gradients["x"])
+
+
+@every_binning
+@pytest.mark.parametrize("dtype", LABELS, ids=id_of)
+def test_label_types(cpu, binning, dtype):
+    x, target = scores(2, 3, 6, 7, dtype=torch.float32), labels((2, 3, 6, 7), ignore_index=99)
+    function = lambda y: calseg.ace_loss(x, y, binning=binning, ignore_index=99, backend=cpu)  # noqa: E731
+    wanted = function(target)
+    for form in (target, target.unsqueeze(1), target.transpose(1, 2).contiguous().transpose(1, 2)):
+        assert torch.equal(function(form.to(dtype)), wanted)
+
+
+@every_binning
+def test_what_is_ignored_adds_nothing(backend, binning):
+    """NaN under it included; and where all is ignored, loss and gradient are 0, not NaN."""
+    x, target = scores(2, 3, 40, dtype=torch.float32), labels((2, 3, 40), ignore_index=-100)
+    hidden = torch.where((target == -100)[:, None], torch.nan, x)
+    function = lambda y: lambda x: calseg.ace_loss(x, y, binning=binning, reduction="none", backend=backend)  # noqa: E731
+    got, wanted = evaluate(function(target), {"x": hidden}), evaluate(function(target), {"x": x})
+    assert torch.equal(got.value, wanted.value)
+    assert torch.equal(got.gradients["x"], wanted.gradients["x"])
+    assert torch.count_nonzero(got.gradients["x"].movedim(1, -1)[target == -100]) == 0
+    nothing = evaluate(function(torch.full_like(target, -100)), {"x": hidden})
+    assert torch.count_nonzero(nothing.value) == 0
+    assert torch.count_nonzero(nothing.gradients["x"]) == 0
+
+
+@every_binning
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
+def test_nan_reaches_the_loss(backend, binning, bad):
+    """Of its item, in every class that has labels; the other items are as they were."""
+    x, target = scores(3, 4, 30, dtype=torch.float32), labels((3, 4, 30)) % 3  # no label of class 3
+    clean = calseg.ace_loss(x, target, binning=binning, reduction="none", backend=backend)
+    x[1, 2, 17] = bad
+    got = evaluate(lambda x: calseg.ace_loss(x, target, binning=binning, reduction="none", backend=backend), {"x": x})
+    assert bool(got.value[1, :3].isnan().all())
+    assert torch.equal(got.value[[0, 2]], clean[[0, 2]])
+    assert got.value[1, 3] == 0
+    assert bool(got.gradients["x"][[0, 2]].isfinite().all())
+
+
+@every_binning
+@pytest.mark.parametrize("dtype", FLOATS, ids=id_of)
+def test_extreme_logits(backend, binning, dtype):
+    """Probabilities of 0 and 1, logits of -inf and of the dtype's largest numbers."""
+    big = torch.finfo(dtype).max
+    x = torch.tensor([[big, -big, 0.0, -torch.inf, 1000.0], [-big, big, -torch.inf, 0.0, 0.0]], dtype=dtype)[None]
+    target = torch.tensor([[0, 0, 1, 1, 1]])
+    got = evaluate(lambda x: calseg.ace_loss(x, target, binning=binning, reduction="none", backend=backend), {"x": x})
+    # p is 0 and 1: in the last bin of class 0 one hit of three, in the first one of two
+    wanted = torch.tensor([[(2 / 3 + 1 / 2) / 2, (1 / 2 + 2 / 3) / 2]], dtype=torch.float64)
+    assert_accurate(got.value, wanted, ulps=8)
+    assert torch.count_nonzero(got.gradients["x"]) == 0
+
+
+@every_binning
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 3, 0), (0, 3)], ids=str)
+def test_empty(backend, binning, shape):
+    target = torch.zeros(shape[:1] + shape[2:], dtype=torch.int64)
+    got = evaluate(
+        lambda x: calseg.ace_loss(x, target, binning=binning, reduction="sum", backend=backend), {"x": scores(*shape)}
+    )
+    assert got.value == 0
+    assert got.gradients["x"].shape == shape
+
+
+@every_binning
+@pytest.mark.parametrize("dtype", FLOATS, ids=id_of)
+def test_low_precision(cpu, binning, dtype):
+    """Against float64 on the same numbers; gradients rounded once to the dtype; float32 under autocast."""
+    x, target = scores(1, 4, 9, 10, 11, dtype=dtype, seed=4), labels((1, 4, 9, 10, 11))
+    got = assert_matches(
+        lambda x: calseg.ace_loss(x, target, binning=binning, backend=cpu), oracle(target, binning=binning), {"x": x},
+        ulps=ULPS[binning], scale=1.0, grad_ulps=8 * ULPS[binning], grad_scale=1e-2,
+    )  # fmt: skip
+    assert got.value.dtype == dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        value = calseg.ace_loss(x, target, binning=binning, backend=cpu)
+    assert value.dtype == (dtype if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.skipif(ops._native is None, reason="no native engine")
+@every_binning
+def test_memory(peak_growth, binning):
+    """Nothing of the volume's size but the gradient."""
+    x = scores(1, 4, 128, 128, 64, dtype=torch.float32).requires_grad_()  # 16 MiB
+    target = labels((1, 4, 128, 128, 64), dtype=torch.uint8)
+    loss = calseg.ace_loss(x, target, binning=binning)
+    torch.autograd.grad(loss, x)
+    calseg.empty_cache()
+    grown = peak_growth(lambda: torch.autograd.grad(calseg.ace_loss(x, target, binning=binning), x))
+    assert grown < x.nbytes + 3 * 2**20
+
+
+@every_binning
+def test_training_lowers_it(backend, binning):
+    """Overconfident logits with one learned temperature: the loss finds a better calibrated one."""
+    x, target = scores(1, 3, 2000, scale=1.0), labels((1, 3, 2000))
+    target = torch.distributions.Categorical(probs=torch.softmax(x, 1).movedim(1, -1)).sample()
+    scale = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([scale], lr=0.1)
+    start = float(calseg.ace_loss(4 * x, target, binning=binning, backend=backend))
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = calseg.ace_loss(scale * x, target, binning=binning, backend=backend)
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < start / 3
+    assert 0.6 < float(scale.detach()) < 1.6
+
+
+def test_module():
+    x, target, weight = scores(2, 3, 8), labels((2, 3, 8)), class_weights(3)
+    module = calseg.ACELoss(weight, binning="soft", n_bins=9, reduction="sum")
+    assert torch.equal(module(x, target), calseg.ace_loss(x, target, weight, binning="soft", n_bins=9, reduction="sum"))
+    assert "binning='soft'" in repr(module)
+    with pytest.raises(TypeError, match="ACELoss: unknown option 'num_bins', wanted some of n_bins"):
+        calseg.ACELoss(num_bins=3)
