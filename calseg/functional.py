@@ -498,7 +498,8 @@ def ace_loss(
         empty_weight: a bin with less mass than this is empty (soft bins; a hard one holds whole voxels). Default 0.01.
         ignore_index: voxels with this label add nothing to loss and gradient. Default -100.
         reduction: ``"mean"`` or ``"sum"`` over items and classes, or ``"none"``. Default ``"mean"``.
-        backend: as in :func:`vls_cross_entropy`.
+        backend: ``"cpu"`` (native) or ``"reference"`` (plain PyTorch, on a GPU too, differentiable to any order);
+            default: the fastest that there is.
 
     Returns:
         A 0-d tensor, or ``[N, C]`` with ``reduction="none"`` (``[N, C - 1]`` without background; N is 1 for ``[C]``
@@ -533,7 +534,7 @@ def ace_loss(
     soft, first_class = binning == "soft", 0 if include_background else 1
     if ops.shape_of(input)[1] <= first_class:
         raise ValueError(f"include_background: got False for one class ({check.describe(input)}), wanted 2 or more")
-    if _backend(input, backend) == "reference":
+    if _backend(input, backend) != "cpu":
         bins = reference.ace_bins(
             _flat(input), _reference_labels(labels, input), n_bins=n_bins, soft=soft, first_class=first_class,
             ignore_index=ignore_index,
