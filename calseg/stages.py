@@ -94,7 +94,8 @@ def estimate(
 
     ``networks`` is the folder of another run on the same cases, whose first stage is used instead of training one:
     ``alpha``, ``temperature`` and ``num_samples`` may then differ. ``resume`` goes on where an interrupted call with
-    the same settings stopped. Raises as :func:`calseg.training.train`.
+    the same settings stopped. Raises as :func:`calseg.training.train`, and where Ctrl-C comes between two updates
+    :class:`~calseg.training.CasesInterruptedError`.
     """
     target = training.check_device(device)
     dataset = find_cases(data)
@@ -103,6 +104,29 @@ def estimate(
     settings = {"config": asdict(config), "names": names}
     _prepare(run, data, settings, resume=resume, overwrite=overwrite)
 
+    try:
+        return _estimate(
+            dataset, run, config, names, None if networks is None else Path(networks), target,
+            data=data, checkpoint_every=checkpoint_every, progress=progress,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        done = len(training.read_json(run / SUMMARY)["cases"])
+        raise training.CasesInterruptedError(run / "soft_labels", done, len(names)) from None
+
+
+def _estimate(
+    dataset: Dataset,
+    run: Path,
+    config: TrainConfig,
+    names: Sequence[str],
+    networks: Path | None,
+    target: torch.device,
+    *,
+    data: str | Path,
+    checkpoint_every: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Networks, temperature, maps; what ``run`` holds of them is not made again."""
     cache = CaseCache(dataset)
     folds = split_folds(names, config.folds, config.split_seed)  # no more than there are cases
     # What the networks do not depend on is left out, so that they can serve other estimates.
@@ -110,7 +134,7 @@ def estimate(
     nets: list[StageOneNet] = []
     seconds = 0.0
     for number, members in enumerate(folds):
-        folder = _fold(run if networks is None else Path(networks), number)
+        folder = _fold(networks or run, number)
         if networks is not None and not (folder / "checkpoint.pt").is_file():
             raise TrainingError(f"{folder / 'checkpoint.pt'}: not found; there is no first stage of these folds")
         content = training.fingerprint(dataset, stage, _others(names, members), members)
@@ -173,6 +197,8 @@ def _prepare(run: Path, data: str | Path, settings: dict[str, Any], *, resume: b
         training.check_same_config(path, saved.get("config", {}), wanted["config"])
         if saved.get("names") != wanted["names"]:
             raise TrainingError(f"{path}: cannot be resumed on other data: the training cases changed since")
+        for leftover in run.rglob(".*.tmp"):  # of a process that was killed while it wrote
+            leftover.unlink()
         return
     training.prepare_run(run, resume=resume, overwrite=overwrite)
     try:

@@ -7,6 +7,8 @@ import gc
 import json
 import os
 import signal
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +34,7 @@ from calseg.data import (  # noqa: E402
 )
 from calseg.demo import DemoConfig, make_dataset  # noqa: E402
 from calseg.nets import StageOneNet, build_stage_one  # noqa: E402
-from calseg.training import RunInterruptedError, TrainConfig, TrainingError, load_checkpoint  # noqa: E402
+from calseg.training import CasesInterruptedError, RunInterruptedError, TrainConfig, TrainingError, load_checkpoint  # noqa: E402
 
 TINY = TrainConfig(
     method="calseg",
@@ -220,22 +222,30 @@ def test_a_single_fold_sees_every_case(data: Path, tmp_path: Path) -> None:
 
 
 def test_interrupted_run_ends_bit_for_bit_like_a_whole_one(data: Path, run: Path, tmp_path: Path) -> None:
-    def stop_at(stage: str, done: int) -> Any:
+    def stop_at(stage: str, done: int, time: int = 1) -> Any:
+        left = time
+
         def progress(now: str, count: int, total: int, loss: float | None) -> None:
-            if (now, count) == (stage, done):
+            nonlocal left
+            left -= (now, count) == (stage, done)
+            if left == 0:
+                left = -1
                 os.kill(os.getpid(), signal.SIGINT)
 
         return progress
 
     broken = tmp_path / "broken"
-    for stage, done, error in (
-        ("fold 1/2", 2, RunInterruptedError),
-        ("fold 2/2", 3, RunInterruptedError),
-        ("soft labels", 1, KeyboardInterrupt),
-        ("train", 2, RunInterruptedError),
+    for error, *where in (
+        (CasesInterruptedError, "read", 1),
+        (RunInterruptedError, "fold 1/2", 2),
+        (RunInterruptedError, "fold 1/2", 4),  # after the last update of the fold
+        (CasesInterruptedError, "read", 2, 2),  # between the folds, before the second has a checkpoint
+        (RunInterruptedError, "fold 2/2", 3),
+        (CasesInterruptedError, "soft labels", 1),
+        (RunInterruptedError, "train", 2),
     ):
         with pytest.raises(error):
-            stages.train(data, broken, TINY, resume=broken.exists(), progress=stop_at(stage, done))
+            stages.train(data, broken, TINY, resume=broken.exists(), progress=stop_at(*where))
     torch.manual_seed(3)
     metrics = stages.train(data, broken, TINY, resume=True)
     whole = training.read_json(run / "metrics.json")
@@ -247,6 +257,58 @@ def test_interrupted_run_ends_bit_for_bit_like_a_whole_one(data: Path, run: Path
         ours, theirs = (load_checkpoint(folder / name)["model"] for folder in (broken, run))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert not list(broken.glob("**/.*"))
+
+
+STOPPED = """
+import os, sys
+from pathlib import Path
+from calseg import cli
+
+replace, maps = os.replace, 0
+
+def stop_at_the_second_map(source, target):
+    global maps
+    maps += Path(target).parent.name == "soft_labels"
+    if maps == 2:
+        os.kill(os.getpid(), int(sys.argv[1]))  # 0 does nothing
+    replace(source, target)
+
+os.replace = stop_at_the_second_map
+cli.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
+def test_soft_labels_stopped_while_a_map_is_written(data: Path, tmp_path: Path, name: str) -> None:
+    """Whole maps stay as they are, no partial file bears a map's name, and all ends as if nothing had happened."""
+    number = int(getattr(signal, name))
+
+    def soft_labels(number: int, *words: str) -> subprocess.CompletedProcess[str]:
+        command = ["soft-labels", str(data), "--out", str(tmp_path / "maps"), "--threads", "1", *words]
+        return subprocess.run([sys.executable, "-c", STOPPED, str(number), *command], capture_output=True, text=True)
+
+    config = replace(TINY, iterations=2, num_samples=2)
+    sides = map(str, config.patch_size)
+    stopped = soft_labels(
+        number, "--patch-size", *sides, "--iterations", "2", "--folds", "2", "--num-samples", "2", "--alpha", "0.4",
+        "--temperature", "1",
+    )  # fmt: skip
+    assert stopped.returncode == (130 if name == "SIGINT" else -number), stopped.stderr
+    if name == "SIGINT":
+        assert "interrupted after 1 of 6 cases" in stopped.stderr
+        assert stopped.stderr.rstrip().endswith("--resume")
+    maps = tmp_path / "maps" / "soft_labels"
+    kept = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in maps.glob("*.nii.gz")}
+    assert len(kept) == 1
+    resumed = soft_labels(0, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert all((path.read_bytes(), path.stat().st_mtime_ns) == before for path, before in kept.items())
+    stages.estimate(data, tmp_path / "whole", config)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole" / "soft_labels").iterdir()}
+    assert len(whole) == 6
+    assert {path.name: path.read_bytes() for path in maps.iterdir()} == whole
+    assert not list((tmp_path / "maps").rglob(".*"))
 
 
 def test_finished_stage_is_not_run_again(data: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
