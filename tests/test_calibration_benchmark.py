@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ FOLDER = Path(__file__).parents[1] / "benchmarks" / "calibration"
 if not FOLDER.is_dir():
     pytest.skip("needs the checkout's benchmarks", allow_module_level=True)
 sys.path.insert(0, str(FOLDER))
+import figures  # noqa: E402
+import run  # noqa: E402
 import scores  # noqa: E402
 
 sys.path.remove(str(FOLDER))
@@ -68,3 +71,43 @@ def test_weights_count_cases() -> None:
     drawn = scores.resamples(3, 50)
     assert drawn.shape == (50, 3)
     assert (drawn.sum(1) == 3).all()
+
+
+def test_differences_from_cross_entropy_are_paired_over_cases_and_seeds() -> None:
+    """A method that is better by the same amount in every case has an interval without width."""
+    base = [[scores.score_case(*case) for case in cases()] for _ in range(2)]
+    base[1][0] = {**base[1][0], "dice": [0.9, 0.1]}
+
+    def better(sums: dict[str, Any]) -> dict[str, Any]:
+        return {**sums, "dice": [value + 0.05 for value in sums["dice"]], "nll": sums["nll"] - 0.1 * sums["voxels"]}
+
+    tested = {"cross_entropy": base, "calseg": [[better(sums) for sums in seed] for seed in base]}
+    result = run.report({"calseg": {"settings": {"alpha": 0.5}}}, tested, {"calseg": [1.25, 1.5]})
+    assert "minus_cross_entropy" not in result["cross_entropy"]["scores"]["dice"]
+    for key, wanted in (("dice", 0.05), ("nll", -0.1), ("fg_ece", 0.0)):
+        mine, theirs = (result[method]["scores"][key] for method in ("calseg", "cross_entropy"))
+        assert mine["mean"] - theirs["mean"] == pytest.approx(wanted)
+        assert mine["minus_cross_entropy"]["mean"] == pytest.approx(wanted)
+        assert mine["minus_cross_entropy"]["interval"] == pytest.approx([wanted, wanted])
+        assert theirs["interval"][1] > theirs["interval"][0]  # the score itself varies with the cases
+        assert theirs["mean"] == pytest.approx(np.mean(theirs["seeds"]))
+    row = figures.table({"test": result}).splitlines()[-1]
+    assert row.startswith("| CALSeg, chosen | alpha 0.5; fitted temperatures 1.25, 1.50 |")
+    assert "| +.050 (+.050 to +.050) | -.1000 (-.1000 to -.1000) |" in row
+
+
+def test_curves_pool_what_the_error_sums() -> None:
+    seeds = [[scores.score_case(*case) for case in cases()]] * 2
+    result = scores.summarise(seeds[0])
+    for name, error, voxels in (
+        ("fg_curve", "fg_ece", sum(case["fg_voxels"] for case in seeds[0])),
+        ("disputed_curve", "disputed_ece", sum(case["disputed_voxels"] for case in seeds[0])),
+    ):
+        curve = scores.curves(seeds)[name]
+        assert sum(curve["voxels"]) == 2 * voxels
+        gaps = [
+            count * abs(confidence - frequency)
+            for count, confidence, frequency in zip(*curve.values(), strict=True)
+            if count
+        ]
+        assert sum(gaps) / sum(curve["voxels"]) == pytest.approx(result[error], rel=1e-6)

@@ -37,8 +37,8 @@ class Plan:
 
 PLANS = {
     "hippocampus": Plan(10, 20, 60, (32, 48, 32), 2, 400),
-    "multirater": Plan(12, 8, 15, (128, 128, 1), 4, 400),
-    "synthetic": Plan(8, 12, 40, (32, 32, 32), 2, 400),
+    "multirater": Plan(12, 8, 15, (128, 128, 1), 2, 200),
+    "synthetic": Plan(8, 12, 40, (24, 24, 24), 2, 200),
 }
 
 
@@ -103,8 +103,8 @@ def _multirater(source: Path | None, out: Path, plan: Plan) -> None:
 
 
 def _synthetic(source: Path | None, out: Path, plan: Plan) -> None:
-    """The demo's lesions: the label is one simulated rater's, the truth the probability of every voxel."""
-    config = DemoConfig(raters=2)
+    """The demo's lesions in smaller volumes: the label is one simulated rater's, the truth is known at every voxel."""
+    config = DemoConfig(raters=2, side=28)
     entries = []
     for index in range(plan.training + plan.tuning + plan.test):
         image, raters, truth = make_case(1, index, config)

@@ -12,7 +12,6 @@ experiment goes on where it stopped. The result is benchmarks/results/calibratio
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,9 +21,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import numpy as np
 import torch
 from datasets import MAKERS, PLANS, Plan, prepare
-from scores import SCORES, resamples, score_case, summarise
+from figures import table
+from numpy.typing import NDArray
+from scores import SCORES, curves, resamples, score_case, summarise
 
 import calseg
 from calseg import stages
@@ -42,7 +44,7 @@ GRID: dict[str, tuple[dict[str, float], ...]] = {
     "mbls": ({"margin": 5.0}, {"margin": 10.0}, {"margin": 2.5}),
     "nacl": ({"alpha": 0.1}, {"alpha": 0.05}, {"alpha": 0.2}),
     "vls": ({"alpha": 0.1}, {"alpha": 0.3}, {"alpha": 0.3, "temperature": 2.0}),
-    "calseg": ({"alpha": 0.5}, {"alpha": 0.5, "temperature": 2.0}, {"alpha": 1.0, "temperature": 1.5}),
+    "calseg": ({"alpha": 0.5}, {"alpha": 0.5, "temperature": 2.0}, {"alpha": 0.5, "temperature": 1.5}),
 }
 """A method's settings, its published one or its default first. With SVLS's 3 voxels a wider sigma changes little."""
 
@@ -169,9 +171,10 @@ class Experiment:
             chosen[method] = {"settings": best["settings"], "tried": tried}
         return chosen
 
-    def test(self, chosen: Mapping[str, Any], seeds: int) -> dict[str, list[list[dict[str, Any]]]]:
-        """``{method: [the cases' sums of each seed]}``."""
+    def test(self, chosen: Mapping[str, Any], seeds: int) -> dict[str, Any]:
+        """``{method: [the cases' sums of each seed]}``, and the temperatures of those that fit or choose one."""
         result: dict[str, list[list[dict[str, Any]]]] = {}
+        temperatures: dict[str, list[float]] = {}
         wanted = [(method, method, choice["settings"]) for method, choice in chosen.items()]
         if "calseg" in chosen:
             wanted.append((UNTUNED, "calseg", GRID["calseg"][0]))
@@ -179,53 +182,56 @@ class Experiment:
             runs = [self.trained(method, settings, seed) for seed in range(seeds)]
             result[name] = [list(self.scores(run, "test").values()) for run in runs]
             if method == "cross_entropy":
-                temperatures = [self.temperature(run) for run in runs]
+                temperatures[SCALED] = [self.temperature(run) for run in runs]
                 result[SCALED] = [
-                    list(self.scores(run, "test", t).values()) for run, t in zip(runs, temperatures, strict=True)
+                    list(self.scores(run, "test", t).values())
+                    for run, t in zip(runs, temperatures[SCALED], strict=True)
                 ]
-        return result
+            if method == "calseg" and "temperature" not in settings:
+                temperatures[name] = [float(read_json(run / "stage1" / stages.SUMMARY)["temperature"]) for run in runs]
+        return {"tested": result, "temperatures": temperatures}
 
 
-def report(chosen: Mapping[str, Any], tested: Mapping[str, Any]) -> dict[str, Any]:
-    """Per method and score the mean over the seeds, each seed, the 95 % interval over cases, and against CE."""
-    count = len(tested["cross_entropy"][0])
-    weights = resamples(count)
+def report(
+    chosen: Mapping[str, Any],
+    tested: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
+    temperatures: Mapping[str, Sequence[float]],
+) -> dict[str, Any]:
+    """Per method and score the mean over the seeds, each seed and the 95 % interval over cases; and the differences.
 
-    def interval(values: Any) -> list[float]:
-        import numpy as np
+    ``minus_cross_entropy`` is paired: the same seeds, and in every resample of the bootstrap the same cases.
+    """
+    weights = resamples(len(tested["cross_entropy"][0]))
 
+    def interval(values: NDArray[np.float64]) -> list[float]:
         return [float(value) for value in np.quantile(values, (0.025, 0.975))]
 
-    boot = {m: [summarise(cases, weights) for cases in seeds] for m, seeds in tested.items()}
-    points = {m: [summarise(cases) for cases in seeds] for m, seeds in tested.items()}
+    points = {method: [summarise(cases) for cases in seeds] for method, seeds in tested.items()}
+    drawn = {method: [summarise(cases, weights) for cases in seeds] for method, seeds in tested.items()}
+
+    def mean(seeds: Sequence[Mapping[str, Any]], key: str) -> Any:
+        return sum(seed[key] for seed in seeds) / len(seeds)
+
     result: dict[str, Any] = {}
     for method in tested:
-        scores = {}
+        scores: dict[str, Any] = {}
         for key in points[method][0]:
-            each = [point[key] for point in points[method]]
-            spread = sum(b[key] for b in boot[method]) / len(each)
-            scores[key] = {"mean": sum(each) / len(each), "seeds": each, "interval": interval(spread)}
+            spread = mean(drawn[method], key)
+            scores[key] = {
+                "mean": mean(points[method], key),
+                "seeds": [seed[key] for seed in points[method]],
+                "interval": interval(spread),
+            }
             if method != "cross_entropy":
-                base = sum(b[key] for b in boot["cross_entropy"]) / len(boot["cross_entropy"])
-                scores[key]["minus_cross_entropy"] = interval(spread - base)
+                scores[key]["minus_cross_entropy"] = {
+                    "mean": scores[key]["mean"] - mean(points["cross_entropy"], key),
+                    "interval": interval(spread - mean(drawn["cross_entropy"], key)),
+                }
         settings = GRID["calseg"][0] if method == UNTUNED else chosen.get(method, {"settings": {}})["settings"]
-        result[method] = {"settings": settings, "scores": scores}
+        result[method] = {"settings": settings, "scores": scores, "curves": curves(tested[method])}
+        if method in temperatures:
+            result[method]["temperatures"] = list(temperatures[method])
     return result
-
-
-def table(result: Mapping[str, Any]) -> str:
-    """Markdown: mean over the seeds, and the range of the seeds."""
-    keys = list(next(iter(result.values()))["scores"])
-    lines = ["| method | settings | " + " | ".join(keys) + " |", "|---" * (len(keys) + 2) + "|"]
-    for method, entry in result.items():
-        cells = []
-        for key in keys:
-            score = entry["scores"][key]
-            low, high = min(score["seeds"]), max(score["seeds"])
-            cells.append(f"{score['mean']:.4f} ({low:.4f} to {high:.4f})")
-        settings = ", ".join(f"{name} {value:g}" for name, value in entry["settings"].items()) or "-"
-        lines.append(f"| {method} | {settings} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -246,8 +252,7 @@ def main() -> None:
     experiment = Experiment(arguments.name, arguments.out, plan)
     methods = [method for method in GRID if method in {"cross_entropy", *arguments.methods}]
     chosen = experiment.tune(methods)
-    result = report(chosen, experiment.test(chosen, arguments.seeds))
-    print(table(result))
+    result = report(chosen, **experiment.test(chosen, arguments.seeds))
     content = {
         "dataset": arguments.name,
         "plan": asdict(plan),
@@ -259,8 +264,9 @@ def main() -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"calibration-{arguments.name}.json"
-    write_json(path, json.loads(json.dumps(content)))
-    print(f"written to {path}")
+    write_json(path, content)
+    print(table(content))
+    print(f"written to {path}; the tables of all data sets and their figure: {Path(__file__).with_name('figures.py')}")
 
 
 if __name__ == "__main__":

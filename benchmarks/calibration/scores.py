@@ -49,16 +49,22 @@ def score_case(logits: Tensor, label: Tensor, truth: Tensor | None = None) -> di
         result[f"{region}nll"] = float(bins.mean_nll() * bins.num_voxels)
         result[f"{region}brier"] = float(bins.mean_brier() * bins.num_voxels)
         result[f"{region}gap"] = _gaps(bins)
+        result[f"{region}curve"] = [bins.count.tolist(), (bins.confidence.double() / UNIT).tolist(), bins.hits.tolist()]
     result["class_gap"] = _gaps(calibration_bins(x, y, n_bins=BINS, class_wise=True))
     if truth is not None:
         valid = label != IGNORE_INDEX
         p, t = torch.softmax(x[0, :, valid], 0), truth[:, valid].double()
         confidence, top = p.max(0)
         disputed = t[0] < 0.99
-        gap = confidence - t.gather(0, top[None])[0]
+        share = t.gather(0, top[None])[0]
         index = (confidence * BINS).long().clamp(max=BINS - 1)
-        result["truth_gap"] = torch.bincount(index, gap, BINS).tolist()
-        result["disputed_gap"] = torch.bincount(index[disputed], gap[disputed], BINS).tolist()
+        for region, inside in (("truth", slice(None)), ("disputed", disputed)):
+            curve = [
+                torch.bincount(index[inside], values[inside], BINS).tolist()
+                for values in (torch.ones_like(share), confidence, share)
+            ]
+            result[f"{region}_gap"] = [sure - right for _, sure, right in zip(*curve, strict=True)]
+            result[f"{region}_curve"] = curve
         result["disputed_voxels"] = float(disputed.sum())
         result["truth_error"] = float((p - t)[:, disputed].abs().mean(0).sum())
     return result
@@ -91,6 +97,20 @@ def summarise(cases: Sequence[Mapping[str, Any]], weights: NDArray[np.float64] |
         scores["disputed_ece"] = error("disputed_gap", "disputed_voxels")
         scores["truth_error"] = total["truth_error"] / np.maximum(total["disputed_voxels"], 1)
     return {key: float(value[0]) if single else value for key, value in scores.items()}
+
+
+def curves(seeds: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Reliability diagrams of all seeds' predictions, pooled: per bin voxels, mean confidence, and frequency.
+
+    The frequency is how often the top label is right, or against the truth its mean probability. None: an empty bin.
+    """
+    result = {}
+    for name in ("fg_curve", "disputed_curve"):
+        if all(name in case for cases in seeds for case in cases):
+            voxels, *sums = np.sum([case[name] for cases in seeds for case in cases], 0)
+            means = [[float(a / b) if b else None for a, b in zip(total, voxels, strict=True)] for total in sums]
+            result[name] = {"voxels": [int(count) for count in voxels], "confidence": means[0], "frequency": means[1]}
+    return result
 
 
 def resamples(cases: int, count: int = 2000) -> NDArray[np.float64]:
