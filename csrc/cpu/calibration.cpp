@@ -109,15 +109,14 @@ constexpr int32_t kSkipped = -1, kNoClass = -2;
 template <class From>
 void classes_of(int32_t* to, const From* from, int64_t step, int count, int64_t C, int64_t ignore_index, bool skip_background) {
     using Bits = LabelBits<From>;
-    const From narrowed = static_cast<From>(ignore_index);
-    const bool possible = static_cast<int64_t>(narrowed) == ignore_index && is_ignored(narrowed, ignore_index);
-    const Bits classes = static_cast<Bits>(C), ignored = static_cast<Bits>(narrowed), background = 0;
+    const IgnoreIndex<From> ignore(ignore_index);
+    const Bits classes = static_cast<Bits>(C), background = 0;
     const int32_t of_background = skip_background ? kSkipped : 0;
     const auto class_of = [&](From label) {
         const Bits bits = static_cast<Bits>(label);
         int32_t result = bits < classes ? static_cast<int32_t>(bits) : kNoClass;
         result = bits == background ? of_background : result;
-        return possible && bits == ignored ? kSkipped : result;
+        return ignore == label ? kSkipped : result;
     };
     if (step == 1)
         for (int i = 0; i < count; ++i) to[i] = class_of(from[i]);

@@ -53,14 +53,21 @@ struct LossTile {
     bool any_ignored() const { return counted < count; }
 
  private:
+    int filled_ = 0;  // so many upstream gradients are those of the tile before, in which no voxel was ignored
+
     void load_upstream(const Upstream& up, const Span& span) {
         const T scale = static_cast<T>(up.scale), kl_scale = static_cast<T>(up.kl_scale);
         const int padded = static_cast<int>(round_up(count, kLanes));
         if (up.grad_output) load_tile(upstream, up.grad_output, span, 1);
         else if (!any_ignored()) {
-            fill(upstream, upstream + padded, scale);
-            return fill(kl_upstream, kl_upstream + padded, kl_scale);
+            if (padded > filled_) {
+                fill(upstream, upstream + padded, scale);
+                fill(kl_upstream, kl_upstream + padded, kl_scale);
+                filled_ = padded;
+            }
+            return;
         } else fill(upstream, upstream + padded, T(1));
+        filled_ = 0;
         for (int i = 0; i < padded; ++i) {
             kl_upstream[i] = labels[i] < 0 ? T(0) : upstream[i] * kl_scale;
             upstream[i] = labels[i] < 0 ? T(0) : upstream[i] * scale;

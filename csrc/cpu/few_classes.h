@@ -25,7 +25,7 @@ class FewClasses {
         const TensorView& g = a.grad_logits;
         if (a.logits.stride_s != 1 || (kGradient && (g.stride_s != 1 || g.dtype != a.logits.dtype))) return false;
         if (!kGradient || !stream) return true;
-        const bool aligned = is_aligned_to_lanes(static_cast<const D*>(g.data)) && g.stride_c % kLanes == 0 && g.stride_n % kLanes == 0;
+        const bool aligned = reinterpret_cast<uintptr_t>(g.data) % 64 == 0 && g.stride_c % kLine == 0 && g.stride_n % kLine == 0;
         return kStreamed<D> && aligned;
     }
 
@@ -41,13 +41,32 @@ class FewClasses {
     CALSEG_MEMBER void run(int count) const {
         const FewClasses self = *this;  // a copy: what lies behind a reference is read anew after every store
         int at = 0;
-        for (; at + kLanes <= count; at += kLanes) self.template block<kIgnored>(at, kLanes);
-        if (at < count) self.template block<true>(at, count - at);
+        alignas(64) D gradient[C][kLine];
+        for (; at + kLine <= count; at += kLine) {
+            for (int within = 0; within < kLine; within += kLanes) self.template block<kIgnored>(at, within, kLanes, gradient);
+            if (kGradient)
+                for (int c = 0; c < C; ++c) self.write(gradients_[c] + at, gradient[c]);
+        }
+        for (; at < count; at += kLanes) {
+            const int rest = static_cast<int>(smaller(count - at, kLanes));
+            self.template block<true>(at, 0, rest, gradient);
+            if (kGradient)
+                for (int c = 0; c < C; ++c) std::memcpy(gradients_[c] + at, gradient[c], static_cast<size_t>(rest) * sizeof(D));
+        }
     }
 
  private:
+    // a group of voxels fills cache lines: to stream half of one costs as much as a whole
+    static constexpr int kLine = kLanes * sizeof(D) < 64 ? 64 / sizeof(D) : kLanes;
+
+    CALSEG_MEMBER void write(D* to, const D (&line)[kLine]) const {
+        if (!kStreamed<D> || !stream_) return void(std::memcpy(to, line, sizeof line));
+        for (int i = 0; i < kLine; i += kLanes) stream_lanes(to + i, line + i);
+    }
+
     template <bool kIgnored>
-    CALSEG_MEMBER void block(int at, int count) const {
+    CALSEG_MEMBER void block(int from, int within, int count, D (&gradient)[C][kLine]) const {
+        const int at = from + within;
         const F<T> none = zero<T>();
         const I<T> labels = load<I<T>>(labels_ + at);
         const auto ignored = less(labels, broadcast<I<T>>(0));
@@ -74,13 +93,8 @@ class FewClasses {
         const F<T> upstream = load<F<T>>(upstream_ + at), scale = upstream / sum;
         for (int c = 0; c < C; ++c) {
             alignas(64) T lanes[kLanes];
-            alignas(64) D narrowed[kLanes];
             store(lanes, x[c] * scale - select(equal(labels, broadcast<I<T>>(c)), upstream, none));
-            narrow_lanes(narrowed, lanes);
-            if (count < kLanes)
-                for (int i = 0; i < count; ++i) gradients_[c][at + i] = narrowed[i];
-            else if (kStreamed<D> && stream_) stream_lanes(gradients_[c] + at, narrowed);
-            else std::memcpy(gradients_[c] + at, narrowed, sizeof narrowed);
+            narrow_lanes(gradient[c] + within, lanes);
         }
     }
 

@@ -7,49 +7,45 @@ namespace CALSEG_ISA {
 namespace {
 
 constexpr int64_t kChunk = 1 << 16;
-constexpr int kBlock = 1024;
 
 int64_t per_item(const ScanLabelsArgs& a) { return (a.shape.S + kChunk - 1) / kChunk; }
 
-// Labels as [0, C) are classes, C is ignored, C + 1 is out of range.
+// Everything is compared and counted in the labels' own type, of which a vector holds the most: a byte counts to 255.
 template <class From>
 void scan(const ScanLabelsArgs& a, int64_t n, int64_t first, int64_t last, LabelSums& sums) {
-    const int64_t step = a.labels.view.stride_s, C = a.labels.is_mask ? INT64_MAX : a.shape.C, ignore = a.labels.ignore_index;
+    using Unsigned = std::make_unsigned_t<From>;
+    constexpr int64_t kBlock = sizeof(From) == 1 ? 192 : 1024;
+    constexpr auto kMaxLabel = static_cast<int64_t>(static_cast<Unsigned>(-1) / (std::is_signed<From>::value ? 2 : 1) & INT64_MAX);
+    const int64_t step = a.labels.view.stride_s, C = a.labels.is_mask ? INT64_MAX : a.shape.C;
+    const IgnoreIndex<From> ignore(a.labels.ignore_index);
+    const auto last_class = static_cast<Unsigned>(smaller(C - 1, kMaxLabel));
     const From* from = static_cast<const From*>(a.labels.view.data) + n * a.labels.view.stride_n;
     for (int64_t block = first; block < last; block += kBlock) {
         const int count = static_cast<int>(smaller(kBlock, last - block));
         const From* row = from + block * step;
-        int32_t ignored = 0, bad = 0;
-        if (step == 1) {
+        Unsigned ignored = 0, bad = 0;
+        const auto tally = [&](auto by) {
             for (int i = 0; i < count; ++i) {
-                const int64_t label = static_cast<int64_t>(row[i]);
-                const bool skip = is_ignored(row[i], ignore);
-                ignored += skip;
-                bad += !skip & (static_cast<uint64_t>(label) >= static_cast<uint64_t>(C));
+                const bool skip = ignore == row[i * by];
+                ignored = static_cast<Unsigned>(ignored + skip);
+                bad = static_cast<Unsigned>(bad + (!skip & (static_cast<Unsigned>(row[i * by]) > last_class)));
             }
-        } else {
-            for (int i = 0; i < count; ++i) {
-                const int64_t label = static_cast<int64_t>(row[i * step]);
-                const bool skip = is_ignored(row[i * step], ignore);
-                ignored += skip;
-                bad += !skip & (static_cast<uint64_t>(label) >= static_cast<uint64_t>(C));
-            }
-        }
+        };
+        if (step == 1) tally(std::integral_constant<int64_t, 1>());
+        else tally(step);
         if (bad && sums.bad_position < 0)
             for (int i = 0; i < count; ++i) {
-                const int64_t label = static_cast<int64_t>(row[i * step]);
-                if (!is_ignored(row[i * step], ignore) && static_cast<uint64_t>(label) >= static_cast<uint64_t>(C)) {
+                const From label = row[i * step];
+                if (ignore != label && static_cast<Unsigned>(label) > last_class) {
                     sums.bad_position = n * a.shape.S + block + i;
-                    sums.bad_value = label;
+                    sums.bad_value = static_cast<int64_t>(label);
                     return;
                 }
             }
-        sums.counted += count - ignored;
+        sums.counted += count - static_cast<int>(ignored);
         if (a.weight)
-            for (int i = 0; i < count; ++i) {
-                const int64_t label = static_cast<int64_t>(row[i * step]);
-                if (!is_ignored(row[i * step], ignore)) sums.weight += a.weight[label];
-            }
+            for (int i = 0; i < count; ++i)
+                if (ignore != row[i * step]) sums.weight += a.weight[static_cast<int64_t>(row[i * step])];
     }
 }
 

@@ -185,7 +185,12 @@ typedef uint16_t ShortVector __attribute__((vector_size(2 * kLanes)));
 CALSEG_INLINE void widen_lanes(float* to, const float* from) { store(to, load<FloatVector>(from)); }
 CALSEG_INLINE void narrow_lanes(float* to, const float* from) { store(to, load<FloatVector>(from)); }
 CALSEG_INLINE void widen_lanes(float* to, const BF16* from) {
+#if defined(__AVX512F__)
+    // one instruction, for which the compiler, asked for the conversion, takes four
+    store(to, _mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(from)), 16));
+#else
     store(to, __builtin_convertvector(load<ShortVector>(from), UintVector) << 16);
+#endif
 }
 CALSEG_INLINE void narrow_lanes(BF16* to, const float* from) {  // as narrow_bf16
     const FloatVector x = load<FloatVector>(from);
@@ -318,11 +323,18 @@ CALSEG_INLINE void prefetch_block(const TensorView& view, int64_t n, int64_t s, 
 #endif
 }
 
-// Whether a label is ignore_index, which an unsigned label never is where that is negative.
+// ignore_index among labels of one type, which may not be able to hold it: then no label is ignored.
 template <class From>
-CALSEG_INLINE bool is_ignored(From label, int64_t ignore) {
-    return (std::is_signed<From>::value || ignore >= 0) && static_cast<int64_t>(label) == ignore;
-}
+struct IgnoreIndex {
+    From value;
+    bool possible;
+
+    explicit IgnoreIndex(int64_t index)
+        : value(static_cast<From>(index)),
+          possible((std::is_signed<From>::value || index >= 0) && static_cast<int64_t>(static_cast<From>(index)) == index) {}
+    CALSEG_MEMBER bool operator==(From label) const { return possible & (label == value); }
+    CALSEG_MEMBER bool operator!=(From label) const { return !(*this == label); }
+};
 
 // Labels of a tile: the class, or -1 where the voxel is ignored (padding included). Returns the number that count.
 inline int load_labels(int32_t* to, const Labels& labels, const Span& span) {
@@ -335,13 +347,14 @@ inline int load_labels(int32_t* to, const Labels& labels, const Span& span) {
     }
     with_integer_type(labels.view.dtype, [&](auto* type) {
         using From = std::remove_pointer_t<decltype(type)>;
-        const int64_t step = labels.view.stride_s, ignore = labels.ignore_index;
+        const int64_t step = labels.view.stride_s;
+        const IgnoreIndex<From> ignore(labels.ignore_index);
         const From* from = static_cast<const From*>(labels.view.data) + span.n * labels.view.stride_n + span.s * step;
         const int32_t keep = labels.is_mask ? 0 : -1;
         if (step == 1)
-            for (int i = 0; i < count; ++i) to[i] = is_ignored(from[i], ignore) ? -1 : static_cast<int32_t>(from[i]) & keep;
+            for (int i = 0; i < count; ++i) to[i] = ignore == from[i] ? -1 : static_cast<int32_t>(from[i]) & keep;
         else
-            for (int i = 0; i < count; ++i) to[i] = is_ignored(from[i * step], ignore) ? -1 : static_cast<int32_t>(from[i * step]) & keep;
+            for (int i = 0; i < count; ++i) to[i] = ignore == from[i * step] ? -1 : static_cast<int32_t>(from[i * step]) & keep;
     });
     int counted = 0;
     for (int i = 0; i < count; ++i) counted += to[i] >= 0;
