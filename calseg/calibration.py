@@ -132,8 +132,8 @@ def calibration_bins(
             all count.
         per_item: sums per batch item, not over all. Default False.
         right_closed: bins :math:`b / n < p \le (b + 1) / n` instead, with 0 in the first. Default False.
-        backend: ``"cpu"`` (native) or ``"reference"`` (plain PyTorch, on a GPU too); default: the fastest that there
-            is.
+        backend: ``"cpu"`` (native), ``"triton"`` (on a GPU) or ``"reference"`` (plain PyTorch); default: the
+            fastest that there is.
 
     Returns:
         :class:`CalibrationBins`.
@@ -170,7 +170,7 @@ def calibration_bins(
     chosen = ops.choose_backend(input, backend)
     first_class = (0 if include_background else 1) if class_wise else None
     skip_background = not (class_wise or include_background)
-    if chosen != "cpu":  # on a GPU too
+    if chosen == "reference":
         sums, totals = _reference_bins(
             input.detach(), labels, counted, n_bins, from_logits, first_class, skip_background, right_closed
         )
@@ -179,7 +179,7 @@ def calibration_bins(
     else:
         sums, totals = ops.calibration_bins(
             input.detach(), labels, counted, n_bins=n_bins, from_logits=from_logits, first_class=first_class,
-            skip_background=skip_background, per_item=per_item, right_closed=right_closed,
+            skip_background=skip_background, per_item=per_item, right_closed=right_closed, backend=chosen,
         )  # fmt: skip
     if not class_wise:
         sums = sums[:, 0]

@@ -11,6 +11,7 @@ import os
 import platform
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module, metadata
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from calseg.reference import compute_dtype, label_error, probability_error, probability_tolerance
+from calseg.reference import compute_dtype, label_error, place_of, probability_error, probability_tolerance
 
 try:
     from calseg import _native
@@ -37,15 +38,21 @@ except ImportError as error:
 
 BACKENDS = ("reference", "cpu", "triton")
 
-MIN_TRITON = (3, 6)
+MIN_TRITON = (3, 7)  # 3.5 and 3.6 stop at compiler errors in some of the kernels, older ones lack tuples
 TRITON_DEVICES = ("cuda", "xpu")  # "cuda" is ROCm too
+
+
+def _triton_version() -> str | None:
+    for name in ("triton", "triton-rocm", "pytorch-triton-rocm", "triton-xpu", "pytorch-triton-xpu", "triton-windows"):
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return None
 
 
 def _triton_error() -> str | None:
     """Why the Triton engine cannot run, or None. Triton itself is imported when it is first used."""
-    try:
-        version = metadata.version("triton")
-    except metadata.PackageNotFoundError:
+    version = _triton_version()
+    if version is None:
         return "Triton is not installed: pip install triton"
     if tuple(map(int, version.split(".")[:2])) < MIN_TRITON:
         return f"Triton {version} is too old: pip install 'triton>={'.'.join(map(str, MIN_TRITON))}'"
@@ -478,12 +485,28 @@ def calibration_bins(
     skip_background: bool,
     per_item: bool,
     right_closed: bool,
+    backend: str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """Sums per bin and totals, int64 ``[items, kinds, n_bins, 3]`` and ``[items, 6]``: see csrc/kernels.h.
 
     ``first_class`` is the first class with bins of its own, None for top-label bins; ``mask`` is uint8.
     """
     shape = N, C, _ = shape_of(scores)
+    if backend == "triton":
+        sums, totals, label_position, score_position = _triton().calibration_bins(
+            scores, labels, mask, n_bins=n_bins, from_logits=from_logits, first_class=first_class,
+            skip_background=skip_background, per_item=per_item, right_closed=right_closed,
+        )  # fmt: skip
+        if label_position >= 0:
+            place = tuple(place_of(label_position, tuple(labels.tensor.shape)))
+            label = int(labels.tensor[place])
+            raise label_error(label, label_position, tuple(labels.tensor.shape), C, labels.ignore_index)
+        if score_position >= 0:
+            place = tuple(place_of(score_position, voxel_shape(scores)))
+            probabilities = scores.movedim(min(1, scores.dim() - 1), -1)[place]
+            total, least = float(probabilities.float().sum()), float(probabilities.min())
+            raise probability_error(total, least, score_position, voxel_shape(scores))
+        return sums, totals
     items, kinds = N if per_item else 1, 1 if first_class is None else C - first_class
     sums = torch.zeros(items, kinds, n_bins, 3, dtype=torch.int64)
     totals = torch.zeros(items, 6, dtype=torch.int64)
@@ -594,7 +617,7 @@ def info() -> dict[str, Any]:
         "threading_layer": _native.threading_layer() if native else None,
         "num_threads": torch.get_num_threads(),
         "pool_held_bytes": _native.pool_held_bytes() if native else 0,
-        "triton": metadata.version("triton") if TRITON_ERROR is None else None,
+        "triton": _triton_version() if TRITON_ERROR is None else None,
         "triton_error": TRITON_ERROR,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cuda": torch.version.cuda,

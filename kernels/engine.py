@@ -13,11 +13,13 @@ from collections.abc import Sequence
 import torch
 import triton
 from calseg.kernels import launch as host
+from calseg.kernels.calibration import NO_FAULT
+from calseg.kernels.calibration import calibration_bins as calibration_bins_kernel
 from calseg.kernels.common import Labels, Tile, Upstream, View
 from calseg.kernels.cross_entropy import hard_cross_entropy, soft_cross_entropy
 from calseg.kernels.gaussian import Gaussian, Statistics
 from calseg.kernels.gaussian_kl import gaussian_kl
-from calseg.kernels.launch import HARD, SAMPLED, SOFT, WEIGHTED, Geometry, Kind, launch
+from calseg.kernels.launch import BINS, HARD, SAMPLED, SOFT, WEIGHTED, Geometry, Kind, launch
 from calseg.kernels.reductions import finish_loss, scale_gradient, scan_labels
 from calseg.kernels.sample_statistics import sample_statistics
 from calseg.kernels.soft_labels import accumulate_softmax as accumulate_softmax_kernel
@@ -33,6 +35,8 @@ CHECK_LABELS = os.environ.get("CALSEG_CHECK_LABELS", "0") not in ("", "0")
 SCAN_TILE = Tile(1, 1024)
 MAX_SUMS = 256
 ELEMENTWISE = 4096
+BINS_AT_ONCE = 16  # of the top label; class-wise 1, as a thread holds sums of many classes
+MOST_BINS_AT_ONCE = 64  # with more, voxels are added one by one
 
 
 class _Call:
@@ -291,3 +295,42 @@ def blend_soft_labels(estimate: Tensor, labels: ops.Labels | None, alpha: float,
     given = None if labels is None else Labels(call.voxels[0], _ignore(labels))
     alpha = 1.0 if labels is None else alpha
     call.run(blend_soft_labels_kernel, call.scores[0], given, call.S, alpha, alpha * scale, call.C)
+
+
+def calibration_bins(
+    scores: Tensor,
+    labels: ops.Labels,
+    mask: Tensor | None,
+    *,
+    n_bins: int,
+    from_logits: bool,
+    first_class: int | None,
+    skip_background: bool,
+    per_item: bool,
+    right_closed: bool,
+) -> tuple[Tensor, Tensor, int, int]:
+    """:func:`calseg.ops.calibration_bins`, and where the first label that is no class and the first scores that are no
+    probabilities are, -1 if nowhere. Waits for the GPU once.
+    """
+    N, C, S = ops.shape_of(scores)
+    items, kinds = N if per_item else 1, 1 if first_class is None else C - first_class
+    results = torch.zeros(items, 2 + 6 + kinds * n_bins * 3, dtype=torch.int64, device=scores.device)
+    results[:, :2] = NO_FAULT.value
+    at_once = 0 if n_bins > MOST_BINS_AT_ONCE else BINS_AT_ONCE if first_class is None else 1
+    scores, labels = ops._kept(scores), ops._kept_labels(labels)
+    counted = None if mask is None else ops._kept_labels(ops.Labels(mask, 0)).tensor
+    of_item = lambda t, n: t if t is None or items == 1 else t[n : n + 1]  # noqa: E731
+    for item, result in enumerate(results):
+        call = _Call(BINS, (of_item(scores, item),), (of_item(labels.tensor, item), of_item(counted, item)))
+        call.run(
+            calibration_bins_kernel, call.scores[0], Labels(call.voxels[0], _ignore(labels)), call.voxels[1],
+            result[8:], result[2:8], result[:2], call.S, n_bins, first_class or 0,
+            reference.probability_tolerance(scores.dtype), from_logits, first_class is not None, skip_background,
+            right_closed, at_once, C,
+        )  # fmt: skip
+    results = results.cpu()
+    places = results[:, :2] + torch.arange(items)[:, None] * S
+    label_position, score_position = (
+        int(places[found, k].min()) if bool((found := results[:, k] != NO_FAULT.value).any()) else -1 for k in range(2)
+    )
+    return results[:, 8:].view(items, kinds, n_bins, 3), results[:, 2:8], label_position, score_position

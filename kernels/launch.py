@@ -40,6 +40,7 @@ class Kind(NamedTuple):
 HARD = Kind(held=64, fill=32, spread=16)
 WEIGHTED = Kind(held=32, fill=32, spread=16)  # class weights and smoothing: the weights too are in registers
 SOFT = Kind(held=32, fill=16, spread=16)
+BINS = Kind(held=32, fill=16, spread=16)
 SAMPLED = Kind(held=16, fill=8, spread=8, noise=True)
 
 

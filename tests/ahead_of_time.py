@@ -110,6 +110,12 @@ def call(operation: str, C: int, dtype: str = "float32", layout: str = "channel_
         engine.accumulate_softmax(x, x, 1.0)
         engine.accumulate_softmax_backward(x, x, 1.0)
         engine.blend_soft_labels(x, labels, 0.1, 0.5)
+    elif operation == "calibration_bins":
+        for first_class, n_bins, from_logits in ((None, 15, True), (None, 15, False), (0, 15, True), (0, 4096, True)):
+            engine.calibration_bins(
+                x, labels, None, n_bins=n_bins, from_logits=from_logits, first_class=first_class,
+                skip_background=False, per_item=False, right_closed=False,
+            )  # fmt: skip
     elif operation == "scale_gradients":
         engine.scale_gradients([x], torch.empty(()))
 

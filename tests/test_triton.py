@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import test_calibration as calibration
 import torch
 import torch.nn.functional as F
 from cases import (
@@ -402,6 +403,86 @@ def test_classes_in_blocks(name, monkeypatch):
         )  # fmt: skip
 
 
+# ---- calibration bins: the tests of the other backends, a choice of their cases ----
+
+
+@pytest.mark.parametrize("from_logits", [True, False])
+@pytest.mark.parametrize("kind", calibration.KINDS, ids=["top", "classes", "top-foreground", "classes-foreground"])
+def test_calibration(kind, from_logits):
+    calibration.test_mask("triton", kind, from_logits)
+    calibration.test_nan("triton", kind)
+    calibration.test_nothing_counts("triton", kind)
+    for C in (2, 3, 14, 33):
+        calibration.test_logits_against_float64("triton", torch.float32, C, kind)
+
+
+@pytest.mark.parametrize("right_closed", [False, True])
+@pytest.mark.parametrize("n_bins", [1, 7, 15, 20, 64, 100, 4096])
+def test_calibration_edges(n_bins, right_closed):
+    calibration.test_edges("triton", n_bins, torch.float32, right_closed)
+
+
+def test_calibration_extremes():
+    for dtype in (torch.float32, *LOW):
+        calibration.test_impossible_labels("triton", dtype)
+        calibration.test_ties("triton", dtype, True)
+        calibration.test_ties("triton", dtype, False)
+    calibration.test_zero_and_one("triton")
+    calibration.test_slightly_beyond_zero_and_one("triton")
+    calibration.test_likelihoods_of_every_size("triton")
+
+
+@pytest.mark.parametrize("name", ["channels_last", "sliced_channels_last", "every_second", "transposed_space",
+                                  "odd_offset"])  # fmt: skip
+def test_calibration_layouts(name):
+    calibration.test_layouts("triton", name, 2)
+
+
+def test_calibration_of_any_labels_and_shapes():
+    for dtype in LABELS:
+        calibration.test_label_types_and_forms("triton", dtype, "strided")
+    for shape in SHAPES.values():
+        calibration.test_shapes("triton", shape)
+    for shape in ((0, 3, 4), (2, 3, 0), (0, 3)):
+        calibration.test_empty("triton", shape)
+    calibration.test_foreground("triton")
+    calibration.test_per_item("triton")
+    calibration.test_errors_name_the_argument("triton")
+
+
+@pytest.mark.parametrize("kind", calibration.KINDS, ids=["top", "classes", "top-foreground", "classes-foreground"])
+@pytest.mark.parametrize("n_bins", [15, 200])
+def test_calibration_in_blocks_of_classes(kind, n_bins, monkeypatch):
+    """Tiles of four classes: every integer of given probabilities is the reference's."""
+    monkeypatch.setattr(launch, "choose_tile", lambda kind, geometry, itemsize: (Tile(4, 64), 4))
+    p, target = calibration.probabilities(2, 10, 9, 11), labels((2, 10, 9, 11), ignore_index=-100)
+    for per_item in (False, True):
+        options = {"n_bins": n_bins, "per_item": per_item, "from_logits": False, **kind}
+        got = calseg.calibration_bins(p, target, backend="triton", **options)
+        wanted = calseg.calibration_bins(p, target, backend="reference", **options)
+        calibration.assert_same(got, wanted, units=8)
+    x = p.log()
+    got = calseg.calibration_bins(x, target, backend="triton", n_bins=n_bins, **kind)
+    wanted = calseg.calibration_bins(x.double(), target, backend="reference", n_bins=n_bins, **kind)
+    assert int((got.count.cumsum(-1) - wanted.count.cumsum(-1)).abs().max()) <= 1
+    assert torch.equal(got.hits.sum(-1), wanted.hits.sum(-1))
+    assert torch.equal(got.num_voxels, wanted.num_voxels)
+    assert abs(float(got.mean_nll() - wanted.mean_nll())) < 8 / calseg.reference.UNIT
+    assert abs(float(got.mean_brier() - wanted.mean_brier())) < 4 / calseg.reference.UNIT
+
+
+@pytest.mark.parametrize("n_bins", [1, 4096])
+def test_a_full_tile_in_one_bin(n_bins):
+    """The fields of a word hold the 4096 voxels that a tile has at most."""
+    assert launch.choose_tile(launch.BINS, Geometry(1, 1, 2**20, [(0, 2**20, 1)], []), 4)[0].TILE <= 4096
+    size = 8192 + 5
+    bins = calseg.calibration_bins(
+        torch.zeros(1, 1, size), torch.zeros(1, size, dtype=torch.uint8), n_bins=n_bins, backend="triton"
+    )
+    assert int(bins.count[-1]) == int(bins.hits[-1]) == int(bins.num_voxels) == size
+    assert int(bins.confidence[-1]) == size * calseg.reference.UNIT
+
+
 # ---- the noise ----
 
 
@@ -685,7 +766,7 @@ def test_float64_takes_the_reference():
 
 def test_an_old_triton_is_none(monkeypatch):
     monkeypatch.setattr(ops.metadata, "version", lambda _: "3.1.0+git")
-    assert "Triton 3.1.0+git is too old: pip install 'triton>=3.6'" in str(ops._triton_error())
+    assert "Triton 3.1.0+git is too old: pip install 'triton>=3.7'" in str(ops._triton_error())
 
 
 # ---- launches ----
@@ -757,6 +838,7 @@ def test_alignment():
 REGISTERS = {
     "cross_entropy": 144, "weighted_cross_entropy": 128, "soft_cross_entropy": 168, "vls_cross_entropy": 240,
     "vls_elbo": 184, "gaussian_kl": 128, "sample_soft_labels": 136, "accumulate_soft_labels": 96, "scale_gradients": 64,
+    "calibration_bins": 248,
 }  # fmt: skip
 COMPILED = [
     *({"operation": "cross_entropy", "C": C} for C in (2, 4, 14, 33, 117)),
@@ -772,6 +854,9 @@ COMPILED = [
     {"operation": "gaussian_kl", "C": 14},
     {"operation": "sample_soft_labels", "C": 14},
     {"operation": "accumulate_soft_labels", "C": 14},
+    *({"operation": "calibration_bins", "C": C} for C in (2, 14, 117)),
+    {"operation": "calibration_bins", "C": 14, "layout": "channels_last"},
+    {"operation": "calibration_bins", "C": 4, "dtype": "bfloat16"},
     {"operation": "scale_gradients", "C": 4, "dtype": "bfloat16"},
 ]
 
