@@ -28,7 +28,7 @@ import calseg
 Step = Callable[[], Tensor]
 Loss = Callable[..., Tensor]
 
-AT_MOST = ("copy", "memory", "ns")  # bounded from above; the other metrics are speed-ups
+AT_MOST = ("copy", "read", "memory", "ns")  # bounded from above; the other metrics are speed-ups
 SECONDS_PER_CASE = 4.0  # of paired rounds, at least MIN_ROUNDS
 MIN_ROUNDS, MAX_ROUNDS = 7, 100
 BLOCK_SECONDS = 2e-3  # a step shorter than this is repeated within one timing
@@ -37,7 +37,7 @@ MEMORY_BYTES = 64 << 20  # the memory of a case is measured with at least this m
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table. ``targets``: by metric (copy, eager, compile, float32, ns, memory)."""
+    """One row of the table. ``targets``: by metric (copy, read, eager, compile, float32, ns, memory)."""
 
     operation: str
     classes: int
@@ -93,6 +93,7 @@ class Problem:
     backward: bool = True
     upstream: Tensor | None = None  # the gradient that comes in, where the result is no scalar
     copied: bool = True
+    read: bool = False  # also time a read of the first input
     rivals: dict[str, tuple[Loss, tuple[Tensor, ...]]] = field(default_factory=dict)
 
     def step(self, function: Loss, inputs: tuple[Tensor, ...]) -> Step:
@@ -181,6 +182,8 @@ def paired_times(benchmark: Any, problem: Problem, *, compiled: bool, max_rounds
         source = problem.inputs[0]
         steps["copy"] = functools.partial(torch.empty_like(source).copy_, source)
         steps["clone"] = source.clone
+        if problem.read:
+            steps["read"] = source.view(-1).max  # the reduction that does least beside reading
     once = {name: _timed(step) for name, step in steps.items()}
     loops = max(1, round(BLOCK_SECONDS / once["calseg"]))
     blocks = {name: _repeat(step, loops) for name, step in steps.items()}
@@ -207,7 +210,7 @@ def _figures(problem: Problem, times: dict[str, list[float]]) -> dict[str, Any]:
     metrics: dict[str, float] = {}
     of_min: dict[str, float] = {}
     for name, theirs in times.items():
-        if name in ("copy", "clone"):  # in units of the copy
+        if name in ("copy", "clone", "read"):  # in units of the copy, or of the read
             metrics[name] = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
             of_min[name] = min(ours) / min(theirs)
         elif name != "calseg":  # times faster than

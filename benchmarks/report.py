@@ -28,6 +28,7 @@ ms: median of one step (drop gradients, forward, backward); min; +-: half the di
 GB/s: by the byte model that the file states; BW: as a share of what copy_ moves in the same run
 copy, clone: time in units of out.copy_(logits) into existing memory, and of logits.clone() into fresh memory
 eager, compile: times faster than plain PyTorch and than torch.compile of it; x f32: than calseg in float32
+reads: time in units of a read of the logits, logits.view(-1).max(), which in cache is faster than from memory
 ns: per noise sample and element (samples x N x C x voxels)
 memory: peak beyond inputs, result and gradients in percent of the logits; in brackets that of the eager peer
 Ratios are medians over paired rounds of one run. Targets follow their figure: ✓ met, ✗ missed."""
@@ -75,7 +76,11 @@ def _figure(row: Row, metric: str, unit: str = "") -> str:
 
 
 def _further(row: Row) -> str:
-    figures = {"ns": _figure(row, "ns", " ns"), "float32": _figure(row, "float32", "x f32")}
+    figures = {
+        "read": _figure(row, "read", " reads"),
+        "ns": _figure(row, "ns", " ns"),
+        "float32": _figure(row, "float32", "x f32"),
+    }
     return ", ".join(text for metric, text in figures.items() if metric in row["metrics"])
 
 

@@ -28,6 +28,7 @@ from monai.inferers.utils import sliding_window_inference
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from calseg.calibration import CalibrationBins, calibration_bins, calibration_error_from_bins
 from calseg.data import (
     IGNORE_INDEX,
     Batch,
@@ -317,52 +318,33 @@ def learning_rate(config: TrainConfig, iteration: int) -> float:
 
 
 class Scores:
-    """Proper scores and calibration error of a stream of predictions, from int64 counts and float64 sums.
+    """Proper scores and calibration error of a stream of predictions.
 
-    Per region ("all" voxels, and "foreground": the voxels whose label is above 0) it holds the voxel count,
-    the summed negative log-likelihood, the squared error of the probabilities summed over the classes, and
-    for ``bins`` equal bins of the top probability (``[lo, hi)``, the last closed) confidences and hits.
+    Per region ("all" voxels, and "foreground": the voxels whose label is above 0) it holds the integer sums of
+    :class:`calseg.CalibrationBins`, over ``n_bins`` equal bins of the top probability.
     """
 
-    def __init__(self, bins: int = 15) -> None:
-        self.bins = bins
-        self.voxels = dict.fromkeys(("all", "foreground"), 0)
-        self.sums = {region: torch.zeros(2, dtype=torch.float64) for region in self.voxels}
-        self.hits = {region: torch.zeros(bins, dtype=torch.int64) for region in self.voxels}
-        self.confidence = {region: torch.zeros(bins, dtype=torch.float64) for region in self.voxels}
+    def __init__(self, n_bins: int = 15) -> None:
+        self.n_bins = n_bins
+        self.bins: dict[str, CalibrationBins | None] = {"all": None, "foreground": None}
 
     def update(self, logits: Tensor, label: Tensor) -> None:
         """Add ``logits`` float ``[C, *S]`` and ``label`` (integers) ``[*S]``; ignored voxels are skipped."""
-        # Slices of about a million voxels bound the float64 copies.
-        flat, classes = logits.reshape(len(logits), -1), label.reshape(-1)
-        for start in range(0, flat.shape[1], 1 << 20):
-            self._update(flat[:, start : start + (1 << 20)], classes[start : start + (1 << 20)].long())
-
-    def _update(self, logits: Tensor, label: Tensor) -> None:
-        valid = label != IGNORE_INDEX
-        label = label[valid]
-        log_p = torch.log_softmax(logits[:, valid].double(), 0)
-        p = log_p.exp()
-        nll = -log_p.gather(0, label[None])[0]
-        brier = p.square().sum(0) + 1 - 2 * p.gather(0, label[None])[0]
-        confidence, top = p.max(0)
-        index = (confidence * self.bins).long().clamp(max=self.bins - 1)
-        for region, inside in (("all", slice(None)), ("foreground", label > 0)):
-            self.voxels[region] += int(label[inside].numel())
-            self.sums[region] += torch.stack([nll[inside].sum(), brier[inside].sum()]).cpu()
-            self.hits[region] += torch.bincount(index[inside][(top == label)[inside]], minlength=self.bins).cpu()
-            self.confidence[region] += torch.bincount(index[inside], confidence[inside], self.bins).cpu()
+        for region, held in self.bins.items():
+            new = calibration_bins(
+                logits[None], label[None], n_bins=self.n_bins, include_background=region == "all",
+                ignore_index=IGNORE_INDEX,
+            )  # fmt: skip
+            self.bins[region] = new if held is None else held + new
 
     def compute(self) -> dict[str, dict[str, float | None]]:
         """``{region: {"nll", "brier", "ece"}}``; None where the region has no voxel."""
         result: dict[str, dict[str, float | None]] = {}
-        for region, voxels in self.voxels.items():
-            nll, brier = self.sums[region].tolist()
-            gap = float((self.confidence[region] - self.hits[region]).abs().sum())
-            result[region] = {
-                name: value / voxels if voxels else None
-                for name, value in (("nll", nll), ("brier", brier), ("ece", gap))
-            }
+        for region, bins in self.bins.items():
+            result[region] = dict.fromkeys(("nll", "brier", "ece"))
+            if bins is not None and bins.num_voxels:
+                scores = bins.mean_nll(), bins.mean_brier(), calibration_error_from_bins(bins)
+                result[region] = {name: float(score) for name, score in zip(result[region], scores, strict=True)}
         return result
 
 
@@ -430,7 +412,7 @@ def evaluate(
     return {
         "dice": by_class,
         "dice_mean": _mean(list(by_class.values())),
-        "voxels": dict(scores.voxels),
+        "voxels": {region: int(bins.num_voxels) if bins else 0 for region, bins in scores.bins.items()},
         **scores.compute(),
         "cases": cases,
     }

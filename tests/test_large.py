@@ -130,3 +130,43 @@ def test_soft_labels_of_more_than_two_to_the_31_elements():
         wanted = torch.softmax(nu, 1).mean(0)
         torch.testing.assert_close(soft[n, :, start : start + 1000].double(), wanted, rtol=2**-8, atol=1e-6)
     assert reference.compute_dtype(soft.dtype) == torch.float32
+
+
+def test_calibration_bins_past_two_to_the_31_elements():
+    """bfloat16 logits [1, 2, 2^30 + 2^16], 4 GiB: every sum is the exact multiple of that of one voxel."""
+    size = 2**30 + 2**16
+    x = torch.empty(1, 2, size, dtype=torch.bfloat16)
+    x[0, 0], x[0, 1] = 0.0, 1.0
+    target = torch.ones(1, size, dtype=torch.uint8)
+    x[..., size - 5 :] = torch.tensor([3.0, 0.0], dtype=torch.bfloat16)[:, None]  # rare, and all at the far end
+    target[:, size - 5 :] = 0
+    for class_wise in (False, True):
+        bins = calseg.calibration_bins(x, target, class_wise=class_wise)
+        often, rarely = (
+            calseg.calibration_bins(x[..., i : i + 1], target[..., i : i + 1], class_wise=class_wise)
+            for i in (0, size - 1)
+        )
+        for got, one, other in zip(bins, often, rarely, strict=True):
+            assert torch.equal(got, one * (size - 5) + other * 5)
+        assert int(bins.num_voxels) == size
+
+
+def test_ace_loss_past_two_to_the_31_elements():
+    """The same volume forward and backward: value and gradient of two voxels, weighted by their numbers."""
+    size = 2**30 + 2**16
+    x = torch.empty(1, 2, size, dtype=torch.bfloat16)
+    x[0, 0], x[0, 1] = 0.0, 1.0
+    target = torch.ones(1, size, dtype=torch.uint8)
+    x[..., size - 5 :] = torch.tensor([3.0, 0.0], dtype=torch.bfloat16)[:, None]
+    target[:, size - 5 :] = 0
+    x.requires_grad_()
+    loss = calseg.ace_loss(x, target, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, x)
+    often, rarely = torch.softmax(torch.tensor([0.0, 1.0]), 0), torch.softmax(torch.tensor([3.0, 0.0]), 0)
+    # the mean over two bins of each class, each bin with voxels of one kind
+    wanted = (often[0] + 1 - often[1] + 1 - rarely[0] + rarely[1]) / 2
+    assert abs(float(loss.detach()) / float(wanted) - 1) < 2**-8
+    for at, p, number, sign in ((0, often, size - 5, 1.0), (2**30, often, size - 5, 1.0), (size - 1, rarely, 5, -1.0)):
+        slope = sign / (2 * number) * torch.tensor([1.0, -1.0])
+        exact = p * (slope - (p * slope).sum())
+        torch.testing.assert_close(gradient[0, :, at].float(), exact, rtol=2**-7, atol=0)

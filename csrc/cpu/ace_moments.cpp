@@ -127,7 +127,7 @@ class Cells {
  private:
     static int64_t copies_of(int64_t cells) {
         int64_t n = kLanes;
-        while (n > 1 && cells * n * kPerCell * static_cast<int64_t>(sizeof(uint64_t)) > kWordBytes) n /= 2;
+        while (n > 4 && cells * n * kPerCell * static_cast<int64_t>(sizeof(uint64_t)) > kWordBytes) n /= 2;
         return n;
     }
 

@@ -77,7 +77,7 @@ class Bins {
  private:
     static int64_t copies_of(int64_t bins) {
         int64_t n = kLanes;
-        while (n > 1 && bins * n * static_cast<int64_t>(sizeof(uint64_t)) > kWordBytes) n /= 2;
+        while (n > 4 && bins * n * static_cast<int64_t>(sizeof(uint64_t)) > kWordBytes) n /= 2;
         return n;
     }
 
@@ -251,27 +251,32 @@ CALSEG_INLINE LogitSums<T> sum_logits(I<T> labels, T* block, int64_t C, Ahead& a
     return sum.result(top_class);
 }
 
-// The same for C classes that the registers hold, straight from memory; count < kLanes: the last voxels of a tile.
-template <int C, class T, class From>
+// The same for C classes that the registers hold, straight from memory: kWhole blocks, or the last voxels of a tile.
+template <int C, bool kWhole, class T, class From>
 CALSEG_INLINE LogitSums<T> sum_few_logits(I<T> labels, const From* const (&row)[C], int at, int count) {
-    F<T> x[C], top = zero<T>();
-    I<T> top_class = broadcast<I<T>>(0);
-    for (int c = 0; c < C; ++c) {
+    const auto logits = [&](int c) {
         alignas(64) T lanes[kLanes];
-        if (count >= kLanes) widen_lanes(lanes, row[c] + at);
+        if (kWhole) widen_lanes(lanes, row[c] + at);
         else
             for (int i = 0; i < kLanes; ++i) lanes[i] = i < count ? static_cast<T>(widened(row[c][at + i])) : T(0);
-        x[c] = load<F<T>>(lanes);
-        if (c) top_class = select(less(top, x[c]), broadcast<I<T>>(c), top_class);
-        top = c ? larger(x[c], top) : x[0];
+        return load<F<T>>(lanes);
+    };
+    // written out: a loop over so much is left a loop, with its arrays in memory
+    F<T> low[2] = {logits(0), logits(1)}, high[C - 2 > 0 ? C - 2 : 1];
+    for (int j = 0; j < C - 2; ++j) high[j] = logits(2 + j);
+    I<T> top_class = select(less(low[0], low[1]), broadcast<I<T>>(1), broadcast<I<T>>(0));
+    F<T> top = larger(low[1], low[0]);
+    for (int j = 0; j < C - 2; ++j) {
+        top_class = select(less(top, high[j]), broadcast<I<T>>(2 + j), top_class);
+        top = larger(high[j], top);
     }
     LogitSum<T> sum;
-    for_classes(C, [&](auto group, int64_t c) {
-        constexpr int K = decltype(group)::value;
-        F<T> e[K];
-        for (int j = 0; j < K; ++j) e[j] = x[c + j] - top;
-        sum.add(labels, c, e);
-    });
+    for (auto& x : low) x = x - top;
+    sum.add(labels, 0, low);
+    if constexpr (C > 2) {
+        for (auto& x : high) x = x - top;
+        sum.add(labels, 2, high);
+    }
     return sum.result(top_class);
 }
 
@@ -492,8 +497,12 @@ void run_few(const CalibrationArgs& a, Tile<T, From>& tile, const Span& span, co
     for (int c = 0; c < C; ++c)
         row[c] = static_cast<const From*>(a.scores.data) + span.n * a.scores.stride_n + c * a.scores.stride_c + span.s;
     const Binning<T> binning(a, tile.bins);
-    for (int b = 0; b < blocks; ++b)
-        *rows.template sums_of<LogitSums<T>>(b) = sum_few_logits<C, T, From>(rows.labels_of(b), row, b * kLanes, span.count - b * kLanes);
+    const int whole = span.count / kLanes;
+    for (int b = 0; b < whole; ++b)
+        *rows.template sums_of<LogitSums<T>>(b) = sum_few_logits<C, true, T, From>(rows.labels_of(b), row, b * kLanes, kLanes);
+    for (int b = whole; b < blocks; ++b)
+        *rows.template sums_of<LogitSums<T>>(b) =
+            sum_few_logits<C, false, T, From>(rows.labels_of(b), row, b * kLanes, span.count % kLanes);
     Scores<false, T> scores(a, rows, binning);
     for (int b = 0; b < blocks; ++b) scores.add(b, rows.labels_of(b), *rows.template sums_of<LogitSums<T>>(b));
     scores.finish_tile(tile.totals);

@@ -1,0 +1,68 @@
+"""Calibration bins from logits, against torchmetrics as people call it: permuted, reshaped, and only then binned.
+
+Byte model: read the logits once and the labels once. "reads" is the time in units of ``logits.view(-1).max()``, a read
+measured in the same rounds; half of "copy" is the read that a copy implies.
+
+The ACE losses, forward and backward, against the reference backend, which is the loss as one writes it in PyTorch. Byte
+model: read the logits and the labels twice, write the gradient: ``3 * N * C * S * itemsize + 2 * N * S``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from harness import Case, Problem
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+import calseg
+
+EDGES = {2: 128, 4: 128, 14: 128, 32: 112, 117: 96}
+CASES = [
+    *(
+        Case("calibration_bins", classes, edge, labels="uint8", memory=True,
+             targets={"read": 1.5, "eager": 60, "memory": 5} if classes >= 4 else {"eager": 60, "memory": 5})
+        for classes, edge in EDGES.items()
+    ),
+    *(Case("calibration_bins", classes, edge, "bfloat16", "uint8") for classes, edge in EDGES.items()),
+    *(
+        Case(f"ace_loss_{binning}", classes, edge // 2, labels="uint8", memory=True, targets={"memory": 5})
+        for binning in ("hard", "soft") for classes, edge in EDGES.items()
+    ),
+]  # fmt: skip
+
+
+def build(case: Case) -> Problem:
+    return _bins(case) if case.operation == "calibration_bins" else _loss(case)
+
+
+def _loss(case: Case) -> Problem:
+    logits, target = case.scores(), case.target()
+    binning = case.operation.removeprefix("ace_loss_")
+
+    def ours(logits: Tensor) -> Tensor:
+        return calseg.ace_loss(logits, target, binning=binning)
+
+    def eager(logits: Tensor) -> Tensor:
+        return calseg.ace_loss(logits, target, binning=binning, backend="reference")
+
+    return Problem(ours, eager, (logits,), case.traffic(3, 2))
+
+
+def _bins(case: Case) -> Problem:
+    logits, target = case.scores(), case.target()
+
+    def ours(logits: Tensor) -> Tensor:
+        return calseg.calibration_error(logits, target)
+
+    def eager(logits: Tensor) -> Tensor:
+        flat = logits.movedim(1, -1).reshape(-1, case.classes)
+        return multiclass_calibration_error(flat, target.reshape(-1).long(), case.classes, validate_args=False)
+
+    return Problem(ours, eager, (logits,), case.traffic(1), backward=False, read=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_calibration(case: Case, measure: Callable[[Case], None]) -> None:
+    measure(case)
