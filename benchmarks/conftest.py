@@ -9,6 +9,7 @@ from typing import Any
 import harness
 import pytest
 import report
+import torch
 
 ROWS: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
 
@@ -16,14 +17,16 @@ ROWS: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("calseg benchmarks")
     group.addoption("--quick", action="store_true", help="tiny sizes, three rounds: does it all still run?")
-    group.addoption("--device", default="cpu", help="where to run; only 'cpu' for now")
+    group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
     group.addoption("--results", type=Path, metavar="FILE", help="write the figures to FILE as JSON")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     if (device := config.getoption("--device")) != "cpu":
-        raise pytest.UsageError(f"--device: got {device!r}, wanted 'cpu' (there is no other benchmark yet)")
+        if not torch.cuda.is_available():
+            raise pytest.UsageError(f"--device: got {device!r}, but torch finds no CUDA device")
+        torch.set_default_device(device)
     config.option.benchmark_quiet = True  # our table instead of pytest-benchmark's; -v shows both
     config.stash[ROWS] = []
 

@@ -32,6 +32,7 @@ AT_MOST = ("copy", "read", "memory", "ns")  # bounded from above; the other metr
 SECONDS_PER_CASE = 4.0  # of paired rounds, at least MIN_ROUNDS
 MIN_ROUNDS, MAX_ROUNDS = 7, 100
 BLOCK_SECONDS = 2e-3  # a step shorter than this is repeated within one timing
+GPU_BLOCK_SECONDS = 50e-3  # so long that waiting for the GPU at the end does not count
 MEMORY_BYTES = 64 << 20  # the memory of a case is measured with at least this much of logits
 
 
@@ -133,10 +134,19 @@ def compile_problem() -> str | None:
     return None
 
 
+def on_gpu() -> bool:
+    """Whether ``--device cuda`` was asked for: then all tensors are made there."""
+    return torch.get_default_device().type == "cuda"
+
+
 def _repeat(step: Step, times: int) -> Callable[[], None]:
+    """So many steps; on a GPU until all of them have ended."""
+
     def block() -> None:
         for _ in range(times):
             step()
+        if on_gpu():
+            torch.cuda.synchronize()
 
     return block
 
@@ -174,6 +184,24 @@ def peak_memory(build: Build, case: Case, floor: int = MEMORY_BYTES) -> dict[str
     return percent
 
 
+def gpu_peak_memory(problem: Problem) -> dict[str, float | None]:
+    """The same on a GPU, in this process: what the caching allocator gave out at its peak."""
+    percent: dict[str, float | None] = {}
+    gradients = sum(tensor.nbytes for tensor in problem.inputs) if problem.backward else 0
+    for name in ("calseg", "eager"):
+        step = problem.steps()[name]
+        step()  # compiles
+        step = problem.steps()[name]  # without the gradients of that one
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = step()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        percent[name] = 100 * (peak - gradients - (result.nbytes if result.dim() else 0)) / problem.inputs[0].nbytes
+    return percent
+
+
 def paired_times(benchmark: Any, problem: Problem, *, compiled: bool, max_rounds: int) -> dict[str, list[float]] | None:
     """Seconds of every contender in every round; None with ``--benchmark-disable``."""
     steps = problem.steps(compiled=compiled and compile_problem() is None)
@@ -184,8 +212,8 @@ def paired_times(benchmark: Any, problem: Problem, *, compiled: bool, max_rounds
         steps["clone"] = source.clone
         if problem.read:
             steps["read"] = source.view(-1).max  # the reduction that does least beside reading
-    once = {name: _timed(step) for name, step in steps.items()}
-    loops = max(1, round(BLOCK_SECONDS / once["calseg"]))
+    once = {name: _timed(_repeat(step, 1)) for name, step in steps.items()}
+    loops = max(1, round((GPU_BLOCK_SECONDS if on_gpu() else BLOCK_SECONDS) / once["calseg"]))
     blocks = {name: _repeat(step, loops) for name, step in steps.items()}
     affordable = int(SECONDS_PER_CASE / (loops * sum(once.values())))
     rounds = min(max(affordable, MIN_ROUNDS), max_rounds)
@@ -245,11 +273,14 @@ def measure(benchmark: Any, build: Build, case: Case, *, quick: bool = False) ->
         return None
     row = {"operation": case.operation, "shape": case.shape, "dtype": case.dtype, "labels": case.labels}
     row |= _figures(problem, times)
+    if case.memory and on_gpu():
+        row["memory"] = gpu_peak_memory(problem)
     del problem
     gc.collect()
     calseg.empty_cache()
     if case.memory:
-        row["memory"] = peak_memory(build, case, 0 if quick else MEMORY_BYTES)
+        if not on_gpu():
+            row["memory"] = peak_memory(build, case, 0 if quick else MEMORY_BYTES)
         row["metrics"]["memory"] = row["memory"]["calseg"]
     metrics = row["metrics"]
     row["targets"] = {name: _verdict(name, metrics.get(name), bound) for name, bound in case.targets.items()}

@@ -10,7 +10,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from harness import AT_MOST, compile_problem
+from harness import AT_MOST, compile_problem, on_gpu
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -54,6 +54,7 @@ def header(*, quick: bool) -> dict[str, Any]:
         "load": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         "compile_peer": "left out by --quick" if quick else (compile_problem() or "available"),
         "quick": quick,
+        **({"gpu": info["gpu"]} if on_gpu() else {}),
         **{key: info[key] for key in INFO},
     }
 

@@ -1,0 +1,260 @@
+"""What only a GPU can show: ``pytest -m gpu``. What the interpreter and the compiler show is in test_triton.py."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import LAYOUTS, assert_accurate, class_weights, id_of, labels, scores
+
+import calseg
+from calseg import ops
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(ops.TRITON_ERROR is not None, reason=str(ops.TRITON_ERROR)),
+]
+
+DEVICE = torch.device("cuda")
+# name -> (the call, of which of x, mu and logvar)
+OPERATIONS = {
+    "cross_entropy": (
+        lambda t, y, b, **o: calseg.vls_cross_entropy(t["x"], y, ignore_index=255, backend=b, **o), ("x",)),
+    "weighted": (
+        lambda t, y, b, **o: calseg.vls_cross_entropy(
+            t["x"], y, class_weights(t["x"].shape[1], torch.float32).to(y.device, t["x"].dtype), ignore_index=255,
+            label_smoothing=0.1, backend=b, **o), ("x",)),
+    "soft_cross_entropy": (
+        lambda t, y, b, **o: calseg.soft_cross_entropy(t["x"], t["mu"].abs(), backend=b, **o), ("x", "mu")),
+    "vls_cross_entropy": (
+        lambda t, y, b, **o: calseg.vls_cross_entropy(
+            t["x"], y, mu=t["mu"], logvar=t["logvar"], alpha=0.6, num_samples=3, seed=5, ignore_index=255, backend=b,
+            **o), ("x", "mu", "logvar")),
+    "vls_elbo": (
+        lambda t, y, b, **o: calseg.vls_elbo(
+            t["mu"], t["logvar"], y, num_samples=3, seed=5, ignore_index=255, backend=b, **o), ("mu", "logvar")),
+    "gaussian_kl": (
+        lambda t, y, b, **o: calseg.gaussian_kl(t["mu"], t["logvar"], backend=b, **o), ("mu", "logvar")),
+}  # fmt: skip
+
+
+def inputs(names, shape, dtype=torch.float32, device=DEVICE):
+    seeds = {"x": 0, "mu": 1, "logvar": 2}
+    tensors = {name: scores(*shape, dtype=dtype, seed=seeds[name]).to(device) for name in names}
+    return tensors, labels(shape, ignore_index=255, dtype=torch.uint8).to(device)
+
+
+def value_and_gradients(function, tensors, target, backend, **options):
+    leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+    value = function(leaves, target, backend, **options)
+    weights = 1.0 if value.dim() == 0 else (torch.arange(value.numel(), device=value.device) % 7 - 2.5).view_as(value)
+    (value * weights).sum().backward()
+    return value.detach(), {name: leaf.grad for name, leaf in leaves.items()}
+
+
+# ---- numbers ----
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=id_of)
+@pytest.mark.parametrize("C", [1, 2, 3, 4, 14, 33, 117])
+def test_values_and_gradients(name, dtype, C):
+    """The reference's in float64, of the same inputs, on the CPU."""
+    function, names = OPERATIONS[name]
+    for space in ((16, 16, 16), (13, 11, 7)):
+        tensors, target = inputs(names, (2, C, *space), dtype)
+        wide = {k: t.double().cpu() for k, t in tensors.items()}
+        for reduction in ("none", "mean"):
+            value, gradients = value_and_gradients(function, tensors, target, None, reduction=reduction)
+            truth, wanted = value_and_gradients(function, wide, target.cpu(), "reference", reduction=reduction)
+            assert_accurate(value.cpu(), truth, ulps=64, scale=2.0, what=reduction)
+            for k, gradient in gradients.items():
+                scale = 2.0 if reduction == "none" else 2.0 / target.numel()
+                assert_accurate(gradient.cpu(), wanted[k], ulps=64, scale=scale, what=f"gradient of {k}, {reduction}")
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "transposed_space", "odd_offset", "every_second"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_layouts(name, layout):
+    function, names = OPERATIONS[name]
+    tensors, target = inputs(names, (2, 5, 12, 10))
+    plain = value_and_gradients(function, tensors, target, "triton")
+    other = {k: LAYOUTS[layout](t) for k, t in tensors.items()}
+    value, gradients = value_and_gradients(function, other, target, "triton")
+    assert_accurate(value, plain[0], ulps=8)
+    for k, gradient in gradients.items():
+        assert_accurate(gradient, plain[1][k], ulps=16, what=k)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_deterministic(name):
+    """The same bits at every run: no sum depends on the order in which programs end."""
+    function, names = OPERATIONS[name]
+    tensors, target = inputs(names, (2, 14, 64, 64, 33))
+    value, gradients = value_and_gradients(function, tensors, target, "triton")
+    for _ in range(5):
+        again, more = value_and_gradients(function, tensors, target, "triton")
+        assert torch.equal(value, again)
+        assert all(torch.equal(gradients[k], more[k]) for k in names)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "vls_cross_entropy", "vls_elbo"])
+def test_gradcheck_in_float64(name):
+    """float64 is computed by the reference, on the GPU."""
+    function, names = OPERATIONS[name]
+    tensors, target = inputs(names, (1, 3, 5), torch.float64)
+    leaves = [tensors[k].requires_grad_() for k in names]
+    assert torch.autograd.gradcheck(lambda *t: function(dict(zip(names, t, strict=True)), target, None), leaves)
+
+
+@pytest.mark.parametrize("class_wise", [False, True])
+@pytest.mark.parametrize("n_bins", [15, 4096])
+@pytest.mark.parametrize("C", [2, 4, 14, 117])
+def test_calibration_bins(C, n_bins, class_wise):
+    """Of given probabilities every integer of the reference but NLL's and Brier's rounding; the same at every run."""
+    p = torch.softmax(scores(2, C, 32, 32, 17, dtype=torch.float32), 1)
+    target = labels(p.shape, ignore_index=255, dtype=torch.uint8)
+    options = {"n_bins": n_bins, "class_wise": class_wise, "from_logits": False, "ignore_index": 255}
+    got = calseg.calibration_bins(p.cuda(), target.cuda(), backend="triton", **options)
+    wanted = calseg.calibration_bins(p, target, backend="reference", **options)
+    for field in ("count", "confidence", "hits", "num_voxels", "num_nan", "num_infinite"):
+        assert torch.equal(getattr(got, field), getattr(wanted, field)), field
+    assert abs(float(got.mean_nll() - wanted.mean_nll())) < 8 / calseg.reference.UNIT
+    assert abs(float(got.mean_brier() - wanted.mean_brier())) < 8 / calseg.reference.UNIT
+    again = calseg.calibration_bins(p.cuda(), target.cuda(), backend="triton", **options)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+# ---- streams, graphs, devices, the compiler ----
+
+
+def test_a_captured_graph_draws_fresh_noise():
+    """Forward and backward in a CUDA graph; the seed tensor is read at every replay."""
+    tensors, target = inputs(("x", "mu", "logvar"), (1, 4, 32, 32, 32))
+    leaves = {k: t.requires_grad_() for k, t in tensors.items()}
+    seed = torch.tensor(1, device=DEVICE)
+
+    def step(seed):
+        loss = calseg.vls_cross_entropy(
+            leaves["x"], target, mu=leaves["mu"], logvar=leaves["logvar"], alpha=0.5, num_samples=4, seed=seed,
+            ignore_index=255, backend="triton",
+        )  # fmt: skip
+        return loss.detach(), torch.autograd.grad(loss, list(leaves.values()))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(seed)  # compiles
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, gradients = step(seed)
+    seen = set()
+    for number in (1, 2, 3, 2**40 + 5):
+        seed.fill_(number)
+        graph.replay()
+        loss, wanted = step(number)
+        assert torch.equal(captured, loss)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
+        seen.add(float(captured))
+    assert len(seen) == 4
+
+
+def test_streams():
+    """Calls on several streams at once: each as if it were alone."""
+    function, names = OPERATIONS["vls_cross_entropy"]
+    problems = [inputs(names, (1, 4, 48, 48, 40 + n)) for n in range(4)]
+    wanted = [value_and_gradients(function, *problem, "triton") for problem in problems]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in problems]
+    for _ in range(3):
+        got = []
+        for stream, problem in zip(streams, problems, strict=True):
+            with torch.cuda.stream(stream):
+                got.append(value_and_gradients(function, *problem, "triton"))
+        torch.cuda.synchronize()
+        for (value, gradients), (truth, theirs) in zip(got, wanted, strict=True):
+            assert torch.equal(value, truth)
+            assert all(torch.equal(gradients[k], theirs[k]) for k in names)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_another_device_than_the_current_one():
+    function, names = OPERATIONS["vls_cross_entropy"]
+    tensors, target = inputs(names, (1, 4, 40, 40))
+    wanted = value_and_gradients(function, tensors, target, "triton")[0]
+    moved = {k: t.to("cuda:1") for k, t in tensors.items()}
+    assert torch.equal(value_and_gradients(function, moved, target.to("cuda:1"), "triton")[0].to(DEVICE), wanted)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "vls_cross_entropy", "vls_elbo"])
+def test_compiled(name):
+    function, names = OPERATIONS[name]
+    tensors, target = inputs(names, (1, 4, 32, 32))
+    wanted, gradients = value_and_gradients(function, tensors, target, None)
+    quick = torch.compile(lambda t, y, b: function(t, y, b), fullgraph=True)
+    value, got = value_and_gradients(quick, tensors, target, None)
+    assert_accurate(value, wanted, ulps=8)
+    for k in names:
+        assert_accurate(got[k], gradients[k], ulps=8, what=k)
+
+
+def test_nothing_waits_for_the_gpu():
+    function, names = OPERATIONS["vls_cross_entropy"]
+    tensors, target = inputs(names, (1, 4, 32, 32))
+    value_and_gradients(function, tensors, target, "triton")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        value_and_gradients(function, tensors, target, "triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- labels out of range, size ----
+
+
+def test_a_label_out_of_range_makes_the_loss_nan():
+    x, target = scores(1, 3, 100, dtype=torch.float32).cuda(), torch.zeros(1, 100, dtype=torch.uint8, device=DEVICE)
+    target[0, 7] = 9
+    loss = calseg.vls_cross_entropy(x, target, reduction="none")
+    assert loss.isnan().nonzero().tolist() == [[0, 7]]
+
+
+def test_the_debug_switch_raises():
+    code = (
+        "import torch, calseg\n"
+        "y = torch.zeros(1, 100, dtype=torch.uint8, device='cuda'); y[0, 7] = 9\n"
+        "try: calseg.vls_cross_entropy(torch.zeros(1, 3, 100, device='cuda'), y)\n"
+        "except IndexError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", "import os; os.environ['CALSEG_CHECK_LABELS'] = '1'\n" + code], capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert "target[0, 7] is 9: wanted a class in [0, 3)" in done.stdout
+
+
+@pytest.mark.timeout(600)
+def test_more_than_two_to_the_31_elements():
+    """The last voxels of a volume past 2^31 elements: the loss and gradient that they have alone."""
+    C, size = 4, 2**29 + 2**20 + 3
+    needed = 5 * C * size
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of GPU memory")
+    x = torch.zeros(1, C, size, dtype=torch.bfloat16, device=DEVICE)
+    tail = scores(1, C, 5000, dtype=torch.bfloat16).cuda()
+    x[..., -5000:] = tail
+    x.requires_grad_()
+    target = torch.ones(1, size, dtype=torch.uint8, device=DEVICE)
+    loss = calseg.vls_cross_entropy(x, target, reduction="sum")
+    loss.backward()
+    alone = tail.float().requires_grad_()
+    of_tail = calseg.vls_cross_entropy(alone, target[:, -5000:], reduction="sum")
+    of_tail.backward()
+    wanted = float(of_tail.detach()) + (size - 5000) * torch.log(torch.tensor(float(C), dtype=torch.float64))
+    assert abs(float(loss.detach()) / float(wanted) - 1) < 1e-2  # bfloat16
+    assert_accurate(x.grad[..., -5000:], alone.grad, ulps=8)
+    assert torch.equal(x.grad[0, :, 0].float(), torch.tensor([0.25, -0.75, 0.25, 0.25], device=DEVICE))
