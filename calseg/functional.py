@@ -142,10 +142,13 @@ def vls_cross_entropy(
         logvar: its log-variance, the shape of ``input``.
         soft_labels: soft labels ``Y`` of the shape of ``input`` (from :func:`sample_soft_labels`,
             :func:`accumulate_soft_labels` or several raters), taken as they are, instead of ``mu, logvar``.
-        alpha: share of the estimate in the sampled soft label, in [0, 1]. Default 0.1.
-        temperature: of the sampled softmax, above 0. Default 1.
+        alpha: share of the estimate in the sampled soft label, in [0, 1]. Default 0.1; with it and temperature 1 the
+            one-stage method hardly differs from cross-entropy, and alpha 0.3 with temperature 2 has a lower foreground
+            ECE and a higher NLL (benchmarks/README.md, "Does it calibrate?").
+        temperature: of the sampled softmax, above 0. Default 1; see ``alpha``.
         num_samples: noise samples per voxel, at least 1. Default 4.
-        beta: factor of the KL term; 0 leaves it out. Default 1.
+        beta: factor of the KL term; 0 leaves it out. Default 1, that of the evidence lower bound; ``calseg train``
+            takes 0.001, since the prior holds for the logits of every voxel and flattens confident ones.
         prior_mu: mean of the prior. Default 0.
         prior_logvar: log-variance of the prior. Default 0.
         seed: 64-bit seed of the noise, an int or a 0-d int64 tensor; default: drawn from PyTorch's default generator.

@@ -207,9 +207,9 @@ class StageOneNet(nn.Module):
         Args:
             image: float ``[N, in_channels, *S]``.
             label: class indices ``[N, *S]``.
-            num_samples: codes drawn from the posterior.
-            temperature: of the softmax, above 0.
-            alpha: share of the estimate, in [0, 1].
+            num_samples: codes drawn from the posterior. ``calseg train`` draws 8.
+            temperature: of the softmax, above 0. ``calseg train`` fits it; 1.1 to 2.0 in benchmarks/README.md.
+            alpha: share of the estimate, in [0, 1]. ``calseg train`` takes 0.5 (benchmarks/README.md).
             ignore_index: label of voxels whose soft label is 0 in every class. Default -100.
             generator: of the codes, on the CPU. Default: PyTorch's.
 

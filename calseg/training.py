@@ -157,7 +157,12 @@ DEFAULTS: dict[str, dict[str, float]] = {
 }
 """Of the settings that several methods share; the methods not listed take those of "vls".
 
-CALSeg's share and number of codes are those of the experiment in benchmarks/README.md.
+The experiment behind them is in benchmarks/README.md, "Does it calibrate?"; its figures here are of tuning cases.
+CALSeg: with ``alpha`` 1 hippocampus' Dice is .834, with 0.5 it is .844. A fitted temperature had a lower NLL than
+cross-entropy on each of the three data sets; one of 2 has a lower foreground ECE on two of them, and a higher NLL than
+the fitted one on all.
+Over the codes drawn the foreground's probabilities vary by .01 to .04, so 8 are enough. Of "vls", ``alpha`` 0.3 with
+temperature 2 had a lower foreground ECE and a higher NLL than these.
 """
 
 

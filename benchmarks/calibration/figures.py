@@ -48,7 +48,7 @@ STYLES = {
     "calseg_defaults": ("#d62728", "*"),
 }
 NLL_TICKS = (-0.1, -0.05, -0.02, -0.01, -0.005, 0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
-DRAWN = ("cross_entropy", "temperature_scaling", "svls", "calseg_defaults", "calseg")
+DRAWN = ("cross_entropy", "temperature_scaling", "svls", "calseg", "calseg_defaults")
 """Whose reliability is drawn; more lines than these cannot be told apart."""
 
 
@@ -113,8 +113,11 @@ def draw(contents: Mapping[str, Mapping[str, Any]]) -> Any:
                     )  # fmt: skip
             if key == "nll":  # some methods double it, and the others would lie on one line
                 ax.set_yscale("symlog", linthresh=0.01)
+                limits = ax.get_ylim()
                 ax.set_yticks(NLL_TICKS, [f"{tick:g}" for tick in NLL_TICKS])
                 ax.minorticks_off()
+                ax.set_ylim(limits)
+            ax.locator_params(axis="x", nbins=6)
             against = "to the truth, disputed voxels" if error == "disputed_ece" else "of the foreground"
             ax.set_xlabel(f"ECE {against}, less cross-entropy's")
             ax.set_ylabel(f"{name}, less cross-entropy's")
