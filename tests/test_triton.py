@@ -368,39 +368,41 @@ def test_impossible_class_without_mass():
 # ---- more classes than a program can hold ----
 
 
-@pytest.mark.parametrize("name", [*LOSSES, *MAPS])
+BLOCKED = {
+    "hard": lambda b, r, y, w, x: calseg.vls_cross_entropy(x, y, w, reduction=r, backend=b, label_smoothing=0.1),
+    "soft": lambda b, r, y, w, x, soft: calseg.soft_cross_entropy(x, soft, w, reduction=r, backend=b),
+    "masked": lambda b, r, y, w, x, soft: calseg.soft_cross_entropy(x, soft, ignore_mask=y < 0, reduction=r, backend=b),
+    "given": lambda b, r, y, w, x, soft: calseg.vls_cross_entropy(x, y, soft_labels=soft, reduction=r, backend=b),
+    "vls": lambda b, r, y, w, x, mu, logvar: calseg.vls_cross_entropy(
+        x, y, w, mu=mu, logvar=logvar, alpha=0.6, temperature=0.7, seed=1, num_samples=3, label_smoothing=0.1,
+        reduction=r, backend=b),
+    "elbo": lambda b, r, y, w, mu, logvar: calseg.vls_elbo(
+        mu, logvar, y, seed=1, num_samples=3, reduction=r, backend=b),
+    "kl": lambda b, r, y, w, mu, logvar: calseg.gaussian_kl(mu, logvar, 0.2, -0.3, r, backend=b),
+    "sample": lambda b, r, y, w, mu, logvar: calseg.sample_soft_labels(mu, logvar, y, seed=1, num_samples=3, backend=b),
+    "estimate": lambda b, r, y, w, mu, logvar: calseg.sample_soft_labels(mu, logvar, seed=1, num_samples=3, backend=b),
+    "accumulate": lambda b, r, y, w, mu, logvar: calseg.accumulate_soft_labels(
+        (mu, logvar), y, alpha=0.4, temperature=2.0, backend=b),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLOCKED)
 def test_classes_in_blocks(name, monkeypatch):
     """Tiles of four classes: the numbers of one tile for all, from one pass over the blocks after another."""
     monkeypatch.setattr(launch, "choose_tile", lambda kind, geometry, itemsize: (Tile(4, 64, LANE_MAJOR=kind.noise), 4))
-    shape, target = (2, 10, 4, 5), labels((2, 10, 4, 5), ignore_index=-100)
-    weight = class_weights(10)
-    make = {
-        "hard": lambda b, r, x: calseg.vls_cross_entropy(x, target, weight.to(x.dtype), reduction=r, backend=b,
-                                                         label_smoothing=0.1),
-        "soft": lambda b, r, x, y: calseg.soft_cross_entropy(x, y, weight.to(x.dtype), reduction=r, backend=b),
-        "masked": lambda b, r, x, y: calseg.soft_cross_entropy(x, y, ignore_mask=target < 0, reduction=r, backend=b),
-        "given": lambda b, r, x, y: calseg.vls_cross_entropy(x, target, soft_labels=y, reduction=r, backend=b),
-        "vls": lambda b, r, x, mu, logvar: calseg.vls_cross_entropy(
-            x, target, weight.to(x.dtype), mu=mu, logvar=logvar, alpha=0.6, temperature=0.7, seed=1, num_samples=3,
-            label_smoothing=0.1, reduction=r, backend=b),
-        "elbo": lambda b, r, mu, logvar: calseg.vls_elbo(mu, logvar, target, seed=1, num_samples=3, reduction=r,
-                                                         backend=b),
-        "kl": lambda b, r, mu, logvar: calseg.gaussian_kl(mu, logvar, 0.2, -0.3, r, backend=b),
-        "sample": lambda b, r, mu, logvar: calseg.sample_soft_labels(mu, logvar, target, seed=1, num_samples=3,
-                                                                     backend=b),
-        "estimate": lambda b, r, mu, logvar: calseg.sample_soft_labels(mu, logvar, seed=1, num_samples=3, backend=b),
-        "accumulate": lambda b, r, mu, logvar: calseg.accumulate_soft_labels(
-            (mu, logvar), target, alpha=0.4, temperature=2.0, backend=b),
-    }[name]  # fmt: skip
-    all_tensors = {"x": scores(*shape), "y": torch.softmax(scores(*shape, seed=9), 1), "mu": scores(*shape, seed=1),
+    shape, target, function = (2, 10, 4, 5), labels((2, 10, 4, 5), ignore_index=-100), BLOCKED[name]
+    all_tensors = {"x": scores(*shape), "soft": torch.softmax(scores(*shape, seed=9), 1), "mu": scores(*shape, seed=1),
                    "logvar": scores(*shape, seed=2, scale=0.8)}  # fmt: skip
-    names = make.__code__.co_varnames[2 : make.__code__.co_argcount]
+    names = function.__code__.co_varnames[4 : function.__code__.co_argcount]
     tensors = {k: all_tensors[k].float() for k in names}
+
+    def of(backend, reduction):
+        weight = class_weights(10)
+        dtype_of = lambda t: next(iter(t.values())).dtype  # noqa: E731
+        return lambda **t: function(backend, reduction, target, weight.to(dtype_of(t)), **t)
+
     for reduction in ("none", "mean") if name in LOSSES else ("none",):
-        assert_matches(
-            lambda r=reduction, **t: make("triton", r, **t), lambda r=reduction, **t: make("reference", r, **t),
-            tensors, ulps=ULPS, scale=2.0,
-        )  # fmt: skip
+        assert_matches(of("triton", reduction), of("reference", reduction), tensors, ulps=ULPS, scale=2.0)
 
 
 # ---- calibration bins: the tests of the other backends, a choice of their cases ----
