@@ -117,15 +117,18 @@ def draw(contents: Mapping[str, Mapping[str, Any]]) -> Any:
                 ax.set_yticks(NLL_TICKS, [f"{tick:g}" for tick in NLL_TICKS])
                 ax.minorticks_off()
                 ax.set_ylim(limits)
-            ax.locator_params(axis="x", nbins=6)
+            ax.locator_params(axis="x", nbins=4)
             against = "to the truth, disputed voxels" if error == "disputed_ece" else "of the foreground"
             ax.set_xlabel(f"ECE {against}, less cross-entropy's")
             ax.set_ylabel(f"{name}, less cross-entropy's")
             better = "up and to the left" if key == "dice" else "down and to the left"
             ax.set_title(f"{dataset}: {name} (better: {better})", fontsize=10)
         ax = row[2]
-        ax.plot((0, 1), (0, 1), color="#bbbbbb", lw=0.8)
         curve_name = error.replace("_ece", "_curve")
+        if not any(curve_name in test.get(method, {"curves": {}})["curves"] for method in DRAWN):
+            ax.set_axis_off()  # results of before curves were kept
+            continue
+        ax.plot((0, 1), (0, 1), color="#bbbbbb", lw=0.8)
         for method in DRAWN:
             curve = test.get(method, {"curves": {}})["curves"].get(curve_name)
             if curve:
