@@ -124,11 +124,8 @@ def draw(contents: Mapping[str, Mapping[str, Any]]) -> Any:
             better = "up and to the left" if key == "dice" else "down and to the left"
             ax.set_title(f"{dataset}: {name} (better: {better})", fontsize=10)
         ax = row[2]
-        curve_name = error.replace("_ece", "_curve")
-        if not any(curve_name in test.get(method, {"curves": {}})["curves"] for method in DRAWN):
-            ax.set_axis_off()  # results of before curves were kept
-            continue
         ax.plot((0, 1), (0, 1), color="#bbbbbb", lw=0.8)
+        curve_name = error.replace("_ece", "_curve")
         for method in DRAWN:
             curve = test.get(method, {"curves": {}})["curves"].get(curve_name)
             if curve:
