@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,9 @@ if not torch.cuda.is_available():
 
         interpreter.install()
 TRITON = ["triton"] if "CALSEG_TEST_TRITON" in os.environ else []
+
+# Some tests interrupt runs; what a shell starts in the background ignores SIGINT, and so would all it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile(
     "calseg",
