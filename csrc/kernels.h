@@ -43,6 +43,7 @@ struct Upstream {
 
 struct LossSums {
     double loss = 0.0, kl = 0.0;
+    int64_t uncounted = 0;  // voxels whose label is ignored, or no class
 };
 
 struct CrossEntropyArgs {

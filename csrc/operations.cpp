@@ -1,5 +1,6 @@
 #include "operations.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -15,16 +16,21 @@ struct Free {
     void operator()(void* memory) const { ::operator delete[](memory, std::align_val_t{64}); }
 };
 
-template <class Args>
+// stop_after(chunk), asked once a chunk is done: whether the others are wanted no more
+template <class Args, class StopAfter>
 struct Run {
     const Kernel<Args>& kernel;
     const Args& args;
+    const StopAfter& stop_after;
     char* scratch;
     int64_t scratch_bytes;
+    std::atomic<bool> stopped{false};
 
     static void chunk(void* self, int64_t index, int thread) {
-        const Run& run = *static_cast<Run*>(self);
+        Run& run = *static_cast<Run*>(self);
+        if (run.stopped.load(std::memory_order_relaxed)) return;
         run.kernel.run_chunk(run.args, index, run.scratch + thread * run.scratch_bytes);
+        if (run.stop_after(index)) run.stopped.store(true, std::memory_order_relaxed);
     }
 };
 
@@ -37,8 +43,8 @@ const Shape& shape_of(const Args& args) {
     return args.shape;
 }
 
-template <class Args>
-void run(const Kernel<Args>& kernel, const Args& args, int num_threads) {
+template <class Args, class StopAfter>
+void run(const Kernel<Args>& kernel, const Args& args, int num_threads, const StopAfter& stop_after) {
     const int64_t chunks = kernel.num_chunks(args);
     const int64_t useful = shape_of(args).voxels() * shape_of(args).C / kElementsPerThread + 1;
     if (useful < num_threads) num_threads = static_cast<int>(useful);
@@ -46,8 +52,14 @@ void run(const Kernel<Args>& kernel, const Args& args, int num_threads) {
     if (chunks == 0) return;
     const int64_t bytes = (kernel.scratch_bytes(args) + 63) / 64 * 64;
     const std::unique_ptr<void, Free> scratch(::operator new[](static_cast<std::size_t>(bytes * num_threads + 64), std::align_val_t{64}));
-    Run<Args> work{kernel, args, static_cast<char*>(scratch.get()), bytes};
-    parallel_for(chunks, num_threads, &Run<Args>::chunk, &work);
+    using Work = Run<Args, StopAfter>;
+    Work work{kernel, args, stop_after, static_cast<char*>(scratch.get()), bytes};
+    parallel_for(chunks, num_threads, &Work::chunk, &work);
+}
+
+template <class Args>
+void run(const Kernel<Args>& kernel, const Args& args, int num_threads) {
+    run(kernel, args, num_threads, [](int64_t) { return false; });
 }
 
 LabelSums scan(const Labels& labels, const Shape& shape, const double* weight, int num_threads) {
@@ -87,52 +99,99 @@ Divisors divisors(const LabelSums& sums, const Labels& labels, const double* wei
 
 // Where a loss keeps what all of them have.
 CrossEntropyArgs& common(VLSCrossEntropyArgs& args) { return args.ce; }
+const CrossEntropyArgs& common(const VLSCrossEntropyArgs& args) { return args.ce; }
 template <class Args>
 Args& common(Args& args) {
     return args;
 }
 
-// The chunks' sums in the order of the chunks: the same for any number of threads.
+// Where a loss writes gradients; the sampled soft labels of vls_cross_entropy have none of their own.
+bool has_gradient(const CrossEntropyArgs& args) { return args.grad_logits || args.grad_soft_labels; }
+bool has_gradient(const VLSCrossEntropyArgs& args) { return has_gradient(args.ce) || args.grad_mu || args.grad_logvar; }
+bool has_gradient(const VLSElboArgs& args) { return args.grad_mu || args.grad_logvar; }
+
+bool writes_over_logits(const CrossEntropyArgs& args) { return args.grad_logits && args.grad_logits.data == args.logits.data; }
+bool writes_over_logits(const VLSCrossEntropyArgs& args) { return writes_over_logits(args.ce); }
+bool writes_over_logits(const VLSElboArgs&) { return false; }
+
+// The chunks' sums in the order of the chunks: the same for any number of threads. If only_if_all_count, the work ends
+// soon after a voxel that does not.
 template <class Args>
-LossSums run_loss(const Kernel<Args>& kernel, Args& args, const Divisors& by, int num_threads) {
+LossSums run_loss(const Kernel<Args>& kernel, Args args, const Divisors& by, int num_threads, bool only_if_all_count = false) {
     common(args).upstream.scale /= by.loss;
     common(args).upstream.kl_scale /= by.kl;
     std::vector<LossSums> chunks(static_cast<std::size_t>(kernel.num_chunks(args)));
     common(args).chunk_sums = chunks.data();
-    run(kernel, args, num_threads);
+    run(kernel, args, num_threads,
+        [&](int64_t chunk) { return only_if_all_count && chunks[static_cast<std::size_t>(chunk)].uncounted > 0; });
     LossSums total;
     for (const LossSums& chunk : chunks) {
         total.loss += chunk.loss;
         total.kl += chunk.kl;
+        total.uncounted += chunk.uncounted;
     }
     return total;
 }
 
+// Whether some of the labels, spread over each item, say that a voxel does not count: a border that was padded, say.
+bool any_of_a_few_uncounted(const Labels& labels, const Shape& shape) {
+    constexpr int64_t kFew = 64;
+    const int64_t few = shape.S < kFew ? shape.S : kFew, step = few > 1 ? (shape.S - 1) / (few - 1) : 1;
+    Labels some = labels;
+    some.view.stride_s *= step;
+    const LabelSums sums = scan(some, {shape.N, shape.C, few}, nullptr, 1);
+    return sums.bad_position >= 0 || sums.counted < shape.N * few;
+}
+
+// With more classes the labels weigh little beside the logits, and to read them twice is not worth a risk.
+constexpr int64_t kMaxClassesToAssume = 16;
+
+// Whether to start as if every voxel counted, and to read the labels on the way. If it proves wrong, nothing may be lost.
 template <class Args>
-Outcome labelled_loss(const Kernel<Args>& kernel, Args& args, double beta, Reduction reduction, int num_threads) {
+bool assume_all_count(const Args& args, Reduction reduction) {
     const auto& with = common(args);
-    const LabelSums labels = scan(with.labels, with.shape, with.weight, num_threads);
-    if (labels.bad_position >= 0) return bad_label(labels);
+    if (writes_over_logits(args) || with.labels.is_mask) return false;
+    if (reduction != Reduction::mean) return true;
+    if (with.weight) return false;
+    if (!has_gradient(args) || !with.labels.view) return true;
+    return with.shape.C <= kMaxClassesToAssume && !any_of_a_few_uncounted(with.labels, with.shape);
+}
+
+template <class Args>
+Outcome labelled_loss(const Kernel<Args>& kernel, const Args& args, double beta, Reduction reduction, int num_threads) {
+    const auto& with = common(args);
+    const bool assume = assume_all_count(args, reduction), scaled = reduction == Reduction::mean && has_gradient(args);
+    LabelSums labels;
+    labels.counted = with.shape.voxels();
+    const auto run_with = [&](const LabelSums& sums, bool only_if_all_count) {
+        return run_loss(kernel, args, divisors(sums, with.labels, with.weight, reduction), num_threads, only_if_all_count);
+    };
+    LossSums total;
+    if (assume) total = run_with(labels, scaled);
+    if (!assume || total.uncounted > 0) {
+        labels = scan(with.labels, with.shape, with.weight, num_threads);
+        if (labels.bad_position >= 0) return bad_label(labels);
+        if (!assume || scaled) total = run_with(labels, false);
+    }
     const Divisors by = divisors(labels, with.labels, with.weight, reduction);
-    const LossSums total = run_loss(kernel, args, by, num_threads);
     return {total.loss / by.loss + (beta != 0.0 ? beta * total.kl / by.kl : 0.0), -1, 0};
 }
 
 }  // namespace
 
-Outcome cross_entropy(CrossEntropyArgs args, Reduction reduction, int num_threads) {
+Outcome cross_entropy(const CrossEntropyArgs& args, Reduction reduction, int num_threads) {
     return labelled_loss(kernels().cross_entropy, args, 0.0, reduction, num_threads);
 }
 
-Outcome vls_cross_entropy(VLSCrossEntropyArgs args, Reduction reduction, int num_threads) {
+Outcome vls_cross_entropy(const VLSCrossEntropyArgs& args, Reduction reduction, int num_threads) {
     return labelled_loss(kernels().vls_cross_entropy, args, args.gaussian.beta, reduction, num_threads);
 }
 
-Outcome vls_elbo(VLSElboArgs args, Reduction reduction, int num_threads) {
+Outcome vls_elbo(const VLSElboArgs& args, Reduction reduction, int num_threads) {
     return labelled_loss(kernels().vls_elbo, args, args.gaussian.beta, reduction, num_threads);
 }
 
-Outcome gaussian_kl(GaussianKLArgs args, Reduction reduction, int num_threads) {
+Outcome gaussian_kl(const GaussianKLArgs& args, Reduction reduction, int num_threads) {
     const double voxels = reduction == Reduction::mean ? static_cast<double>(args.shape.voxels()) : 1.0;
     return {run_loss(kernels().gaussian_kl, args, {voxels, voxels}, num_threads).kl / voxels, -1, 0};
 }

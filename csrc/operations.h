@@ -1,4 +1,4 @@
-// The operations as the host calls them: labels are checked first, then one kernel runs over all chunks.
+// The operations as the host calls them: labels are checked, and one kernel runs over all chunks.
 #pragma once
 
 #include "kernels.h"
@@ -7,16 +7,16 @@ namespace calseg {
 
 enum class Reduction : int32_t { none, mean, sum };
 
-// The first label out of range, if any; nothing was written then.
+// The first label out of range, if any. Results are to be thrown away then; inputs are as they were.
 struct Outcome {
     double loss = 0.0;  // of mean and sum
     int64_t bad_position = -1, bad_value = 0;
 };
 
-Outcome cross_entropy(CrossEntropyArgs args, Reduction reduction, int num_threads);
-Outcome vls_cross_entropy(VLSCrossEntropyArgs args, Reduction reduction, int num_threads);
-Outcome vls_elbo(VLSElboArgs args, Reduction reduction, int num_threads);
-Outcome gaussian_kl(GaussianKLArgs args, Reduction reduction, int num_threads);
+Outcome cross_entropy(const CrossEntropyArgs& args, Reduction reduction, int num_threads);
+Outcome vls_cross_entropy(const VLSCrossEntropyArgs& args, Reduction reduction, int num_threads);
+Outcome vls_elbo(const VLSElboArgs& args, Reduction reduction, int num_threads);
+Outcome gaussian_kl(const GaussianKLArgs& args, Reduction reduction, int num_threads);
 Outcome sample_soft_labels(const SoftLabelsArgs& args, int num_threads);
 Outcome sample_soft_labels_backward(const SoftLabelsArgs& args, int num_threads);
 Outcome blend_soft_labels(const BlendArgs& args, int num_threads);

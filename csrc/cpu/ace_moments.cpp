@@ -197,7 +197,7 @@ class Probabilities {
 
     void begin(const Span& span, const Span& next) {
         const int64_t C = args_.shape.C;
-        const bool any_ignored = load_labels(labels_, args_.labels, span) < span.count;
+        const bool any_ignored = load_labels(labels_, args_.labels, span, C) < span.count;
         logits_.begin(span, next);
         if (any_ignored) clear_ignored(logits_.tile(), labels_, span.count, C);
         has_nan = false;

@@ -19,9 +19,9 @@ Tiling tiling(const CrossEntropyArgs& a) {
 
 // What a tile leaves behind.
 template <class T>
-void finish_tile(const CrossEntropyArgs& a, const Span& span, const LossTile<T>& t, LossSums& sums) {
+void finish_tile(const CrossEntropyArgs& a, const Span& span, LossTile<T>& t) {
     if (a.loss) store_tile(a.loss, span, t.loss, 1, false);
-    sums.loss += sum_row(t.loss, span.count);
+    t.sums.loss += sum_row(t.loss, span.count);
 }
 
 // D: how the logits are stored.
@@ -31,7 +31,6 @@ LossSums run_hard(const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk,
     const bool stream = is_streamed(a.grad_logits, a.shape);
     LossTile<T> t(scratch, a.shape.C, tiles.length, a.weight);
     ReadAhead<T, D> logits(scratch, a.logits, a.shape.C, tiles.length);
-    LossSums sums;
     tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
         t.load(a.labels, a.upstream, span);
         logits.begin(span, next);
@@ -40,10 +39,10 @@ LossSums run_hard(const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk,
         logits.end();
         for (int b = 0; b * kLanes < span.count; ++b) hard_loss<kPlain>(t, b, smoothing);
         if (kGradient) store_hard_gradient<kPlain>(a.grad_logits, span, t, logits.tile(), smoothing, stream);
-        finish_tile(a, span, t, sums);
+        finish_tile(a, span, t);
     });
     finish_streams();
-    return sums;
+    return t.sums;
 }
 
 template <int C, bool kGradient, class D, class T>
@@ -51,15 +50,14 @@ LossSums run_few(const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk, 
     const bool stream = is_streamed(a.grad_logits, a.shape);
     if (!FewClasses<C, kGradient, D, T>::takes(a, stream)) return run_hard<kGradient, true, D, T>(a, tiles, chunk, scratch);
     LossTile<T> t(scratch, C, tiles.length, nullptr);
-    LossSums sums;
     tiles.for_tiles(chunk, [&](const Span& span, const Span&) {
         t.load(a.labels, a.upstream, span);
         const FewClasses<C, kGradient, D, T> few(a, t, span, stream);
         t.any_ignored() ? few.template run<true>(span.count) : few.template run<false>(span.count);
-        finish_tile(a, span, t, sums);
+        finish_tile(a, span, t);
     });
     finish_streams();
-    return sums;
+    return t.sums;
 }
 
 template <bool kGradient, class D, class T>
@@ -100,7 +98,6 @@ LossSums run_soft(const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk,
     // they become their gradients
     TensorTile<T> logits(scratch, a.logits, a.grad_logits, a.shape, tiles.length);
     TensorTile<T> soft(scratch, a.soft_labels, a.grad_soft_labels, a.shape, tiles.length);
-    LossSums sums;
     tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
         t.load(a.labels, a.upstream, span);
         for (auto* tensor : {&logits, &soft}) {
@@ -117,9 +114,9 @@ LossSums run_soft(const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk,
             if (gradient) copy_block(x, e, t.C);
         }
         for (auto* tensor : {&logits, &soft}) tensor->end(span);
-        finish_tile(a, span, t, sums);
+        finish_tile(a, span, t);
     });
-    return sums;
+    return t.sums;
 }
 
 template <class T>

@@ -22,6 +22,7 @@ struct LossTile {
     T* weight;                           // [C], ones without class weights
     T weight_sum = 0;
     bool weighted;
+    LossSums sums;  // of the tiles so far
 
     static int64_t bytes(int64_t C, int64_t length) {
         return Scratch::bytes<int32_t>(length) + 7 * Scratch::bytes<T>(length) + Scratch::bytes<T>(C);
@@ -46,7 +47,8 @@ struct LossTile {
 
     void load(const Labels& from, const Upstream& up, const Span& span) {
         count = span.count;
-        counted = load_labels(labels, from, span);
+        counted = load_labels(labels, from, span, C);
+        sums.uncounted += count - counted;
         load_upstream(up, span);
     }
 

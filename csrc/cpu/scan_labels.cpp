@@ -1,4 +1,4 @@
-// The pass over the labels alone that comes first: counts, weights for the mean, and the first label out of range.
+// A pass over the labels alone: counts, weights for the mean, and the first label out of range.
 #include "cpu/operations.h"
 #include "cpu/tile.h"
 
@@ -15,10 +15,9 @@ template <class From>
 void scan(const ScanLabelsArgs& a, int64_t n, int64_t first, int64_t last, LabelSums& sums) {
     using Unsigned = std::make_unsigned_t<From>;
     constexpr int64_t kBlock = sizeof(From) == 1 ? 192 : 1024;
-    constexpr auto kMaxLabel = static_cast<int64_t>(static_cast<Unsigned>(-1) / (std::is_signed<From>::value ? 2 : 1) & INT64_MAX);
-    const int64_t step = a.labels.view.stride_s, C = a.labels.is_mask ? INT64_MAX : a.shape.C;
+    const int64_t step = a.labels.view.stride_s;
     const IgnoreIndex<From> ignore(a.labels.ignore_index);
-    const auto last_class = static_cast<Unsigned>(smaller(C - 1, kMaxLabel));
+    const ClassLabels<From> classes(a.labels.is_mask ? INT64_MAX : a.shape.C);
     const From* from = static_cast<const From*>(a.labels.view.data) + n * a.labels.view.stride_n;
     for (int64_t block = first; block < last; block += kBlock) {
         const int count = static_cast<int>(smaller(kBlock, last - block));
@@ -28,7 +27,7 @@ void scan(const ScanLabelsArgs& a, int64_t n, int64_t first, int64_t last, Label
             for (int i = 0; i < count; ++i) {
                 const bool skip = ignore == row[i * by];
                 ignored = static_cast<Unsigned>(ignored + skip);
-                bad = static_cast<Unsigned>(bad + (!skip & (static_cast<Unsigned>(row[i * by]) > last_class)));
+                bad = static_cast<Unsigned>(bad + (!skip & !classes.contain(row[i * by])));
             }
         };
         if (step == 1) tally(std::integral_constant<int64_t, 1>());
@@ -36,7 +35,7 @@ void scan(const ScanLabelsArgs& a, int64_t n, int64_t first, int64_t last, Label
         if (bad && sums.bad_position < 0)
             for (int i = 0; i < count; ++i) {
                 const From label = row[i * step];
-                if (ignore != label && static_cast<Unsigned>(label) > last_class) {
+                if (ignore != label && !classes.contain(label)) {
                     sums.bad_position = n * a.shape.S + block + i;
                     sums.bad_value = static_cast<int64_t>(label);
                     return;

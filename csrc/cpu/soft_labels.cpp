@@ -41,7 +41,7 @@ void run(const SoftLabelsArgs& a, int64_t chunk, void* memory) {
     const T alpha = a.labels.view ? static_cast<T>(a.alpha) : T(1), m = static_cast<T>(g.num_samples);
     tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
         const int count = span.count;
-        const bool any_ignored = load_labels(labels, a.labels, span) < count;
+        const bool any_ignored = load_labels(labels, a.labels, span, C) < count;
         for (auto* tensor : {&mu, &logvar, &soft}) tensor->begin(span, next);
         if (any_ignored)
             for (auto* tensor : {&mu, &logvar, &soft}) clear_ignored(tensor->tile(), labels, count, C);
@@ -159,7 +159,7 @@ void run(const BlendArgs& a, int64_t chunk, void* memory) {
     TensorTile<T> tensor(scratch, a.estimate, a.blended, a.shape, tiles.length);
     const T alpha = a.labels.view ? static_cast<T>(a.alpha) : T(1);
     tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
-        load_labels(labels, a.labels, span);
+        load_labels(labels, a.labels, span, C);
         tensor.begin(span, next);
         for (int b = 0; b * kLanes < span.count; ++b) {
             tensor.prefetch_next(b);

@@ -336,8 +336,22 @@ struct IgnoreIndex {
     CALSEG_MEMBER bool operator!=(From label) const { return !(*this == label); }
 };
 
-// Labels of a tile: the class, or -1 where the voxel is ignored (padding included). Returns the number that count.
-inline int load_labels(int32_t* to, const Labels& labels, const Span& span) {
+// The classes among labels of one type.
+template <class From>
+struct ClassLabels {
+    using Unsigned = std::make_unsigned_t<From>;
+    Unsigned last;
+
+    explicit ClassLabels(int64_t C) : last(static_cast<Unsigned>(smaller(C - 1, kMaxLabel))) {}
+    CALSEG_MEMBER bool contain(From label) const { return static_cast<Unsigned>(label) <= last; }
+
+ private:
+    static constexpr auto kMaxLabel = static_cast<int64_t>(static_cast<Unsigned>(-1) / (std::is_signed<From>::value ? 2 : 1) & INT64_MAX);
+};
+
+// Labels of a tile: the class, or -1 where the voxel is ignored or the label is no class (padding included). Returns the
+// number that count.
+inline int load_labels(int32_t* to, const Labels& labels, const Span& span, int64_t C) {
     const int count = span.count;
     const int padded = static_cast<int>(round_up(count, kLanes));
     fill<int32_t>(to + count, to + padded, -1);
@@ -349,12 +363,16 @@ inline int load_labels(int32_t* to, const Labels& labels, const Span& span) {
         using From = std::remove_pointer_t<decltype(type)>;
         const int64_t step = labels.view.stride_s;
         const IgnoreIndex<From> ignore(labels.ignore_index);
+        const ClassLabels<From> classes(labels.is_mask ? INT64_MAX : C);
         const From* from = static_cast<const From*>(labels.view.data) + span.n * labels.view.stride_n + span.s * step;
         const int32_t keep = labels.is_mask ? 0 : -1;
+        const auto label_of = [=](From label) {
+            return (ignore != label) & classes.contain(label) ? static_cast<int32_t>(label) & keep : -1;
+        };
         if (step == 1)
-            for (int i = 0; i < count; ++i) to[i] = ignore == from[i] ? -1 : static_cast<int32_t>(from[i]) & keep;
+            for (int i = 0; i < count; ++i) to[i] = label_of(from[i]);
         else
-            for (int i = 0; i < count; ++i) to[i] = ignore == from[i * step] ? -1 : static_cast<int32_t>(from[i * step]) & keep;
+            for (int i = 0; i < count; ++i) to[i] = label_of(from[i * step]);
     });
     int counted = 0;
     for (int i = 0; i < count; ++i) counted += to[i] >= 0;

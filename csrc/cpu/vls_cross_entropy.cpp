@@ -78,7 +78,6 @@ void run(const VLSCrossEntropyArgs& a, int64_t chunk, void* memory) {
     TensorTile<T> logits(scratch, ce.logits, ce.grad_logits, ce.shape, tiles.length);
     TensorTile<T> mu(scratch, g.mu, a.grad_mu, ce.shape, tiles.length);
     TensorTile<T> logvar(scratch, g.logvar, a.grad_logvar, ce.shape, tiles.length);
-    LossSums total;
     tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
         const int count = span.count;
         t.load(ce.labels, ce.upstream, span);
@@ -91,15 +90,15 @@ void run(const VLSCrossEntropyArgs& a, int64_t chunk, void* memory) {
             run_block<kGaussianGradient, kKL>(a, t, gaussian, work, b, first_voxel, logits.block(b), mu.block(b), logvar.block(b));
         }
         for (auto* tensor : {&logits, &mu, &logvar}) tensor->end(span);
-        total.loss += sum_row(t.loss, count);
-        if (kKL) total.kl += sum_row(t.kl, count);
+        t.sums.loss += sum_row(t.loss, count);
+        if (kKL) t.sums.kl += sum_row(t.kl, count);
         if (ce.loss) {
             if (kKL)
                 for (int i = 0; i < count; ++i) t.loss[i] += static_cast<T>(g.beta) * t.kl[i];
             store_tile(ce.loss, span, t.loss, 1, false);
         }
     });
-    if (ce.chunk_sums) ce.chunk_sums[chunk] = total;
+    if (ce.chunk_sums) ce.chunk_sums[chunk] = t.sums;
 }
 
 template <class T>

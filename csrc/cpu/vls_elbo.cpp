@@ -49,7 +49,6 @@ void run(const VLSElboArgs& a, int64_t chunk, void* memory) {
     TensorTile<T> mu(scratch, g.mu, a.grad_mu, a.shape, tiles.length);
     TensorTile<T> logvar(scratch, g.logvar, a.grad_logvar, a.shape, tiles.length);
     const F<T> per_sample = broadcast<F<T>>(T(1) / static_cast<T>(g.num_samples)), none = zero<T>();
-    LossSums total;
     tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
         const int count = span.count;
         t.load(a.labels, a.upstream, span);
@@ -75,15 +74,15 @@ void run(const VLSElboArgs& a, int64_t chunk, void* memory) {
             store(t.kl + b * kLanes, select(ignored, none, kl));
         }
         for (auto* tensor : {&mu, &logvar}) tensor->end(span);
-        total.loss += sum_row(t.loss, count);
-        if (kKL) total.kl += sum_row(t.kl, count);
+        t.sums.loss += sum_row(t.loss, count);
+        if (kKL) t.sums.kl += sum_row(t.kl, count);
         if (a.loss) {
             if (kKL)
                 for (int i = 0; i < count; ++i) t.loss[i] += static_cast<T>(g.beta) * t.kl[i];
             store_tile(a.loss, span, t.loss, 1, false);
         }
     });
-    if (a.chunk_sums) a.chunk_sums[chunk] = total;
+    if (a.chunk_sums) a.chunk_sums[chunk] = t.sums;
 }
 
 template <class T>
