@@ -164,9 +164,9 @@ def vls_cross_entropy(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range.
-        IndexError: a label that is neither a class nor ``ignore_index``; nothing has been computed then. On a GPU the
-            loss and the gradients of such a voxel are NaN instead, for an error would have to wait for the GPU; with
-            CALSEG_CHECK_LABELS=1 in the environment it does.
+        IndexError: a label that is neither a class nor ``ignore_index``; no argument has been written to then. On a GPU
+            the loss and the gradients of such a voxel are NaN instead, for an error would have to wait for the GPU;
+            with CALSEG_CHECK_LABELS=1 in the environment it does.
 
     Note:
         A class with probability 0 in the soft label and logit -inf adds 0 (the limit), where ``F.cross_entropy`` with
