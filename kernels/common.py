@@ -111,28 +111,35 @@ def voxel_pointers(x, n, first, tile: tl.constexpr):
 # ---- voxels: labels, upstream gradients, sums ----
 
 
+# A tuple holds no other one: Triton 3.6 loses what is constant in the inner.
+
+
 class Labels(NamedTuple):
     """Class indices or a mask, ``[N, S]``, of any integer dtype; ``ignore`` is None where no label can equal it."""
 
-    view: View
+    ptr: Any
+    stride_n: int
+    stride_s: int
     ignore: int | None
 
 
 class Upstream(NamedTuple):
-    """The gradient that comes in: ``scale``, over the mean's divisors, times ``grad_output`` ``[N, S]``.
+    """The gradient that comes in: ``scale``, over the mean's divisors, times a tensor ``[N, S]`` or (ptr None) 1.
 
     ``sums`` ``[2, NUM_SUMS]`` adds up to the divisors of the loss and of the KL term; None where they are in ``scale``.
     """
 
     scale: float
     sums: Any
-    grad_output: View | None
+    ptr: Any
+    stride_n: int | None
+    stride_s: int | None
 
 
 @triton.jit
 def load_labels(labels, n, first, inside, C: tl.constexpr, IS_MASK: tl.constexpr, tile: tl.constexpr):
     """``(label, ok, bad)``: int32 (-1 where ignored), whether a voxel counts, and whether its label is no class."""
-    given = tl.load(voxel_pointers(labels.view, n, first, tile), mask=inside, other=0)
+    given = tl.load(voxel_pointers(labels, n, first, tile), mask=inside, other=0)
     NARROW: tl.constexpr = given.dtype.primitive_bitwidth < 32 or given.dtype == tl.int32
     given = given.to(tl.int32 if NARROW else tl.int64)
     ok = inside
@@ -157,9 +164,8 @@ def load_upstream(upstream, n, first, inside, ok, NUM_SUMS: tl.constexpr, tile: 
     if upstream.sums is not None:
         loss_divisor, kl_divisor = divisors(upstream.sums, NUM_SUMS)
         of_loss, of_kl = of_loss / loss_divisor, of_kl / kl_divisor
-    if upstream.grad_output is not None:
-        pointer = voxel_pointers(upstream.grad_output, n, first, tile)
-        factor = tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
+    if upstream.ptr is not None:
+        factor = tl.load(voxel_pointers(upstream, n, first, tile), mask=inside, other=0.0).to(tl.float32)
         of_loss, of_kl = of_loss * factor, of_kl * factor
     return tl.where(ok, of_loss, 0.0), tl.where(ok, of_kl, 0.0)
 

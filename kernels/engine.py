@@ -73,6 +73,13 @@ def _ignore(labels: ops.Labels) -> int | None:
     return labels.ignore_index if labels.ignore_index < 2**63 else labels.ignore_index - 2**64
 
 
+def _labels(view: View | None, labels: ops.Labels | None) -> Labels | None:
+    """Labels, or none, as the kernels take them."""
+    if view is None or labels is None:
+        return None
+    return Labels(view.ptr, view.stride_n, view.stride_s, _ignore(labels))
+
+
 def _check_labels(labels: ops.Labels, num_classes: int) -> None:
     """With CALSEG_CHECK_LABELS=1: wait for the GPU, and raise IndexError at the first label that is no class."""
     if CHECK_LABELS and not labels.is_mask:
@@ -152,17 +159,19 @@ def loss(
     x, y, m, v, *to = call.scores
     label_view, upstream_view, loss_view = call.voxels
 
-    given, is_mask = None, False
+    given, is_mask = _labels(label_view, labels), False
     if labels is not None:
         _check_labels(labels, call.C)
-        given, is_mask = Labels(label_view, _ignore(labels)), labels.is_mask
+        is_mask = labels.is_mask
     sums, num_sums, scale = None, 1, 1.0
     if reduction == "mean":
         if given is None or (given.ignore is None and (weight is None or is_mask)):
             scale = 1.0 / voxels
         else:
             sums, num_sums = _sums(call, given, is_mask, None if is_mask else weight)
-    up = Upstream(scale, sums, upstream_view)
+    up = Upstream(scale, sums, None, None, None)
+    if upstream_view is not None:
+        up = Upstream(scale, sums, upstream_view.ptr, upstream_view.stride_n, upstream_view.stride_s)
     with_kl = sampled and labels is not None and sampling.beta != 0
     partials = None
     if grad_output is None and per_voxel is None:
@@ -262,7 +271,7 @@ def _sample(
     if labels is not None:
         _check_labels(labels, call.C)
     m, v, *rest = call.scores
-    given = None if labels is None else Labels(call.voxels[0], _ignore(labels))
+    given = _labels(call.voxels[0], labels)
     draws = (*_gaussian(sampling, mu.device), sampling.num_samples)
     statistics = _statistics(call, None, m, v, rest[1], *draws, given, None, 0.0, alpha)
     alpha = 1.0 if labels is None else alpha
@@ -292,7 +301,7 @@ def blend_soft_labels(estimate: Tensor, labels: ops.Labels | None, alpha: float,
     call = _Call(SOFT, (estimate,), (None if labels is None else labels.tensor,))
     if labels is not None:
         _check_labels(labels, call.C)
-    given = None if labels is None else Labels(call.voxels[0], _ignore(labels))
+    given = _labels(call.voxels[0], labels)
     alpha = 1.0 if labels is None else alpha
     call.run(blend_soft_labels_kernel, call.scores[0], given, call.S, alpha, alpha * scale, call.C)
 
@@ -323,7 +332,7 @@ def calibration_bins(
     for item, result in enumerate(results):
         call = _Call(BINS, (of_item(scores, item),), (of_item(labels.tensor, item), of_item(counted, item)))
         call.run(
-            calibration_bins_kernel, call.scores[0], Labels(call.voxels[0], _ignore(labels)), call.voxels[1],
+            calibration_bins_kernel, call.scores[0], _labels(call.voxels[0], labels), call.voxels[1],
             result[8:], result[2:8], result[:2], call.S, n_bins, first_class or 0,
             reference.probability_tolerance(scores.dtype), from_logits, first_class is not None, skip_background,
             right_closed, at_once, C,
