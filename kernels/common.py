@@ -82,7 +82,14 @@ def pointers(x, n, first, c, tile: tl.constexpr):
     start = x.ptr + n * multiple(x.stride_n, tile.ALIGN_C * tile.ALIGN_S) + first * stride_s
     rows = c.to(tl.int64) * multiple(x.stride_c, tile.ALIGN_C)
     columns = tl.arange(0, tile.TILE).to(tl.int64) * stride_s
-    return tl.max_contiguous(start + (rows[:, None] + columns[None, :]), [VEC_C, VEC_S])
+    tile_pointers = start + (rows[:, None] + columns[None, :])
+    if VEC_C * VEC_S == 1:
+        # Said by the alignment: told that neither axis is contiguous, Triton 3.6 spreads the classes over a warp.
+        BYTES: tl.constexpr = x.ptr.dtype.element_ty.primitive_bitwidth // 8
+        tile_pointers = tl.multiple_of(tile_pointers, [BYTES, BYTES])
+    else:
+        tile_pointers = tl.max_contiguous(tile_pointers, [VEC_C, VEC_S])
+    return tile_pointers
 
 
 @triton.jit
