@@ -149,11 +149,13 @@ def load_labels(labels, n, first, inside, C: tl.constexpr, IS_MASK: tl.constexpr
     given = tl.load(voxel_pointers(labels, n, first, tile), mask=inside, other=0)
     NARROW: tl.constexpr = given.dtype.primitive_bitwidth < 32 or given.dtype == tl.int32
     given = given.to(tl.int32 if NARROW else tl.int64)
-    ok = inside
+    # None of the three is made of another: Triton 3.6 would move one before what it is made of.
+    label, ok, bad = given, inside, (given < 0) | (given >= C)
     if labels.ignore is not None:
-        ok = inside & (given != labels.ignore)
-    bad = ok & False if IS_MASK else ok & ((given < 0) | (given >= C))
-    return tl.where(ok, given, -1).to(tl.int32), ok, bad
+        counts = given != labels.ignore
+        label, ok, bad = tl.where(counts, label, -1), ok & counts, counts & bad
+    bad = inside & False if IS_MASK else inside & bad
+    return tl.where(inside, label, -1).to(tl.int32), ok, bad
 
 
 @triton.jit
