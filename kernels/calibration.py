@@ -77,7 +77,8 @@ def add_to_bins(
         lowest = tl.min(bin, 1)
         add_words(sums, kind, lowest, n_bins, tl.sum(tl.where(bin == lowest[:, None], word, 0), 1))
         word = tl.where(bin == lowest[:, None], 0, word)
-        add_words(sums, kind[:, None], bin, n_bins, word)
+        # One axis: of two, neither contiguous, Triton 3.6 spreads the classes over a warp.
+        add_words(sums, tl.ravel(tl.broadcast_to(kind[:, None], bin.shape)), tl.ravel(bin), n_bins, tl.ravel(word))
 
 
 @triton.jit
