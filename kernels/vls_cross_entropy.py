@@ -41,9 +41,9 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 @triton.jit
 def _block(
-    start, logits, mu, logvar, gaussian, k0, k1, num_samples, statistics, label, ok, bad, counted, weight, up, kl_up,
+    start, logits, mu, logvar, gaussian, k0, k1, num_samples, statistics, label, ok, bad, counted, weight, upstream,
     grad_logits, grad_mu, grad_logvar, S, n, first, inside, smoothing, alpha, SAMPLED: tl.constexpr,
-    WITH_KL: tl.constexpr, C: tl.constexpr, tile: tl.constexpr,
+    WITH_KL: tl.constexpr, C: tl.constexpr, NUM_SUMS: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """Of a block of classes: its share of the loss and of the KL term; the gradients are stored."""
     GRADIENT: tl.constexpr = grad_mu is not None or grad_logvar is not None
@@ -86,6 +86,7 @@ def _block(
                 to_logvar = tl.where(valid, to_logvar + tl.sum(g * z, 0), 0.0)
         log_p = tl.where(log_p == LOWEST, -INF, log_p)
 
+    up, kl_up = load_upstream(upstream, n, first, inside, ok, NUM_SUMS, tile)  # here: no registers in the loop
     hard = tl.where(c[:, None] == label[None, :], 1.0 - alpha, 0.0)
     smoothed = keep * (hard + estimate * (alpha / num_samples)) + smoothing / C
     y = w * smoothed
@@ -141,16 +142,14 @@ def vls_cross_entropy(
     n, first, inside = locate(tl.program_id(0), S, tile)
     label, ok, bad = load_labels(labels, n, first, inside, C, False, tile)
     counted = None if labels.ignore is None else ok
-    up, kl_up = load_upstream(upstream, n, first, inside, ok, NUM_SUMS, tile)
     k0, k1 = load_seed(seed, gaussian.seed)
-    value, kl = _block(
-        0, logits, mu, logvar, gaussian, k0, k1, num_samples, statistics, label, ok, bad, counted, weight, up, kl_up,
-        grad_logits, grad_mu, grad_logvar, S, n, first, inside, smoothing, alpha, SAMPLED, WITH_KL, C, tile,
-    )  # fmt: skip
-    for start in range(tile.BLOCK_C, C, tile.BLOCK_C):
+    value = tl.full([tile.TILE], 0.0, tl.float32)
+    kl = value
+    for start in range(0, C, tile.BLOCK_C):
         block_value, block_kl = _block(
-            start, logits, mu, logvar, gaussian, k0, k1, num_samples, statistics, label, ok, bad, counted, weight, up,
-            kl_up, grad_logits, grad_mu, grad_logvar, S, n, first, inside, smoothing, alpha, SAMPLED, WITH_KL, C, tile,
+            start, logits, mu, logvar, gaussian, k0, k1, num_samples, statistics, label, ok, bad, counted, weight,
+            upstream, grad_logits, grad_mu, grad_logvar, S, n, first, inside, smoothing, alpha, SAMPLED, WITH_KL, C,
+            NUM_SUMS, tile,
         )  # fmt: skip
         value += block_value
         kl += block_kl

@@ -110,11 +110,9 @@ def vls_elbo(
     up, kl_up = load_upstream(upstream, n, first, inside, ok, NUM_SUMS, tile)
     up *= per_sample
     k0, k1 = load_seed(seed, gaussian.seed)
-    value, kl = _block(
-        0, mu, logvar, gaussian, k0, k1, num_samples, statistics, label, counted, up, kl_up, grad_mu, grad_logvar, S, n,
-        first, inside, WITH_KL, C, tile,
-    )  # fmt: skip
-    for start in range(tile.BLOCK_C, C, tile.BLOCK_C):
+    value = tl.full([tile.TILE], 0.0, tl.float32)
+    kl = value
+    for start in range(0, C, tile.BLOCK_C):
         block_value, block_kl = _block(
             start, mu, logvar, gaussian, k0, k1, num_samples, statistics, label, counted, up, kl_up, grad_mu,
             grad_logvar, S, n, first, inside, WITH_KL, C, tile,
