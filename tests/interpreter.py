@@ -2,7 +2,8 @@
 
 It patches ``triton.language`` again at every call of a device function, which is most of its time: here once. It copies
 all arguments to the host and back, a tensor's whole storage each: here they are on the host. It truncates float32 to
-bfloat16, where a GPU rounds to nearest. NumPy warns of every NaN and overflow, which a GPU does not.
+bfloat16, where a GPU rounds to nearest. Triton 3.6's makes an int of an array of one element, which NumPy 2.4 refuses.
+NumPy warns of every NaN and overflow, which a GPU does not.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,9 +29,10 @@ def install() -> None:
     patch, run, cast = interpreter._patch_lang, executor.__call__, builder.cast_impl
     done = []
 
-    def patch_once(function):
-        if not done:
-            done.append(patch(function))
+    def patch_once(_):
+        if not done:  # both modules that device functions name: the kernels' tl, and the core of Triton's own
+            done.append(patch(SimpleNamespace(__globals__={"tl": tl, "core": tl.core})))
+            tl.tensor.__index__ = lambda self: self.handle.data.item()
         return _Patched()
 
     def run_quietly(self, *args, **kwargs):
