@@ -118,15 +118,18 @@ def voxel_pointers(x, n, first, tile: tl.constexpr):
 # ---- voxels: labels, upstream gradients, sums ----
 
 
-# A tuple holds no other one: Triton 3.6 loses what is constant in the inner.
+# A tuple holds no other one, and one that can hold None is never None itself: Triton 3.6 loses what is constant in an
+# inner tuple, and cannot compare one that holds None.
 
 
 class Labels(NamedTuple):
-    """Class indices or a mask, ``[N, S]``, of any integer dtype; ``ignore`` is None where no label can equal it."""
+    """Class indices or a mask, ``[N, S]``, of any integer dtype, or (ptr None) none; ``ignore`` is None where no label
+    can equal it.
+    """
 
     ptr: Any
-    stride_n: int
-    stride_s: int
+    stride_n: int | None
+    stride_s: int | None
     ignore: int | None
 
 

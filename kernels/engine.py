@@ -73,10 +73,10 @@ def _ignore(labels: ops.Labels) -> int | None:
     return labels.ignore_index if labels.ignore_index < 2**63 else labels.ignore_index - 2**64
 
 
-def _labels(view: View | None, labels: ops.Labels | None) -> Labels | None:
+def _labels(view: View | None, labels: ops.Labels | None) -> Labels:
     """Labels, or none, as the kernels take them."""
     if view is None or labels is None:
-        return None
+        return Labels(None, None, None, None)
     return Labels(view.ptr, view.stride_n, view.stride_s, _ignore(labels))
 
 
@@ -96,7 +96,7 @@ def _gaussian(sampling: ops.Sampling, device: torch.device) -> tuple[Gaussian, i
 
 def _statistics(
     call: _Call, x: View | None, m: View, v: View, grad_output: View | None, gaussian: Gaussian, seed: int,
-    num_samples: int, labels: Labels | None, weight: Tensor | None, smoothing: float, alpha: float,
+    num_samples: int, labels: Labels, weight: Tensor | None, smoothing: float, alpha: float,
 ) -> Statistics | None:  # fmt: skip
     """What blocks of classes must know of each other, where there is more than one."""
     if call.C <= call.tile.BLOCK_C:
@@ -165,7 +165,7 @@ def loss(
         is_mask = labels.is_mask
     sums, num_sums, scale = None, 1, 1.0
     if reduction == "mean":
-        if given is None or (given.ignore is None and (weight is None or is_mask)):
+        if labels is None or (given.ignore is None and (weight is None or is_mask)):
             scale = 1.0 / voxels
         else:
             sums, num_sums = _sums(call, given, is_mask, None if is_mask else weight)

@@ -56,7 +56,7 @@ def sample_statistics(
     n, first, inside = locate(tl.program_id(0), S, tile)
     voxel = n * S + first + tl.arange(0, tile.TILE)
     counted = None
-    if labels is not None:
+    if labels.ptr is not None:
         label, ok, _ = load_labels(labels, n, first, inside, C, False, tile)
         counted = ok
     lowest = tl.full([tile.TILE], -INF, tl.float32)

@@ -23,7 +23,7 @@ from calseg.kernels.noise import load_seed
 
 @triton.jit
 def _labels_or_none(labels, n, first, inside, C: tl.constexpr, tile: tl.constexpr):
-    if labels is None:
+    if labels.ptr is None:
         label, ok, bad = tl.full([tile.TILE], -1, tl.int32), inside, inside & False
     else:
         label, ok, bad = load_labels(labels, n, first, inside, C, False, tile)
@@ -100,7 +100,7 @@ def sample_soft_labels(
     """The soft labels, or, given ``grad_output``, the gradients of mu and logvar."""
     n, first, inside = locate(tl.program_id(0), S, tile)
     label, ok, bad = _labels_or_none(labels, n, first, inside, C, tile)
-    counted = None if labels is None else ok
+    counted = None if labels.ptr is None else ok
     k0, k1 = load_seed(seed, gaussian.seed)
     _sampled_block(
         0, mu, logvar, gaussian, k0, k1, num_samples, statistics, label, ok, bad, counted, soft, grad_output, grad_mu,
