@@ -82,10 +82,13 @@ def scores(C: int, dtype: torch.dtype, edge: int, layout: str) -> torch.Tensor:
     return torch.empty((2, C, *space), dtype=dtype)
 
 
-def call(operation: str, C: int, dtype: str = "float32", layout: str = "channel_first", gradient: bool = True) -> None:
-    """One operation as training calls it: mean, uint8 labels, ignore_index 255, gradients to all inputs."""
+def call(
+    operation: str, C: int, dtype: str = "float32", layout: str = "channel_first", gradient: bool = True,
+    ignore_index: int = 255,
+) -> None:  # fmt: skip
+    """One operation as training calls it: mean, uint8 labels, gradients to all inputs."""
     x = scores(C, getattr(torch, dtype), EDGES[C], layout)
-    labels = ops.Labels(torch.empty(ops.voxel_shape(x), dtype=torch.uint8), 255)
+    labels = ops.Labels(torch.empty(ops.voxel_shape(x), dtype=torch.uint8), ignore_index)
     sampling = ops.Sampling(4, 1.0, 1.0, 0.0, 0.0, 7)
     spec = ops.Loss(labels, None, "mean", x.dtype, backend="triton")
     g = x if gradient else None

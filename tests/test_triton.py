@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -768,7 +769,7 @@ def test_float64_takes_the_reference():
 
 def test_an_old_triton_is_none(monkeypatch):
     monkeypatch.setattr(ops.metadata, "version", lambda _: "3.1.0+git")
-    assert "Triton 3.1.0+git is too old: pip install 'triton>=3.7'" in str(ops._triton_error())
+    assert "Triton 3.1.0+git is too old: pip install 'triton>=3.6'" in str(ops._triton_error())
 
 
 # ---- launches ----
@@ -847,7 +848,7 @@ COMPILED = [
     *({"operation": "cross_entropy", "C": C, "dtype": "bfloat16"} for C in (4, 14)),
     *({"operation": "cross_entropy", "C": 4, "layout": layout} for layout in ("odd", "channels_last")),
     {"operation": "cross_entropy", "C": 14, "gradient": False},
-    {"operation": "weighted_cross_entropy", "C": 14},
+    *({"operation": "weighted_cross_entropy", "C": C} for C in (4, 14)),
     {"operation": "soft_cross_entropy", "C": 14},
     *({"operation": "vls_cross_entropy", "C": C} for C in (2, 4, 14, 33, 117)),
     {"operation": "vls_cross_entropy", "C": 4, "layout": "channels_last"},
@@ -856,11 +857,23 @@ COMPILED = [
     {"operation": "gaussian_kl", "C": 14},
     {"operation": "sample_soft_labels", "C": 14},
     {"operation": "accumulate_soft_labels", "C": 14},
+    # no label is ignored
+    *(
+        {"operation": operation, "C": 14, "ignore_index": -100}
+        for operation in ("cross_entropy", "soft_cross_entropy", "sample_soft_labels", "accumulate_soft_labels")
+    ),
     *({"operation": "calibration_bins", "C": C} for C in (2, 14, 117)),
     {"operation": "calibration_bins", "C": 14, "layout": "channels_last"},
     {"operation": "calibration_bins", "C": 4, "dtype": "bfloat16"},
     {"operation": "scale_gradients", "C": 4, "dtype": "bfloat16"},
 ]
+OPTIONS = {"dtype", "layout", "gradient", "ignore_index"}
+# Bytes of stack a thread over the kernels of a case: (Triton, kernel, C, layout, architecture). No other has any.
+SPILLS = {
+    ("3.7", "sample_statistics", 600, None, 90): 16,
+    ("3.7", "calibration_bins", 14, "channels_last", 80): 8,
+    ("3.7", "calibration_bins", 14, "channels_last", 90): 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -882,12 +895,16 @@ def test_nothing_spills(machine_code, case):
     """Every kernel of an operation, compiled for sm_80 and sm_90: all in registers, and no more of them than stated."""
     rows = [row for row in machine_code if all(row.get(key) == value for key, value in case.items()
                                                if key != "architectures")]  # fmt: skip
-    rows = [row for row in rows if len({"dtype", "layout", "gradient"} & row.keys()) == len(
-        {"dtype", "layout", "gradient"} & case.keys())]  # fmt: skip
+    rows = [row for row in rows if len(OPTIONS & row.keys()) == len(OPTIONS & case.keys())]
     assert {row["architecture"] for row in rows} == set(case.get("architectures", (80, 90)))
+    version = ".".join(triton.__version__.split(".")[:2])
+    spills = Counter()
     for row in rows:
-        assert row["stack"] == row["local"] == 0, row
+        assert row["local"] == 0, row
         assert row["registers"] <= REGISTERS[case["operation"]], row
+        spills[version, row["kernel"], row["C"], row.get("layout"), row["architecture"]] += row["stack"]
+    for key, stack in spills.items():
+        assert stack <= SPILLS.get(key, 0), (key, rows)
 
 
 @pytest.mark.timeout(900)
@@ -900,7 +917,7 @@ def test_wide_loads(machine_code):
             for row in machine_code
             if row["architecture"] == 90
             and row["kernel"] == "hard_cross_entropy"
-            and all(row.get(k) == v for k, v in {"dtype": None, "layout": None, "gradient": None, **case}.items())
+            and all(row.get(k) == v for k, v in {**dict.fromkeys(OPTIONS), **case}.items())
         )
         return {kind: any(".v4.b32" in m or ".v2.b64" in m for m in row["memory"] if m.startswith(kind))
                 for kind in ("ld", "st")}  # fmt: skip
