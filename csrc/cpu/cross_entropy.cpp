@@ -5,6 +5,7 @@
 #include "cpu/few_classes.h"
 #include "cpu/hard_cross_entropy.h"
 #include "cpu/operations.h"
+#include "cpu/read_ahead.h"
 
 namespace calseg {
 namespace CALSEG_ISA {
@@ -32,10 +33,13 @@ LossSums run_hard(const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk,
     LossTile<T> t(scratch, a.shape.C, tiles.length, a.weight);
     ReadAhead<T, D> logits(scratch, a.logits, a.shape.C, tiles.length);
     tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
-        t.load(a.labels, a.upstream, span);
+        t.load(a.labels, a.upstream, span, next);
         logits.begin(span, next);
         if (t.any_ignored()) clear_ignored(logits.tile(), t.labels, span.count, t.C);
-        for (int b = 0; b * kLanes < span.count; ++b) hard_exponentials<kGradient, kPlain>(t, b, logits.block(b), logits);
+        for (int b = 0; b * kLanes < span.count; ++b) {
+            t.labels_ahead.block(b);
+            hard_exponentials<kGradient, kPlain>(t, b, logits.block(b), logits);
+        }
         logits.end();
         for (int b = 0; b * kLanes < span.count; ++b) hard_loss<kPlain>(t, b, smoothing);
         if (kGradient) store_hard_gradient<kPlain>(a.grad_logits, span, t, logits.tile(), smoothing, stream);
@@ -50,8 +54,8 @@ LossSums run_few(const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk, 
     const bool stream = is_streamed(a.grad_logits, a.shape);
     if (!FewClasses<C, kGradient, D, T>::takes(a, stream)) return run_hard<kGradient, true, D, T>(a, tiles, chunk, scratch);
     LossTile<T> t(scratch, C, tiles.length, nullptr);
-    tiles.for_tiles(chunk, [&](const Span& span, const Span&) {
-        t.load(a.labels, a.upstream, span);
+    tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
+        t.load(a.labels, a.upstream, span, next);
         const FewClasses<C, kGradient, D, T> few(a, t, span, stream);
         t.any_ignored() ? few.template run<true>(span.count) : few.template run<false>(span.count);
         finish_tile(a, span, t);
@@ -99,19 +103,17 @@ LossSums run_soft(const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk,
     TensorTile<T> logits(scratch, a.logits, a.grad_logits, a.shape, tiles.length);
     TensorTile<T> soft(scratch, a.soft_labels, a.grad_soft_labels, a.shape, tiles.length);
     tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
-        t.load(a.labels, a.upstream, span);
+        t.load(a.labels, a.upstream, span, next);
         for (auto* tensor : {&logits, &soft}) {
             tensor->begin(span, next);
             if (t.any_ignored()) clear_ignored(tensor->tile(), t.labels, span.count, t.C);
         }
         for (int b = 0; b * kLanes < t.count; ++b) {
+            t.labels_ahead.block(b);
             for (auto* tensor : {&logits, &soft}) tensor->prefetch_next(b);
             T *x = logits.block(b), *y = soft.block(b);
-            const F<T> sum = log_softmax_block(x, e, t.C);
-            store(t.loss + b * kLanes, soft_cross_entropy_block(t, b, x, e, sum, y, smoothing, gradient, soft_gradient));
-            // each tile now takes its gradient, from where it was computed
-            if (soft_gradient) copy_block(y, x, t.C);
-            if (gradient) copy_block(x, e, t.C);
+            const F<T> sum = log_softmax_block(x, e, t.C, [](int64_t, F<T>) {});
+            store(t.loss + b * kLanes, soft_cross_entropy_block(t, b, t.C, x, e, sum, y, smoothing, gradient, soft_gradient));
         }
         for (auto* tensor : {&logits, &soft}) tensor->end(span);
         finish_tile(a, span, t);

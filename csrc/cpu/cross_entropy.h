@@ -23,6 +23,7 @@ struct LossTile {
     T weight_sum = 0;
     bool weighted;
     LossSums sums;  // of the tiles so far
+    LabelsAhead labels_ahead;
 
     static int64_t bytes(int64_t C, int64_t length) {
         return Scratch::bytes<int32_t>(length) + 7 * Scratch::bytes<T>(length) + Scratch::bytes<T>(C);
@@ -45,7 +46,8 @@ struct LossTile {
         }
     }
 
-    void load(const Labels& from, const Upstream& up, const Span& span) {
+    void load(const Labels& from, const Upstream& up, const Span& span, const Span& next) {
+        labels_ahead = LabelsAhead(from, next);
         count = span.count;
         counted = load_labels(labels, from, span, C);
         sums.uncounted += count - counted;
@@ -107,11 +109,6 @@ CALSEG_INLINE void clear_block(T* block, int64_t C) {
     for (int64_t c = 0; c < C; ++c) store(block + c * kLanes, zero<T>());
 }
 
-template <class T>
-CALSEG_INLINE void copy_block(T* to, const T* from, int64_t C) {
-    for (int64_t c = 0; c < C; ++c) store(to + c * kLanes, load<F<T>>(from + c * kLanes));
-}
-
 // max over classes; a NaN anywhere stays NaN through the exponentials that follow
 template <class T>
 CALSEG_INLINE F<T> max_over_classes(const T* block, int64_t C) {
@@ -125,9 +122,9 @@ CALSEG_INLINE F<T> max_over_classes(const T* block, int64_t C) {
     return larger(a, b);
 }
 
-// logits become log softmax(logits); e = exp(logits - max), whose sum is returned.
-template <class T>
-CALSEG_INLINE F<T> log_softmax_block(T* logits, T* e, int64_t C) {
+// logits become log softmax(logits), which visit(c, .) is shown; e = exp(logits - max), whose sum is returned.
+template <class T, class Visit>
+CALSEG_INLINE F<T> log_softmax_block(T* logits, T* e, int64_t C, const Visit& visit) {
     const F<T> top = max_over_classes(logits, C);
     F<T> sum = zero<T>();
     for_classes(C, [&](auto group, int64_t c) {
@@ -142,37 +139,35 @@ CALSEG_INLINE F<T> log_softmax_block(T* logits, T* e, int64_t C) {
         }
     });
     const F<T> log_sum_exp = log_positive(sum);
-    for (int64_t c = 0; c < C; ++c) store(logits + c * kLanes, load<F<T>>(logits + c * kLanes) - log_sum_exp);
+    for (int64_t c = 0; c < C; ++c) {
+        const F<T> log_p = load<F<T>>(logits + c * kLanes) - log_sum_exp;
+        store(logits + c * kLanes, log_p);
+        visit(c, log_p);
+    }
     return sum;
 }
 
-// Soft labels Y. e becomes dLoss/dlogits if gradient; log_p becomes dLoss/dY if soft_gradient.
+// Soft labels Y. log_p becomes dLoss/dlogits if gradient; soft becomes dLoss/dY if soft_gradient.
 template <class T>
-CALSEG_INLINE F<T> soft_cross_entropy_block(const LossTile<T>& t, int block, T* log_p, T* e, F<T> sum, const T* soft, T smoothing,
-                                            bool gradient, bool soft_gradient) {
+CALSEG_INLINE F<T> soft_cross_entropy_block(const LossTile<T>& t, int block, int64_t C, T* log_p, const T* e, F<T> sum, T* soft,
+                                            T smoothing, bool gradient, bool soft_gradient) {
     const F<T> upstream = load<F<T>>(t.upstream + block * kLanes), none = zero<T>();
-    const F<T> keep = broadcast<F<T>>(T(1) - smoothing), spread = broadcast<F<T>>(smoothing / static_cast<T>(t.C));
+    const F<T> keep = broadcast<F<T>>(T(1) - smoothing), spread = broadcast<F<T>>(smoothing / static_cast<T>(C));
     F<T> loss = none, mass = none;
-    for (int64_t c = 0; c < t.C; ++c) {
+    for (int64_t c = 0; c < C; ++c) {
         const F<T> smoothed = keep * load<F<T>>(soft + c * kLanes) + spread, y = broadcast<F<T>>(t.weight[c]) * smoothed;
         mass = mass + y;
         // the limit of t log t is 0, also where log p is -inf
         loss = loss - select(equal(smoothed, none), none, y * load<F<T>>(log_p + c * kLanes));
     }
-    const F<T> scale_p = upstream * mass / sum;
-    if (gradient)
-        for (int64_t c = 0; c < t.C; ++c) {
-            const F<T> y = broadcast<F<T>>(t.weight[c]) * (keep * load<F<T>>(soft + c * kLanes) + spread);
-            store(e + c * kLanes, load<F<T>>(e + c * kLanes) * scale_p - upstream * y);
-        }
-    if (soft_gradient) {
-        const F<T> impossible = broadcast<F<T>>(T(-INFINITY));
-        for (int64_t c = 0; c < t.C; ++c) {
-            const F<T> lp = load<F<T>>(log_p + c * kLanes), y = load<F<T>>(soft + c * kLanes);
+    const F<T> scale_p = upstream * mass / sum, impossible = broadcast<F<T>>(T(-INFINITY));
+    for (int64_t c = 0; c < C && (gradient || soft_gradient); ++c) {
+        const F<T> weight = broadcast<F<T>>(t.weight[c]), y = load<F<T>>(soft + c * kLanes), lp = load<F<T>>(log_p + c * kLanes);
+        if (gradient) store(log_p + c * kLanes, load<F<T>>(e + c * kLanes) * scale_p - upstream * (weight * (keep * y + spread)));
+        if (soft_gradient) {
             // an impossible class without mass: as the loss takes it, nothing to change
             const F<T> finite = select(equal(lp, impossible), select(equal(y, none), none, lp), lp);
-            const F<T> g = (none - keep * broadcast<F<T>>(t.weight[c]) * upstream) * finite;
-            store(log_p + c * kLanes, select(equal(upstream, none), none, g));
+            store(soft + c * kLanes, select(equal(upstream, none), none, (none - keep * weight * upstream) * finite));
         }
     }
     return select(less(load<I<T>>(t.labels + block * kLanes), broadcast<I<T>>(0)), none, loss);

@@ -30,7 +30,7 @@ class FewClasses {
     }
 
     FewClasses(const CrossEntropyArgs& a, const LossTile<T>& t, const Span& span, bool stream)
-        : labels_(t.labels), upstream_(t.upstream), loss_(t.loss), stream_(stream) {
+        : labels_(t.labels), labels_ahead_(t.labels_ahead), upstream_(t.upstream), loss_(t.loss), stream_(stream) {
         for (int c = 0; c < C; ++c) {
             logits_[c] = row_of<D>(a.logits, span, c);
             gradients_[c] = kGradient ? const_cast<D*>(row_of<D>(a.grad_logits, span, c)) : nullptr;
@@ -43,7 +43,10 @@ class FewClasses {
         int at = 0;
         alignas(64) D gradient[C][kLine];
         for (; at + kLine <= count; at += kLine) {
-            for (int within = 0; within < kLine; within += kLanes) self.template block<kIgnored>(at, within, kLanes, gradient);
+            for (int within = 0; within < kLine; within += kLanes) {
+                self.labels_ahead_.block((at + within) / kLanes);
+                self.template block<kIgnored>(at, within, kLanes, gradient);
+            }
             if (kGradient)
                 for (int c = 0; c < C; ++c) self.write(gradients_[c] + at, gradient[c]);
         }
@@ -90,7 +93,7 @@ class FewClasses {
         const F<T> loss = log_positive(sum) - label_d;
         store(loss_ + at, kIgnored ? select(ignored, none, loss) : loss);
         if (!kGradient) return;
-        const F<T> upstream = load<F<T>>(upstream_ + at), scale = upstream / sum;
+        const F<T> upstream = load<F<T>>(upstream_ + at), scale = upstream * reciprocal(sum);
         for (int c = 0; c < C; ++c) {
             alignas(64) T lanes[kLanes];
             store(lanes, x[c] * scale - select(equal(labels, broadcast<I<T>>(c)), upstream, none));
@@ -101,6 +104,7 @@ class FewClasses {
     const D* logits_[C];
     D* gradients_[C];
     const int32_t* labels_;
+    LabelsAhead labels_ahead_;
     const T* upstream_;
     T* loss_;
     bool stream_;

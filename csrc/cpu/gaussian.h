@@ -8,22 +8,38 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
+// Of one class, over samples.
 template <class T>
+struct GradientSums {
+    F<T> mu, logvar;
+    CALSEG_MEMBER void add(F<T> g, F<T> z) {
+        mu = mu + g;
+        logvar = logvar + g * z;
+    }
+};
+
+// kClasses: the number of classes where it is known, else 0
+template <class T, int kClasses = 0>
 class GaussianBlock {
  public:
-    // The noise contract: C <= 2 classes share a quad between samples, more are padded to whole quads. Quads are made
-    // two at a time, so the noise of `period` samples is made at once: an even number of quads.
+    // The noise contract: C <= 2 classes share a quad between samples, more are padded to whole quads.
     static int64_t padded_classes(int64_t C) { return C <= 2 ? C : round_up(C, 4); }
-    static int64_t period(int64_t C) { return C <= 2 ? 8 / C : padded_classes(C) % 8 ? 2 : 1; }
-    static int64_t noise_rows(int64_t C) { return period(C) * padded_classes(C); }
-    static int64_t bytes(int64_t C) { return Scratch::bytes<T>(noise_rows(C) * kLanes) + 3 * Scratch::bytes<T>(C * kLanes); }
+    // Samples are drawn a group at a time, which starts on a quad and whose rows the nearest cache holds.
+    static int64_t group(int64_t C) { return C <= 2 ? 8 / C : C <= 32 ? 4 : 2; }
+    static int64_t noise_rows(int64_t C) { return round_up(group(C) * padded_classes(C), 4); }
+    static int64_t bytes(int64_t C) {
+        return Scratch::bytes<T>(noise_rows(C) * kLanes) + (group(C) + 2) * Scratch::bytes<T>(C * kLanes) +
+               2 * Scratch::bytes<T>(group(C) * kLanes);
+    }
 
     GaussianBlock(Scratch& scratch, const Gaussian& gaussian, int64_t num_classes)
-        : C(num_classes),
-          e(scratch.take<T>(C * kLanes)),
-          grad_mu(scratch.take<T>(C * kLanes)),
-          grad_logvar(scratch.take<T>(C * kLanes)),
-          noise_(scratch.take<T>(noise_rows(C) * kLanes)),
+        : grad_mu(scratch.take<T>(num_classes * kLanes)),
+          grad_logvar(scratch.take<T>(num_classes * kLanes)),
+          C_(num_classes),
+          noise_(scratch.take<T>(noise_rows(num_classes) * kLanes)),
+          e_(scratch.take<T>(group(num_classes) * num_classes * kLanes)),
+          per_sum_(scratch.take<T>(group(num_classes) * kLanes)),
+          dot_(scratch.take<T>(group(num_classes) * kLanes)),
           philox_(gaussian.seed),
           num_samples_(gaussian.num_samples),
           temperature_(static_cast<T>(gaussian.temperature)),
@@ -41,7 +57,7 @@ class GaussianBlock {
         const F<T> prior_mu = broadcast<F<T>>(prior_mu_), prior_logvar = broadcast<F<T>>(prior_logvar_);
         const F<T> precision = broadcast<F<T>>(prior_precision_), one = broadcast<F<T>>(T(1));
         F<T> kl = zero<T>();
-        for_classes(C, [&](auto group, int64_t c) {
+        for_classes(C(), [&](auto group, int64_t c) {
             constexpr int K = decltype(group)::value;
             F<T> sigma[K];
             for (int j = 0; j < K; ++j) sigma[j] = half * load<F<T>>(logvar + (c + j) * kLanes);
@@ -60,64 +76,65 @@ class GaussianBlock {
     }
 
     void clear_gradients() {
-        clear_block(grad_mu, C);
-        clear_block(grad_logvar, C);
+        clear_block(grad_mu, C());
+        clear_block(grad_logvar, C());
     }
 
-    // The noise [C][kLanes] of sample k. Samples are asked for in order: k = 0, 1, ...
-    CALSEG_MEMBER const T* noise(int64_t k) {
-        const int64_t Cp = padded_classes(C), within = k % period(C);
-        if (within == 0) {
-            const int64_t first = k * Cp / 4, quads = (smaller(period(C), num_samples_ - k) * Cp + 3) / 4;
-            int64_t quad = 0;
-            for (; quad + 2 <= quads; quad += 2) make_noise<2>(first, quad);
-            if (quad < quads) make_noise<1>(first, quad);
-        }
-        return noise_ + within * Cp * kLanes;
-    }
-
-    // e = nu = mean + deviation * z; returns the maximum over classes.
-    CALSEG_MEMBER F<T> draw(const T* z) {
-        F<T> top = load<F<T>>(mean) + load<F<T>>(deviation) * load<F<T>>(z);
-        store(e, top);
-        for (int64_t c = 1; c < C; ++c) {
-            const F<T> nu = load<F<T>>(mean + c * kLanes) + load<F<T>>(deviation + c * kLanes) * load<F<T>>(z + c * kLanes);
-            top = larger(nu, top);
-            store(e + c * kLanes, nu);
-        }
-        return top;
-    }
-
-    // Sample k's softmax is added to estimate, and with kGradient, a = dLoss/dy_hat, dLoss/dnu (times m * temperature)
-    // to grad_mu and dLoss/dnu * eps to grad_logvar.
+    // The sum over samples of their softmax is written to estimate, and with kGradient, a = dLoss/dy_hat, that of dLoss/dnu
+    // (times m * temperature) to grad_mu and of dLoss/dnu * eps to grad_logvar.
     template <bool kEstimate, bool kGradient>
-    CALSEG_MEMBER void add_sample(int64_t k, T* estimate, const T* a) {
-        const T* z = noise(k);
-        const F<T> top = draw(z);
-        F<T> sum = zero<T>(), dot = sum;
-        for_classes(C, [&](auto group, int64_t c) {
-            constexpr int K = decltype(group)::value;
-            F<T> s[K];
-            for (int j = 0; j < K; ++j) s[j] = load<F<T>>(e + (c + j) * kLanes) - top;
-            exp_nonpositive(s);
-            sum = sum + sum_of(s);
-            for (int j = 0; j < K; ++j) {
-                if (kGradient) dot = dot + load<F<T>>(a + (c + j) * kLanes) * s[j];
-                store(e + (c + j) * kLanes, s[j]);
+    CALSEG_MEMBER void add_samples(T* estimate, const T* a) {
+        for_groups([&](int64_t first, int64_t count) {
+            for (int64_t k = 0; k < count; ++k) {
+                F<T> dot = zero<T>();
+                const F<T> sum = softmax(k, [&](int64_t c, F<T>, F<T> e) {
+                    if (kGradient) dot = dot + load<F<T>>(a + c * kLanes) * e;
+                });
+                const F<T> per_sum = broadcast<F<T>>(T(1)) / sum;
+                store(per_sum_ + k * kLanes, per_sum);
+                store(dot_ + k * kLanes, dot * per_sum * per_sum);
+            }
+            for (int64_t c = 0; c < C(); ++c) {
+                const F<T> slope = kGradient ? load<F<T>>(a + c * kLanes) : zero<T>();
+                F<T> total = kEstimate ? previous(estimate, c, first) : zero<T>();
+                GradientSums<T> gradient;
+                if (kGradient) gradient = {previous(grad_mu, c, first), previous(grad_logvar, c, first)};
+                for (int64_t k = 0; k < count; ++k) {
+                    const F<T> e = load<F<T>>(e_of(k, c)), per_sum = load<F<T>>(per_sum_ + k * kLanes);
+                    if (kEstimate) total = total + e * per_sum;
+                    if (kGradient) gradient.add(e * (slope * per_sum - load<F<T>>(dot_ + k * kLanes)), load<F<T>>(noise_of(k, c)));
+                }
+                if (kEstimate) store(estimate + c * kLanes, total);
+                if (kGradient) store_gradient(c, gradient);
             }
         });
-        const F<T> per_sum = broadcast<F<T>>(T(1)) / sum;
-        dot = dot * per_sum;
-        for (int64_t c = 0; c < C; ++c) {
-            const F<T> s = load<F<T>>(e + c * kLanes) * per_sum;
-            if (kEstimate) store(estimate + c * kLanes, load<F<T>>(estimate + c * kLanes) + s);
-            if (kGradient) add_gradient(c, s * (load<F<T>>(a + c * kLanes) - dot), z);
-        }
     }
 
-    CALSEG_MEMBER void add_gradient(int64_t c, F<T> g, const T* z) {
-        store(grad_mu + c * kLanes, load<F<T>>(grad_mu + c * kLanes) + g);
-        store(grad_logvar + c * kLanes, load<F<T>>(grad_logvar + c * kLanes) + g * load<F<T>>(z + c * kLanes));
+    // The sum over samples of -log softmax(nu)[label] is returned; with kGradient that of its gradient goes to grad_mu, and
+    // times eps to grad_logvar.
+    template <bool kGradient>
+    CALSEG_MEMBER F<T> add_label_samples(I<T> labels) {
+        const F<T> none = zero<T>(), one = broadcast<F<T>>(T(1));
+        F<T> loss = none;
+        for_groups([&](int64_t first, int64_t count) {
+            for (int64_t k = 0; k < count; ++k) {
+                F<T> label_d = none;
+                const F<T> sum = softmax(k, [&](int64_t c, F<T> d, F<T>) {
+                    label_d = select(equal(labels, broadcast<I<T>>(static_cast<int32_t>(c))), d, label_d);
+                });
+                loss = loss + (log_positive(sum) - label_d);
+                if (kGradient) store(per_sum_ + k * kLanes, one / sum);
+            }
+            if (!kGradient) return;
+            for (int64_t c = 0; c < C(); ++c) {
+                const F<T> hit = select(equal(labels, broadcast<I<T>>(static_cast<int32_t>(c))), one, none);
+                GradientSums<T> gradient = {previous(grad_mu, c, first), previous(grad_logvar, c, first)};
+                for (int64_t k = 0; k < count; ++k)
+                    gradient.add(load<F<T>>(e_of(k, c)) * load<F<T>>(per_sum_ + k * kLanes) - hit, load<F<T>>(noise_of(k, c)));
+                store_gradient(c, gradient);
+            }
+        });
+        return loss;
     }
 
     // mean and deviation become the gradients of mu and logvar: the sums times sample_scale (times temperature: the
@@ -127,7 +144,7 @@ class GaussianBlock {
         const F<T> temperature = broadcast<F<T>>(temperature_), precision = broadcast<F<T>>(prior_precision_);
         const F<T> prior_mu = broadcast<F<T>>(prior_mu_), half = broadcast<F<T>>(T(0.5)), one = broadcast<F<T>>(T(1)), none = zero<T>();
         const auto off = equal(kl_scale, none);  // a voxel that does not count gives exactly 0, whatever its variance
-        for (int64_t c = 0; c < C; ++c) {
+        for (int64_t c = 0; c < C(); ++c) {
             const F<T> sigma = load<F<T>>(deviation + c * kLanes) * temperature;
             F<T> to_mu = load<F<T>>(grad_mu + c * kLanes) * sample_scale;
             F<T> to_logvar = load<F<T>>(grad_logvar + c * kLanes) * (sample_scale * half * sigma);
@@ -141,11 +158,60 @@ class GaussianBlock {
         }
     }
 
-    int64_t C;
     T *mean = nullptr, *deviation = nullptr;  // [C][kLanes] of the tile
-    T *e, *grad_mu, *grad_logvar;             // [C][kLanes]
+    T *grad_mu, *grad_logvar;                 // [C][kLanes]
 
  private:
+    CALSEG_MEMBER int64_t C() const { return kClasses ? kClasses : C_; }
+
+    // body(first, count) for every group of samples, whose noise is there.
+    template <class Body>
+    CALSEG_MEMBER void for_groups(const Body& body) {
+        const int64_t Cp = padded_classes(C());
+        for (int64_t first = 0; first < num_samples_; first += group(C())) {
+            const int64_t count = smaller(group(C()), num_samples_ - first), quads = (count * Cp + 3) / 4;
+            int64_t quad = 0;
+            for (; quad + 2 <= quads; quad += 2) make_noise<2>(first * Cp / 4, quad);
+            if (quad < quads) make_noise<1>(first * Cp / 4, quad);
+            body(first, count);
+        }
+    }
+
+    CALSEG_MEMBER T* e_of(int64_t k, int64_t c) { return e_ + (k * C() + c) * kLanes; }
+    CALSEG_MEMBER const T* noise_of(int64_t k, int64_t c) { return noise_ + (k * padded_classes(C()) + c) * kLanes; }
+
+    // Of sample k of the group: e = exp(nu - max), whose sum is returned; visit(c, nu - max, e) for every class.
+    template <class Visit>
+    CALSEG_MEMBER F<T> softmax(int64_t k, const Visit& visit) {
+        F<T> top = broadcast<F<T>>(T(-INFINITY));
+        for (int64_t c = 0; c < C(); ++c) {
+            const F<T> nu = load<F<T>>(mean + c * kLanes) + load<F<T>>(deviation + c * kLanes) * load<F<T>>(noise_of(k, c));
+            top = larger(nu, top);
+            store(e_of(k, c), nu);
+        }
+        F<T> sum = zero<T>();
+        for_classes(C(), [&](auto at_once, int64_t c) {
+            constexpr int K = decltype(at_once)::value;
+            F<T> d[K], e[K];
+            for (int j = 0; j < K; ++j) e[j] = d[j] = load<F<T>>(e_of(k, c + j)) - top;
+            exp_nonpositive(e);
+            sum = sum + sum_of(e);
+            for (int j = 0; j < K; ++j) {
+                visit(c + j, d[j], e[j]);
+                store(e_of(k, c + j), e[j]);
+            }
+        });
+        return sum;
+    }
+
+    // What the groups before `first` left.
+    CALSEG_MEMBER F<T> previous(const T* sums, int64_t c, int64_t first) { return first == 0 ? zero<T>() : load<F<T>>(sums + c * kLanes); }
+
+    CALSEG_MEMBER void store_gradient(int64_t c, const GradientSums<T>& sums) {
+        store(grad_mu + c * kLanes, sums.mu);
+        store(grad_logvar + c * kLanes, sums.logvar);
+    }
+
     template <int K>
     CALSEG_MEMBER void make_noise(int64_t first, int64_t quad) {
         alignas(64) uint32_t words[K][4][kLanes];
@@ -163,7 +229,10 @@ class GaussianBlock {
         }
     }
 
-    T* noise_;  // [noise_rows][kLanes]
+    int64_t C_;
+    T* noise_;           // [group][Cp][kLanes]
+    T* e_;               // [group][C][kLanes]
+    T *per_sum_, *dot_;  // [group][kLanes]
     Philox philox_;
     int64_t num_samples_;
     T temperature_, prior_mu_, prior_logvar_, prior_precision_;

@@ -25,7 +25,7 @@ void run(const GaussianKLArgs& a, int64_t chunk, void* memory) {
     double total = 0.0;
     tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
         const int count = span.count;
-        t.load(Labels(), a.upstream, span);
+        t.load(Labels(), a.upstream, span, next);
         for (auto* tensor : {&mu, &logvar}) tensor->begin(span, next);
         for (int b = 0; b * kLanes < count; ++b) {
             for (auto* tensor : {&mu, &logvar}) tensor->prefetch_next(b);

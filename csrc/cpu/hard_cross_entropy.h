@@ -57,7 +57,7 @@ CALSEG_INLINE void hard_loss(LossTile<T>& t, int block, T smoothing) {
         mass = on_label + spread * weights;
     }
     store(t.loss + at, select(less(load<I<T>>(t.labels + at), broadcast<I<T>>(0)), none, loss));
-    store(t.sum + at, upstream * mass / sum);
+    store(t.sum + at, upstream * mass * reciprocal(sum));
     store(t.label_weight + at, upstream * on_label);
 }
 

@@ -83,6 +83,12 @@ CALSEG_INLINE Array<T> square_root(Array<T> a) {
 }
 
 template <class T>
+CALSEG_INLINE Array<T> reciprocal(Array<T> a) {
+    for (int i = 0; i < kLanes; ++i) a.v[i] = T(1) / a.v[i];
+    return a;
+}
+
+template <class T>
 CALSEG_INLINE Array<int32_t> nearest_integer(Array<T> a) {  // halves to even
     Array<int32_t> r;
     for (int i = 0; i < kLanes; ++i) r.v[i] = static_cast<int32_t>(std::nearbyint(a.v[i]));
@@ -193,6 +199,14 @@ CALSEG_INLINE FloatVector square_root(FloatVector a) {
 #endif
 #endif
 
+CALSEG_INLINE FloatVector reciprocal(FloatVector a) {  // to an ulp, of what is neither 0, subnormal nor infinite
+#if defined(__AVX512F__)
+    const FloatVector r = _mm512_rcp14_ps(a);
+    return r * (1.0f - a * r) + r;
+#else
+    return 1.0f / a;
+#endif
+}
 CALSEG_INLINE IntVector to_int_bits(FloatVector a) { return (IntVector)a; }
 CALSEG_INLINE FloatVector to_float_bits(IntVector a) { return (FloatVector)a; }
 CALSEG_INLINE FloatVector convert(IntVector a) { return __builtin_convertvector(a, FloatVector); }
@@ -259,6 +273,13 @@ template <class V, class T>
 CALSEG_INLINE void store(T* to, V v) {
     std::memcpy(to, &v, sizeof v);
 }
+#if defined(CALSEG_NATIVE_FLOAT)
+// Not memcpy, after which the compiler reads every pointer anew: a vector's store may change numbers of its own type only.
+typedef float FloatVectorAt __attribute__((vector_size(4 * kLanes), aligned(4)));
+typedef int32_t IntVectorAt __attribute__((vector_size(4 * kLanes), aligned(4)));
+CALSEG_INLINE void store(float* to, FloatVector v) { *reinterpret_cast<FloatVectorAt*>(to) = v; }
+CALSEG_INLINE void store(int32_t* to, IntVector v) { *reinterpret_cast<IntVectorAt*>(to) = v; }
+#endif
 template <class V>
 struct Broadcast;
 template <class T>

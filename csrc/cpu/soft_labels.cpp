@@ -50,13 +50,11 @@ void run(const SoftLabelsArgs& a, int64_t chunk, void* memory) {
             T* soft_block = soft.block(b);
             gaussian.template set<false>(mu.block(b), logvar.block(b), static_cast<uint64_t>(span.n * a.shape.S + span.s + b * kLanes));
             if (kBackward) {
-                gaussian.clear_gradients();
-                for (int64_t k = 0; k < g.num_samples; ++k) gaussian.template add_sample<false, true>(k, nullptr, soft_block);
+                gaussian.template add_samples<false, true>(nullptr, soft_block);
                 const F<T> scale = broadcast<F<T>>(alpha / (m * static_cast<T>(g.temperature)));
                 gaussian.template finish_gradients<false>(scale, zero<T>());
             } else {
-                clear_block(soft_block, C);
-                for (int64_t k = 0; k < g.num_samples; ++k) gaussian.template add_sample<true, false>(k, soft_block, nullptr);
+                gaussian.template add_samples<true, false>(soft_block, nullptr);
                 blend_block(labels + b * kLanes, soft_block, C, alpha, T(1) / m);
             }
         }

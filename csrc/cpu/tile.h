@@ -17,7 +17,6 @@ namespace CALSEG_ISA {
 namespace {
 
 constexpr int kMaxTile = 1024;
-constexpr int64_t kPrefetchClasses = 16;  // up to here the next tile is prefetched, see TensorTile
 
 // Not std::min and friends: a library template compiled for one instruction set may be merged into another's code.
 CALSEG_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -77,11 +76,9 @@ struct Tiling {
     }
 };
 
-// How many voxels of several [C] tensors the nearest cache holds. With many classes long rows are what counts, and the
-// second cache will do.
+// How many voxels of several [C] tensors the nearest cache holds.
 CALSEG_INLINE int64_t voxels_in_cache(int64_t C, int64_t tensors, int64_t element_bytes) {
-    const int64_t voxel_bytes = tensors * C * element_bytes;
-    return larger(16 * 1024 / voxel_bytes, C > kPrefetchClasses ? smaller(512, 512 * 1024 / voxel_bytes) : 0);
+    return 16 * 1024 / (tensors * C * element_bytes);
 }
 
 // Scratch memory handed out in rows that start on a cache line.
@@ -312,12 +309,12 @@ void load_tile(T* to, const TensorView& view, const Span& span, int64_t C) {
     for (int64_t c = 0; c < C; ++c) load_row(to, view, span, c, C);
 }
 
-// Ask for kLanes voxels from s on, all classes.
+// Ask for kLanes voxels from s on, all classes: into the second cache, where rows a power of two apart do not evict each other.
 CALSEG_INLINE void prefetch_block(const TensorView& view, int64_t n, int64_t s, int64_t C) {
 #if defined(__GNUC__)
     const int64_t bytes = dtype_bytes(view.dtype), step = view.stride_c * bytes;
     const char* from = static_cast<const char*>(view.data) + (n * view.stride_n + s) * bytes;
-    for (int64_t c = 0; c < C; ++c) __builtin_prefetch(from + c * step, 0, 3);
+    for (int64_t c = 0; c < C; ++c) __builtin_prefetch(from + c * step, 0, 2);
 #else
     (void)view, (void)n, (void)s, (void)C;
 #endif
@@ -378,6 +375,28 @@ inline int load_labels(int32_t* to, const Labels& labels, const Span& span, int6
     for (int i = 0; i < count; ++i) counted += to[i] >= 0;
     return counted;
 }
+
+// Asks for the labels of the next tile, a block at a time: read all at once, they would have to be waited for.
+class LabelsAhead {
+ public:
+    LabelsAhead() = default;
+    LabelsAhead(const Labels& labels, const Span& next)
+        : from_(static_cast<const char*>(labels.view.data) +
+                (next.n * labels.view.stride_n + next.s * labels.view.stride_s) * dtype_bytes(labels.view.dtype)),
+          block_bytes_(labels.view && labels.view.stride_s == 1 && next.count > 0 ? kLanes * dtype_bytes(labels.view.dtype) : 0) {}
+
+    CALSEG_MEMBER void block(int b) const {
+#if defined(__GNUC__)
+        for (int64_t at = 0; at < block_bytes_; at += 64) __builtin_prefetch(from_ + b * block_bytes_ + at, 0, 2);
+#else
+        (void)b;
+#endif
+    }
+
+ private:
+    const char* from_ = nullptr;
+    int64_t block_bytes_ = 0;
+};
 
 // What lies under an ignored voxel, NaN included, must not reach the arithmetic.
 template <class T>
@@ -529,9 +548,7 @@ void store_tile(const TensorView& view, const Span& span, const T* from, int64_t
 
 // The tiles of an input, each overwritten by that of a result (as a rule, the gradient of the input).
 //
-// While a tile is computed, the next one is asked for, block by block. Not with many classes: the rows of different
-// classes are a power of two apart in common volumes, share a few cache sets and would evict each other; then long rows,
-// read one after the other, are what the hardware's own prefetching likes.
+// While a tile is computed, the next one is asked for, block by block.
 template <class T>
 class TensorTile {
  public:
@@ -543,7 +560,7 @@ class TensorTile {
           result_(result),
           C_(shape.C),
           stream_(is_streamed(result, shape)),
-          prefetch_(input && input.stride_s == 1 && shape.C <= kPrefetchClasses),
+          prefetch_(input && input.stride_s == 1),
           tile_(scratch.take<T>(C_ * length)) {}
     ~TensorTile() { finish_streams(); }
 

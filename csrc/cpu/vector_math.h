@@ -94,13 +94,39 @@ CALSEG_INLINE void exp_any(FloatVector (&x)[K]) {
     EACH x[k] = larger(broadcast<FloatVector>(-104.0f), x[k]);
     EACH x[k] = select(less(broadcast<FloatVector>(89.0f), x[k]), broadcast<FloatVector>(89.0f), x[k]);
     exp_reduced(x, t);
+#if defined(__AVX512F__)
+    EACH x[k] = _mm512_scalef_ps(x[k], t[k] - kRoundMagic);
+#else
     EACH {
         const IntVector n = (to_int_bits(t[k]) << 9) >> 9, half = n >> 1;
         // two factors, so that the result may be subnormal or infinite
         x[k] = x[k] * to_float_bits((half + 127) << 23) * to_float_bits((n - half + 127) << 23);
     }
+#endif
 }
 
+#if defined(__AVX512F__)
+// log(x) for normal x > 0, x = m 2^e, m in [3/4, 3/2): with r about 1 / m, from a table of 16 segments, and f = m r - 1 it
+// is e ln 2 - ln r + log(1 + f), and r is 1 on both sides of 1. NaN and Inf pass through. Relative error of log(1 + f) 3e-9
+// before rounding.
+CALSEG_INLINE FloatVector log_positive(FloatVector x) {
+    const FloatVector r = {1.0f,        0.914285719f, 0.864864886f, 0.820512831f, 0.780487776f, 0.744186044f, 0.711111128f, 0.680851042f,
+                           1.30612242f, 1.25490201f,  1.20754719f,  1.16363633f,  1.12280703f,  1.08474576f,  1.04918027f,  1.0f};
+    const FloatVector minus_ln_r = {0.0f,          0.0896121531f,  0.145181986f,   0.19782573f,   0.247836201f,  0.295464217f,
+                                    0.340926563f,  0.384411731f,   -0.267062765f,  -0.227057486f, -0.188591185f, -0.151549866f,
+                                    -0.115831823f, -0.0813456413f, -0.0480091633f, 0.0f};
+    const FloatVector m = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
+    const FloatVector one = broadcast<FloatVector>(1.0f), exponent = _mm512_getexp_ps(x);
+    const FloatVector e = _mm512_mask_add_ps(exponent, less(m, one), exponent, one);
+    const __m512i segment = _mm512_srli_epi32((__m512i)m, 19);
+    const FloatVector f = m * (FloatVector)_mm512_permutexvar_ps(segment, r) - 1.0f;
+    FloatVector p = f * 0.188602873f - 0.250069094f;
+    p = p * f + 0.333344402f;
+    p = p * f - 0.5f;
+    const FloatVector log_m = (p * f * f + f) + (FloatVector)_mm512_permutexvar_ps(segment, minus_ln_r);
+    return e * 0.693145752f + (e * 1.42860677e-6f + log_m);
+}
+#else
 // log(x) for normal x > 0, as log(2^e) + log(1 + f), 1 + f in [sqrt(1/2), sqrt(2)); NaN and Inf pass through.
 // Relative error 6e-9 before rounding.
 CALSEG_INLINE FloatVector log_positive(FloatVector x) {
@@ -117,7 +143,67 @@ CALSEG_INLINE FloatVector log_positive(FloatVector x) {
     const FloatVector log_m = p * f * z - 0.5f * z + f;
     return select(less(x, broadcast<FloatVector>(INFINITY)), (log_m + e * -2.12194440e-4f) + e * 0.693359375f, x);
 }
+#endif
 
+#if defined(__AVX512F__)
+// As for arrays, from tables of 16 and 32 segments, which a register or two hold: shorter polynomials, no quadrants.
+template <int K>
+CALSEG_INLINE void box_muller(const uint32_t* const (&a)[K], const uint32_t* const (&b)[K], FloatVector (&z0)[K], FloatVector (&z1)[K]) {
+    // -2 ln(u1), u1 = m 2^e: with r about 1 / m and f = m r - 1 it is -2 ln2 e + 2 ln r - 2 ln(1 + f), exact where u1 is
+    // near 1: the last segment's r is 1/2.
+    const FloatVector r = {0.969696999f, 0.914285719f, 0.864864886f, 0.820512831f, 0.780487776f, 0.744186044f, 0.711111128f, 0.680851042f,
+                           0.653061211f, 0.627451003f, 0.603773594f, 0.581818163f, 0.561403513f, 0.542372882f, 0.524590135f, 0.5f};
+    const FloatVector two_ln_r = {-0.061543256f, -0.179224312f, -0.290363967f, -0.39565146f,  -0.495672405f, -0.590928435f,
+                                  -0.681853116f, -0.768823445f, -0.852168858f, -0.932179391f, -1.009112f,    -1.08319461f,
+                                  -1.15463066f,  -1.22360313f,  -1.29027605f,  -1.38629436f};
+    FloatVector u[K], e[K], f[K], p[K];
+    UintVector word[K];
+    EACH word[k] = load<UintVector>(a[k]);
+    EACH u[k] = _mm512_cvtepu32_ps((__m512i)(word[k] & 0xffffff00u));
+    EACH u[k] = _mm512_fmadd_round_ps(u[k], broadcast<FloatVector>(0x1p-32f), broadcast<FloatVector>(0x1p-25f),
+                                      _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+    EACH e[k] = _mm512_getexp_ps(u[k]);
+    EACH f[k] = _mm512_getmant_ps(u[k], _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero);
+    EACH {
+        const __m512i segment = _mm512_srli_epi32((__m512i)u[k], 19);
+        f[k] = f[k] * (FloatVector)_mm512_permutexvar_ps(segment, r) - 1.0f;
+        e[k] = e[k] * -1.38629436f + (FloatVector)_mm512_permutexvar_ps(segment, two_ln_r);
+    }
+    // from 1/2 on u1 has one bit more than a float: near 1 that bit is what counts
+    EACH f[k] = _mm512_mask_add_ps(f[k], _mm512_movepi32_mask((__m512i)word[k]), f[k], broadcast<FloatVector>(0x1p-25f));
+    EACH p[k] = f[k] * 0.50123346f - 0.66704532f;
+    EACH p[k] = p[k] * f[k] + 0.99999949f;
+    EACH p[k] = p[k] * f[k] - 2.0f;
+    EACH p[k] = p[k] * f[k] + e[k];
+    EACH u[k] = square_root(p[k]);  // the radius
+
+    // The angle is that of the nearest of 32 directions, and a rest of up to 1/64 of a turn.
+    const FloatVector first_cosines = {1.0f,          0.980785280f,  0.923879533f,  0.831469612f,  0.707106781f,  0.555570233f,
+                                       0.382683432f,  0.195090322f,  0.0f,          -0.195090322f, -0.382683432f, -0.555570233f,
+                                       -0.707106781f, -0.831469612f, -0.923879533f, -0.980785280f};
+    const FloatVector first_sines = {0.0f,         0.195090322f, 0.382683432f, 0.555570233f, 0.707106781f, 0.831469612f,
+                                     0.923879533f, 0.980785280f, 1.0f,         0.980785280f, 0.923879533f, 0.831469612f,
+                                     0.707106781f, 0.555570233f, 0.382683432f, 0.195090322f};
+    const FloatVector last_cosines = -first_cosines, last_sines = -first_sines;
+    constexpr double kTurn = 6.283185307179586476925 / 4294967296.0, kTurn2 = kTurn * kTurn;
+    FloatVector d[K], z[K], cosine[K], sine[K];
+    UintVector turns[K];
+    EACH turns[k] = load<UintVector>(b[k]) + 0x04000000u;
+    EACH d[k] = convert((IntVector)((turns[k] & 0x07ffff00u) - 0x04000000u));
+    EACH z[k] = d[k] * d[k];
+    EACH sine[k] = z[k] * static_cast<float>(-0.16662651 * kTurn2 * kTurn) + static_cast<float>(kTurn);
+    EACH cosine[k] = z[k] * static_cast<float>(0.04165331 * kTurn2 * kTurn2) - static_cast<float>(0.49999998 * kTurn2);
+    EACH sine[k] = sine[k] * d[k];
+    EACH cosine[k] = cosine[k] * z[k] + 1.0f;
+    EACH {
+        const __m512i direction = _mm512_srli_epi32((__m512i)turns[k], 27);
+        const FloatVector x = u[k] * (FloatVector)_mm512_permutex2var_ps(first_cosines, direction, last_cosines);
+        const FloatVector y = u[k] * (FloatVector)_mm512_permutex2var_ps(first_sines, direction, last_sines);
+        z0[k] = x * cosine[k] - y * sine[k];
+        z1[k] = y * cosine[k] + x * sine[k];
+    }
+}
+#else
 // As for arrays; the integers are kept as long as floats would round them.
 template <int K>
 CALSEG_INLINE void box_muller(const uint32_t* const (&a)[K], const uint32_t* const (&b)[K], FloatVector (&z0)[K], FloatVector (&z1)[K]) {
@@ -167,6 +253,8 @@ CALSEG_INLINE void box_muller(const uint32_t* const (&a)[K], const uint32_t* con
         z1[k] = u[k] * to_float_bits(to_int_bits(s) ^ (IntVector)(turns[k] & 0x80000000u));
     }
 }
+
+#endif
 
 #endif
 

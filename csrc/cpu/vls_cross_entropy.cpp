@@ -24,37 +24,39 @@ struct Work {
         : e(scratch.take<T>(C * kLanes)), soft(scratch.take<T>(C * kLanes)), grad_estimate(scratch.take<T>(C * kLanes)) {}
 };
 
-// logits, mu and logvar (blocks of the tile) become their gradients.
-template <bool kGaussianGradient, bool kKL, class T>
-void run_block(const VLSCrossEntropyArgs& a, LossTile<T>& t, GaussianBlock<T>& gaussian, const Work<T>& w, int block, uint64_t first_voxel,
-               T* logits, T* mu, T* logvar) {
-    const int64_t C = t.C, m = a.gaussian.num_samples;
+// A block of logits, mu and logvar becomes their gradients.
+template <int kClasses, bool kGaussianGradient, bool kKL, class T>
+CALSEG_INLINE void run_block(const VLSCrossEntropyArgs& a, LossTile<T>& t, GaussianBlock<T, kClasses>& gaussian, const Work<T>& w,
+                             int block, uint64_t first_voxel, TensorTile<T>& logits_tile, TensorTile<T>& mu_tile,
+                             TensorTile<T>& logvar_tile) {
+    const int64_t C = kClasses ? kClasses : t.C, m = a.gaussian.num_samples;
     const T alpha = static_cast<T>(a.alpha), smoothing = static_cast<T>(a.ce.label_smoothing);
     const I<T> labels = load<I<T>>(t.labels + block * kLanes), ignored_label = broadcast<I<T>>(0);
     const F<T> none = zero<T>();
-    const F<T> kl = gaussian.template set<kKL>(mu, logvar, first_voxel);
-    const F<T> sum = log_softmax_block(logits, w.e, C);
-
-    clear_block(w.soft, C);
-    if (kGaussianGradient) {
-        // dl/dy_hat needs no sample. An impossible class (log p = -inf) stays finite, so that no mass on it is no NaN.
-        const F<T> lowest = broadcast<F<T>>(std::numeric_limits<T>::lowest());
-        for (int64_t c = 0; c < C; ++c) {
-            const F<T> scale = broadcast<F<T>>(-(T(1) - smoothing) * alpha * t.weight[c]);
-            store(w.grad_estimate + c * kLanes, scale * larger(lowest, load<F<T>>(logits + c * kLanes)));
-        }
+    T* logits = logits_tile.block(block);
+    t.labels_ahead.block(block);
+    mu_tile.prefetch_next(block);
+    const F<T> kl = gaussian.template set<kKL>(mu_tile.block(block), logvar_tile.block(block), first_voxel);
+    logits_tile.prefetch_next(block);
+    // dl/dy_hat needs no sample. An impossible class (log p = -inf) stays finite, so that no mass on it is no NaN.
+    const F<T> lowest = broadcast<F<T>>(std::numeric_limits<T>::lowest());
+    const F<T> sum = log_softmax_block(logits, w.e, C, [&](int64_t c, F<T> log_p) {
+        const F<T> scale = broadcast<F<T>>(-(T(1) - smoothing) * alpha * t.weight[c]);
+        if (kGaussianGradient) store(w.grad_estimate + c * kLanes, scale * larger(lowest, log_p));
+    });
+    if (alpha != T(0)) gaussian.template add_samples<true, kGaussianGradient>(w.soft, w.grad_estimate);
+    else {
+        clear_block(w.soft, C);
         gaussian.clear_gradients();
     }
-    if (alpha != T(0))
-        for (int64_t k = 0; k < m; ++k) gaussian.template add_sample<true, kGaussianGradient>(k, w.soft, w.grad_estimate);
 
+    logvar_tile.prefetch_next(block);
     const F<T> on_label = broadcast<F<T>>(T(1) - alpha), on_estimate = broadcast<F<T>>(alpha / static_cast<T>(m));
     for (int64_t c = 0; c < C; ++c) {
         const F<T> hard = select(equal(labels, broadcast<I<T>>(static_cast<int32_t>(c))), on_label, none);
         store(w.soft + c * kLanes, hard + on_estimate * load<F<T>>(w.soft + c * kLanes));
     }
-    const F<T> loss = soft_cross_entropy_block(t, block, logits, w.e, sum, w.soft, smoothing, bool(a.ce.grad_logits), false);
-    if (a.ce.grad_logits) copy_block(logits, w.e, C);
+    const F<T> loss = soft_cross_entropy_block(t, block, C, logits, w.e, sum, w.soft, smoothing, bool(a.ce.grad_logits), false);
     if (kGaussianGradient) {
         const F<T> to_samples = broadcast<F<T>>(T(1) / (static_cast<T>(m) * static_cast<T>(a.gaussian.temperature)));
         const F<T> to_kl = broadcast<F<T>>(static_cast<T>(a.gaussian.beta));
@@ -65,7 +67,7 @@ void run_block(const VLSCrossEntropyArgs& a, LossTile<T>& t, GaussianBlock<T>& g
     store(t.kl + block * kLanes, select(less(labels, ignored_label), none, kl));
 }
 
-template <bool kGaussianGradient, bool kKL, class T>
+template <int kClasses, bool kGaussianGradient, bool kKL, class T>
 void run(const VLSCrossEntropyArgs& a, int64_t chunk, void* memory) {
     const CrossEntropyArgs& ce = a.ce;
     const Gaussian& g = a.gaussian;
@@ -73,21 +75,20 @@ void run(const VLSCrossEntropyArgs& a, int64_t chunk, void* memory) {
     const int64_t C = ce.shape.C;
     Scratch scratch(memory);
     LossTile<T> t(scratch, C, tiles.length, ce.weight);
-    GaussianBlock<T> gaussian(scratch, g, C);
+    GaussianBlock<T, kClasses> gaussian(scratch, g, C);
     const Work<T> work(scratch, C);
     TensorTile<T> logits(scratch, ce.logits, ce.grad_logits, ce.shape, tiles.length);
     TensorTile<T> mu(scratch, g.mu, a.grad_mu, ce.shape, tiles.length);
     TensorTile<T> logvar(scratch, g.logvar, a.grad_logvar, ce.shape, tiles.length);
     tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
         const int count = span.count;
-        t.load(ce.labels, ce.upstream, span);
+        t.load(ce.labels, ce.upstream, span, next);
         for (auto* tensor : {&logits, &mu, &logvar}) tensor->begin(span, next);
         if (t.any_ignored())
             for (auto* tensor : {&logits, &mu, &logvar}) clear_ignored(tensor->tile(), t.labels, count, C);
         for (int b = 0; b * kLanes < count; ++b) {
-            for (auto* tensor : {&logits, &mu, &logvar}) tensor->prefetch_next(b);
             const auto first_voxel = static_cast<uint64_t>(span.n * ce.shape.S + span.s + b * kLanes);
-            run_block<kGaussianGradient, kKL>(a, t, gaussian, work, b, first_voxel, logits.block(b), mu.block(b), logvar.block(b));
+            run_block<kClasses, kGaussianGradient, kKL>(a, t, gaussian, work, b, first_voxel, logits, mu, logvar);
         }
         for (auto* tensor : {&logits, &mu, &logvar}) tensor->end(span);
         t.sums.loss += sum_row(t.loss, count);
@@ -103,9 +104,17 @@ void run(const VLSCrossEntropyArgs& a, int64_t chunk, void* memory) {
 
 template <class T>
 void run(const VLSCrossEntropyArgs& a, int64_t chunk, void* memory) {
-    const bool gradient = a.grad_mu || a.grad_logvar, with_kl = a.gaussian.beta != 0.0;
-    if (gradient) with_kl ? run<true, true, T>(a, chunk, memory) : run<true, false, T>(a, chunk, memory);
-    else with_kl ? run<false, true, T>(a, chunk, memory) : run<false, false, T>(a, chunk, memory);
+    const bool with_kl = a.gaussian.beta != 0.0;
+    if (!a.grad_mu && !a.grad_logvar) return with_kl ? run<0, false, true, T>(a, chunk, memory) : run<0, false, false, T>(a, chunk, memory);
+    const auto run_gradients = [&](auto classes) {
+        constexpr int kClasses = decltype(classes)::value;
+        with_kl ? run<kClasses, true, true, T>(a, chunk, memory) : run<kClasses, true, false, T>(a, chunk, memory);
+    };
+    if constexpr (std::is_same<T, float>::value) {  // loops over few classes are worth unrolling
+        if (a.ce.shape.C == 2) return run_gradients(std::integral_constant<int, 2>());
+        if (a.ce.shape.C == 4) return run_gradients(std::integral_constant<int, 4>());
+    }
+    run_gradients(std::integral_constant<int, 0>());
 }
 
 template <class T>

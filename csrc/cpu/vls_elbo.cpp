@@ -11,33 +11,6 @@ Tiling tiling(const VLSElboArgs& a) {
     return Tiling(a.shape, voxels_in_cache(a.shape.C, 2, sizeof(T)), 1 << 14);
 }
 
-// -log softmax(nu_k)[label]; with kGradient dLoss/dnu (up to the voxel's weight) is added to the gradients.
-template <bool kGradient, class T>
-CALSEG_INLINE F<T> add_sample(GaussianBlock<T>& gaussian, int64_t k, I<T> labels) {
-    const T* z = gaussian.noise(k);
-    const F<T> top = gaussian.draw(z), none = zero<T>(), one = broadcast<F<T>>(T(1));
-    F<T> sum = none, label_d = none;
-    for_classes(gaussian.C, [&](auto group, int64_t c) {
-        constexpr int K = decltype(group)::value;
-        F<T> d[K], s[K];
-        for (int j = 0; j < K; ++j) s[j] = d[j] = load<F<T>>(gaussian.e + (c + j) * kLanes) - top;
-        exp_nonpositive(s);
-        sum = sum + sum_of(s);
-        for (int j = 0; j < K; ++j) {
-            label_d = select(equal(labels, broadcast<I<T>>(static_cast<int32_t>(c) + j)), d[j], label_d);
-            store(gaussian.e + (c + j) * kLanes, s[j]);
-        }
-    });
-    if (kGradient) {
-        const F<T> per_sum = one / sum;
-        for (int64_t c = 0; c < gaussian.C; ++c) {
-            const F<T> hit = select(equal(labels, broadcast<I<T>>(static_cast<int32_t>(c))), one, none);
-            gaussian.add_gradient(c, load<F<T>>(gaussian.e + c * kLanes) * per_sum - hit, z);
-        }
-    }
-    return log_positive(sum) - label_d;
-}
-
 template <bool kGradient, bool kKL, class T>
 void run(const VLSElboArgs& a, int64_t chunk, void* memory) {
     const Gaussian& g = a.gaussian;
@@ -51,19 +24,19 @@ void run(const VLSElboArgs& a, int64_t chunk, void* memory) {
     const F<T> per_sample = broadcast<F<T>>(T(1) / static_cast<T>(g.num_samples)), none = zero<T>();
     tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
         const int count = span.count;
-        t.load(a.labels, a.upstream, span);
+        t.load(a.labels, a.upstream, span, next);
         for (auto* tensor : {&mu, &logvar}) tensor->begin(span, next);
         if (t.any_ignored())
             for (auto* tensor : {&mu, &logvar}) clear_ignored(tensor->tile(), t.labels, count, C);
         for (int b = 0; b * kLanes < count; ++b) {
+            t.labels_ahead.block(b);
             for (auto* tensor : {&mu, &logvar}) tensor->prefetch_next(b);
             const I<T> labels = load<I<T>>(t.labels + b * kLanes);
             const auto ignored = less(labels, broadcast<I<T>>(0));
             const F<T> kl =
                 gaussian.template set<kKL>(mu.block(b), logvar.block(b), static_cast<uint64_t>(span.n * a.shape.S + span.s + b * kLanes));
-            if (kGradient) gaussian.clear_gradients();
-            F<T> loss = none, weight = none;
-            for (int64_t k = 0; k < g.num_samples; ++k) loss = loss + add_sample<kGradient>(gaussian, k, labels);
+            const F<T> loss = gaussian.template add_label_samples<kGradient>(labels);
+            F<T> weight = none;
             for (int64_t c = 0; c < C; ++c)
                 weight = select(equal(labels, broadcast<I<T>>(static_cast<int32_t>(c))), broadcast<F<T>>(t.weight[c]), weight);
             weight = weight * per_sample;
