@@ -28,7 +28,7 @@ void finish_tile(const CrossEntropyArgs& a, const Span& span, LossTile<T>& t) {
 // D: how the logits are stored.
 template <bool kGradient, bool kPlain, class D, class T>
 LossSums run_hard(const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
-    const T smoothing = static_cast<T>(a.label_smoothing);
+    const Smoothing<T> smoothing(a.label_smoothing, a.shape.C);
     const bool stream = is_streamed(a.grad_logits, a.shape);
     LossTile<T> t(scratch, a.shape.C, tiles.length, a.weight);
     ReadAhead<T, D> logits(scratch, a.logits, a.shape.C, tiles.length);
@@ -95,7 +95,7 @@ LossSums run_hard(double, const CrossEntropyArgs& a, const Tiling& tiles, int64_
 
 template <class T>
 LossSums run_soft(const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
-    const T smoothing = static_cast<T>(a.label_smoothing);
+    const Smoothing<T> smoothing(a.label_smoothing, a.shape.C);
     const bool gradient = bool(a.grad_logits), soft_gradient = bool(a.grad_soft_labels);
     LossTile<T> t(scratch, a.shape.C, tiles.length, a.weight);
     T* e = scratch.take<T>(t.C * kLanes);

@@ -147,12 +147,20 @@ CALSEG_INLINE F<T> log_softmax_block(T* logits, T* e, int64_t C, const Visit& vi
     return sum;
 }
 
+// Uniform label smoothing, Yt = keep * Y + spread: made once, as a division in every block shows.
+template <class T>
+struct Smoothing {
+    T keep, spread;
+    Smoothing(double label_smoothing, int64_t C)
+        : keep(T(1) - static_cast<T>(label_smoothing)), spread(static_cast<T>(label_smoothing) / static_cast<T>(C)) {}
+};
+
 // Soft labels Y. log_p becomes dLoss/dlogits if gradient; soft becomes dLoss/dY if soft_gradient.
 template <class T>
 CALSEG_INLINE F<T> soft_cross_entropy_block(const LossTile<T>& t, int block, int64_t C, T* log_p, const T* e, F<T> sum, T* soft,
-                                            T smoothing, bool gradient, bool soft_gradient) {
+                                            const Smoothing<T>& smoothing, bool gradient, bool soft_gradient) {
     const F<T> upstream = load<F<T>>(t.upstream + block * kLanes), none = zero<T>();
-    const F<T> keep = broadcast<F<T>>(T(1) - smoothing), spread = broadcast<F<T>>(smoothing / static_cast<T>(C));
+    const F<T> keep = broadcast<F<T>>(smoothing.keep), spread = broadcast<F<T>>(smoothing.spread);
     F<T> loss = none, mass = none;
     for (int64_t c = 0; c < C; ++c) {
         const F<T> smoothed = keep * load<F<T>>(soft + c * kLanes) + spread, y = broadcast<F<T>>(t.weight[c]) * smoothed;

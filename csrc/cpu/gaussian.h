@@ -43,6 +43,7 @@ class GaussianBlock {
           philox_(gaussian.seed),
           num_samples_(gaussian.num_samples),
           temperature_(static_cast<T>(gaussian.temperature)),
+          per_temperature_(T(1) / temperature_),
           prior_mu_(static_cast<T>(gaussian.prior_mu)),
           prior_logvar_(static_cast<T>(gaussian.prior_logvar)),
           prior_precision_(static_cast<T>(std::exp(-gaussian.prior_logvar))) {}
@@ -53,7 +54,7 @@ class GaussianBlock {
         mean = mu;
         deviation = logvar;
         philox_.set_voxels(first_voxel);
-        const F<T> per_temperature = broadcast<F<T>>(T(1) / temperature_), half = broadcast<F<T>>(T(0.5));
+        const F<T> per_temperature = broadcast<F<T>>(per_temperature_), half = broadcast<F<T>>(T(0.5));
         const F<T> prior_mu = broadcast<F<T>>(prior_mu_), prior_logvar = broadcast<F<T>>(prior_logvar_);
         const F<T> precision = broadcast<F<T>>(prior_precision_), one = broadcast<F<T>>(T(1));
         F<T> kl = zero<T>();
@@ -235,7 +236,7 @@ class GaussianBlock {
     T *per_sum_, *dot_;  // [group][kLanes]
     Philox philox_;
     int64_t num_samples_;
-    T temperature_, prior_mu_, prior_logvar_, prior_precision_;
+    T temperature_, per_temperature_, prior_mu_, prior_logvar_, prior_precision_;
 };
 
 }  // namespace

@@ -43,17 +43,17 @@ CALSEG_INLINE void hard_exponentials(LossTile<T>& t, int block, T* logits, Ahead
 
 // Step 2, a block: the loss, and the factors of the gradient: of e in t.sum, of the label in t.label_weight.
 template <bool kPlain, class T>
-CALSEG_INLINE void hard_loss(LossTile<T>& t, int block, T smoothing) {
+CALSEG_INLINE void hard_loss(LossTile<T>& t, int block, const Smoothing<T>& smoothing) {
     const int64_t at = block * kLanes;
     const F<T> upstream = load<F<T>>(t.upstream + at), sum = load<F<T>>(t.sum + at), none = zero<T>();
     const F<T> log_sum_exp = log_positive(sum);
     F<T> loss = log_sum_exp - load<F<T>>(t.loss + at), on_label = broadcast<F<T>>(T(1)), mass = on_label;
     if (!kPlain) {
-        const F<T> spread = broadcast<F<T>>(smoothing / static_cast<T>(t.C)), weights = broadcast<F<T>>(t.weight_sum);
-        on_label = broadcast<F<T>>(T(1) - smoothing) * load<F<T>>(t.label_weight + at);
+        const F<T> spread = broadcast<F<T>>(smoothing.spread), weights = broadcast<F<T>>(t.weight_sum);
+        on_label = broadcast<F<T>>(smoothing.keep) * load<F<T>>(t.label_weight + at);
         loss = on_label * loss;
         // without smoothing an impossible class (-inf) must not meet a zero factor
-        if (smoothing != T(0)) loss = loss + spread * (weights * log_sum_exp - load<F<T>>(t.weighted_d + at));
+        if (smoothing.spread != T(0)) loss = loss + spread * (weights * log_sum_exp - load<F<T>>(t.weighted_d + at));
         mass = on_label + spread * weights;
     }
     store(t.loss + at, select(less(load<I<T>>(t.labels + at), broadcast<I<T>>(0)), none, loss));
@@ -67,9 +67,9 @@ struct HardGradient {
     const int32_t* labels;
     const T *e, *scale_e, *scale_label, *upstream;
     int64_t C, c;
-    T weight;  // times smoothing / C
+    T weight;  // times the label smoothing's spread
 
-    HardGradient(const LossTile<T>& t, const T* tile, int64_t class_index, T smoothing)
+    HardGradient(const LossTile<T>& t, const T* tile, int64_t class_index, const Smoothing<T>& smoothing)
         : labels(t.labels),
           e(tile + class_index * kLanes),
           scale_e(t.sum),
@@ -77,7 +77,7 @@ struct HardGradient {
           upstream(t.upstream),
           C(t.C),
           c(class_index),
-          weight(t.weight[class_index] * smoothing / static_cast<T>(t.C)) {}
+          weight(t.weight[class_index] * smoothing.spread) {}
 
     CALSEG_MEMBER F<T> operator()(int b) const {
         const int at = b * kLanes;
@@ -89,7 +89,7 @@ struct HardGradient {
 };
 
 template <bool kPlain, class T>
-void store_hard_gradient(const TensorView& to, const Span& span, const LossTile<T>& t, T* e, T smoothing, bool stream) {
+void store_hard_gradient(const TensorView& to, const Span& span, const LossTile<T>& t, T* e, const Smoothing<T>& smoothing, bool stream) {
     const bool rows = to.stride_s == 1;
     for (int64_t c = 0; c < t.C; ++c) {
         const HardGradient<kPlain, T> gradient(t, e, c, smoothing);

@@ -24,13 +24,28 @@ struct Work {
         : e(scratch.take<T>(C * kLanes)), soft(scratch.take<T>(C * kLanes)), grad_estimate(scratch.take<T>(C * kLanes)) {}
 };
 
-// A block of logits, mu and logvar becomes their gradients.
+// The numbers of a call, made once.
+template <class T>
+struct Factors {
+    Smoothing<T> smoothing;
+    T on_label, on_estimate, to_estimate;  // of the one-hot labels and of the sum of samples; of dLoss/dy_hat
+    T to_samples, to_kl;                   // of the gradients through the samples and of the KL term
+
+    explicit Factors(const VLSCrossEntropyArgs& a)
+        : smoothing(a.ce.label_smoothing, a.ce.shape.C),
+          on_label(T(1) - static_cast<T>(a.alpha)),
+          on_estimate(static_cast<T>(a.alpha) / static_cast<T>(a.gaussian.num_samples)),
+          to_estimate(-smoothing.keep * static_cast<T>(a.alpha)),
+          to_samples(T(1) / (static_cast<T>(a.gaussian.num_samples) * static_cast<T>(a.gaussian.temperature))),
+          to_kl(static_cast<T>(a.gaussian.beta)) {}
+};
+
+// A block of logits, mu and logvar becomes their gradients; that of the logits only if with_logits.
 template <int kClasses, bool kGaussianGradient, bool kKL, class T>
-CALSEG_INLINE void run_block(const VLSCrossEntropyArgs& a, LossTile<T>& t, GaussianBlock<T, kClasses>& gaussian, const Work<T>& w,
+CALSEG_INLINE void run_block(const Factors<T>& f, bool with_logits, LossTile<T>& t, GaussianBlock<T, kClasses>& gaussian, const Work<T>& w,
                              int block, uint64_t first_voxel, TensorTile<T>& logits_tile, TensorTile<T>& mu_tile,
                              TensorTile<T>& logvar_tile) {
-    const int64_t C = kClasses ? kClasses : t.C, m = a.gaussian.num_samples;
-    const T alpha = static_cast<T>(a.alpha), smoothing = static_cast<T>(a.ce.label_smoothing);
+    const int64_t C = kClasses ? kClasses : t.C;
     const I<T> labels = load<I<T>>(t.labels + block * kLanes), ignored_label = broadcast<I<T>>(0);
     const F<T> none = zero<T>();
     T* logits = logits_tile.block(block);
@@ -41,25 +56,24 @@ CALSEG_INLINE void run_block(const VLSCrossEntropyArgs& a, LossTile<T>& t, Gauss
     // dl/dy_hat needs no sample. An impossible class (log p = -inf) stays finite, so that no mass on it is no NaN.
     const F<T> lowest = broadcast<F<T>>(std::numeric_limits<T>::lowest());
     const F<T> sum = log_softmax_block(logits, w.e, C, [&](int64_t c, F<T> log_p) {
-        const F<T> scale = broadcast<F<T>>(-(T(1) - smoothing) * alpha * t.weight[c]);
+        const F<T> scale = broadcast<F<T>>(f.to_estimate * t.weight[c]);
         if (kGaussianGradient) store(w.grad_estimate + c * kLanes, scale * larger(lowest, log_p));
     });
-    if (alpha != T(0)) gaussian.template add_samples<true, kGaussianGradient>(w.soft, w.grad_estimate);
+    if (f.on_estimate != T(0)) gaussian.template add_samples<true, kGaussianGradient>(w.soft, w.grad_estimate);
     else {
         clear_block(w.soft, C);
         gaussian.clear_gradients();
     }
 
     logvar_tile.prefetch_next(block);
-    const F<T> on_label = broadcast<F<T>>(T(1) - alpha), on_estimate = broadcast<F<T>>(alpha / static_cast<T>(m));
+    const F<T> on_label = broadcast<F<T>>(f.on_label), on_estimate = broadcast<F<T>>(f.on_estimate);
     for (int64_t c = 0; c < C; ++c) {
         const F<T> hard = select(equal(labels, broadcast<I<T>>(static_cast<int32_t>(c))), on_label, none);
         store(w.soft + c * kLanes, hard + on_estimate * load<F<T>>(w.soft + c * kLanes));
     }
-    const F<T> loss = soft_cross_entropy_block(t, block, C, logits, w.e, sum, w.soft, smoothing, bool(a.ce.grad_logits), false);
+    const F<T> loss = soft_cross_entropy_block(t, block, C, logits, w.e, sum, w.soft, f.smoothing, with_logits, false);
     if (kGaussianGradient) {
-        const F<T> to_samples = broadcast<F<T>>(T(1) / (static_cast<T>(m) * static_cast<T>(a.gaussian.temperature)));
-        const F<T> to_kl = broadcast<F<T>>(static_cast<T>(a.gaussian.beta));
+        const F<T> to_samples = broadcast<F<T>>(f.to_samples), to_kl = broadcast<F<T>>(f.to_kl);
         gaussian.template finish_gradients<kKL>(load<F<T>>(t.upstream + block * kLanes) * to_samples,
                                                 load<F<T>>(t.kl_upstream + block * kLanes) * to_kl);
     }
@@ -77,6 +91,7 @@ void run(const VLSCrossEntropyArgs& a, int64_t chunk, void* memory) {
     LossTile<T> t(scratch, C, tiles.length, ce.weight);
     GaussianBlock<T, kClasses> gaussian(scratch, g, C);
     const Work<T> work(scratch, C);
+    const Factors<T> factors(a);
     TensorTile<T> logits(scratch, ce.logits, ce.grad_logits, ce.shape, tiles.length);
     TensorTile<T> mu(scratch, g.mu, a.grad_mu, ce.shape, tiles.length);
     TensorTile<T> logvar(scratch, g.logvar, a.grad_logvar, ce.shape, tiles.length);
@@ -88,7 +103,8 @@ void run(const VLSCrossEntropyArgs& a, int64_t chunk, void* memory) {
             for (auto* tensor : {&logits, &mu, &logvar}) clear_ignored(tensor->tile(), t.labels, count, C);
         for (int b = 0; b * kLanes < count; ++b) {
             const auto first_voxel = static_cast<uint64_t>(span.n * ce.shape.S + span.s + b * kLanes);
-            run_block<kClasses, kGaussianGradient, kKL>(a, t, gaussian, work, b, first_voxel, logits, mu, logvar);
+            run_block<kClasses, kGaussianGradient, kKL>(factors, bool(ce.grad_logits), t, gaussian, work, b, first_voxel, logits, mu,
+                                                        logvar);
         }
         for (auto* tensor : {&logits, &mu, &logvar}) tensor->end(span);
         t.sums.loss += sum_row(t.loss, count);
