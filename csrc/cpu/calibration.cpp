@@ -14,16 +14,11 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-constexpr double kUnit = 0x1p24;    // 1 in the fixed-point sums
-constexpr double kMaxNll = 0x1p25;  // above, a negative log-likelihood is infinite
 constexpr int kHitShift = 40, kCountShift = 52;
 constexpr int64_t kMostInWord = (1 << (64 - kCountShift)) - 1;  // voxels whose sums a word can hold
 constexpr int64_t kWordBytes = 16 * 1024;                       // copies of the bins fill about half of the first cache
 
 constexpr int64_t kMostBlocks = 64;  // of a tile: 32 bits hold that many scores of up to 2^25
-
-enum Total { kNllWhole, kNllRest, kBrier, kVoxels, kNan, kInfinite, kTotals };
-static_assert(kTotals == kCalibrationTotals, "kernels.h says how many");
 
 // Bins with sums of their own: one set for the top label, one per class otherwise.
 int64_t kinds(const CalibrationArgs& a) { return a.class_wise ? a.shape.C - a.first_class : 1; }
@@ -104,8 +99,6 @@ class Bins {
 template <class From>
 using LabelBits = std::conditional_t<sizeof(From) == 8, uint64_t, uint32_t>;
 
-constexpr int32_t kSkipped = -1, kNoClass = -2;
-
 template <class From>
 void classes_of(int32_t* to, const From* from, int64_t step, int count, int64_t C, int64_t ignore_index, bool skip_background) {
     using Bits = LabelBits<From>;
@@ -156,23 +149,6 @@ int64_t label_at(const TensorView& labels, const Span& span, int i) {
     return label;
 }
 
-// What the classes of a voxel come down to, from logits: total is the sum of e = exp(logit - max).
-template <class T>
-struct LogitSums {
-    F<T> total, label_d;  // label_d: logit - max of the label
-    F<T> squares;         // the Brier score times total^2
-    I<T> top;             // the first class with the largest logit
-};
-
-// The same of given probabilities.
-template <class T>
-struct ProbabilitySums {
-    F<T> total, label_p;
-    F<T> squares;  // the Brier score
-    F<T> largest, least;
-    I<T> top;
-};
-
 template <bool kLogits, class T>
 using VoxelSums = std::conditional_t<kLogits, LogitSums<T>, ProbabilitySums<T>>;
 
@@ -200,31 +176,6 @@ struct VoxelRows {
     template <class Sums>
     CALSEG_MEMBER Sums* sums_of(int b) const {
         return reinterpret_cast<Sums*>(sums) + b;
-    }
-};
-
-// Sums over the classes of a block.
-template <class T>
-struct LogitSum {
-    F<T> total = zero<T>(), squares = total, label_d = total, label_e = total;
-
-    // K classes from c on: their logit - max, which becomes e.
-    template <int K>
-    CALSEG_MEMBER void add(I<T> labels, int64_t c, F<T> (&e)[K]) {
-        F<T> d[K];
-        for (int j = 0; j < K; ++j) d[j] = e[j];
-        exp_nonpositive(e);
-        for (int j = 0; j < K; ++j) {
-            const auto is_label = equal(labels, broadcast<I<T>>(static_cast<int32_t>(c) + j));
-            label_d = select(is_label, d[j], label_d);
-            label_e = select(is_label, e[j], label_e);
-            squares = squares + e[j] * e[j];
-        }
-        total = total + sum_of(e);
-    }
-    CALSEG_MEMBER LogitSums<T> result(I<T> top) const {
-        const F<T> others = total - label_e;
-        return {total, label_d, (squares - label_e * label_e) + others * others, top};
     }
 };
 
@@ -283,18 +234,9 @@ CALSEG_INLINE LogitSums<T> sum_few_logits(I<T> labels, const From* const (&row)[
 // Step 1 of given probabilities, a block.
 template <class T, class Ahead>
 CALSEG_INLINE ProbabilitySums<T> sum_probabilities(I<T> labels, const T* block, int64_t C, Ahead& ahead) {
-    const F<T> none = zero<T>(), first = load<F<T>>(block), one = broadcast<F<T>>(T(1));
-    ProbabilitySums<T> v{none, none, none, first, first, broadcast<I<T>>(0)};
+    ProbabilitySums<T> v(load<F<T>>(block));
     for (int64_t c = 0; c < C; ++c) {
-        const F<T> p = load<F<T>>(block + c * kLanes);
-        v.top = select(less(v.largest, p), broadcast<I<T>>(static_cast<int32_t>(c)), v.top);
-        v.largest = larger(p, v.largest);
-        v.least = select(less(p, v.least), p, v.least);
-        const auto is_label = equal(labels, broadcast<I<T>>(static_cast<int32_t>(c)));
-        v.label_p = select(is_label, p, v.label_p);
-        v.total = v.total + p;
-        const F<T> miss = select(is_label, one - p, p);
-        v.squares = v.squares + miss * miss;
+        v.add(labels, c, load<F<T>>(block + c * kLanes));
         ahead.line();
     }
     return v;
@@ -317,13 +259,9 @@ class Binning {
     // kAll: every voxel of the block is binned, and its confidence lies in [0, 1].
     template <bool kAll, class Hit>
     CALSEG_MEMBER void set(const VoxelRows<T>& rows, int b, F<T> p, Hit hit, I<T> binned) const {
-        const F<T> one = broadcast<F<T>>(T(1));
-        if (!kAll) {
-            p = larger(p, zero<T>());  // zero where NaN
-            p = select(less(one, p), one, p);
-        }
+        if (!kAll) p = within_unit<T>(p);
         store(rows.at + b * kLanes, bin_of<T>(p, n_bins_, last_, right_closed_) * copies_ + copy_);
-        const I<T> confidence = nearest_integer(p * broadcast<F<T>>(T(kUnit)));
+        const I<T> confidence = in_units<T>(p);
         constexpr int32_t kCount = 1 << (kCountShift - 32), kHit = 1 << (kHitShift - 32);
         const I<T> flags = select(hit, broadcast<I<T>>(kCount | kHit), broadcast<I<T>>(kCount));
         if (kAll) store_words(rows.word + b * kLanes, confidence, flags);
@@ -336,16 +274,6 @@ class Binning {
     I<T> last_, copies_, copy_;
 };
 
-// -log p for p >= 0
-template <class T>
-CALSEG_INLINE F<T> minus_log(F<T> p) {
-    // log_positive takes normal numbers: small ones are scaled by 2^64
-    const auto small = less(p, broadcast<F<T>>(T(0x1p-64)));
-    const F<T> log_p = log_positive(select(small, p * broadcast<F<T>>(T(0x1p64)), p));
-    const F<T> nll = select(small, broadcast<F<T>>(T(44.3614195558364998)), zero<T>()) - log_p;
-    return select(less(zero<T>(), p), nll, broadcast<F<T>>(T(INFINITY)));
-}
-
 // Step 2: the scores of voxels, summed over the blocks of a tile, and the words of their top labels.
 template <bool kClassWise, class T>
 class Scores {
@@ -354,24 +282,20 @@ class Scores {
         : rows_(rows), binning_(binning), tolerance_(broadcast<F<T>>(static_cast<T>(a.tolerance))) {}
 
     CALSEG_MEMBER void add(int b, I<T> labels, const LogitSums<T>& v) {
-        const F<T> confidence = broadcast<F<T>>(T(1)) / v.total, nll = log_positive(v.total) - v.label_d;
-        const F<T> brier = v.squares * (confidence * confidence);
-        if (kClassWise) store(rows_.scale + b * kLanes, confidence);
-        const auto finite = less(nll, broadcast<F<T>>(static_cast<T>(kMaxNll))), skipped = less(labels, broadcast<I<T>>(0));
+        const VoxelScores<T> scores = v.scores();
+        if (kClassWise) store(rows_.scale + b * kLanes, scores.confidence);
+        const auto finite = less(scores.nll, broadcast<F<T>>(static_cast<T>(kMaxNll))), skipped = less(labels, broadcast<I<T>>(0));
         if (all(finite) && !any(skipped)) {
             counted_ += kLanes;
-            finish<true>(b, labels, v.top, confidence, nll, brier, broadcast<I<T>>(-1));
+            finish<true>(b, labels, v.top, scores, broadcast<I<T>>(-1));
         } else {
-            add_unusual(b, labels, v.top, v.total, confidence, nll, brier);
+            add_unusual(b, labels, v.top, v.total, scores);
         }
     }
 
     CALSEG_MEMBER void add(int b, I<T> labels, const ProbabilitySums<T>& v) {
-        const I<T> none = broadcast<I<T>>(0), yes = broadcast<I<T>>(-1);
-        const F<T> one = broadcast<F<T>>(T(1));
-        const I<T> binned = add_unusual(b, labels, v.top, v.total, v.largest, minus_log<T>(v.label_p), v.squares);
-        const I<T> high = select(less(tolerance_, v.total - one), yes, none), low = select(less(tolerance_, one - v.total), yes, none);
-        bad_ = bad_ | (binned & (high | low | select(less(v.least, zero<T>() - tolerance_), yes, none)));
+        const I<T> binned = add_unusual(b, labels, v.top, v.total, v.scores());
+        bad_ = bad_ | (binned & v.off(tolerance_));
     }
 
     void finish_tile(int64_t (&totals)[kTotals]) const {
@@ -389,29 +313,29 @@ class Scores {
 
  private:
     // Where there may be voxels that do not count, NaN and infinite likelihoods. Returns which voxels are binned.
-    CALSEG_MEMBER I<T> add_unusual(int b, I<T> labels, I<T> top, F<T> total, F<T> confidence, F<T> nll, F<T> brier) {
+    CALSEG_MEMBER I<T> add_unusual(int b, I<T> labels, I<T> top, F<T> total, VoxelScores<T> scores) {
         const I<T> none = broadcast<I<T>>(0), yes = broadcast<I<T>>(-1);
         const F<T> nothing = zero<T>(), most = broadcast<F<T>>(static_cast<T>(kMaxNll));
         const I<T> counts = select(less(labels, none), none, yes), binned = select(equal(total, total), counts, none);
         voxels_ = voxels_ - counts;
         nans_ = nans_ - (counts ^ binned);
-        infinites_ = infinites_ - select(less(nll, most), none, binned);
-        nll = larger(nll, nothing);  // zero where NaN
-        finish<false>(b, labels, top, confidence, select(less(nll, most), nll, nothing), brier, binned);
+        infinites_ = infinites_ - select(less(scores.nll, most), none, binned);
+        scores.nll = larger(scores.nll, nothing);  // zero where NaN
+        scores.nll = select(less(scores.nll, most), scores.nll, nothing);
+        finish<false>(b, labels, top, scores, binned);
         return binned;
     }
 
     template <bool kAll>
-    CALSEG_MEMBER void finish(int b, I<T> labels, I<T> top, F<T> confidence, F<T> nll, F<T> brier, I<T> binned) {
-        const F<T> unit = broadcast<F<T>>(T(kUnit));
-        I<T> whole = truncated_integer(nll), rest = nearest_integer((nll - to_values(whole, nll)) * unit);
-        I<T> squared = nearest_integer(brier * unit);
+    CALSEG_MEMBER void finish(int b, I<T> labels, I<T> top, const VoxelScores<T>& scores, I<T> binned) {
+        I<T> whole = truncated_integer(scores.nll), rest = in_units<T>(scores.nll - to_values(whole, scores.nll));
+        I<T> squared = in_units<T>(scores.brier);
         if (!kAll) whole = whole & binned, rest = rest & binned, squared = squared & binned;
         whole_ = whole_ + whole;
         rest_ = rest_ + rest;
         brier_ = brier_ + squared;
         if (kClassWise) store(rows_.binned + b * kLanes, binned);
-        else binning_.template set<kAll>(rows_, b, confidence, equal(labels, top), binned);
+        else binning_.template set<kAll>(rows_, b, scores.confidence, equal(labels, top), binned);
     }
 
     const VoxelRows<T> rows_;

@@ -79,11 +79,6 @@ struct LossTile {
     }
 };
 
-template <class T>
-CALSEG_INLINE F<T> zero() {
-    return broadcast<F<T>>(T(0));
-}
-
 template <int K>
 struct Group {
     static constexpr int value = K;
@@ -95,13 +90,6 @@ CALSEG_INLINE void for_classes(int64_t C, const Body& body) {
     int64_t c = 0;
     for (; c + 2 <= C; c += 2) body(Group<2>(), c);
     if (c < C) body(Group<1>(), c);
-}
-
-// In pairs, so that a long sum waits for one addition a group, not for one a class
-template <class V, int K>
-CALSEG_INLINE V sum_of(const V (&x)[K]) {
-    if constexpr (K == 1) return x[0];
-    else return x[0] + x[1];
 }
 
 template <class T>

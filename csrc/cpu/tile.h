@@ -11,6 +11,7 @@
 
 #include "cpu/simd.h"
 #include "kernels.h"
+#include "vectors.h"
 
 namespace calseg {
 namespace CALSEG_ISA {
@@ -26,11 +27,6 @@ void fill(T* from, T* to, T value) {
     for (; from < to; ++from) *from = value;
 }
 CALSEG_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-template <class T>
-using F = typename Vectors<T>::F;
-template <class T>
-using I = typename Vectors<T>::I;
 
 // ---- how a call divides ----
 

@@ -1,0 +1,137 @@
+// The mathematics of a voxel of calibration_bins, the same for every engine: T is float or double, F<T> and I<T> are the
+// numbers of as many voxels as a vector holds: of an instruction set, or one. Included after the vectors and their
+// elementary functions: cpu/simd.h and cpu/vector_math.h, or cuda/scalar.h.
+#pragma once
+
+#include "kernels.h"
+#include "vectors.h"
+
+namespace calseg {
+namespace CALSEG_ISA {
+namespace {
+
+constexpr double kUnit = 0x1p24;    // 1 in the fixed-point sums
+constexpr double kMaxNll = 0x1p25;  // above, a negative log-likelihood is infinite
+
+enum Total { kNllWhole, kNllRest, kBrier, kVoxels, kNan, kInfinite, kTotals };
+static_assert(kTotals == kCalibrationTotals, "kernels.h says how many");
+
+constexpr int32_t kSkipped = -1, kNoClass = -2;  // in place of a label's class: it does not count; it is none
+
+// In units of 2^-24, to the nearest, ties to even.
+template <class T>
+CALSEG_INLINE I<T> in_units(F<T> x) {
+    return nearest_integer(x * broadcast<F<T>>(T(kUnit)));
+}
+
+// Confidences moved into [0, 1]; 0 where NaN.
+template <class T>
+CALSEG_INLINE F<T> within_unit(F<T> p) {
+    const F<T> one = broadcast<F<T>>(T(1));
+    p = larger(p, zero<T>());
+    return select(less(one, p), one, p);
+}
+
+// The bin of confidences in [0, 1]: an edge is k / n_bins, rounded. Only the nearest edge can be on the wrong side.
+template <class T>
+CALSEG_INLINE I<T> bin_of(F<T> confidence, F<T> n_bins, I<T> last, bool right_closed) {
+    const I<T> nearest = nearest_integer(confidence * n_bins), one = broadcast<I<T>>(1), none = broadcast<I<T>>(0);
+    const F<T> edge = to_values(nearest, confidence) / n_bins;
+    if (right_closed) {
+        const I<T> bin = nearest - select(less(edge, confidence), none, one);
+        return select(less(bin, none), none, bin);
+    }
+    const I<T> bin = nearest - select(less(confidence, edge), one, none);
+    return select(less(last, bin), last, bin);
+}
+
+// -log p for p >= 0
+template <class T>
+CALSEG_INLINE F<T> minus_log(F<T> p) {
+    // log_positive takes normal numbers: small ones are scaled by 2^64
+    const auto small = less(p, broadcast<F<T>>(T(0x1p-64)));
+    const F<T> log_p = log_positive(select(small, p * broadcast<F<T>>(T(0x1p64)), p));
+    const F<T> nll = select(small, broadcast<F<T>>(T(44.3614195558364998)), zero<T>()) - log_p;
+    return select(less(zero<T>(), p), nll, broadcast<F<T>>(T(INFINITY)));
+}
+
+// The scores of a voxel, and the confidence of its top label.
+template <class T>
+struct VoxelScores {
+    F<T> confidence, nll, brier;
+};
+
+// What the classes of a voxel come down to, from logits: total is the sum of e = exp(logit - max).
+template <class T>
+struct LogitSums {
+    F<T> total, label_d;  // label_d: logit - max of the label
+    F<T> squares;         // the Brier score times total^2
+    I<T> top;             // the first class with the largest logit
+
+    CALSEG_MEMBER VoxelScores<T> scores() const {
+        const F<T> confidence = broadcast<F<T>>(T(1)) / total;
+        return {confidence, log_positive(total) - label_d, squares * (confidence * confidence)};
+    }
+};
+
+// The sums while classes come.
+template <class T>
+struct LogitSum {
+    F<T> total = zero<T>(), squares = total, label_d = total, label_e = total;
+
+    // K classes from c on: their logit - max, which becomes e.
+    template <int K>
+    CALSEG_MEMBER void add(I<T> labels, int64_t c, F<T> (&e)[K]) {
+        F<T> d[K];
+        for (int j = 0; j < K; ++j) d[j] = e[j];
+        exp_nonpositive(e);
+        for (int j = 0; j < K; ++j) {
+            const auto is_label = equal(labels, broadcast<I<T>>(static_cast<int32_t>(c) + j));
+            label_d = select(is_label, d[j], label_d);
+            label_e = select(is_label, e[j], label_e);
+            squares = squares + e[j] * e[j];
+        }
+        total = total + sum_of(e);
+    }
+    CALSEG_MEMBER LogitSums<T> result(I<T> top) const {
+        const F<T> others = total - label_e;
+        return {total, label_d, (squares - label_e * label_e) + others * others, top};
+    }
+};
+
+// The same of given probabilities, while classes come and after.
+template <class T>
+struct ProbabilitySums {
+    F<T> total, label_p;
+    F<T> squares;  // the Brier score
+    F<T> largest, least;
+    I<T> top;
+
+    explicit CALSEG_MEMBER ProbabilitySums(F<T> first)
+        : total(zero<T>()), label_p(total), squares(total), largest(first), least(first), top(broadcast<I<T>>(0)) {}
+
+    CALSEG_MEMBER void add(I<T> labels, int64_t c, F<T> p) {
+        const I<T> own = broadcast<I<T>>(static_cast<int32_t>(c));
+        top = select(less(largest, p), own, top);
+        largest = larger(p, largest);
+        least = select(less(p, least), p, least);
+        const auto is_label = equal(labels, own);
+        label_p = select(is_label, p, label_p);
+        total = total + p;
+        const F<T> miss = select(is_label, broadcast<F<T>>(T(1)) - p, p);
+        squares = squares + miss * miss;
+    }
+    CALSEG_MEMBER VoxelScores<T> scores() const { return {largest, minus_log<T>(label_p), squares}; }
+
+    // Below 0 where they do not sum to 1, or one lies below 0.
+    CALSEG_MEMBER I<T> off(F<T> tolerance) const {
+        const I<T> none = broadcast<I<T>>(0), yes = broadcast<I<T>>(-1);
+        const F<T> one = broadcast<F<T>>(T(1));
+        const I<T> high = select(less(tolerance, total - one), yes, none), low = select(less(tolerance, one - total), yes, none);
+        return high | low | select(less(least, zero<T>() - tolerance), yes, none);
+    }
+};
+
+}  // namespace
+}  // namespace CALSEG_ISA
+}  // namespace calseg

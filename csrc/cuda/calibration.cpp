@@ -1,0 +1,98 @@
+#include "cuda/calibration.h"
+
+#include <algorithm>
+
+namespace calseg {
+namespace {
+
+constexpr int64_t kReservedBytes = 1024;  // of a block's shared memory, by CUDA
+constexpr int64_t kTotalsBytes = kCudaWarps * kCalibrationTotals * 8;
+
+// Items that lie behind one another in every tensor are one long item: a voxel's number stays the same.
+CalibrationArgs merged(CalibrationArgs args) {
+    TensorView* const views[] = {&args.scores, &args.labels.view, &args.mask};
+    Shape& shape = args.shape;
+    if (args.per_item || shape.N <= 1) return args;
+    if (shape.S == 1) {
+        for (TensorView* view : views) view->stride_s = view->stride_n;
+    } else {
+        for (const TensorView* view : views)
+            if (*view && view->stride_n != shape.S * view->stride_s) return args;
+    }
+    shape.S *= shape.N;
+    shape.N = 1;
+    return args;
+}
+
+int bytes_of(DType dtype) {
+    switch (dtype) {
+        case DType::i16:
+        case DType::u16:
+            return 2;
+        case DType::i32:
+        case DType::u32:
+            return 4;
+        case DType::i64:
+        case DType::u64:
+            return 8;
+        default:
+            return 1;
+    }
+}
+
+LabelBits label_bits(const Labels& labels, int64_t C) {
+    const DType dtype = labels.view.dtype;
+    const bool is_signed = dtype == DType::i8 || dtype == DType::i16 || dtype == DType::i32 || dtype == DType::i64;
+    const int bytes = bytes_of(dtype);
+    const uint64_t all = UINT64_MAX >> (64 - 8 * bytes), highest = is_signed ? all / 2 : all;
+    const int64_t ignored = labels.ignore_index;
+    LabelBits r;
+    r.bytes = bytes;
+    r.classes = static_cast<uint64_t>(C) <= highest ? static_cast<uint64_t>(C) : highest + 1;
+    r.ignored = static_cast<uint64_t>(ignored) & all;
+    r.ignores = ignored >= 0 ? static_cast<uint64_t>(ignored) <= highest : is_signed && static_cast<uint64_t>(-(ignored + 1)) <= highest;
+    return r;
+}
+
+}  // namespace
+
+CalibrationLaunch calibration_launch(const CalibrationArgs& args, const CudaLimits& limits) {
+    CalibrationLaunch launch;
+    launch.args = merged(args);
+    const Shape& shape = launch.args.shape;
+    launch.labels = label_bits(args.labels, shape.C);
+    launch.classes_held = shape.C <= 4 ? 4 : 16;
+    launch.transposed = shape.C > 1 && launch.args.scores.stride_c < launch.args.scores.stride_s;
+
+    const int64_t tile = int64_t{kCudaThreads} * voxels_held(launch.classes_held);
+    launch.tiles_per_item = (shape.S + tile - 1) / tile;
+    launch.groups = args.per_item ? shape.N : 1;
+    launch.tiles_per_group = launch.tiles_per_item * (args.per_item ? 1 : shape.N);
+
+    launch.bins = (args.class_wise ? shape.C - args.first_class : 1) * args.n_bins;
+    launch.bins_offset = kTotalsBytes;
+    const int64_t rows = launch.transposed ? int64_t{kCudaThreads} * (launch.classes_held + 1) * 4 : 0;
+    const int64_t fixed = kTotalsBytes + rows, columns = launch.bins * kCudaThreads * 8, shared = launch.bins * 16;
+    int64_t bytes = 0;
+    // columns: if no fewer blocks fit a multiprocessor, or else too few threads wait for memory
+    if (fixed + columns <= std::min(limits.shared_per_block, limits.shared_per_multiprocessor / kCudaResident - kReservedBytes)) {
+        launch.bins_in = BinsIn::columns;
+        bytes = columns;
+    } else if (fixed + shared <= limits.shared_per_block) {
+        launch.bins_in = BinsIn::shared;
+        bytes = shared;
+    }
+    launch.rows_offset = kTotalsBytes + bytes;
+    launch.shared_bytes = fixed + bytes;
+    return launch;
+}
+
+void set_blocks(CalibrationLaunch& launch, const CudaLimits& limits, int64_t resident) {
+    if (launch.groups == 0 || launch.tiles_per_group == 0) return;
+    const int64_t most_tiles = kMostVoxels / voxels_held(launch.classes_held);  // of a block
+    const int64_t wave = (limits.multiprocessors * resident + launch.groups - 1) / launch.groups;
+    const int64_t fewest = (launch.tiles_per_group + most_tiles - 1) / most_tiles;
+    launch.blocks_per_group = std::min(std::max(wave, fewest), launch.tiles_per_group);
+}
+
+}  // namespace calseg

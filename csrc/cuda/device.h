@@ -1,0 +1,29 @@
+// What only a GPU's compiler knows, behind plain functions. tests/cuda_on_host/device.h is the same on a CPU.
+#pragma once
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace calseg {
+namespace {
+
+// The dynamic shared memory of a block.
+static __device__ __forceinline__ unsigned char* shared_memory() {
+    extern __shared__ __align__(16) unsigned char dynamic[];
+    return dynamic;
+}
+
+// 2^x to 2 ulp, 0 below the smallest normal number
+static __device__ __forceinline__ float exp2_flushed(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+static __device__ __forceinline__ float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+static __device__ __forceinline__ float widen_half(uint16_t bits) { return __half2float(__half_raw{bits}); }
+
+}  // namespace
+}  // namespace calseg

@@ -1,0 +1,52 @@
+// A vector of one voxel: what cpu/simd.h and cpu/vector_math.h are for an instruction set, for a thread of a GPU.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#define CALSEG_ISA cuda
+#define CALSEG_MEMBER __device__ __forceinline__
+#define CALSEG_INLINE static CALSEG_MEMBER
+
+namespace calseg {
+namespace CALSEG_ISA {
+namespace {
+
+template <class T>
+struct Vectors {
+    using F = T;
+    using I = int32_t;
+};
+
+template <class V, class T>
+CALSEG_INLINE V broadcast(T x) {
+    return x;
+}
+template <class T>
+CALSEG_INLINE T select(bool mask, T a, T b) {
+    return mask ? a : b;
+}
+template <class T>
+CALSEG_INLINE bool equal(T a, T b) {
+    return a == b;
+}
+template <class T>
+CALSEG_INLINE bool less(T a, T b) {
+    return a < b;
+}
+CALSEG_INLINE float larger(float a, float b) { return a > b ? a : b; }  // b where either is NaN
+
+CALSEG_INLINE int32_t nearest_integer(float x) { return __float2int_rn(x); }  // halves to even
+CALSEG_INLINE int32_t truncated_integer(float x) { return __float2int_rz(x); }
+CALSEG_INLINE float to_values(int32_t x, float) { return static_cast<float>(x); }
+
+// exp(x) for x <= 0, to half an ulp of 1: in a softmax, where the largest is 1, no more shows
+template <int K>
+CALSEG_INLINE void exp_nonpositive(float (&x)[K]) {
+    for (auto& value : x) value = exp2_flushed(value * 1.44269504088896341f);
+}
+CALSEG_INLINE float log_positive(float x) { return logf(x); }
+
+}  // namespace
+}  // namespace CALSEG_ISA
+}  // namespace calseg

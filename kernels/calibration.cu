@@ -1,0 +1,476 @@
+// Calibration on a GPU: softmax, the class of the largest probability, its bin, and integer sums per bin, with the negative
+// log-likelihood and the Brier score, in one pass. Floor: one read of the scores and of the labels.
+//
+// The integers are those of csrc/cpu/calibration.cpp, and so is the mathematics (csrc/calibration_voxel.h): the order of
+// the additions does not show. A thread takes a voxel, up to 16 classes at once, and keeps the totals in registers. Bins
+// are added up in a block's shared memory. Few bins: words of their own for every thread, in columns, so that no two threads
+// meet and no bank is asked twice. More bins: one set per block. Most voxels of a
+// segmentation fall into one bin, so a warp adds up those of two bins first, and only the others one by one.
+#include <cfloat>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/device.h"
+#include "cuda/scalar.h"
+#include "calibration_voxel.h"
+#include "cuda/calibration.h"
+
+namespace calseg {
+namespace CALSEG_ISA {
+namespace {
+
+constexpr int kCountShift = 16;  // above the hits
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kWarpRounds = 2;  // bins that a warp adds up before the rest goes one by one
+
+struct BF16 {
+    uint16_t bits;
+};
+struct F16 {
+    uint16_t bits;
+};
+CALSEG_INLINE float widened(float x) { return x; }
+CALSEG_INLINE float widened(BF16 x) { return float_of_bits(static_cast<uint32_t>(x.bits) << 16); }
+CALSEG_INLINE float widened(F16 x) { return widen_half(x.bits); }
+
+CALSEG_INLINE int lane() { return static_cast<int>(threadIdx.x) % kCudaWarp; }
+CALSEG_INLINE int warp() { return static_cast<int>(threadIdx.x) / kCudaWarp; }
+
+// In lane 0.
+CALSEG_INLINE unsigned long long sum_of_warp(unsigned long long x) {
+    for (int step = kCudaWarp / 2; step > 0; step /= 2) x += __shfl_down_sync(kAllLanes, x, step);
+    return x;
+}
+
+CALSEG_INLINE void add_to(int64_t* to, unsigned long long x) {
+    if (x) atomicAdd(reinterpret_cast<unsigned long long*>(to), x);
+}
+
+// ---- bins ----
+
+// A thread's, of up to kMostVoxels.
+struct ColumnBin {
+    unsigned confidence, count_and_hits;
+};
+
+// In shared memory. 64-bit additions there are loops of compare and swap: the confidence is two halves with a carry.
+struct SharedBin {
+    unsigned count, hits, low, high;
+
+    CALSEG_MEMBER void add(unsigned voxels, unsigned of_them_hits, unsigned confidence) {
+        atomicAdd(&count, voxels);
+        if (of_them_hits) atomicAdd(&hits, of_them_hits);
+        const unsigned before = atomicAdd(&low, confidence);
+        if (before + confidence < before) atomicAdd(&high, 1u);
+    }
+};
+
+class Bins {
+ public:
+    CALSEG_MEMBER Bins(const CalibrationLaunch& launch, int64_t* sums)
+        : bins_in_(launch.bins_in),
+          right_closed_(launch.args.right_closed),
+          n_bins_(static_cast<int32_t>(launch.args.n_bins)),
+          bins_(launch.bins),
+          columns_(reinterpret_cast<ColumnBin*>(shared_memory() + launch.bins_offset)),
+          shared_(reinterpret_cast<SharedBin*>(shared_memory() + launch.bins_offset)),
+          sums_(sums) {}
+
+    // All threads; they meet after it.
+    CALSEG_MEMBER void clear() {
+        static_assert(sizeof(ColumnBin) * 2 == sizeof(SharedBin));
+        const int64_t words = bins_in_ == BinsIn::columns ? bins_ * kCudaThreads : bins_in_ == BinsIn::shared ? bins_ * 2 : 0;
+        for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(words); i += kCudaThreads) columns_[i] = {0, 0};
+        __syncthreads();
+    }
+
+    // A voxel's confidence in a kind of bins. All threads of a warp.
+    CALSEG_MEMBER void add(int64_t kind, float p, bool hit, bool counts) {
+        p = within_unit<float>(p);
+        const int32_t bin = bin_of<float>(p, static_cast<float>(n_bins_), n_bins_ - 1, right_closed_);
+        const unsigned confidence = static_cast<unsigned>(in_units<float>(p));
+        const int64_t at = kind * n_bins_ + bin;
+        if (bins_in_ == BinsIn::columns) {
+            if (!counts) return;
+            ColumnBin& word = columns_[static_cast<int>(at) * kCudaThreads + static_cast<int>(threadIdx.x)];
+            word = {word.confidence + confidence, word.count_and_hits + (1u << kCountShift | static_cast<unsigned>(hit))};
+            return;
+        }
+        unsigned left = __ballot_sync(kAllLanes, counts);
+        for (int round = 0; round < kWarpRounds && left; ++round) {
+            const int32_t of = __shfl_sync(kAllLanes, bin, __ffs(static_cast<int>(left)) - 1);
+            const bool here = counts && bin == of;
+            const unsigned same = __ballot_sync(kAllLanes, here), hits = __ballot_sync(kAllLanes, here && hit);
+            const unsigned sum = __reduce_add_sync(kAllLanes, here ? confidence : 0u);
+            if (lane() == 0) add_some(kind * n_bins_ + of, static_cast<unsigned>(__popc(same)), static_cast<unsigned>(__popc(hits)), sum);
+            left &= ~same;
+            counts = counts && !here;
+        }
+        if (counts) add_some(at, 1, hit, confidence);
+    }
+
+    // All threads, which have met: what is in shared memory goes to the call's sums.
+    CALSEG_MEMBER void finish() {
+        if (bins_in_ == BinsIn::columns) {
+            for (int64_t bin = warp(); bin < bins_; bin += kCudaWarps) {
+                unsigned count = 0, hits = 0;
+                unsigned long long confidence = 0;
+                for (int w = 0; w < kCudaWarps; ++w) {
+                    const ColumnBin word = columns_[bin * kCudaThreads + w * kCudaWarp + lane()];
+                    count += word.count_and_hits >> kCountShift;
+                    hits += word.count_and_hits & ((1u << kCountShift) - 1);
+                    confidence += word.confidence;
+                }
+                count = __reduce_add_sync(kAllLanes, count);
+                hits = __reduce_add_sync(kAllLanes, hits);
+                confidence = sum_of_warp(confidence);
+                if (lane() == 0) add_sums(bin, count, hits, confidence);
+            }
+        } else if (bins_in_ == BinsIn::shared) {
+            for (int64_t bin = threadIdx.x; bin < bins_; bin += kCudaThreads) {
+                const SharedBin& b = shared_[bin];
+                add_sums(bin, b.count, b.hits, static_cast<unsigned long long>(b.high) << 32 | b.low);
+            }
+        }
+    }
+
+ private:
+    CALSEG_MEMBER void add_some(int64_t bin, unsigned count, unsigned hits, unsigned confidence) {
+        if (bins_in_ == BinsIn::shared) shared_[bin].add(count, hits, confidence);
+        else add_sums(bin, count, hits, confidence);
+    }
+    CALSEG_MEMBER void add_sums(int64_t bin, unsigned count, unsigned hits, unsigned long long confidence) {
+        add_to(sums_ + 3 * bin, count);
+        add_to(sums_ + 3 * bin + 1, confidence);
+        add_to(sums_ + 3 * bin + 2, hits);
+    }
+
+    const BinsIn bins_in_;
+    const bool right_closed_;
+    const int32_t n_bins_;
+    const int64_t bins_;
+    ColumnBin* const columns_;  // [bins][kCudaThreads]
+    SharedBin* const shared_;   // [bins]
+    int64_t* const sums_;       // [bins][count, confidence, hits]
+};
+
+// ---- totals ----
+
+// A thread's, of up to kMostVoxels; finish() adds up the block's.
+struct Totals {
+    unsigned whole = 0, rest = 0, brier = 0, voxels = 0, nans = 0, infinites = 0;
+
+    CALSEG_MEMBER void add(const VoxelScores<float>& scores, bool binned) {
+        if (!binned) return;
+        brier += static_cast<unsigned>(in_units<float>(scores.brier));
+        if (!(scores.nll < static_cast<float>(kMaxNll))) {
+            ++infinites;
+            return;
+        }
+        const float nll = larger(scores.nll, 0.0f);
+        const int32_t nats = truncated_integer(nll);
+        whole += static_cast<unsigned>(nats);
+        rest += static_cast<unsigned>(in_units<float>(nll - to_values(nats, nll)));
+    }
+
+    // All threads; they meet in it.
+    CALSEG_MEMBER void finish(int64_t* to) const {
+        unsigned long long* of_warps = reinterpret_cast<unsigned long long*>(shared_memory());  // [kCudaWarps][kTotals]
+        const unsigned sums[kTotals] = {whole, rest, brier, voxels, nans, infinites};
+        for (int k = 0; k < kTotals; ++k) {
+            const unsigned long long sum = sum_of_warp(sums[k]);
+            if (lane() == 0) of_warps[warp() * kTotals + k] = sum;
+        }
+        __syncthreads();
+        const int k = static_cast<int>(threadIdx.x);
+        if (k >= kTotals) return;
+        unsigned long long sum = 0;
+        for (int w = 0; w < kCudaWarps; ++w) sum += of_warps[w * kTotals + k];
+        add_to(to + k, sum);
+    }
+};
+
+// ---- memory ----
+
+// The class that a voxel's label is, kSkipped or kNoClass.
+CALSEG_INLINE int32_t load_class(const CalibrationLaunch& launch, int64_t n, int64_t s) {
+    const TensorView& mask = launch.args.mask;
+    if (mask.data && !static_cast<const uint8_t*>(mask.data)[n * mask.stride_n + s * mask.stride_s]) return kSkipped;
+    const TensorView& labels = launch.args.labels.view;
+    const int64_t at = n * labels.stride_n + s * labels.stride_s;
+    uint64_t bits = 0;
+    switch (launch.labels.bytes) {
+        case 1:
+            bits = static_cast<const uint8_t*>(labels.data)[at];
+            break;
+        case 2:
+            bits = static_cast<const uint16_t*>(labels.data)[at];
+            break;
+        case 4:
+            bits = static_cast<const uint32_t*>(labels.data)[at];
+            break;
+        default:
+            bits = static_cast<const uint64_t*>(labels.data)[at];
+    }
+    if (launch.labels.ignores && bits == launch.labels.ignored) return kSkipped;
+    if (bits >= launch.labels.classes) return kNoClass;
+    return bits == 0 && launch.args.skip_background ? kSkipped : static_cast<int32_t>(bits);
+}
+
+// The scores of classes c to c + K for a thread's voxels: first, first + kCudaThreads, ...; `missing` where there is none.
+// Transposed, a warp's lanes read K classes of a voxel, of 32 / K voxels at once, and hand them round in shared memory:
+// rows have an odd length, so that no bank is asked twice.
+template <int K, int V, class From>
+CALSEG_INLINE void load_scores(float (&x)[V][K], const CalibrationLaunch& launch, int64_t n, int64_t first, int64_t c, float missing) {
+    const TensorView& scores = launch.args.scores;
+    const Shape& shape = launch.args.shape;
+    const bool transposed = launch.transposed;
+    const int64_t own_s = transposed ? first - lane() + lane() / K : first, own_c = transposed ? c + lane() % K : c;
+    const int s_step = transposed ? kCudaWarp / K : 0, c_step = transposed ? 0 : 1;
+    const From* const from =
+        static_cast<const From*>(scores.data) + (n * scores.stride_n + own_c * scores.stride_c + own_s * scores.stride_s);
+    const int64_t step = c_step * scores.stride_c + s_step * scores.stride_s;
+#pragma unroll
+    for (int v = 0; v < V; ++v)
+#pragma unroll
+        for (int j = 0; j < K; ++j) {
+            const bool inside = own_c + j * c_step < shape.C && own_s + v * kCudaThreads + j * s_step < shape.S;
+            x[v][j] = inside ? widened(from[v * kCudaThreads * scores.stride_s + j * step]) : missing;
+        }
+    if (!transposed) return;
+    float* const rows = reinterpret_cast<float*>(shared_memory() + launch.rows_offset) + warp() * (kCudaWarp * (K + 1));
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < K; ++j) rows[(j * s_step + lane() / K) * (K + 1) + lane() % K] = x[v][j];
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < K; ++j) x[v][j] = rows[lane() * (K + 1) + j];
+    }
+}
+
+// ---- voxels ----
+
+// Sums of logits as seen from the largest so far; `shift` is that, or the lowest number where all are -inf.
+class LogitFold {
+ public:
+    // Classes c to c + K, of C; they become exp(logit - shift).
+    template <int K>
+    CALSEG_MEMBER void add(int32_t label, int64_t c, int64_t C, float (&x)[K]) {
+        const float before = top_;
+#pragma unroll
+        for (int j = 0; j < K; ++j) {
+            if (j > 1 && c + j >= C) break;
+            top_class_ = top_ < x[j] ? static_cast<int32_t>(c) + j : top_class_;
+            top_ = larger(x[j], top_);
+        }
+        if (c > 0 && before < top_) {
+            float lower[1] = {before - top_};
+            sum_.label_d += lower[0];
+            exp_nonpositive(lower);
+            sum_.total *= lower[0];
+            sum_.label_e *= lower[0];
+            sum_.squares *= lower[0] * lower[0];
+        }
+#pragma unroll
+        for (int j = 0; j < K; j += 2) {
+            if (j > 0 && c + j >= C) break;
+            float pair[2] = {x[j] - shift(), x[j + 1] - shift()};
+            sum_.add(label, c + j, pair);
+            x[j] = pair[0];
+            x[j + 1] = pair[1];
+        }
+    }
+    CALSEG_MEMBER float shift() const { return larger(top_, -FLT_MAX); }
+    CALSEG_MEMBER LogitSums<float> result() const {
+        LogitSums<float> sums = sum_.result(top_class_);
+        if (sums.total == 0.0f) sums.total = NAN;  // all are -inf: no distribution
+        return sums;
+    }
+
+ private:
+    LogitSum<float> sum_;
+    float top_ = -INFINITY;
+    int32_t top_class_ = 0;
+};
+
+class ProbabilityFold {
+ public:
+    template <int K>
+    CALSEG_MEMBER void add(int32_t label, int64_t c, int64_t C, const float (&p)[K]) {
+#pragma unroll
+        for (int j = 0; j < K; ++j)
+            if (c + j < C) sums_.add(label, c + j, p[j]);
+    }
+    CALSEG_MEMBER const ProbabilitySums<float>& result() const { return sums_; }
+
+ private:
+    ProbabilitySums<float> sums_{0.0f};
+};
+
+template <bool kLogits>
+using Fold = std::conditional_t<kLogits, LogitFold, ProbabilityFold>;
+
+// A voxel's totals, and its faults. Returns whether it is in the bins.
+template <class Sums>
+CALSEG_INLINE bool add_totals(Totals& totals, const CalibrationLaunch& launch, const Sums& sums, const VoxelScores<float>& scores,
+                              int32_t label, int64_t position) {
+    if (label == kNoClass) atomicMin(reinterpret_cast<long long*>(launch.faults), static_cast<long long>(position));
+    const bool counts = label >= 0, binned = counts && sums.total == sums.total;
+    totals.voxels += counts;
+    totals.nans += counts && !binned;
+    totals.add(scores, binned);
+    if constexpr (std::is_same_v<Sums, ProbabilitySums<float>>)
+        if (binned && sums.off(static_cast<float>(launch.args.tolerance)) < 0)
+            atomicMin(reinterpret_cast<long long*>(launch.faults) + 1, static_cast<long long>(position));
+    return binned;
+}
+
+// The bins of K classes from c on: x is exp(logit - max), which `scale` makes a probability, or a probability.
+template <int K>
+CALSEG_INLINE void add_classes(Bins& bins, const CalibrationLaunch& launch, int32_t label, int64_t c, const float (&x)[K], float scale,
+                               bool binned) {
+    const int64_t first = launch.args.first_class, C = launch.args.shape.C;
+#pragma unroll
+    for (int j = 0; j < K; ++j)
+        if (c + j >= first && c + j < C) bins.add(c + j - first, x[j] * scale, label == static_cast<int32_t>(c) + j, binned);
+}
+
+// K classes of V voxels in a thread
+template <class From, int K, int V, bool kLogits, bool kClassWise>
+__global__ void __launch_bounds__(kCudaThreads, kCudaResident) calibration_bins(const CalibrationLaunch launch) {
+    constexpr float kMissing = kLogits ? -INFINITY : 0.0f;
+    const int64_t C = launch.args.shape.C, S = launch.args.shape.S;
+    const int64_t group = blockIdx.x / launch.blocks_per_group, block = blockIdx.x % launch.blocks_per_group;
+    Bins bins(launch, launch.args.sums + group * 3 * launch.bins);
+    Totals totals;
+    bins.clear();
+
+    int64_t tile = block * launch.tiles_per_group / launch.blocks_per_group;
+    const int64_t end = (block + 1) * launch.tiles_per_group / launch.blocks_per_group;
+    int64_t n = group + tile / launch.tiles_per_item, of_item = tile % launch.tiles_per_item;
+    for (; tile < end; ++tile) {
+        const int64_t first = of_item * (V * kCudaThreads) + threadIdx.x;
+        float x[V][K];
+        load_scores<K, V, From>(x, launch, n, first, 0, kMissing);
+        int32_t label[V];
+#pragma unroll
+        for (int v = 0; v < V; ++v) label[v] = first + v * kCudaThreads < S ? load_class(launch, n, first + v * kCudaThreads) : kSkipped;
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+            Fold<kLogits> fold;
+            fold.add(label[v], 0, C, x[v]);
+            if constexpr (V == 1)
+                for (int64_t c = K; c < C; c += K) {
+                    load_scores<K, V, From>(x, launch, n, first, c, kMissing);
+                    fold.add(label[v], c, C, x[v]);
+                }
+            const auto sums = fold.result();
+            const VoxelScores<float> scores = sums.scores();
+            const bool binned = add_totals(totals, launch, sums, scores, label[v], n * S + first + v * kCudaThreads);
+            if constexpr (!kClassWise) {
+                bins.add(0, scores.confidence, label[v] == sums.top, binned);
+            } else {
+                const float scale = kLogits ? scores.confidence : 1.0f;
+                if (V > 1 || C <= K) {
+                    add_classes(bins, launch, label[v], 0, x[v], scale, binned);
+                    continue;
+                }
+                if constexpr (V == 1)
+                    for (int64_t c = 0; c < C; c += K) {
+                        load_scores<K, V, From>(x, launch, n, first, c, kMissing);
+                        if constexpr (kLogits) {
+                            for (auto& each : x[v]) each -= fold.shift();
+                            exp_nonpositive(x[v]);
+                        }
+                        add_classes(bins, launch, label[v], c, x[v], scale, binned);
+                    }
+            }
+        }
+        if (++of_item == launch.tiles_per_item) of_item = 0, ++n;
+    }
+    totals.finish(launch.args.totals + group * kTotals);  // in it the threads meet
+    bins.finish();
+}
+
+// ---- the host's side ----
+
+using Kernel = void (*)(CalibrationLaunch);
+
+template <class From, int K>
+Kernel kernel_of(const CalibrationArgs& a) {
+    constexpr int V = voxels_held(K);
+    if (a.class_wise) return a.from_logits ? calibration_bins<From, K, V, true, true> : calibration_bins<From, K, V, false, true>;
+    return a.from_logits ? calibration_bins<From, K, V, true, false> : calibration_bins<From, K, V, false, false>;
+}
+
+template <class From>
+Kernel kernel_of(const CalibrationLaunch& launch) {
+    return launch.classes_held == 4 ? kernel_of<From, 4>(launch.args) : kernel_of<From, 16>(launch.args);
+}
+
+Kernel kernel_of_dtype(const CalibrationLaunch& launch) {
+    switch (launch.args.scores.dtype) {
+        case DType::bf16:
+            return kernel_of<BF16>(launch);
+        case DType::f16:
+            return kernel_of<F16>(launch);
+        default:
+            return kernel_of<float>(launch);
+    }
+}
+
+void check(cudaError_t error) {
+    if (error != cudaSuccess) throw std::runtime_error(std::string("calibration_bins on CUDA: ") + cudaGetErrorString(error));
+}
+
+// The device of a call; afterwards that which was current.
+class OnDevice {
+ public:
+    explicit OnDevice(int device) : device_(device) {
+        check(cudaGetDevice(&before_));
+        if (before_ != device_) check(cudaSetDevice(device_));
+    }
+    ~OnDevice() {
+        if (before_ != device_) cudaSetDevice(before_);
+    }
+    OnDevice(const OnDevice&) = delete;
+    OnDevice& operator=(const OnDevice&) = delete;
+
+    int64_t attribute(cudaDeviceAttr which) const {
+        int value = 0;
+        check(cudaDeviceGetAttribute(&value, which, device_));
+        return value;
+    }
+
+ private:
+    int device_, before_ = 0;
+};
+
+}  // namespace
+}  // namespace CALSEG_ISA
+
+void cuda_calibration_bins(const CalibrationArgs& args, int64_t* faults, int device, void* stream) {
+    using namespace CALSEG_ISA;
+    const OnDevice on(device);
+    const CudaLimits limits{on.attribute(cudaDevAttrMultiProcessorCount), on.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                            on.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+    CalibrationLaunch launch = calibration_launch(args, limits);
+    launch.faults = faults;
+    const auto kernel = kernel_of_dtype(launch);
+    const int shared_bytes = static_cast<int>(launch.shared_bytes);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    int resident = 0;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kCudaThreads, launch.shared_bytes));
+    set_blocks(launch, limits, resident);
+    if (launch.blocks() == 0) return;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(launch.blocks()));
+    config.blockDim = dim3(kCudaThreads);
+    config.dynamicSmemBytes = launch.shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    check(cudaLaunchKernelEx(&config, kernel, launch));
+}
+
+}  // namespace calseg
