@@ -1,4 +1,4 @@
-"""The CPU kernels (csrc/module.cpp). Arguments come checked from calseg/ops.py."""
+"""The CPU and CUDA kernels (csrc/module.cpp). Arguments come checked from calseg/ops.py."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ Gaussian = tuple[Any, ...]
 Outcome = tuple[float, int, int]
 
 POOLED_BYTES: int
+CUDA_ARCHITECTURES: list[str]  # empty where the CUDA kernels were not built
 
 def cross_entropy(
     shape: Shape,
@@ -105,6 +106,26 @@ def calibration_bins(
     num_threads: int,
     /,
 ) -> tuple[int, int, int, float, float]: ...
+def cuda_calibration_bins(
+    shape: Shape,
+    scores: View,
+    labels: Labels,
+    mask: View,
+    n_bins: int,
+    first_class: int,
+    from_logits: bool,
+    class_wise: bool,
+    skip_background: bool,
+    per_item: bool,
+    right_closed: bool,
+    tolerance: float,
+    sums: View,
+    totals: View,
+    faults: View,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
 def ace_moments(
     shape: Shape,
     logits: View,

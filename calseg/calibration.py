@@ -132,8 +132,8 @@ def calibration_bins(
             all count.
         per_item: sums per batch item, not over all. Default False.
         right_closed: bins :math:`b / n < p \le (b + 1) / n` instead, with 0 in the first. Default False.
-        backend: ``"cpu"`` (native), ``"triton"`` (on a GPU) or ``"reference"`` (plain PyTorch); default: the
-            fastest that there is.
+        backend: ``"cpu"`` (native), ``"cuda"`` or ``"triton"`` (on a GPU) or ``"reference"`` (plain PyTorch); default:
+            the fastest that there is.
 
     Returns:
         :class:`CalibrationBins`.
@@ -167,7 +167,7 @@ def calibration_bins(
     counted = None if mask is None else check.check_mask("mask", mask, input)
     if class_wise and not include_background and ops.shape_of(input)[1] == 1:
         raise ValueError(f"include_background: got False for one class ({check.describe(input)}), wanted 2 or more")
-    chosen = ops.choose_backend(input, backend)
+    chosen = ops.choose_backend(input, backend, "calibration_bins")
     first_class = (0 if include_background else 1) if class_wise else None
     skip_background = not (class_wise or include_background)
     if chosen == "reference":

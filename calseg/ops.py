@@ -36,7 +36,8 @@ except ImportError as error:
         stacklevel=2,
     )
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+CUDA_OPERATIONS = ("calibration_bins",)  # those with a kernel in CUDA C++
 
 MIN_TRITON = (3, 6)  # the oldest that the kernels are tested with
 TRITON_DEVICES = ("cuda", "xpu")  # "cuda" is ROCm too
@@ -60,6 +61,23 @@ def _triton_error() -> str | None:
 
 
 TRITON_ERROR = _triton_error()
+
+CUDA_DEVICES = ("cuda",)
+CUDA_CAPABILITY = (8, 0)  # the oldest that CMakeLists.txt compiles for
+
+
+def _cuda_error(tensor: Tensor) -> str | None:
+    """Why the CUDA engine cannot run on a tensor's device, or None."""
+    if _native is None:
+        return f"the native engine is not available ({NATIVE_ERROR})"
+    if not _native.CUDA_ARCHITECTURES:
+        return "calseg was built without CUDA: reinstall with nvcc at hand, pip install --no-binary calseg calseg"
+    if torch.version.hip is not None:
+        return "this PyTorch is for ROCm, wanted one for CUDA"
+    if tensor.is_cuda and (capability := torch.cuda.get_device_capability(tensor.device)) < CUDA_CAPABILITY:
+        return f"{tensor.device} has compute capability {capability[0]}.{capability[1]}, wanted 8.0 or more"
+    return None
+
 
 # The order of DType in csrc/kernels.h.
 _DTYPES = {
@@ -113,14 +131,16 @@ class Loss(NamedTuple):
     backend: str = "cpu"
 
 
-def choose_backend(tensor: Tensor, backend: str | None) -> str:
-    """The backend of a call whose main argument is ``tensor``."""
+def choose_backend(tensor: Tensor, backend: str | None, operation: str | None = None) -> str:
+    """The backend of a call whose main argument is ``tensor``; ``operation`` is named where it is in CUDA_OPERATIONS."""
     if backend is None:
         device = tensor.device.type
         if device == "cpu":
             return "cpu" if _native is not None else "reference"
         if device not in TRITON_DEVICES or tensor.dtype == torch.float64:
             return "reference"
+        if operation in CUDA_OPERATIONS and device in CUDA_DEVICES and _cuda_error(tensor) is None:
+            return "cuda"
         if TRITON_ERROR is None:
             return "triton"
         if not torch.compiler.is_compiling():
@@ -139,8 +159,15 @@ def choose_backend(tensor: Tensor, backend: str | None) -> str:
         if tensor.device.type not in TRITON_DEVICES and not _interpreted(tensor):
             wanted = "one on a GPU (or TRITON_INTERPRET=1 set before Triton is imported)"
             raise ValueError(f"backend='triton': got a tensor on {tensor.device}, wanted {wanted}")
-        if tensor.dtype == torch.float64:
-            return "reference"
+    if backend == "cuda":
+        if operation not in CUDA_OPERATIONS:
+            raise ValueError(f"backend='cuda': only {', '.join(CUDA_OPERATIONS)} has a CUDA kernel; 'triton' has all")
+        if (error := _cuda_error(tensor)) is not None:
+            raise RuntimeError(f"backend='cuda': {error}")
+        if tensor.device.type not in CUDA_DEVICES:
+            raise ValueError(f"backend='cuda': got a tensor on {tensor.device}, wanted one on a CUDA device")
+    if backend in ("triton", "cuda") and tensor.dtype == torch.float64:
+        return "reference"
     return backend
 
 
@@ -492,8 +519,9 @@ def calibration_bins(
     ``first_class`` is the first class with bins of its own, None for top-label bins; ``mask`` is uint8.
     """
     shape = N, C, _ = shape_of(scores)
-    if backend == "triton":
-        sums, totals, label_position, score_position = _triton().calibration_bins(
+    if backend in ("triton", "cuda"):
+        engine = _triton().calibration_bins if backend == "triton" else _cuda_calibration_bins
+        sums, totals, label_position, score_position = engine(
             scores, labels, mask, n_bins=n_bins, from_logits=from_logits, first_class=first_class,
             skip_background=skip_background, per_item=per_item, right_closed=right_closed,
         )  # fmt: skip
@@ -524,6 +552,47 @@ def calibration_bins(
     if score_position >= 0:
         raise probability_error(total, least, score_position, voxel_shape(scores))
     return sums, totals
+
+
+NO_FAULT = 2**63 - 1
+
+
+def _cuda_calibration_bins(
+    scores: Tensor,
+    labels: Labels,
+    mask: Tensor | None,
+    *,
+    n_bins: int,
+    from_logits: bool,
+    first_class: int | None,
+    skip_background: bool,
+    per_item: bool,
+    right_closed: bool,
+) -> tuple[Tensor, Tensor, int, int]:
+    """:func:`calibration_bins`, and where the first label that is no class and the first scores that are no
+    probabilities are, -1 if nowhere. Waits for the GPU once.
+    """
+    shape = N, C, _ = shape_of(scores)
+    items, kinds = N if per_item else 1, 1 if first_class is None else C - first_class
+    results = torch.zeros(2 + items * (6 + kinds * n_bins * 3), dtype=torch.int64, device=scores.device)
+    faults, totals, sums = results.split([2, items * 6, items * kinds * n_bins * 3])
+    faults.fill_(NO_FAULT)
+    scores, labels = _kept(scores), _kept_labels(labels) or labels
+    counted = _label_view(None if mask is None else _kept_labels(Labels(mask, 0)))
+    _native.cuda_calibration_bins(
+        shape, _view(scores), _label_view(labels), None if counted is None else counted[0], n_bins, first_class or 0,
+        from_logits, first_class is not None, skip_background, per_item, right_closed,
+        probability_tolerance(scores.dtype), *((part.data_ptr(), 0, 0, 0, 0) for part in (sums, totals, faults)),
+        *_device_and_stream(scores),
+    )  # fmt: skip
+    faults, totals, sums = results.cpu().split([2, items * 6, items * kinds * n_bins * 3])
+    label_position, score_position = (-1 if place == NO_FAULT else place for place in faults.tolist())
+    return sums.view(items, kinds, n_bins, 3), totals.view(items, 6), label_position, score_position
+
+
+def _device_and_stream(tensor: Tensor) -> tuple[int, int]:
+    """The CUDA device of a tensor and the stream that is current on it, as integers."""
+    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
 
 
 def ace_moments(logits: Tensor, labels: Labels, n_bins: int, soft: bool, first_class: int) -> Tensor:
@@ -604,7 +673,13 @@ def info() -> dict[str, Any]:
 
     native = _native is not None
     gpu = torch.cuda.is_available() or torch.xpu.is_available()
-    runs = {"reference": True, "cpu": native, "triton": TRITON_ERROR is None and (gpu or _interpreted(torch.empty(0)))}
+    architectures = list(_native.CUDA_ARCHITECTURES) if native else []
+    runs = {
+        "reference": True,
+        "cpu": native,
+        "triton": TRITON_ERROR is None and (gpu or _interpreted(torch.empty(0))),
+        "cuda": torch.cuda.is_available() and _cuda_error(torch.empty(0, device="cuda")) is None,
+    }
     return {
         "calseg": __version__,
         "python": platform.python_version(),
@@ -621,4 +696,5 @@ def info() -> dict[str, Any]:
         "triton_error": TRITON_ERROR,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cuda": torch.version.cuda,
+        "cuda_architectures": architectures,
     }

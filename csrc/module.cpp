@@ -4,6 +4,7 @@
 
 #include "buffer_pool.h"
 #include "casters.h"
+#include "cuda/calibration.h"
 #include "dispatch.h"
 #include "dlpack.h"
 #include "operations.h"
@@ -26,7 +27,7 @@ CrossEntropyArgs cross_entropy_args(const Shape& shape, const TensorView& logits
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-    m.doc() = "CPU kernels of calseg";
+    m.doc() = "CPU and CUDA kernels of calseg";
 
     m.def("cross_entropy", [](const Shape& shape, const TensorView& logits, const TensorView& soft_labels, const Labels& labels,
                               const TensorView& weight, double label_smoothing, const TensorView& grad_output, const TensorView& loss,
@@ -102,6 +103,22 @@ PYBIND11_MODULE(_native, m) {
                                  right_closed, tolerance, static_cast<int64_t*>(sums.data), static_cast<int64_t*>(totals.data), nullptr},
                                 num_threads);
     });
+
+#if defined(CALSEG_CUDA_ARCHITECTURES)
+    m.attr("CUDA_ARCHITECTURES") = py::str(CALSEG_CUDA_ARCHITECTURES).attr("split")(" ");
+    m.def("cuda_calibration_bins",
+          [](const Shape& shape, const TensorView& scores, const Labels& labels, const TensorView& mask, int64_t n_bins,
+             int64_t first_class, bool from_logits, bool class_wise, bool skip_background, bool per_item, bool right_closed,
+             double tolerance, const TensorView& sums, const TensorView& totals, const TensorView& faults, int device, uintptr_t stream) {
+              const Release release;
+              cuda_calibration_bins({shape, scores, labels, mask, n_bins, first_class, from_logits, class_wise, skip_background, per_item,
+                                     right_closed, tolerance, static_cast<int64_t*>(sums.data), static_cast<int64_t*>(totals.data),
+                                     nullptr},
+                                    static_cast<int64_t*>(faults.data), device, reinterpret_cast<void*>(stream));
+          });
+#else
+    m.attr("CUDA_ARCHITECTURES") = py::list();
+#endif
 
     m.def("ace_moments", [](const Shape& shape, const TensorView& logits, const Labels& labels, int64_t n_bins, int64_t first_class,
                             bool soft, const TensorView& sums, const TensorView& nans, int num_threads) {
