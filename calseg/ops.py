@@ -132,7 +132,7 @@ class Loss(NamedTuple):
 
 
 def choose_backend(tensor: Tensor, backend: str | None, operation: str | None = None) -> str:
-    """The backend of a call whose main argument is ``tensor``; ``operation`` is named where it is in CUDA_OPERATIONS."""
+    """The backend of a call whose main argument is ``tensor``; ``operation`` may be one of CUDA_OPERATIONS."""
     if backend is None:
         device = tensor.device.type
         if device == "cpu":
@@ -579,11 +579,12 @@ def _cuda_calibration_bins(
     faults.fill_(NO_FAULT)
     scores, labels = _kept(scores), _kept_labels(labels) or labels
     counted = _label_view(None if mask is None else _kept_labels(Labels(mask, 0)))
+    device, stream = _device_and_stream(scores)
     _native.cuda_calibration_bins(
         shape, _view(scores), _label_view(labels), None if counted is None else counted[0], n_bins, first_class or 0,
         from_logits, first_class is not None, skip_background, per_item, right_closed,
-        probability_tolerance(scores.dtype), *((part.data_ptr(), 0, 0, 0, 0) for part in (sums, totals, faults)),
-        *_device_and_stream(scores),
+        probability_tolerance(scores.dtype), (sums.data_ptr(), 0, 0, 0, 0), (totals.data_ptr(), 0, 0, 0, 0),
+        (faults.data_ptr(), 0, 0, 0, 0), device, stream,
     )  # fmt: skip
     faults, totals, sums = results.cpu().split([2, items * 6, items * kinds * n_bins * 3])
     label_position, score_position = (-1 if place == NO_FAULT else place for place in faults.tolist())

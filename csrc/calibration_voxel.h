@@ -33,8 +33,9 @@ CALSEG_INLINE F<T> within_unit(F<T> p) {
 }
 
 // The bin of confidences in [0, 1]: an edge is k / n_bins, rounded. Only the nearest edge can be on the wrong side.
-template <class T>
-CALSEG_INLINE I<T> bin_of(F<T> confidence, F<T> n_bins, I<T> last, bool right_closed) {
+// N: F<T>, or what such can be multiplied with and divided by.
+template <class T, class N>
+CALSEG_INLINE I<T> bin_of(F<T> confidence, N n_bins, I<T> last, bool right_closed) {
     const I<T> nearest = nearest_integer(confidence * n_bins), one = broadcast<I<T>>(1), none = broadcast<I<T>>(0);
     const F<T> edge = to_values(nearest, confidence) / n_bins;
     if (right_closed) {

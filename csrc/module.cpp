@@ -106,16 +106,15 @@ PYBIND11_MODULE(_native, m) {
 
 #if defined(CALSEG_CUDA_ARCHITECTURES)
     m.attr("CUDA_ARCHITECTURES") = py::str(CALSEG_CUDA_ARCHITECTURES).attr("split")(" ");
-    m.def("cuda_calibration_bins",
-          [](const Shape& shape, const TensorView& scores, const Labels& labels, const TensorView& mask, int64_t n_bins,
-             int64_t first_class, bool from_logits, bool class_wise, bool skip_background, bool per_item, bool right_closed,
-             double tolerance, const TensorView& sums, const TensorView& totals, const TensorView& faults, int device, uintptr_t stream) {
-              const Release release;
-              cuda_calibration_bins({shape, scores, labels, mask, n_bins, first_class, from_logits, class_wise, skip_background, per_item,
-                                     right_closed, tolerance, static_cast<int64_t*>(sums.data), static_cast<int64_t*>(totals.data),
-                                     nullptr},
-                                    static_cast<int64_t*>(faults.data), device, reinterpret_cast<void*>(stream));
-          });
+    m.def("cuda_calibration_bins", [](const Shape& shape, const TensorView& scores, const Labels& labels, const TensorView& mask,
+                                      int64_t n_bins, int64_t first_class, bool from_logits, bool class_wise, bool skip_background,
+                                      bool per_item, bool right_closed, double tolerance, const TensorView& sums, const TensorView& totals,
+                                      const TensorView& faults, int device, uintptr_t stream) {
+        const Release release;
+        cuda_calibration_bins({shape, scores, labels, mask, n_bins, first_class, from_logits, class_wise, skip_background, per_item,
+                               right_closed, tolerance, static_cast<int64_t*>(sums.data), static_cast<int64_t*>(totals.data), nullptr},
+                              static_cast<int64_t*>(faults.data), device, reinterpret_cast<void*>(stream));
+    });
 #else
     m.attr("CUDA_ARCHITECTURES") = py::list();
 #endif

@@ -70,8 +70,8 @@ class Bins {
     CALSEG_MEMBER Bins(const CalibrationLaunch& launch, int64_t* sums)
         : bins_in_(launch.bins_in),
           right_closed_(launch.args.right_closed),
-          n_bins_(static_cast<int32_t>(launch.args.n_bins)),
-          bins_(launch.bins),
+          n_bins_(static_cast<float>(launch.args.n_bins)),
+          bins_(static_cast<int32_t>(launch.bins)),
           columns_(reinterpret_cast<ColumnBin*>(shared_memory() + launch.bins_offset)),
           shared_(reinterpret_cast<SharedBin*>(shared_memory() + launch.bins_offset)),
           sums_(sums) {}
@@ -79,40 +79,50 @@ class Bins {
     // All threads; they meet after it.
     CALSEG_MEMBER void clear() {
         static_assert(sizeof(ColumnBin) * 2 == sizeof(SharedBin));
-        const int64_t words = bins_in_ == BinsIn::columns ? bins_ * kCudaThreads : bins_in_ == BinsIn::shared ? bins_ * 2 : 0;
-        for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(words); i += kCudaThreads) columns_[i] = {0, 0};
+        const int words = bins_in_ == BinsIn::columns ? bins_ * kCudaThreads : bins_in_ == BinsIn::shared ? bins_ * 2 : 0;
+        for (int i = static_cast<int>(threadIdx.x); i < words; i += kCudaThreads) columns_[i] = {0, 0};
         __syncthreads();
     }
 
     // A voxel's confidence in a kind of bins. All threads of a warp.
-    CALSEG_MEMBER void add(int64_t kind, float p, bool hit, bool counts) {
+    CALSEG_MEMBER void add(int32_t kind, float p, bool hit, bool counts) {
         p = within_unit<float>(p);
-        const int32_t bin = bin_of<float>(p, static_cast<float>(n_bins_), n_bins_ - 1, right_closed_);
+        const int32_t bin = bin_of<float>(p, n_bins_, static_cast<int32_t>(n_bins_.n) - 1, right_closed_);
         const unsigned confidence = static_cast<unsigned>(in_units<float>(p));
-        const int64_t at = kind * n_bins_ + bin;
+        const int32_t first = kind * static_cast<int32_t>(n_bins_.n);
         if (bins_in_ == BinsIn::columns) {
             if (!counts) return;
-            ColumnBin& word = columns_[static_cast<int>(at) * kCudaThreads + static_cast<int>(threadIdx.x)];
+            ColumnBin& word = columns_[(first + bin) * kCudaThreads + static_cast<int>(threadIdx.x)];
             word = {word.confidence + confidence, word.count_and_hits + (1u << kCountShift | static_cast<unsigned>(hit))};
             return;
         }
         unsigned left = __ballot_sync(kAllLanes, counts);
-        for (int round = 0; round < kWarpRounds && left; ++round) {
-            const int32_t of = __shfl_sync(kAllLanes, bin, __ffs(static_cast<int>(left)) - 1);
+#pragma unroll 1
+        for (int round = 0; left; ++round) {
+            const int32_t of = round < kWarpRounds ? __shfl_sync(kAllLanes, bin, __ffs(static_cast<int>(left)) - 1) : bin;
             const bool here = counts && bin == of;
-            const unsigned same = __ballot_sync(kAllLanes, here), hits = __ballot_sync(kAllLanes, here && hit);
-            const unsigned sum = __reduce_add_sync(kAllLanes, here ? confidence : 0u);
-            if (lane() == 0) add_some(kind * n_bins_ + of, static_cast<unsigned>(__popc(same)), static_cast<unsigned>(__popc(hits)), sum);
+            const unsigned same = __ballot_sync(kAllLanes, here);
+            unsigned count = 1, hits = hit, sum = confidence;
+            bool adds = here;
+            if (round < kWarpRounds) {
+                count = static_cast<unsigned>(__popc(same));
+                hits = static_cast<unsigned>(__popc(__ballot_sync(kAllLanes, here && hit)));
+                sum = __reduce_add_sync(kAllLanes, here ? confidence : 0u);
+                adds = lane() == 0;
+            }
+            if (adds) {
+                if (bins_in_ == BinsIn::shared) shared_[first + of].add(count, hits, sum);
+                else add_sums(first + of, count, hits, sum);
+            }
             left &= ~same;
             counts = counts && !here;
         }
-        if (counts) add_some(at, 1, hit, confidence);
     }
 
     // All threads, which have met: what is in shared memory goes to the call's sums.
     CALSEG_MEMBER void finish() {
         if (bins_in_ == BinsIn::columns) {
-            for (int64_t bin = warp(); bin < bins_; bin += kCudaWarps) {
+            for (int bin = warp(); bin < bins_; bin += kCudaWarps) {
                 unsigned count = 0, hits = 0;
                 unsigned long long confidence = 0;
                 for (int w = 0; w < kCudaWarps; ++w) {
@@ -127,7 +137,7 @@ class Bins {
                 if (lane() == 0) add_sums(bin, count, hits, confidence);
             }
         } else if (bins_in_ == BinsIn::shared) {
-            for (int64_t bin = threadIdx.x; bin < bins_; bin += kCudaThreads) {
+            for (int bin = static_cast<int>(threadIdx.x); bin < bins_; bin += kCudaThreads) {
                 const SharedBin& b = shared_[bin];
                 add_sums(bin, b.count, b.hits, static_cast<unsigned long long>(b.high) << 32 | b.low);
             }
@@ -135,20 +145,17 @@ class Bins {
     }
 
  private:
-    CALSEG_MEMBER void add_some(int64_t bin, unsigned count, unsigned hits, unsigned confidence) {
-        if (bins_in_ == BinsIn::shared) shared_[bin].add(count, hits, confidence);
-        else add_sums(bin, count, hits, confidence);
-    }
-    CALSEG_MEMBER void add_sums(int64_t bin, unsigned count, unsigned hits, unsigned long long confidence) {
-        add_to(sums_ + 3 * bin, count);
-        add_to(sums_ + 3 * bin + 1, confidence);
-        add_to(sums_ + 3 * bin + 2, hits);
+    CALSEG_MEMBER void add_sums(int32_t bin, unsigned count, unsigned hits, unsigned long long confidence) {
+        int64_t* const to = sums_ + 3 * static_cast<int64_t>(bin);
+        add_to(to, count);
+        add_to(to + 1, confidence);
+        add_to(to + 2, hits);
     }
 
     const BinsIn bins_in_;
     const bool right_closed_;
-    const int32_t n_bins_;
-    const int64_t bins_;
+    const Divisor n_bins_;
+    const int32_t bins_;
     ColumnBin* const columns_;  // [bins][kCudaThreads]
     SharedBin* const shared_;   // [bins]
     int64_t* const sums_;       // [bins][count, confidence, hits]
@@ -192,6 +199,12 @@ struct Totals {
 
 // ---- memory ----
 
+// How many of kMost there are, given what is left, which may be less than none.
+template <int kMost>
+CALSEG_INLINE int up_to(int64_t left) {
+    return left < kMost ? left < 0 ? 0 : static_cast<int>(left) : kMost;
+}
+
 // The class that a voxel's label is, kSkipped or kNoClass.
 CALSEG_INLINE int32_t load_class(const CalibrationLaunch& launch, int64_t n, int64_t s) {
     const TensorView& mask = launch.args.mask;
@@ -217,33 +230,43 @@ CALSEG_INLINE int32_t load_class(const CalibrationLaunch& launch, int64_t n, int
     return bits == 0 && launch.args.skip_background ? kSkipped : static_cast<int32_t>(bits);
 }
 
-// The scores of classes c to c + K for a thread's voxels: first, first + kCudaThreads, ...; `missing` where there is none.
+// The scores of classes c to c + K for a thread's voxels, s, s + kCudaThreads, ...; `missing` where there is none.
 // Transposed, a warp's lanes read K classes of a voxel, of 32 / K voxels at once, and hand them round in shared memory:
 // rows have an odd length, so that no bank is asked twice.
 template <int K, int V, class From>
-CALSEG_INLINE void load_scores(float (&x)[V][K], const CalibrationLaunch& launch, int64_t n, int64_t first, int64_t c, float missing) {
+CALSEG_INLINE void load_scores(float (&x)[V][K], const CalibrationLaunch& launch, int64_t n, int64_t s, int c, float missing) {
     const TensorView& scores = launch.args.scores;
-    const Shape& shape = launch.args.shape;
-    const bool transposed = launch.transposed;
-    const int64_t own_s = transposed ? first - lane() + lane() / K : first, own_c = transposed ? c + lane() % K : c;
-    const int s_step = transposed ? kCudaWarp / K : 0, c_step = transposed ? 0 : 1;
-    const From* const from =
-        static_cast<const From*>(scores.data) + (n * scores.stride_n + own_c * scores.stride_c + own_s * scores.stride_s);
-    const int64_t step = c_step * scores.stride_c + s_step * scores.stride_s;
+    const From* const item = static_cast<const From*>(scores.data) + n * scores.stride_n;
+    const int classes = static_cast<int>(launch.args.shape.C) - c;
+    if (!launch.transposed) {
+        const int voxels = (up_to<V * kCudaThreads>(launch.args.shape.S - s) + kCudaThreads - 1) / kCudaThreads;
+        const From* voxel = item + (c * scores.stride_c + s * scores.stride_s);
 #pragma unroll
-    for (int v = 0; v < V; ++v)
+        for (int v = 0; v < V; ++v, voxel += kCudaThreads * scores.stride_s) {
+            const From* from = voxel;
 #pragma unroll
-        for (int j = 0; j < K; ++j) {
-            const bool inside = own_c + j * c_step < shape.C && own_s + v * kCudaThreads + j * s_step < shape.S;
-            x[v][j] = inside ? widened(from[v * kCudaThreads * scores.stride_s + j * step]) : missing;
+            for (int j = 0; j < K; ++j, from += scores.stride_c) x[v][j] = v < voxels && j < classes ? widened(*from) : missing;
         }
-    if (!transposed) return;
+        return;
+    }
+    constexpr int kAtOnce = kCudaWarp / K;  // voxels
+    const int own_class = lane() % K, own_voxel = lane() / K;
+    s += own_voxel - lane();
+    const int voxels = own_class < classes ? up_to<V * kCudaThreads>(launch.args.shape.S - s) : 0;
+    const From* voxel = item + ((c + own_class) * scores.stride_c + s * scores.stride_s);
+#pragma unroll
+    for (int v = 0; v < V; ++v, voxel += kCudaThreads * scores.stride_s) {
+        const From* from = voxel;
+#pragma unroll
+        for (int j = 0; j < K; ++j, from += kAtOnce * scores.stride_s)
+            x[v][j] = v * kCudaThreads + j * kAtOnce < voxels ? widened(*from) : missing;
+    }
     float* const rows = reinterpret_cast<float*>(shared_memory() + launch.rows_offset) + warp() * (kCudaWarp * (K + 1));
 #pragma unroll
     for (int v = 0; v < V; ++v) {
         __syncwarp();
 #pragma unroll
-        for (int j = 0; j < K; ++j) rows[(j * s_step + lane() / K) * (K + 1) + lane() % K] = x[v][j];
+        for (int j = 0; j < K; ++j) rows[(j * kAtOnce + own_voxel) * (K + 1) + own_class] = x[v][j];
         __syncwarp();
 #pragma unroll
         for (int j = 0; j < K; ++j) x[v][j] = rows[lane() * (K + 1) + j];
@@ -257,12 +280,12 @@ class LogitFold {
  public:
     // Classes c to c + K, of C; they become exp(logit - shift).
     template <int K>
-    CALSEG_MEMBER void add(int32_t label, int64_t c, int64_t C, float (&x)[K]) {
+    CALSEG_MEMBER void add(int32_t label, int c, int C, float (&x)[K]) {
         const float before = top_;
 #pragma unroll
         for (int j = 0; j < K; ++j) {
             if (j > 1 && c + j >= C) break;
-            top_class_ = top_ < x[j] ? static_cast<int32_t>(c) + j : top_class_;
+            top_class_ = top_ < x[j] ? c + j : top_class_;
             top_ = larger(x[j], top_);
         }
         if (c > 0 && before < top_) {
@@ -298,7 +321,7 @@ class LogitFold {
 class ProbabilityFold {
  public:
     template <int K>
-    CALSEG_MEMBER void add(int32_t label, int64_t c, int64_t C, const float (&p)[K]) {
+    CALSEG_MEMBER void add(int32_t label, int c, int C, const float (&p)[K]) {
 #pragma unroll
         for (int j = 0; j < K; ++j)
             if (c + j < C) sums_.add(label, c + j, p[j]);
@@ -329,19 +352,20 @@ CALSEG_INLINE bool add_totals(Totals& totals, const CalibrationLaunch& launch, c
 
 // The bins of K classes from c on: x is exp(logit - max), which `scale` makes a probability, or a probability.
 template <int K>
-CALSEG_INLINE void add_classes(Bins& bins, const CalibrationLaunch& launch, int32_t label, int64_t c, const float (&x)[K], float scale,
+CALSEG_INLINE void add_classes(Bins& bins, const CalibrationLaunch& launch, int32_t label, int c, const float (&x)[K], float scale,
                                bool binned) {
-    const int64_t first = launch.args.first_class, C = launch.args.shape.C;
+    const int first = static_cast<int>(launch.args.first_class), C = static_cast<int>(launch.args.shape.C);
 #pragma unroll
     for (int j = 0; j < K; ++j)
-        if (c + j >= first && c + j < C) bins.add(c + j - first, x[j] * scale, label == static_cast<int32_t>(c) + j, binned);
+        if (c + j >= first && c + j < C) bins.add(c + j - first, x[j] * scale, label == c + j, binned);
 }
 
 // K classes of V voxels in a thread
 template <class From, int K, int V, bool kLogits, bool kClassWise>
 __global__ void __launch_bounds__(kCudaThreads, kCudaResident) calibration_bins(const CalibrationLaunch launch) {
     constexpr float kMissing = kLogits ? -INFINITY : 0.0f;
-    const int64_t C = launch.args.shape.C, S = launch.args.shape.S;
+    const int C = static_cast<int>(launch.args.shape.C);
+    const int64_t S = launch.args.shape.S;
     const int64_t group = blockIdx.x / launch.blocks_per_group, block = blockIdx.x % launch.blocks_per_group;
     Bins bins(launch, launch.args.sums + group * 3 * launch.bins);
     Totals totals;
@@ -362,7 +386,7 @@ __global__ void __launch_bounds__(kCudaThreads, kCudaResident) calibration_bins(
             Fold<kLogits> fold;
             fold.add(label[v], 0, C, x[v]);
             if constexpr (V == 1)
-                for (int64_t c = K; c < C; c += K) {
+                for (int c = K; c < C; c += K) {
                     load_scores<K, V, From>(x, launch, n, first, c, kMissing);
                     fold.add(label[v], c, C, x[v]);
                 }
@@ -373,19 +397,17 @@ __global__ void __launch_bounds__(kCudaThreads, kCudaResident) calibration_bins(
                 bins.add(0, scores.confidence, label[v] == sums.top, binned);
             } else {
                 const float scale = kLogits ? scores.confidence : 1.0f;
-                if (V > 1 || C <= K) {
-                    add_classes(bins, launch, label[v], 0, x[v], scale, binned);
-                    continue;
-                }
-                if constexpr (V == 1)
-                    for (int64_t c = 0; c < C; c += K) {
-                        load_scores<K, V, From>(x, launch, n, first, c, kMissing);
-                        if constexpr (kLogits) {
-                            for (auto& each : x[v]) each -= fold.shift();
-                            exp_nonpositive(x[v]);
+                for (int c = 0; c < C; c += K) {
+                    if constexpr (V == 1)
+                        if (C > K) {  // too many to keep: once more
+                            load_scores<K, V, From>(x, launch, n, first, c, kMissing);
+                            if constexpr (kLogits) {
+                                for (auto& each : x[v]) each -= fold.shift();
+                                exp_nonpositive(x[v]);
+                            }
                         }
-                        add_classes(bins, launch, label[v], c, x[v], scale, binned);
-                    }
+                    add_classes(bins, launch, label[v], c, x[v], scale, binned);
+                }
             }
         }
         if (++of_item == launch.tiles_per_item) of_item = 0, ++n;

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import mmap
 import os
-import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -18,12 +16,13 @@ from typing import NamedTuple
 import pytest
 import test_calibration as calibration
 import torch
-from cases import FLOATS, LABELS, LAYOUTS, SHAPES, labels, scores
+from cases import LABELS, LAYOUTS, SHAPES, labels, scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import calseg
 from calseg import ops
+from calseg.reference import UNIT
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -32,15 +31,6 @@ LOW = (torch.bfloat16, torch.float16)
 
 
 # ---- the kernels as plain C++ ----
-
-
-class Launch(NamedTuple):
-    """What the last launch was."""
-
-    blocks: int
-    shared_bytes: int
-    device: int
-    current_device: int
 
 
 class Limits(NamedTuple):
@@ -54,22 +44,65 @@ class Limits(NamedTuple):
     last_block: int = 2**32 - 1
 
 
+class Launch(NamedTuple):
+    """What the last launch was."""
+
+    blocks: int
+    shared_bytes: int
+    device: int
+    current_device: int
+
+
+class Plan(NamedTuple):
+    """CalibrationLaunch of csrc/cuda/calibration.h."""
+
+    N: int
+    S: int
+    score_stride: int
+    label_stride: int
+    bins_in: int
+    classes_held: int
+    transposed: int
+    tiles_per_item: int
+    groups: int
+    tiles_per_group: int
+    blocks_per_group: int
+    shared_bytes: int
+    classes: int
+    ignored: int
+    ignores: int
+
+
+COLUMNS, SHARED, GLOBAL = range(3)
+
+
+class Call(ctypes.Structure):
+    _fields_ = [(name, ctypes.POINTER(ctypes.c_int64)) for name in
+                ("shape", "scores", "labels", "mask", "numbers", "flags")]  # fmt: skip
+
+    @classmethod
+    def of(cls, *arguments: Sequence[int] | None) -> Call:
+        arrays = [None if values is None else (ctypes.c_int64 * len(values))(*values) for values in arguments]
+        return cls(*(ctypes.cast(array, ctypes.POINTER(ctypes.c_int64)) for array in arrays))
+
+
 class OnHost:
     """kernels/calibration.cu as :mod:`calseg._native` offers it, run on the CPU."""
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
-        self.library.calibration_bins.restype = ctypes.c_char_p
+        self.library.calibration_bins.restype = self.library.run_wrong_kernel.restype = ctypes.c_char_p
 
     def cuda_calibration_bins(
         self, shape, scores, labels, mask, n_bins, first_class, from_logits, class_wise, skip_background, per_item,
         right_closed, tolerance, sums, totals, faults, device, stream,
     ):  # fmt: skip
-        integers = lambda values: None if values is None else (ctypes.c_int64 * len(values))(*values)  # noqa: E731
-        flags = (from_logits, class_wise, skip_background, per_item, right_closed)
+        call = Call.of(
+            shape, scores, labels[0], mask, (n_bins, first_class, labels[1]),
+            (from_logits, class_wise, skip_background, per_item, right_closed),
+        )  # fmt: skip
         problem = self.library.calibration_bins(
-            integers(shape), integers(scores), integers(labels[0]), integers(mask),
-            integers((n_bins, first_class, labels[1])), integers(flags), ctypes.c_double(tolerance),
+            ctypes.byref(call), ctypes.c_double(tolerance),
             *(ctypes.c_void_p(each[0]) for each in (sums, totals, faults)), device, ctypes.c_void_p(stream),
         )  # fmt: skip
         if problem is not None:
@@ -79,9 +112,21 @@ class OnHost:
         self.library.set_device(*map(ctypes.c_uint, limits))
 
     def last_launch(self) -> Launch:
-        numbers = (ctypes.c_int64 * 4)()
+        numbers = (ctypes.c_int64 * len(Launch._fields))()
         self.library.last_launch(numbers)
         return Launch(*numbers)
+
+    def plan(
+        self, x: torch.Tensor, y: torch.Tensor, *, n_bins: int = 15, first_class: int | None = None,
+        ignore_index: int = -100, per_item: bool = False, resident: int = 3,
+    ) -> Plan:  # fmt: skip
+        call = Call.of(
+            ops.shape_of(x), ops._view(ops._kept(x)), ops._label_view(ops._kept_labels(ops.Labels(y, 0)))[0], None,
+            (n_bins, first_class or 0, ignore_index), (1, first_class is not None, 0, per_item, 0),
+        )  # fmt: skip
+        numbers = (ctypes.c_int64 * len(Plan._fields))()
+        self.library.plan_launch(ctypes.byref(call), ctypes.c_int64(resident), numbers)
+        return Plan(*numbers)
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +147,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> OnHost:
     return OnHost(built)
 
 
-@pytest.fixture
-def on_host(library: OnHost, monkeypatch: pytest.MonkeyPatch) -> Iterator[OnHost]:
+def set_up(library: OnHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """``backend="cuda"`` takes CPU tensors to the emulation."""
     library.set_limits(Limits())
     monkeypatch.setattr(
@@ -112,6 +156,11 @@ def on_host(library: OnHost, monkeypatch: pytest.MonkeyPatch) -> Iterator[OnHost
     )  # fmt: skip
     monkeypatch.setattr(ops, "CUDA_DEVICES", ("cpu",))
     monkeypatch.setattr(ops, "_device_and_stream", lambda tensor: (0, 0))
+
+
+@pytest.fixture
+def on_host(library: OnHost, monkeypatch: pytest.MonkeyPatch) -> OnHost:
+    set_up(library, monkeypatch)
     return library
 
 
@@ -167,3 +216,311 @@ def test_labels_and_shapes(on_host):
     calibration.test_low_precision_is_widened("cuda")
     calibration.test_merge_is_not_concatenation("cuda")
     calibration.test_errors_name_the_argument("cuda")
+
+
+# ---- where bins are added up, tiles, blocks ----
+
+# name -> (options, shared memory of a block, where bins are added up)
+PLACES = {
+    "columns": ({"n_bins": 15}, 227, COLUMNS),
+    "shared": ({"n_bins": 200}, 227, SHARED),
+    "shared, few": ({"n_bins": 15}, 24, SHARED),
+    "global": ({"n_bins": 4096}, 48, GLOBAL),
+    "class-wise columns": ({"n_bins": 7, "class_wise": True}, 227, COLUMNS),
+    "class-wise shared": ({"n_bins": 15, "class_wise": True}, 227, SHARED),
+    "class-wise global": ({"n_bins": 4096, "class_wise": True}, 100, GLOBAL),
+}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced_space"])
+@pytest.mark.parametrize("C", [3, 5, 21])
+@pytest.mark.parametrize("place", PLACES)
+def test_places(on_host, place, C, layout):
+    """Several tiles and blocks, wherever the bins are: of probabilities every integer of the reference."""
+    options, kilobytes, wanted_place = PLACES[place]
+    shape = (3, C, 7, 83)
+    p, target = LAYOUTS[layout](calibration.probabilities(*shape)), labels(shape, ignore_index=-100)
+    first_class = 0 if options.get("class_wise") else None
+    if place != "class-wise columns" or C == 3:
+        on_host.set_limits(Limits(shared_per_block=kilobytes * 1024))
+        assert on_host.plan(p, target, n_bins=options["n_bins"], first_class=first_class).bins_in == wanted_place
+    for per_item, from_logits in ((False, False), (True, True)):
+        given = {"from_logits": from_logits, "per_item": per_item, **options}
+        scores = p.log() if from_logits else p
+        got = calseg.calibration_bins(scores, target, backend="cuda", **given)
+        assert on_host.last_launch().blocks > 1
+        wanted = calseg.calibration_bins(scores, target, backend="reference", **given)
+        if from_logits:
+            assert int((got.count.cumsum(-1) - wanted.count.cumsum(-1)).abs().max()) <= 1
+            assert torch.equal(got.hits.sum(-1), wanted.hits.sum(-1))
+            assert bool(((got.mean_nll() - wanted.mean_nll()).abs() < 4 / UNIT).all())
+            assert bool(((got.mean_brier() - wanted.mean_brier()).abs() < 4 / UNIT).all())
+        else:
+            calibration.assert_same(got, wanted, units=4 + C // 8)
+
+
+@pytest.mark.parametrize("C", [2, 5])
+@pytest.mark.parametrize(("place", "n_bins", "kilobytes"), [(COLUMNS, 1, 227), (SHARED, 300, 227), (GLOBAL, 4096, 48)])
+def test_full_words(on_host, place, n_bins, kilobytes, C):
+    """As many voxels of confidence 1 as a thread takes, in one bin of every block: no field runs over."""
+    voxels = 124 if C == 2 else 127
+    size = 3 * voxels * 256
+    x, target = torch.full((1, C, size), -1000.0), torch.zeros(1, size, dtype=torch.uint8)
+    x[:, 0] = 0
+    on_host.set_limits(Limits(multiprocessors=1, shared_per_block=kilobytes * 1024))
+    plan = on_host.plan(x, target, n_bins=n_bins, resident=3)
+    assert plan.bins_in == place
+    assert plan.blocks_per_group == 3
+    bins = calseg.calibration_bins(x, target, n_bins=n_bins, backend="cuda")
+    assert int(bins.count[-1]) == int(bins.hits[-1]) == int(bins.num_voxels) == size
+    assert int(bins.confidence[-1]) == size * UNIT
+    x[:, 1] = 2.0**25 - 2  # the largest likelihood that counts
+    bins = calseg.calibration_bins(x, target, n_bins=n_bins, backend="cuda")
+    assert bins.nll.tolist() == [size * (2**25 - 2), 0]
+    assert int(bins.brier) == 2 * size * UNIT
+
+
+def test_plan(on_host):
+    """A wave of blocks; no thread takes more than 127 voxels; no more blocks than tiles; what is transposed."""
+    x, y = torch.empty(1, device="meta"), torch.empty(1, dtype=torch.uint8, device="meta")  # all strides 0
+
+    def of(*shape: int, **options: int) -> Plan:
+        return on_host.plan(x.expand(shape), y.expand(shape[:1] + shape[2:]), **options)
+
+    on_host.set_limits(Limits(multiprocessors=132))
+    small, large, huge = of(1, 4, 1000), of(1, 4, 2**20), of(1, 4, 2**40)
+    assert (small.classes_held, small.tiles_per_item, small.blocks_per_group) == (4, 1, 1)
+    assert (large.tiles_per_item, large.blocks_per_group) == (1024, 132 * 3)
+    assert huge.tiles_per_item == 2**30
+    assert huge.blocks_per_group == -(-(2**30) // 31)
+    assert of(5, 4, 2**20).blocks_per_group == 132 * 3
+    items = of(5, 4, 2**20, per_item=True)
+    assert (items.groups, items.tiles_per_group, items.blocks_per_group) == (5, 1024, -(-132 * 3 // 5))
+    assert of(1, 5, 2**20).classes_held == of(1, 117, 2**20).classes_held == 16
+    assert of(1, 5, 2**20).tiles_per_item == 4096
+    for n_bins in (1, 15, 35, 36, 200, 14000, 15000):
+        for layout in ("contiguous", "channels_last"):
+            flat = LAYOUTS[layout](torch.empty(2, 14, 3, 5, device="meta"))
+            plan = on_host.plan(flat, y.expand(2, 3, 5), n_bins=n_bins)
+            assert plan.transposed == (layout == "channels_last")
+            size = [2048 * n_bins, 16 * n_bins, 0][plan.bins_in]
+            assert plan.shared_bytes == 8 * 6 * 8 + size + (256 * 17 * 4 if plan.transposed else 0)
+            assert plan.shared_bytes <= 227 * 1024
+    assert [of(1, 14, 9, n_bins=n).bins_in for n in (36, 40, 14000, 15000)] == [COLUMNS, SHARED, SHARED, GLOBAL]
+
+
+def test_items_that_are_one(on_host):
+    """Items behind one another in scores and labels are walked as one; others, and per_item, are not."""
+    x, y = scores(3, 5, 4, 7), labels((3, 5, 4, 7))
+    last = LAYOUTS["channels_last"](x)
+    plan = on_host.plan(last, y)
+    assert (plan.N, plan.S, plan.score_stride, plan.label_stride) == (1, 84, 5, 1)
+    assert on_host.plan(last, y, per_item=True)[:2] == (3, 28)
+    assert on_host.plan(x, y)[:2] == (3, 28)
+    assert on_host.plan(last, labels((3, 5, 6, 7))[:, :4])[:2] == (3, 28)
+    rows = scores(9, 5, 1)
+    plan = on_host.plan(rows, labels((9, 5, 1)))
+    assert (plan.N, plan.S, plan.score_stride, plan.label_stride) == (1, 9, 5, 1)
+
+
+@pytest.mark.parametrize("dtype", LABELS, ids=str)
+def test_labels_as_bits(on_host, dtype):
+    """A label is a class, ignored or neither as its number is: the bits of a negative one are no class."""
+    info = torch.iinfo(dtype)
+    x = torch.empty(1, 300, 4, device="meta")
+    for ignore_index in (-1, 0, 255, 259, -129, 2**31, 2**40, info.min, min(info.max, 2**63 - 1)):
+        plan = on_host.plan(x, torch.empty(1, 4, dtype=dtype, device="meta"), ignore_index=ignore_index)
+        assert plan.classes == min(300, info.max + 1)
+        assert bool(plan.ignores) == (info.min <= ignore_index <= info.max)
+        if plan.ignores:
+            assert plan.ignored % 2**info.bits == ignore_index % 2**info.bits
+
+
+# ---- faults, sizes, devices ----
+
+
+def test_the_first_of_many_faults(on_host):
+    shape = (2, 3, 3000)
+    p, target = calibration.probabilities(*shape), labels(shape, dtype=torch.int8)
+    bad = target.clone()
+    bad[1, 100] = bad[0, 2500:] = -3
+    bad[1, 5] = 3
+    for per_item in (False, True):
+        with pytest.raises(IndexError, match=r"target\[0, 2500\] is -3: wanted a class in \[0, 3\)"):
+            calseg.calibration_bins(p, bad, from_logits=False, per_item=per_item, backend="cuda")
+        with pytest.raises(IndexError, match=r"target\[1, 5\] is 3"):
+            calseg.calibration_bins(p, bad, from_logits=False, ignore_index=-3, per_item=per_item, backend="cuda")
+        wrong = p.clone()
+        wrong[1, 0, 70], wrong[0, 2, 2999] = -0.5, 1e30
+        with pytest.raises(ValueError, match=r"\[0, .*2999\]"):
+            calseg.calibration_bins(wrong, target, from_logits=False, per_item=per_item, backend="cuda")
+
+
+MAP_NORESERVE = 0x4000  # Linux; Python has no name for it
+
+
+def sparse(dtype: torch.dtype, elements: int) -> torch.Tensor:
+    """Zeros that take memory only where they are written."""
+    size = elements * dtype.itemsize
+    return torch.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE), dtype=dtype)
+
+
+@pytest.mark.parametrize("strides", [(2**32 + 5, 2**31 + 3, 7), (2**31 + 100, 1, 2**28 + 1), (7, 2**32, 2**30 + 1)])
+@pytest.mark.parametrize("C", [2, 5])
+def test_strides_past_two_to_the_31(on_host, strides, C):
+    """Offsets in elements, of scores, labels and mask, are 64 bits wide."""
+    shape = (2, C, 3)
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    x = sparse(torch.bfloat16, extent).as_strided(shape, strides)
+    x.copy_(scores(*shape))
+    target = sparse(torch.uint8, 2**31 + 2**32 + 6).as_strided((2, 3), (2**31 + 5, 2**31)).copy_(labels(shape))
+    mask = sparse(torch.bool, 2**31 + 2**32 + 6).as_strided((2, 3), (2**31 + 5, 2**31)).fill_(True)
+    mask[1, 2] = False
+    for kind in KINDS:
+        got = calseg.calibration_bins(x, target, mask=mask, backend="cuda", **kind)
+        wanted = calseg.calibration_bins(
+            x.contiguous(), target.contiguous(), mask=mask.contiguous(), backend="cuda", **kind
+        )
+        calibration.assert_same(got, wanted)
+
+
+def test_more_than_two_to_the_31_voxels(on_host):
+    """The last block of a volume: its voxels, and where the first fault is."""
+    size = 2**31 + 2**20 + 77
+    x, target = sparse(torch.bfloat16, 2 * size).view(1, 2, size), sparse(torch.uint8, size).view(1, size)
+    x[..., -5:] = scores(1, 2, 5)
+    target[0, -1] = 9
+    on_host.set_limits(Limits(multiprocessors=132))
+    plan = on_host.plan(x, target)
+    first = (plan.blocks_per_group - 1) * plan.tiles_per_group // plan.blocks_per_group * 1024
+    on_host.set_limits(Limits(multiprocessors=132, first_block=plan.blocks_per_group - 1))
+    with pytest.raises(IndexError, match=rf"target\[0, {size - 1}\] is 9"):
+        calseg.calibration_bins(x, target, backend="cuda")
+    target[0, -1] = 1
+    got = calseg.calibration_bins(x, target, backend="cuda")
+    assert int(got.num_voxels) == size - first
+    on_host.set_limits(Limits())
+    tail = calseg.calibration_bins(x[..., first:], target[..., first:], backend="cuda")
+    calibration.assert_same(got, tail)
+
+
+def test_devices_and_errors(on_host, monkeypatch):
+    """The call's device is current while it is launched, and no longer; CUDA's reasons arrive as text."""
+    x, target = torch.zeros(1, 2, 5), torch.zeros(1, 5, dtype=torch.uint8)
+    monkeypatch.setattr(ops, "_device_and_stream", lambda tensor: (1, 77))
+    calseg.calibration_bins(x, target, backend="cuda")
+    assert on_host.last_launch()[2:] == (1, 0)
+    monkeypatch.setattr(ops, "_device_and_stream", lambda tensor: (2, 0))
+    with pytest.raises(RuntimeError, match="calibration_bins on CUDA: invalid device ordinal"):
+        calseg.calibration_bins(x, target, backend="cuda")
+    assert on_host.last_launch().current_device == 0
+
+
+def test_the_emulation_sees_wrong_kernels(on_host):
+    reasons = [on_host.library.run_wrong_kernel(which).decode() for which in range(5)]
+    wanted = ("__syncthreads is not reached by all", "__ballot_sync is not reached by all", "meets",
+              "__ballot_sync is not for the whole warp", "")  # fmt: skip
+    for reason, text in zip(reasons, wanted, strict=True):
+        assert text in reason
+        assert bool(text) == bool(reason)
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_any_arguments(library, data):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        set_up(library, monkeypatch)
+        draw = data.draw
+        library.set_limits(Limits(shared_per_block=draw(st.sampled_from((24, 48, 227)), label="KiB") * 1024))
+        calibration.test_any_arguments.hypothesis.inner_test("cuda", data)
+
+
+# ---- the choice of the backend ----
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, architectures: Sequence[str], capability: tuple[int, int]) -> torch.Tensor:
+    """What looks like a tensor on a GPU, to a build with these architectures."""
+    monkeypatch.setattr(ops, "_native", SimpleNamespace(CUDA_ARCHITECTURES=list(architectures)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    return SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32, is_cuda=True)
+
+
+def test_default_backend(monkeypatch):
+    """The CUDA kernel where it was built for the device, else Triton's, else the reference and one warning."""
+    x = on_a_gpu(monkeypatch, ["80-real"], (9, 0))
+    monkeypatch.setattr(ops, "TRITON_ERROR", None)
+    choose = lambda x, backend=None: ops.choose_backend(x, backend, "calibration_bins")  # noqa: E731
+    assert choose(x) == choose(x, "cuda") == "cuda"
+    assert choose(x, "triton") == ops.choose_backend(x, None) == "triton"
+    wide = SimpleNamespace(**{**vars(x), "dtype": torch.float64})
+    assert choose(wide) == choose(wide, "cuda") == "reference"
+    old = on_a_gpu(monkeypatch, ["80-real"], (7, 5))
+    assert choose(old) == "triton"
+    with pytest.raises(RuntimeError, match=r"cuda:0 has compute capability 7\.5, wanted 8\.0 or more"):
+        choose(old, "cuda")
+    without = on_a_gpu(monkeypatch, [], (9, 0))
+    assert choose(without) == "triton"
+    with pytest.raises(RuntimeError, match="backend='cuda': calseg was built without CUDA: reinstall with nvcc"):
+        choose(without, "cuda")
+    monkeypatch.setattr(ops, "TRITON_ERROR", "Triton is not installed: pip install triton")
+    monkeypatch.setattr(ops, "_warned", set())
+    with pytest.warns(RuntimeWarning, match="pip install triton; on cuda the slow reference backend"):
+        assert choose(without) == "reference"
+
+
+def test_operations_without_a_cuda_kernel():
+    x, y = scores(1, 3, 5), labels((1, 3, 5))
+    for call in (calseg.vls_cross_entropy, calseg.ace_loss):
+        with pytest.raises(ValueError, match="backend='cuda': only calibration_bins has a CUDA kernel"):
+            call(x, y, backend="cuda")
+
+
+def test_on_a_cpu_tensor(monkeypatch):
+    monkeypatch.setattr(ops, "_native", SimpleNamespace(CUDA_ARCHITECTURES=["80-real"]))
+    with pytest.raises(ValueError, match="backend='cuda': got a tensor on cpu, wanted one on a CUDA device"):
+        calseg.calibration_error(scores(1, 3, 5), labels((1, 3, 5)), backend="cuda")
+
+
+# ---- machine code ----
+
+CUOBJDUMP = shutil.which("cuobjdump")
+if CUOBJDUMP is None and ops.TRITON_ERROR is None and (spec := find_spec("triton")) is not None:
+    CUOBJDUMP = str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+built = pytest.mark.skipif(not (ops._native and ops._native.CUDA_ARCHITECTURES), reason="built without CUDA")
+
+
+@built
+@pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump")
+def test_nothing_spills():
+    """Every kernel, for every architecture: no stack, and few enough registers for three blocks a multiprocessor."""
+    dump = lambda *options: subprocess.run(  # noqa: E731
+        [CUOBJDUMP, *options, ops._native.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    architectures = {}
+    for part in dump("--dump-resource-usage").split("arch = ")[1:]:
+        numbers = re.findall(r"Function \S*calibration_bins\S*:\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", part)
+        architectures.setdefault(part.split()[0], []).extend(tuple(map(int, each)) for each in numbers)
+    kernels = {name: rows for name, rows in architectures.items() if rows}
+    assert kernels.keys() == {"sm_80", "sm_90"}
+    for rows in kernels.values():
+        assert len(rows) == 24  # three dtypes, 4 and 16 classes, logits or probabilities, top label or classes
+        for registers, stack, shared, local in rows:
+            assert registers <= 65536 // (3 * 256) // 8 * 8
+            assert stack == local == 0
+            assert shared <= 1024  # CUDA's own on sm_90; all that the kernel uses is dynamic
+    assert "compute_90" in dump("--list-ptx") or "sm_90" in dump("--list-ptx")
+
+
+@built
+def test_loads_without_a_driver():
+    """No library of CUDA is needed: the runtime is linked in, and the driver is looked for when it is first used."""
+    done = subprocess.run(["ldd", ops._native.__file__], capture_output=True, text=True, check=True)
+    assert "cuda" not in done.stdout
+    assert calseg.info()["cuda_architectures"] == ["80-real", "90-real", "90-virtual"]
+    if not torch.cuda.is_available():
+        x, y = torch.zeros(1, 2, 5), torch.zeros(1, 5, dtype=torch.uint8)
+        views = ops._view(x), (ops._view(y[:, None]), -100, False), None
+        with pytest.raises(RuntimeError, match="calibration_bins on CUDA: .*(driver|device)"):
+            ops._native.cuda_calibration_bins(
+                (1, 2, 5), *views, 15, 0, True, False, False, False, False, 0.1, None, None, None, 0, 0
+            )

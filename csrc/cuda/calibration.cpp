@@ -1,6 +1,7 @@
 #include "cuda/calibration.h"
 
 #include <algorithm>
+#include <stdexcept>
 
 namespace calseg {
 namespace {
@@ -58,6 +59,8 @@ LabelBits label_bits(const Labels& labels, int64_t C) {
 
 CalibrationLaunch calibration_launch(const CalibrationArgs& args, const CudaLimits& limits) {
     CalibrationLaunch launch;
+    launch.bins = (args.class_wise ? args.shape.C - args.first_class : 1) * args.n_bins;
+    if (args.shape.C > INT32_MAX || launch.bins > INT32_MAX) throw std::runtime_error("calibration_bins on CUDA: wanted below 2^31 bins");
     launch.args = merged(args);
     const Shape& shape = launch.args.shape;
     launch.labels = label_bits(args.labels, shape.C);
@@ -69,7 +72,6 @@ CalibrationLaunch calibration_launch(const CalibrationArgs& args, const CudaLimi
     launch.groups = args.per_item ? shape.N : 1;
     launch.tiles_per_group = launch.tiles_per_item * (args.per_item ? 1 : shape.N);
 
-    launch.bins = (args.class_wise ? shape.C - args.first_class : 1) * args.n_bins;
     launch.bins_offset = kTotalsBytes;
     const int64_t rows = launch.transposed ? int64_t{kCudaThreads} * (launch.classes_held + 1) * 4 : 0;
     const int64_t fixed = kTotalsBytes + rows, columns = launch.bins * kCudaThreads * 8, shared = launch.bins * 16;

@@ -8,7 +8,7 @@
 namespace calseg {
 
 constexpr int kCudaWarp = 32, kCudaThreads = 256, kCudaWarps = kCudaThreads / kCudaWarp;
-constexpr int kCudaResident = 3;  // blocks that fit a multiprocessor at least, by their registers
+constexpr int kCudaResident = 3;      // blocks that fit a multiprocessor at least, by their registers
 constexpr int64_t kMostVoxels = 127;  // of a thread: 32 bits hold that many scores of up to 2^25
 
 struct CudaLimits {

@@ -40,6 +40,19 @@ CALSEG_INLINE int32_t nearest_integer(float x) { return __float2int_rn(x); }  //
 CALSEG_INLINE int32_t truncated_integer(float x) { return __float2int_rz(x); }
 CALSEG_INLINE float to_values(int32_t x, float) { return static_cast<float>(x); }
 
+// Divides integers of up to 2^16, correctly rounded, in three instructions: the reciprocal's quotient, and one step that
+// takes the remainder away.
+struct Divisor {
+    float n, reciprocal;
+
+    explicit CALSEG_MEMBER Divisor(float by) : n(by), reciprocal(1.0f / by) {}
+};
+CALSEG_INLINE float operator*(float a, Divisor b) { return a * b.n; }
+CALSEG_INLINE float operator/(float a, Divisor b) {
+    const float quotient = a * b.reciprocal;
+    return fmaf(fmaf(-quotient, b.n, a), b.reciprocal, quotient);
+}
+
 // exp(x) for x <= 0, to half an ulp of 1: in a softmax, where the largest is 1, no more shows
 template <int K>
 CALSEG_INLINE void exp_nonpositive(float (&x)[K]) {

@@ -5,26 +5,39 @@
 
 namespace {
 
-calseg::TensorView view(const int64_t* v) {
-    if (!v) return {};
-    return {reinterpret_cast<void*>(v[0]), static_cast<calseg::DType>(v[1]), v[2], v[3], v[4]};
-}
+// shape [N, C, S]; scores, labels, mask [data, dtype, stride_n, stride_c, stride_s] or null; numbers [n_bins, first_class,
+// ignore_index]; flags [from_logits, class_wise, skip_background, per_item, right_closed]
+struct Call {
+    const int64_t *shape, *scores, *labels, *mask, *numbers, *flags;
+
+    static calseg::TensorView view(const int64_t* v) {
+        if (!v) return {};
+        return {reinterpret_cast<void*>(v[0]), static_cast<calseg::DType>(v[1]), v[2], v[3], v[4]};
+    }
+    calseg::CalibrationArgs args() const {
+        calseg::CalibrationArgs a;
+        a.shape = {shape[0], shape[1], shape[2]};
+        a.scores = view(scores);
+        a.labels = {view(labels), numbers[2]};
+        a.mask = view(mask);
+        a.n_bins = numbers[0], a.first_class = numbers[1];
+        a.from_logits = flags[0], a.class_wise = flags[1], a.skip_background = flags[2], a.per_item = flags[3];
+        a.right_closed = flags[4];
+        return a;
+    }
+};
 
 std::string error;
 
 }  // namespace
 
-// shape [3]; scores, labels, mask [5] or null; numbers [n_bins, first_class, ignore_index]; flags [from_logits, class_wise,
-// skip_background, per_item, right_closed]; sums, totals, faults
 extern "C" {
 
 // Null, or why it failed.
-const char* calibration_bins(const int64_t* shape, const int64_t* scores, const int64_t* labels, const int64_t* mask,
-                             const int64_t* numbers, const int64_t* flags, double tolerance, int64_t* sums, int64_t* totals,
-                             int64_t* faults, int device, void* stream) {
-    const calseg::CalibrationArgs args{{shape[0], shape[1], shape[2]}, view(scores), {view(labels), numbers[2]}, view(mask), numbers[0],
-                                       numbers[1], flags[0] != 0, flags[1] != 0, flags[2] != 0, flags[3] != 0, flags[4] != 0,
-                                       tolerance, sums, totals, nullptr};
+const char* calibration_bins(const Call* call, double tolerance, int64_t* sums, int64_t* totals, int64_t* faults, int device,
+                             void* stream) {
+    calseg::CalibrationArgs args = call->args();
+    args.tolerance = tolerance, args.sums = sums, args.totals = totals;
     try {
         calseg::cuda_calibration_bins(args, faults, device, stream);
         return nullptr;
@@ -32,6 +45,20 @@ const char* calibration_bins(const int64_t* shape, const int64_t* scores, const 
         error = e.what();
         return error.c_str();
     }
+}
+
+// What the host decides, where `resident` blocks fit a multiprocessor of the emulated GPU.
+void plan_launch(const Call* call, int64_t resident, int64_t* to) {
+    const on_host::Device& d = on_host::device;
+    const calseg::CudaLimits limits{d.multiprocessors, d.shared_per_multiprocessor, d.shared_per_block};
+    calseg::CalibrationLaunch launch = calseg::calibration_launch(call->args(), limits);
+    calseg::set_blocks(launch, limits, resident);
+    const calseg::LabelBits& bits = launch.labels;
+    for (const int64_t number : {launch.args.shape.N, launch.args.shape.S, launch.args.scores.stride_s, launch.args.labels.view.stride_s,
+                                 static_cast<int64_t>(launch.bins_in), int64_t{launch.classes_held}, int64_t{launch.transposed},
+                                 launch.tiles_per_item, launch.groups, launch.tiles_per_group, launch.blocks_per_group, launch.shared_bytes,
+                                 static_cast<int64_t>(bits.classes), static_cast<int64_t>(bits.ignored), int64_t{bits.ignores}})
+        *to++ = number;
 }
 
 // Of the last launch: blocks, bytes of shared memory, device; and the device that is current.
@@ -48,6 +75,31 @@ void set_device(int current, int multiprocessors, int shared_per_multiprocessor,
     on_host::device.shared_per_block = shared_per_block;
     on_host::device.first_block = first_block;
     on_host::device.last_block = last_block;
+}
+
+// Whether the emulation sees what would hang or be undefined on a GPU: the reason, or an empty text.
+const char* run_wrong_kernel(int which) {
+    static void (*const kernels[])(int) = {
+        [](int) {
+            if (threadIdx.x < 40) __syncthreads();
+        },
+        [](int) {
+            if (threadIdx.x % 2) __ballot_sync(0xffffffffu, true);
+        },
+        [](int) {
+            if (threadIdx.x % 2) __ballot_sync(0xffffffffu, true);
+            else __syncwarp();
+        },
+        [](int) { __ballot_sync(0x0000ffffu, true); },
+        [](int) {
+            __syncthreads();
+            __ballot_sync(0xffffffffu, true);
+        },
+    };
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(1);
+    config.blockDim = dim3(64);
+    return cudaLaunchKernelEx(&config, kernels[which], 0) == cudaSuccess ? "" : cudaGetErrorString(cudaErrorLaunchFailure);
 }
 
 }  // extern "C"

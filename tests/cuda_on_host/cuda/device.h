@@ -175,9 +175,7 @@ static Device device;
 
 // ---- device functions ----
 
-inline void __syncthreads() {
-    on_host::meet(on_host::block.all, "__syncthreads", 0, 0);
-}
+inline void __syncthreads() { on_host::meet(on_host::block.all, "__syncthreads", 0, 0); }
 inline void __syncwarp() { on_host::meet_warp(0xffffffffu, "__syncwarp", 0); }
 inline unsigned __ballot_sync(unsigned mask, bool vote) {
     const uint64_t* votes = on_host::meet_warp(mask, "__ballot_sync", vote);
