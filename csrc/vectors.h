@@ -2,9 +2,19 @@
 // (cuda/scalar.h). Included by either.
 #pragma once
 
+#include <cstdint>
+
 namespace calseg {
 namespace CALSEG_ISA {
 namespace {
+
+// Numbers as they lie in memory
+struct BF16 {
+    uint16_t bits;
+};
+struct F16 {
+    uint16_t bits;
+};
 
 template <class T>
 using F = typename Vectors<T>::F;

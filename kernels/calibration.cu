@@ -23,12 +23,6 @@ constexpr int kCountShift = 16;  // above the hits
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarpRounds = 2;  // bins that a warp adds up before the rest goes one by one
 
-struct BF16 {
-    uint16_t bits;
-};
-struct F16 {
-    uint16_t bits;
-};
 CALSEG_INLINE float widened(float x) { return x; }
 CALSEG_INLINE float widened(BF16 x) { return float_of_bits(static_cast<uint32_t>(x.bits) << 16); }
 CALSEG_INLINE float widened(F16 x) { return widen_half(x.bits); }
@@ -481,8 +475,8 @@ void cuda_calibration_bins(const CalibrationArgs& args, int64_t* faults, int dev
     CalibrationLaunch launch = calibration_launch(args, limits);
     launch.faults = faults;
     const auto kernel = kernel_of_dtype(launch);
-    const int shared_bytes = static_cast<int>(launch.shared_bytes);
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    // the same for every call: another thread's may lie between this and the launch
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limits.shared_per_block)));
     int resident = 0;
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kCudaThreads, launch.shared_bytes));
     set_blocks(launch, limits, resident);

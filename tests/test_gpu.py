@@ -1,4 +1,6 @@
-"""What only a GPU can show: ``pytest -m gpu``. What the interpreter and the compiler show is in test_triton.py."""
+"""What only a GPU can show: ``pytest -m gpu``. What the interpreter, the emulation and the compilers show is in
+test_triton.py and test_cuda.py.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import test_calibration as calibration
 import torch
 from cases import LAYOUTS, assert_accurate, class_weights, id_of, labels, scores
 
@@ -110,25 +113,78 @@ def test_gradcheck_in_float64(name):
     assert torch.autograd.gradcheck(lambda *t: function(dict(zip(names, t, strict=True)), target, None), leaves)
 
 
+CUDA = pytest.param(
+    "cuda", marks=pytest.mark.skipif(not ops._native or not ops._native.CUDA_ARCHITECTURES, reason="built without CUDA")
+)
+every_engine = pytest.mark.parametrize("backend", ["triton", CUDA])
+
+
+@every_engine
 @pytest.mark.parametrize("class_wise", [False, True])
-@pytest.mark.parametrize("n_bins", [15, 4096])
+@pytest.mark.parametrize("n_bins", [15, 200, 4096])
 @pytest.mark.parametrize("C", [2, 4, 14, 117])
-def test_calibration_bins(C, n_bins, class_wise):
+def test_calibration_bins(backend, C, n_bins, class_wise):
     """Of given probabilities every integer of the reference but NLL's and Brier's rounding; the same at every run."""
     p = torch.softmax(scores(2, C, 32, 32, 17, dtype=torch.float32), 1)
     target = labels(p.shape, ignore_index=255, dtype=torch.uint8)
     options = {"n_bins": n_bins, "class_wise": class_wise, "from_logits": False, "ignore_index": 255}
-    got = calseg.calibration_bins(p.cuda(), target.cuda(), backend="triton", **options)
+    got = calseg.calibration_bins(p.cuda(), target.cuda(), backend=backend, **options)
     wanted = calseg.calibration_bins(p, target, backend="reference", **options)
     for field in ("count", "confidence", "hits", "num_voxels", "num_nan", "num_infinite"):
         assert torch.equal(getattr(got, field), getattr(wanted, field)), field
     assert abs(float(got.mean_nll() - wanted.mean_nll())) < 8 / calseg.reference.UNIT
     assert abs(float(got.mean_brier() - wanted.mean_brier())) < 8 / calseg.reference.UNIT
-    again = calseg.calibration_bins(p.cuda(), target.cuda(), backend="triton", **options)
+    again = calseg.calibration_bins(p.cuda(), target.cuda(), backend=backend, **options)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
+@every_engine
+@pytest.mark.parametrize("kind", calibration.KINDS, ids=["top", "classes", "top-foreground", "classes-foreground"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=id_of)
+def test_calibration_bins_of_logits(backend, dtype, kind):
+    """Every layout the same integers; near the reference's in float64; what is NaN or no class is reported."""
+    for C in (2, 3, 5, 17, 33):
+        x, target = scores(2, C, 16, 15, dtype=dtype), labels((2, C, 16, 15), ignore_index=-100)
+        call = lambda x, y: calseg.calibration_bins(x, y, backend=backend, **kind)  # noqa: B023, E731
+        plain = call(x.cuda(), target.cuda())
+        truth = calseg.calibration_bins(x.double(), target, backend="reference", **kind)
+        assert int((plain.count.cumsum(-1) - truth.count.cumsum(-1)).abs().max()) <= 1
+        assert torch.equal(plain.hits.sum(-1), truth.hits.sum(-1))
+        assert abs(float(plain.mean_nll() - truth.mean_nll())) < 8 / calseg.reference.UNIT
+        for layout in ("channels_last", "every_second", "odd_offset", "sliced_channels_last"):
+            calibration.assert_same(call(LAYOUTS[layout](x.cuda()), target.cuda()), plain)
+    x[1, 0, 2, 3] = torch.nan
+    assert int(call(x.cuda(), torch.zeros_like(target).cuda() + 1).num_nan) == 1
+    target[1, 7, 8] = 99
+    with pytest.raises(IndexError, match=r"target\[1, 7, 8\] is 99"):
+        call(x.cuda(), target.cuda())
+
+
 # ---- streams, graphs, devices, the compiler ----
+
+
+@pytest.mark.skipif(CUDA.marks[0].args[0], reason="built without CUDA")
+def test_calibration_bins_in_a_graph():
+    """The launch alone can be captured; each replay adds the same integers to those that are there."""
+    x, y = scores(2, 4, 64, 64, dtype=torch.float32).cuda(), labels((2, 4, 64, 64), dtype=torch.uint8).cuda()
+    results = torch.zeros(2 + 6 + 15 * 3, dtype=torch.int64, device=DEVICE)
+    views = [(part.data_ptr(), 0, 0, 0, 0) for part in (results[8:], results[2:8], results[:2])]
+
+    def launch():
+        ops._native.cuda_calibration_bins(
+            ops.shape_of(x), ops._view(x), ops._label_view(ops.Labels(y, -100)), None, 15, 0, True, False, False, False,
+            False, 0.001, *views, 0, torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    results.zero_()
+    for _ in range(3):
+        graph.replay()
+    wanted = calseg.calibration_bins(x, y, backend="cuda")
+    assert torch.equal(results[8:].view(15, 3).cpu(), 3 * torch.stack([wanted.count, wanted.confidence, wanted.hits], 1))
+
 
 
 def test_a_captured_graph_draws_fresh_noise():
@@ -188,6 +244,9 @@ def test_another_device_than_the_current_one():
     wanted = value_and_gradients(function, tensors, target, "triton")[0]
     moved = {k: t.to("cuda:1") for k, t in tensors.items()}
     assert torch.equal(value_and_gradients(function, moved, target.to("cuda:1"), "triton")[0].to(DEVICE), wanted)
+    bins = [calseg.calibration_bins(t["x"], target.to(t["x"].device)) for t in (tensors, moved)]
+    assert all(map(torch.equal, *bins))
+    assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "vls_cross_entropy", "vls_elbo"])

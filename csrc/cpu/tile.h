@@ -134,13 +134,6 @@ CALSEG_INLINE uint16_t narrow_f16(float x) {  // round to nearest even
     return static_cast<uint16_t>(sign | result);
 }
 
-struct BF16 {
-    uint16_t bits;
-};
-struct F16 {
-    uint16_t bits;
-};
-
 CALSEG_INLINE float widened(float x) { return x; }
 CALSEG_INLINE double widened(double x) { return x; }
 CALSEG_INLINE float widened(BF16 x) { return widen_bf16(x.bits); }

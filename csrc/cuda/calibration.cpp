@@ -41,13 +41,13 @@ int bytes_of(DType dtype) {
     }
 }
 
-LabelBits label_bits(const Labels& labels, int64_t C) {
+LabelRange label_range(const Labels& labels, int64_t C) {
     const DType dtype = labels.view.dtype;
     const bool is_signed = dtype == DType::i8 || dtype == DType::i16 || dtype == DType::i32 || dtype == DType::i64;
     const int bytes = bytes_of(dtype);
     const uint64_t all = UINT64_MAX >> (64 - 8 * bytes), highest = is_signed ? all / 2 : all;
     const int64_t ignored = labels.ignore_index;
-    LabelBits r;
+    LabelRange r;
     r.bytes = bytes;
     r.classes = static_cast<uint64_t>(C) <= highest ? static_cast<uint64_t>(C) : highest + 1;
     r.ignored = static_cast<uint64_t>(ignored) & all;
@@ -63,7 +63,7 @@ CalibrationLaunch calibration_launch(const CalibrationArgs& args, const CudaLimi
     if (args.shape.C > INT32_MAX || launch.bins > INT32_MAX) throw std::runtime_error("calibration_bins on CUDA: wanted below 2^31 bins");
     launch.args = merged(args);
     const Shape& shape = launch.args.shape;
-    launch.labels = label_bits(args.labels, shape.C);
+    launch.labels = label_range(args.labels, shape.C);
     launch.classes_held = shape.C <= 4 ? 4 : 16;
     launch.transposed = shape.C > 1 && launch.args.scores.stride_c < launch.args.scores.stride_s;
 

@@ -24,7 +24,7 @@ enum class BinsIn : int32_t {
 };
 
 // A label is compared as the unsigned number that its bits are.
-struct LabelBits {
+struct LabelRange {
     int bytes = 1;
     uint64_t classes = 0;  // labels from here on are no class
     uint64_t ignored = 0;
@@ -33,7 +33,7 @@ struct LabelBits {
 
 struct CalibrationLaunch {
     CalibrationArgs args;  // items merged where one stride walks all
-    LabelBits labels;
+    LabelRange labels;
     BinsIn bins_in = BinsIn::global;
     int classes_held = 0;        // by a thread at once, of voxels_held(classes_held) voxels
     bool transposed = false;     // lanes read along the classes, and hand the voxels round in shared memory

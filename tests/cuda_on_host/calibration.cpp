@@ -53,7 +53,7 @@ void plan_launch(const Call* call, int64_t resident, int64_t* to) {
     const calseg::CudaLimits limits{d.multiprocessors, d.shared_per_multiprocessor, d.shared_per_block};
     calseg::CalibrationLaunch launch = calseg::calibration_launch(call->args(), limits);
     calseg::set_blocks(launch, limits, resident);
-    const calseg::LabelBits& bits = launch.labels;
+    const calseg::LabelRange& bits = launch.labels;
     for (const int64_t number : {launch.args.shape.N, launch.args.shape.S, launch.args.scores.stride_s, launch.args.labels.view.stride_s,
                                  static_cast<int64_t>(launch.bins_in), int64_t{launch.classes_held}, int64_t{launch.transposed},
                                  launch.tiles_per_item, launch.groups, launch.tiles_per_group, launch.blocks_per_group, launch.shared_bytes,
