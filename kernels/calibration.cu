@@ -26,6 +26,9 @@ constexpr int kWarpRounds = 2;  // bins that a warp adds up before the rest goes
 CALSEG_INLINE float widened(float x) { return x; }
 CALSEG_INLINE float widened(BF16 x) { return float_of_bits(static_cast<uint32_t>(x.bits) << 16); }
 CALSEG_INLINE float widened(F16 x) { return widen_half(x.bits); }
+CALSEG_INLINE float minus_infinity(float) { return -INFINITY; }
+CALSEG_INLINE BF16 minus_infinity(BF16) { return {0xff80}; }
+CALSEG_INLINE F16 minus_infinity(F16) { return {0xfc00}; }
 
 CALSEG_INLINE int lane() { return static_cast<int>(threadIdx.x) % kCudaWarp; }
 CALSEG_INLINE int warp() { return static_cast<int>(threadIdx.x) / kCudaWarp; }
@@ -227,8 +230,9 @@ CALSEG_INLINE int32_t load_class(const CalibrationLaunch& launch, int64_t n, int
 // The scores of classes c to c + K for a thread's voxels, s, s + kCudaThreads, ...; `missing` where there is none.
 // Transposed, a warp's lanes read K classes of a voxel, of 32 / K voxels at once, and hand them round in shared memory:
 // rows have an odd length, so that no bank is asked twice.
+// (`missing` goes through the conversion: with a choice after it, a register would hold every condition until then.)
 template <int K, int V, class From>
-CALSEG_INLINE void load_scores(float (&x)[V][K], const CalibrationLaunch& launch, int64_t n, int64_t s, int c, float missing) {
+CALSEG_INLINE void load_scores(float (&x)[V][K], const CalibrationLaunch& launch, int64_t n, int64_t s, int c, From missing) {
     const TensorView& scores = launch.args.scores;
     const From* const item = static_cast<const From*>(scores.data) + n * scores.stride_n;
     const int classes = static_cast<int>(launch.args.shape.C) - c;
@@ -239,7 +243,7 @@ CALSEG_INLINE void load_scores(float (&x)[V][K], const CalibrationLaunch& launch
         for (int v = 0; v < V; ++v, voxel += kCudaThreads * scores.stride_s) {
             const From* from = voxel;
 #pragma unroll
-            for (int j = 0; j < K; ++j, from += scores.stride_c) x[v][j] = v < voxels && j < classes ? widened(*from) : missing;
+            for (int j = 0; j < K; ++j, from += scores.stride_c) x[v][j] = widened(v < voxels && j < classes ? *from : missing);
         }
         return;
     }
@@ -253,7 +257,7 @@ CALSEG_INLINE void load_scores(float (&x)[V][K], const CalibrationLaunch& launch
         const From* from = voxel;
 #pragma unroll
         for (int j = 0; j < K; ++j, from += kAtOnce * scores.stride_s)
-            x[v][j] = v * kCudaThreads + j * kAtOnce < voxels ? widened(*from) : missing;
+            x[v][j] = widened(v * kCudaThreads + j * kAtOnce < voxels ? *from : missing);
     }
     float* const rows = reinterpret_cast<float*>(shared_memory() + launch.rows_offset) + warp() * (kCudaWarp * (K + 1));
 #pragma unroll
@@ -357,7 +361,7 @@ CALSEG_INLINE void add_classes(Bins& bins, const CalibrationLaunch& launch, int3
 // K classes of V voxels in a thread
 template <class From, int K, int V, bool kLogits, bool kClassWise>
 __global__ void __launch_bounds__(kCudaThreads, kCudaResident) calibration_bins(const CalibrationLaunch launch) {
-    constexpr float kMissing = kLogits ? -INFINITY : 0.0f;
+    const From missing = kLogits ? minus_infinity(From()) : From();
     const int C = static_cast<int>(launch.args.shape.C);
     const int64_t S = launch.args.shape.S;
     const int64_t group = blockIdx.x / launch.blocks_per_group, block = blockIdx.x % launch.blocks_per_group;
@@ -371,7 +375,7 @@ __global__ void __launch_bounds__(kCudaThreads, kCudaResident) calibration_bins(
     for (; tile < end; ++tile) {
         const int64_t first = of_item * (V * kCudaThreads) + threadIdx.x;
         float x[V][K];
-        load_scores<K, V, From>(x, launch, n, first, 0, kMissing);
+        load_scores(x, launch, n, first, 0, missing);
         int32_t label[V];
 #pragma unroll
         for (int v = 0; v < V; ++v) label[v] = first + v * kCudaThreads < S ? load_class(launch, n, first + v * kCudaThreads) : kSkipped;
@@ -381,7 +385,7 @@ __global__ void __launch_bounds__(kCudaThreads, kCudaResident) calibration_bins(
             fold.add(label[v], 0, C, x[v]);
             if constexpr (V == 1)
                 for (int c = K; c < C; c += K) {
-                    load_scores<K, V, From>(x, launch, n, first, c, kMissing);
+                    load_scores(x, launch, n, first, c, missing);
                     fold.add(label[v], c, C, x[v]);
                 }
             const auto sums = fold.result();
@@ -394,7 +398,7 @@ __global__ void __launch_bounds__(kCudaThreads, kCudaResident) calibration_bins(
                 for (int c = 0; c < C; c += K) {
                     if constexpr (V == 1)
                         if (C > K) {  // too many to keep: once more
-                            load_scores<K, V, From>(x, launch, n, first, c, kMissing);
+                            load_scores(x, launch, n, first, c, missing);
                             if constexpr (kLogits) {
                                 for (auto& each : x[v]) each -= fold.shift();
                                 exp_nonpositive(x[v]);

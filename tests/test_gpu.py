@@ -145,7 +145,7 @@ def test_calibration_bins_of_logits(backend, dtype, kind):
     """Every layout the same integers; near the reference's in float64; what is NaN or no class is reported."""
     for C in (2, 3, 5, 17, 33):
         x, target = scores(2, C, 16, 15, dtype=dtype), labels((2, C, 16, 15), ignore_index=-100)
-        call = lambda x, y: calseg.calibration_bins(x, y, backend=backend, **kind)  # noqa: B023, E731
+        call = lambda x, y: calseg.calibration_bins(x, y, backend=backend, **kind)  # noqa: E731
         plain = call(x.cuda(), target.cuda())
         truth = calseg.calibration_bins(x.double(), target, backend="reference", **kind)
         assert int((plain.count.cumsum(-1) - truth.count.cumsum(-1)).abs().max()) <= 1
@@ -183,8 +183,8 @@ def test_calibration_bins_in_a_graph():
     for _ in range(3):
         graph.replay()
     wanted = calseg.calibration_bins(x, y, backend="cuda")
-    assert torch.equal(results[8:].view(15, 3).cpu(), 3 * torch.stack([wanted.count, wanted.confidence, wanted.hits], 1))
-
+    sums = torch.stack([wanted.count, wanted.confidence, wanted.hits], 1)
+    assert torch.equal(results[8:].view(15, 3).cpu(), 3 * sums)
 
 
 def test_a_captured_graph_draws_fresh_noise():
