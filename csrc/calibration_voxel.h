@@ -56,12 +56,6 @@ CALSEG_INLINE F<T> minus_log(F<T> p) {
     return select(less(zero<T>(), p), nll, broadcast<F<T>>(T(INFINITY)));
 }
 
-// The scores of a voxel, and the confidence of its top label.
-template <class T>
-struct VoxelScores {
-    F<T> confidence, nll, brier;
-};
-
 // What the classes of a voxel come down to, from logits: total is the sum of e = exp(logit - max).
 template <class T>
 struct LogitSums {
@@ -69,10 +63,9 @@ struct LogitSums {
     F<T> squares;         // the Brier score times total^2
     I<T> top;             // the first class with the largest logit
 
-    CALSEG_MEMBER VoxelScores<T> scores() const {
-        const F<T> confidence = broadcast<F<T>>(T(1)) / total;
-        return {confidence, log_positive(total) - label_d, squares * (confidence * confidence)};
-    }
+    CALSEG_MEMBER F<T> confidence() const { return broadcast<F<T>>(T(1)) / total; }  // of the top label
+    CALSEG_MEMBER F<T> nll() const { return log_positive(total) - label_d; }
+    CALSEG_MEMBER F<T> brier(F<T> confidence) const { return squares * (confidence * confidence); }
 };
 
 // The sums while classes come.
@@ -122,7 +115,9 @@ struct ProbabilitySums {
         const F<T> miss = select(is_label, broadcast<F<T>>(T(1)) - p, p);
         squares = squares + miss * miss;
     }
-    CALSEG_MEMBER VoxelScores<T> scores() const { return {largest, minus_log<T>(label_p), squares}; }
+    CALSEG_MEMBER F<T> confidence() const { return largest; }
+    CALSEG_MEMBER F<T> nll() const { return minus_log<T>(label_p); }
+    CALSEG_MEMBER F<T> brier(F<T>) const { return squares; }
 
     // Below 0 where they do not sum to 1, or one lies below 0.
     CALSEG_MEMBER I<T> off(F<T> tolerance) const {

@@ -1,11 +1,11 @@
 // Calibration on a GPU: softmax, the class of the largest probability, its bin, and integer sums per bin, with the negative
 // log-likelihood and the Brier score, in one pass. Floor: one read of the scores and of the labels.
 //
-// The integers are those of csrc/cpu/calibration.cpp, and so is the mathematics (csrc/calibration_voxel.h): the order of
+// The mathematics is that of csrc/cpu/calibration.cpp (csrc/calibration_voxel.h), and every sum an integer: the order of
 // the additions does not show. A thread takes a voxel, up to 16 classes at once, and keeps the totals in registers. Bins
-// are added up in a block's shared memory. Few bins: words of their own for every thread, in columns, so that no two threads
-// meet and no bank is asked twice. More bins: one set per block. Most voxels of a
-// segmentation fall into one bin, so a warp adds up those of two bins first, and only the others one by one.
+// are added up in a block's shared memory. Few bins: words of their own for every thread, in columns, so that no two
+// threads meet and no bank is asked twice. More bins: one set for the block. Most voxels of a segmentation fall into one
+// bin, so a warp adds up those of two bins first, and only the others one by one.
 #include <cfloat>
 #include <stdexcept>
 #include <string>
@@ -19,9 +19,9 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-constexpr int kCountShift = 16;  // above the hits
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kWarpRounds = 2;  // bins that a warp adds up before the rest goes one by one
+constexpr int kCountShift = 16;  // above the hits
+constexpr int kWarpRounds = 2;   // bins that a warp adds up before the rest goes one by one
 
 CALSEG_INLINE float widened(float x) { return x; }
 CALSEG_INLINE float widened(BF16 x) { return float_of_bits(static_cast<uint32_t>(x.bits) << 16); }
@@ -46,11 +46,11 @@ CALSEG_INLINE void add_to(int64_t* to, unsigned long long x) {
 // ---- bins ----
 
 // A thread's, of up to kMostVoxels.
-struct ColumnBin {
+struct alignas(8) ColumnBin {
     unsigned confidence, count_and_hits;
 };
 
-// In shared memory. 64-bit additions there are loops of compare and swap: the confidence is two halves with a carry.
+// A block's. 64-bit additions in shared memory are loops of compare and swap: the confidence is two halves with a carry.
 struct SharedBin {
     unsigned count, hits, low, high;
 
@@ -164,14 +164,14 @@ class Bins {
 struct Totals {
     unsigned whole = 0, rest = 0, brier = 0, voxels = 0, nans = 0, infinites = 0;
 
-    CALSEG_MEMBER void add(const VoxelScores<float>& scores, bool binned) {
-        if (!binned) return;
-        brier += static_cast<unsigned>(in_units<float>(scores.brier));
-        if (!(scores.nll < static_cast<float>(kMaxNll))) {
+    // A voxel that is in the bins.
+    CALSEG_MEMBER void add(float nll, float squared) {
+        brier += static_cast<unsigned>(in_units<float>(squared));
+        if (!(nll < static_cast<float>(kMaxNll))) {
             ++infinites;
             return;
         }
-        const float nll = larger(scores.nll, 0.0f);
+        nll = larger(nll, 0.0f);
         const int32_t nats = truncated_integer(nll);
         whole += static_cast<unsigned>(nats);
         rest += static_cast<unsigned>(in_units<float>(nll - to_values(nats, nll)));
@@ -335,13 +335,13 @@ using Fold = std::conditional_t<kLogits, LogitFold, ProbabilityFold>;
 
 // A voxel's totals, and its faults. Returns whether it is in the bins.
 template <class Sums>
-CALSEG_INLINE bool add_totals(Totals& totals, const CalibrationLaunch& launch, const Sums& sums, const VoxelScores<float>& scores,
-                              int32_t label, int64_t position) {
+CALSEG_INLINE bool add_totals(Totals& totals, const CalibrationLaunch& launch, const Sums& sums, float confidence, int32_t label,
+                              int64_t position) {
     if (label == kNoClass) atomicMin(reinterpret_cast<long long*>(launch.faults), static_cast<long long>(position));
     const bool counts = label >= 0, binned = counts && sums.total == sums.total;
     totals.voxels += counts;
     totals.nans += counts && !binned;
-    totals.add(scores, binned);
+    if (binned) totals.add(sums.nll(), sums.brier(confidence));
     if constexpr (std::is_same_v<Sums, ProbabilitySums<float>>)
         if (binned && sums.off(static_cast<float>(launch.args.tolerance)) < 0)
             atomicMin(reinterpret_cast<long long*>(launch.faults) + 1, static_cast<long long>(position));
@@ -389,12 +389,12 @@ __global__ void __launch_bounds__(kCudaThreads, kCudaResident) calibration_bins(
                     fold.add(label[v], c, C, x[v]);
                 }
             const auto sums = fold.result();
-            const VoxelScores<float> scores = sums.scores();
-            const bool binned = add_totals(totals, launch, sums, scores, label[v], n * S + first + v * kCudaThreads);
+            const float confidence = sums.confidence();
+            const bool binned = add_totals(totals, launch, sums, confidence, label[v], n * S + first + v * kCudaThreads);
             if constexpr (!kClassWise) {
-                bins.add(0, scores.confidence, label[v] == sums.top, binned);
+                bins.add(0, confidence, label[v] == sums.top, binned);
             } else {
-                const float scale = kLogits ? scores.confidence : 1.0f;
+                const float scale = kLogits ? confidence : 1.0f;
                 for (int c = 0; c < C; c += K) {
                     if constexpr (V == 1)
                         if (C > K) {  // too many to keep: once more
@@ -416,21 +416,21 @@ __global__ void __launch_bounds__(kCudaThreads, kCudaResident) calibration_bins(
 
 // ---- the host's side ----
 
-using Kernel = void (*)(CalibrationLaunch);
+using Function = void (*)(CalibrationLaunch);
 
 template <class From, int K>
-Kernel kernel_of(const CalibrationArgs& a) {
+Function kernel_of(const CalibrationArgs& a) {
     constexpr int V = voxels_held(K);
     if (a.class_wise) return a.from_logits ? calibration_bins<From, K, V, true, true> : calibration_bins<From, K, V, false, true>;
     return a.from_logits ? calibration_bins<From, K, V, true, false> : calibration_bins<From, K, V, false, false>;
 }
 
 template <class From>
-Kernel kernel_of(const CalibrationLaunch& launch) {
+Function kernel_of(const CalibrationLaunch& launch) {
     return launch.classes_held == 4 ? kernel_of<From, 4>(launch.args) : kernel_of<From, 16>(launch.args);
 }
 
-Kernel kernel_of_dtype(const CalibrationLaunch& launch) {
+Function kernel_of_dtype(const CalibrationLaunch& launch) {
     switch (launch.args.scores.dtype) {
         case DType::bf16:
             return kernel_of<BF16>(launch);

@@ -282,19 +282,19 @@ class Scores {
         : rows_(rows), binning_(binning), tolerance_(broadcast<F<T>>(static_cast<T>(a.tolerance))) {}
 
     CALSEG_MEMBER void add(int b, I<T> labels, const LogitSums<T>& v) {
-        const VoxelScores<T> scores = v.scores();
-        if (kClassWise) store(rows_.scale + b * kLanes, scores.confidence);
-        const auto finite = less(scores.nll, broadcast<F<T>>(static_cast<T>(kMaxNll))), skipped = less(labels, broadcast<I<T>>(0));
+        const F<T> confidence = v.confidence(), nll = v.nll(), brier = v.brier(confidence);
+        if (kClassWise) store(rows_.scale + b * kLanes, confidence);
+        const auto finite = less(nll, broadcast<F<T>>(static_cast<T>(kMaxNll))), skipped = less(labels, broadcast<I<T>>(0));
         if (all(finite) && !any(skipped)) {
             counted_ += kLanes;
-            finish<true>(b, labels, v.top, scores, broadcast<I<T>>(-1));
+            finish<true>(b, labels, v.top, confidence, nll, brier, broadcast<I<T>>(-1));
         } else {
-            add_unusual(b, labels, v.top, v.total, scores);
+            add_unusual(b, labels, v.top, v.total, confidence, nll, brier);
         }
     }
 
     CALSEG_MEMBER void add(int b, I<T> labels, const ProbabilitySums<T>& v) {
-        const I<T> binned = add_unusual(b, labels, v.top, v.total, v.scores());
+        const I<T> binned = add_unusual(b, labels, v.top, v.total, v.confidence(), v.nll(), v.brier(v.confidence()));
         bad_ = bad_ | (binned & v.off(tolerance_));
     }
 
@@ -313,29 +313,28 @@ class Scores {
 
  private:
     // Where there may be voxels that do not count, NaN and infinite likelihoods. Returns which voxels are binned.
-    CALSEG_MEMBER I<T> add_unusual(int b, I<T> labels, I<T> top, F<T> total, VoxelScores<T> scores) {
+    CALSEG_MEMBER I<T> add_unusual(int b, I<T> labels, I<T> top, F<T> total, F<T> confidence, F<T> nll, F<T> brier) {
         const I<T> none = broadcast<I<T>>(0), yes = broadcast<I<T>>(-1);
         const F<T> nothing = zero<T>(), most = broadcast<F<T>>(static_cast<T>(kMaxNll));
         const I<T> counts = select(less(labels, none), none, yes), binned = select(equal(total, total), counts, none);
         voxels_ = voxels_ - counts;
         nans_ = nans_ - (counts ^ binned);
-        infinites_ = infinites_ - select(less(scores.nll, most), none, binned);
-        scores.nll = larger(scores.nll, nothing);  // zero where NaN
-        scores.nll = select(less(scores.nll, most), scores.nll, nothing);
-        finish<false>(b, labels, top, scores, binned);
+        infinites_ = infinites_ - select(less(nll, most), none, binned);
+        nll = larger(nll, nothing);  // zero where NaN
+        finish<false>(b, labels, top, confidence, select(less(nll, most), nll, nothing), brier, binned);
         return binned;
     }
 
     template <bool kAll>
-    CALSEG_MEMBER void finish(int b, I<T> labels, I<T> top, const VoxelScores<T>& scores, I<T> binned) {
-        I<T> whole = truncated_integer(scores.nll), rest = in_units<T>(scores.nll - to_values(whole, scores.nll));
-        I<T> squared = in_units<T>(scores.brier);
+    CALSEG_MEMBER void finish(int b, I<T> labels, I<T> top, F<T> confidence, F<T> nll, F<T> brier, I<T> binned) {
+        I<T> whole = truncated_integer(nll), rest = in_units<T>(nll - to_values(whole, nll));
+        I<T> squared = in_units<T>(brier);
         if (!kAll) whole = whole & binned, rest = rest & binned, squared = squared & binned;
         whole_ = whole_ + whole;
         rest_ = rest_ + rest;
         brier_ = brier_ + squared;
         if (kClassWise) store(rows_.binned + b * kLanes, binned);
-        else binning_.template set<kAll>(rows_, b, scores.confidence, equal(labels, top), binned);
+        else binning_.template set<kAll>(rows_, b, confidence, equal(labels, top), binned);
     }
 
     const VoxelRows<T> rows_;
