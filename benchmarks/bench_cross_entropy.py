@@ -2,22 +2,25 @@
 
 Byte model: read the logits once, write their gradient once, read the labels once:
 ``2 * N * C * S * itemsize + N * S * label itemsize``.
+
+On a GPU also against Liger-Kernel and flash-attn, where they are installed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import gpu_peers
 import pytest
 import torch.nn.functional as F
-from harness import Case, Problem
+from harness import Case, Loss, Problem, gpu_case, on_gpu
 from torch import Tensor
 
 import calseg
 
 EDGES = {2: 128, 4: 128, 14: 128, 32: 112, 117: 96}
 COPY = {2: 2.0, 4: 1.3, 14: 1.3, 32: 1.3, 117: 1.6}
-CASES = [
+CPU_CASES = [
     *(
         Case("cross_entropy", classes, edge, compiled=True, memory=True,
              targets={"copy": COPY[classes], "eager": 12, "compile": 5, "memory": 5})
@@ -32,20 +35,38 @@ CASES = [
         for classes, edge in EDGES.items()
     ),
 ]  # fmt: skip
+# 33 classes at 512^3 take calseg and the copy 53 GB in float32, plain PyTorch twice as much; 117 classes there do not
+# fit a GPU of 80 GB at all.
+GPU_CASES = [
+    gpu_case("cross_entropy", classes, edge, dtype, compiled=edge == 256, memory=edge >= 256,
+             alone=(classes, edge) == (33, 512), targets={"copy_share": share, "eager": 5, "compile": 2})
+    for dtype, share in (("float32", 0.9), ("bfloat16", 0.85))
+    for edge in (128, 256, 512) for classes in (2, 4, 14, 33, 117) if (classes, edge) != (117, 512)
+]  # fmt: skip
+CASES = GPU_CASES if on_gpu() else CPU_CASES
 
 
 def build(case: Case) -> Problem:
-    """F.cross_entropy takes int64 labels only: it gets them widened beforehand, at no cost to it."""
+    """The others take int64 labels only: they get them widened beforehand, at no cost to them."""
     logits, target = case.scores(), case.target()
     wide = target.long()
+    as_float32 = on_gpu()  # as autocast does: F.cross_entropy adds bfloat16 up in bfloat16 on a GPU
 
     def ours(logits: Tensor) -> Tensor:
         return calseg.vls_cross_entropy(logits, target)
 
     def eager(logits: Tensor) -> Tensor:
-        return F.cross_entropy(logits, wide)
+        return F.cross_entropy(logits.float() if as_float32 else logits, wide)
 
-    rivals = {"float32": (ours, (logits.float(),))} if case.dtype == "bfloat16" else {}
+    def rows(name: str) -> Loss:
+        return lambda logits: gpu_peers.PEERS[name](logits, wide)
+
+    rivals: dict[str, tuple[Loss, tuple[Tensor, ...]]] = {}
+    if not on_gpu():
+        if case.dtype == "bfloat16":
+            rivals["float32"] = ours, (logits.float(),)
+    elif case.edge <= 256:  # Liger starts 1024 threads a voxel: seconds a step at 512^3
+        rivals |= {name: (rows(name), (logits,)) for name in gpu_peers.PEERS if gpu_peers.problem(name) is None}
     return Problem(ours, eager, (logits,), case.traffic(2), rivals=rivals)
 
 

@@ -22,7 +22,7 @@ CASES = [
 
 
 def build(case: Case) -> Problem:
-    return replace(bench_cross_entropy.build(case), copied=False)
+    return replace(bench_cross_entropy.build(case), copied=False, rivals={})
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

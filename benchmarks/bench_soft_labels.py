@@ -4,6 +4,7 @@ Byte model, forward: read mu, logvar and the labels, write the soft labels:
 ``3 * N * C * S * itemsize + N * S * label itemsize``. Backward draws the noise again; it reads mu, logvar,
 the incoming gradient and the labels and writes two gradients, which adds
 ``5 * N * C * S * itemsize + N * S * label itemsize``. Samples are counted once, though drawn twice.
+Operations, forward: 55 a noise sample and element (notes.md).
 """
 
 from __future__ import annotations
@@ -13,34 +14,47 @@ from collections.abc import Callable
 import eager as peers
 import pytest
 import torch
-from harness import Case, Problem
+from harness import GPU_SIZES, Case, Problem, gpu_case, on_gpu
 from torch import Tensor
 
 import calseg
 
 SAMPLES, ALPHA = 4, 0.1
 TARGETS = {"eager": 25, "ns": 0.7, "memory": 5}
-CASES = [
+CPU_CASES = [
     *(
         Case("soft_labels", classes, edge, compiled=True, memory=True, targets={"compile": 25, **TARGETS})
         for classes, edge in {2: 96, 4: 96, 14: 80, 32: 64}.items()
     ),
     Case("soft_labels_backward", 4, 96, memory=True),
 ]
+GPU_CASES = [
+    *(
+        gpu_case("soft_labels", classes, edge, dtype, compiled=dtype == "float32" and edge == 256, memory=True,
+                 targets={"eager": 5, "compile": 2, "floor": 1.5})
+        for dtype in ("float32", "bfloat16") for classes, edge in GPU_SIZES
+    ),
+    *(
+        gpu_case("soft_labels_backward", classes, 256, dtype, memory=True, targets={"eager": 5})
+        for dtype in ("float32", "bfloat16") for classes in (4, 33)
+    ),
+]  # fmt: skip
+CASES = GPU_CASES if on_gpu() else CPU_CASES
 
 
 def build(case: Case) -> Problem:
     mu, logvar, target = case.scores(), case.scores(), case.target()
+    wide = target.long()
 
     def ours(mu: Tensor, logvar: Tensor) -> Tensor:
         return calseg.sample_soft_labels(mu, logvar, target, num_samples=SAMPLES, alpha=ALPHA)
 
     def eager(mu: Tensor, logvar: Tensor) -> Tensor:
-        return peers.sample_soft_labels(mu, logvar, target, SAMPLES, ALPHA)
+        return peers.sample_soft_labels(mu, logvar, wide, SAMPLES, ALPHA)
 
     samples = SAMPLES * mu.numel()
     if case.operation == "soft_labels":
-        return Problem(ours, eager, (mu, logvar), case.traffic(3), samples, backward=False)
+        return Problem(ours, eager, (mu, logvar), case.traffic(3), samples, 55 * samples, backward=False)
     return Problem(ours, eager, (mu, logvar), case.traffic(8, 2), samples, upstream=torch.randn_like(mu))
 
 

@@ -31,7 +31,7 @@ def vls_cross_entropy(
 
 
 def vls_elbo(mu: Tensor, logvar: Tensor, target: Tensor, num_samples: int) -> Tensor:
-    """Mean over the noise samples of F.cross_entropy, plus the KL."""
+    """Mean over the noise samples of F.cross_entropy (in float32, as under autocast), plus the KL."""
     sigma = (logvar / 2).exp()
-    likelihood = sum(F.cross_entropy(mu + sigma * torch.randn_like(mu), target) for _ in range(num_samples))
+    likelihood = sum(F.cross_entropy((mu + sigma * torch.randn_like(mu)).float(), target) for _ in range(num_samples))
     return likelihood / num_samples + gaussian_kl(mu, logvar)

@@ -28,17 +28,21 @@ import calseg
 Step = Callable[[], Tensor]
 Loss = Callable[..., Tensor]
 
-AT_MOST = ("copy", "read", "memory", "ns")  # bounded from above; the other metrics are speed-ups
+AT_MOST = ("copy", "read", "memory", "ns", "floor")  # bounded from above; the other metrics are speed-ups and shares
 SECONDS_PER_CASE = 4.0  # of paired rounds, at least MIN_ROUNDS
 MIN_ROUNDS, MAX_ROUNDS = 7, 100
 BLOCK_SECONDS = 2e-3  # a step shorter than this is repeated within one timing
-GPU_BLOCK_SECONDS = 50e-3  # so long that waiting for the GPU at the end does not count
+GPU_SECONDS_PER_CASE = 1.5  # there are more cases, and nothing else runs there
+GPU_BLOCK_SECONDS = 20e-3  # so long that waiting for the GPU at the end does not count
+BANDWIDTHS = {"copy", "clone", "read"}  # what is timed beside the contenders
+# (classes, edge) on a GPU for the operations whose plain PyTorch takes 10 to 26 times the logits' memory: up to 60 GB.
+GPU_SIZES = ((2, 256), (4, 256), (4, 512), (14, 256), (33, 256), (117, 128))
 MEMORY_BYTES = 64 << 20  # the memory of a case is measured with at least this much of logits
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table. ``targets``: by metric (copy, read, eager, compile, float32, ns, memory)."""
+    """One row of the table. ``targets``: by metric, a key of ``_figures``' metrics or memory."""
 
     operation: str
     classes: int
@@ -49,6 +53,7 @@ class Case:
     axes: int = 3
     compiled: bool = False  # also measure torch.compile of the eager peer
     memory: bool = False
+    alone: bool = False  # without peers: they need more memory, or cannot count so far
     targets: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -82,15 +87,24 @@ class Case:
         return "-".join(filter(None, (self.operation, size, self.dtype, self.labels)))
 
 
+def gpu_case(operation: str, classes: int, edge: int, dtype: str, *, targets: dict[str, float], **options: Any) -> Case:
+    """A case with labels of one byte; with targets only where the launches do not count: from 128 MiB of logits on."""
+    case = Case(operation, classes, edge, dtype, **{"labels": "uint8", **options})
+    large = torch.Size(case.shape).numel() * case.torch_dtype.itemsize >= 128 << 20
+    left_out = {"eager", "compile"} if case.alone else set() if case.compiled else {"compile"}
+    return replace(case, targets={name: bound for name, bound in targets.items() if large and name not in left_out})
+
+
 @dataclass
 class Problem:
     """The tensors of a case and who works on them: each on leaves of its own over the same memory."""
 
     ours: Loss
-    eager: Loss
+    eager: Loss | None
     inputs: tuple[Tensor, ...]  # those that get a gradient; the first is what is copied for the bandwidth
     traffic: int  # bytes of the byte model
     samples: int = 0  # noise samples drawn in one step, over all elements
+    operations: int = 0  # instructions of a thread that one step cannot do without
     backward: bool = True
     upstream: Tensor | None = None  # the gradient that comes in, where the result is no scalar
     copied: bool = True
@@ -102,20 +116,27 @@ class Problem:
         if not self.backward:
             return lambda: function(*inputs)
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        drop = on_gpu()  # the allocator keeps the memory there: who waits for its turn holds none
 
         def step() -> Tensor:
             for leaf in leaves:
                 leaf.grad = None
             result = function(*leaves)
             result.backward(self.upstream)
+            if drop:
+                for leaf in leaves:
+                    leaf.grad = None
             return result.detach()
 
         return step
 
     def steps(self, *, compiled: bool = False) -> dict[str, Step]:
         """The contenders by name; ``calseg`` first."""
-        functions = {"calseg": (self.ours, self.inputs), "eager": (self.eager, self.inputs), **self.rivals}
-        if compiled:
+        functions = {"calseg": (self.ours, self.inputs)}
+        if self.eager is not None:
+            functions["eager"] = (self.eager, self.inputs)
+        functions |= self.rivals
+        if compiled and self.eager is not None:
             torch.compiler.reset()
             functions["compile"] = (torch.compile(self.eager, dynamic=False, fullgraph=True), self.inputs)
         return {name: self.step(*pair) for name, pair in functions.items()}
@@ -130,13 +151,25 @@ def compile_problem() -> str | None:
     try:
         torch.compile(torch.sin, dynamic=False)(torch.ones(64))
     except Exception as error:  # whatever Inductor raises where it does not work
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}"
+        return reason(error)
     return None
+
+
+def reason(error: Exception) -> str:
+    """In one line."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:120]
 
 
 def on_gpu() -> bool:
     """Whether ``--device cuda`` was asked for: then all tensors are made there."""
     return torch.get_default_device().type == "cuda"
+
+
+def gpu_instructions_per_second() -> float:
+    """At the highest clock: a multiprocessor has four schedulers of one instruction of 32 lanes a clock. 0: unknown."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    clock = 1e3 * getattr(properties, "clock_rate", 0)  # kHz; older PyTorch does not tell
+    return 4 * 32 * properties.multi_processor_count * clock
 
 
 def _repeat(step: Step, times: int) -> Callable[[], None]:
@@ -188,10 +221,10 @@ def gpu_peak_memory(problem: Problem) -> dict[str, float | None]:
     """The same on a GPU, in this process: what the caching allocator gave out at its peak."""
     percent: dict[str, float | None] = {}
     gradients = sum(tensor.nbytes for tensor in problem.inputs) if problem.backward else 0
-    for name in ("calseg", "eager"):
-        step = problem.steps()[name]
+    for name, step in problem.steps().items():
+        if name not in ("calseg", "eager"):
+            continue
         step()  # compiles
-        step = problem.steps()[name]  # without the gradients of that one
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -212,10 +245,13 @@ def paired_times(benchmark: Any, problem: Problem, *, compiled: bool, max_rounds
         steps["clone"] = source.clone
         if problem.read:
             steps["read"] = source.view(-1).max  # the reduction that does least beside reading
+        for name in BANDWIDTHS & steps.keys():
+            steps[name]()  # a GPU loads its code
+    seconds, block = (GPU_SECONDS_PER_CASE, GPU_BLOCK_SECONDS) if on_gpu() else (SECONDS_PER_CASE, BLOCK_SECONDS)
     once = {name: _timed(_repeat(step, 1)) for name, step in steps.items()}
-    loops = max(1, round((GPU_BLOCK_SECONDS if on_gpu() else BLOCK_SECONDS) / once["calseg"]))
-    blocks = {name: _repeat(step, loops) for name, step in steps.items()}
-    affordable = int(SECONDS_PER_CASE / (loops * sum(once.values())))
+    loops = {name: max(1, round(block / once[name])) for name in steps}
+    blocks = {name: _repeat(step, loops[name]) for name, step in steps.items()}
+    affordable = int(seconds / sum(loops[name] * once[name] for name in steps))
     rounds = min(max(affordable, MIN_ROUNDS), max_rounds)
     peers = [name for name in steps if name != "calseg"]
     times: dict[str, list[float]] = {name: [] for name in peers}
@@ -223,13 +259,13 @@ def paired_times(benchmark: Any, problem: Problem, *, compiled: bool, max_rounds
     def run_peers() -> None:
         shift = len(times[peers[0]]) % len(peers)
         for name in peers[shift:] + peers[:shift]:
-            times[name].append(_timed(blocks[name]) / loops)
+            times[name].append(_timed(blocks[name]) / loops[name])
 
-    benchmark.extra_info["steps_per_time"] = loops
+    benchmark.extra_info["steps_per_time"] = loops["calseg"]
     benchmark.pedantic(blocks["calseg"], setup=run_peers, rounds=rounds)
     if benchmark.stats is None:
         return None
-    return {"calseg": [seconds / loops for seconds in benchmark.stats.stats.data], **times}
+    return {"calseg": [seconds / loops["calseg"] for seconds in benchmark.stats.stats.data], **times}
 
 
 def _figures(problem: Problem, times: dict[str, list[float]]) -> dict[str, Any]:
@@ -238,7 +274,7 @@ def _figures(problem: Problem, times: dict[str, list[float]]) -> dict[str, Any]:
     metrics: dict[str, float] = {}
     of_min: dict[str, float] = {}
     for name, theirs in times.items():
-        if name in ("copy", "clone", "read"):  # in units of the copy, or of the read
+        if name in BANDWIDTHS:  # in units of the copy, or of the read
             metrics[name] = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
             of_min[name] = min(ours) / min(theirs)
         elif name != "calseg":  # times faster than
@@ -252,7 +288,13 @@ def _figures(problem: Problem, times: dict[str, list[float]]) -> dict[str, Any]:
     figures["gb_per_s"] = problem.traffic / seconds / 1e9
     if "copy" in times:
         figures["copy_gb_per_s"] = 2 * problem.inputs[0].nbytes / statistics.median(times["copy"]) / 1e9
-        figures["share_of_copy"] = figures["gb_per_s"] / figures["copy_gb_per_s"]
+        metrics["copy_share"] = figures["gb_per_s"] / figures["copy_gb_per_s"]
+        if "read" in times:
+            figures["read_gb_per_s"] = problem.inputs[0].nbytes / statistics.median(times["read"]) / 1e9
+            metrics["read_share"] = figures["gb_per_s"] / figures["read_gb_per_s"]
+        if problem.operations and on_gpu() and (rate := gpu_instructions_per_second()):
+            memory = problem.traffic / figures["copy_gb_per_s"] / 1e9
+            metrics["floor"] = seconds / max(memory, problem.operations / rate)
     return figures
 
 
@@ -268,16 +310,19 @@ def measure(benchmark: Any, build: Build, case: Case, *, quick: bool = False) ->
         case = replace(case, edge=min(case.edge, 16), compiled=False, memory=memory)
     torch.manual_seed(0)
     problem = build(case)
+    if case.alone:
+        problem = replace(problem, eager=None, rivals={})
     times = paired_times(benchmark, problem, compiled=case.compiled, max_rounds=3 if quick else MAX_ROUNDS)
     if times is None:
         return None
-    row = {"operation": case.operation, "shape": case.shape, "dtype": case.dtype, "labels": case.labels}
+    row = {name: getattr(case, name) for name in ("operation", "shape", "dtype", "labels", "alone")}
     row |= _figures(problem, times)
     if case.memory and on_gpu():
         row["memory"] = gpu_peak_memory(problem)
     del problem
     gc.collect()
     calseg.empty_cache()
+    torch.cuda.empty_cache()
     if case.memory:
         if not on_gpu():
             row["memory"] = peak_memory(build, case, 0 if quick else MEMORY_BYTES)

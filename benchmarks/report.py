@@ -10,6 +10,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import gpu_peers
 from harness import AT_MOST, compile_problem, on_gpu
 from rich import box
 from rich.console import Console
@@ -29,6 +30,9 @@ GB/s: by the byte model that the file states; BW: as a share of what copy_ moves
 copy, clone: time in units of out.copy_(logits) into existing memory, and of logits.clone() into fresh memory
 eager, compile: times faster than plain PyTorch and than torch.compile of it; x f32: than calseg in float32
 reads: time in units of a read of the logits, logits.view(-1).max(), which in cache is faster than from memory
+x liger, x flash: times faster than Liger-Kernel's and flash-attn's cross-entropy, permutes included
+of read: GB/s by the byte model as a share of that read
+floors: time in units of the larger of the bytes at the copy's bandwidth and the operations at the GPU's highest clock
 ns: per noise sample and element (samples x N x C x voxels)
 memory: peak beyond inputs, result and gradients in percent of the logits; in brackets that of the eager peer
 Ratios are medians over paired rounds of one run. Targets follow their figure: ✓ met, ✗ missed."""
@@ -43,6 +47,10 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def _gpu_peers() -> dict[str, str]:
+    return {f"{name}_peer": gpu_peers.problem(name) or "available" for name in gpu_peers.PEERS}
+
+
 def header(*, quick: bool) -> dict[str, Any]:
     """Where and with what the rows were measured."""
     info = calseg.info()
@@ -54,7 +62,7 @@ def header(*, quick: bool) -> dict[str, Any]:
         "load": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         "compile_peer": "left out by --quick" if quick else (compile_problem() or "available"),
         "quick": quick,
-        **({"gpu": info["gpu"]} if on_gpu() else {}),
+        **({"gpu": info["gpu"]} | _gpu_peers() if on_gpu() else {}),
         **{key: info[key] for key in INFO},
     }
 
@@ -81,26 +89,33 @@ def _further(row: Row) -> str:
         "read": _figure(row, "read", " reads"),
         "ns": _figure(row, "ns", " ns"),
         "float32": _figure(row, "float32", "x f32"),
+        "liger": _figure(row, "liger", "x liger"),
+        "flash": _figure(row, "flash", "x flash"),
+        "read_share": _figure(row, "read_share", " of read"),
+        "floor": _figure(row, "floor", " floors"),
     }
-    return ", ".join(text for metric, text in figures.items() if metric in row["metrics"])
+    texts = [text for metric, text in figures.items() if metric in row["metrics"]]
+    return ", ".join(texts + ["no peers: too large for them"] * row["alone"])
 
 
 def _memory(row: Row) -> str:
     memory = row.get("memory")
     if not memory or memory["calseg"] is None:
         return "-"
-    return _verdict(row, "memory", f"{memory['calseg']:.1f}") + f" ({memory['eager']:.0f})"
+    eager = f" ({memory['eager']:.0f})" if "eager" in memory else ""
+    return _verdict(row, "memory", f"{memory['calseg']:.1f}") + eager
 
 
 def _cells(row: Row) -> list[str]:
     ours = row["seconds"]["calseg"]
     batch, classes, *space = row["shape"]
     size = f"{batch}x{space[0]}^{len(space)}" if space else str(batch)
-    share = f"{100 * row['share_of_copy']:.0f}%" if "share_of_copy" in row else "-"
+    share = row["metrics"].get("copy_share")
     return [
         row["operation"], str(classes), size, f"{SHORT[row['dtype']]} {SHORT[row['labels']]}",
         f"{1e3 * ours['median']:.4g}", f"{1e3 * ours['min']:.4g}",
-        f"{50 * (ours['q3'] - ours['q1']) / ours['median']:.0f}%", f"{row['gb_per_s']:.1f}", share,
+        f"{50 * (ours['q3'] - ours['q1']) / ours['median']:.0f}%", f"{row['gb_per_s']:.1f}",
+        "-" if share is None else _verdict(row, "copy_share", f"{100 * share:.0f}%"),
         _figure(row, "copy"), _figure(row, "clone"), _figure(row, "eager"), _figure(row, "compile"),
         _further(row), _memory(row),
     ]  # fmt: skip
