@@ -4,8 +4,11 @@ test_triton.py and test_cuda.py.
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import test_calibration as calibration
@@ -13,7 +16,7 @@ import torch
 from cases import LAYOUTS, assert_accurate, class_weights, id_of, labels, scores
 
 import calseg
-from calseg import ops
+from calseg import ops, rng
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,6 +44,12 @@ OPERATIONS = {
             t["mu"], t["logvar"], y, num_samples=3, seed=5, ignore_index=255, backend=b, **o), ("mu", "logvar")),
     "gaussian_kl": (
         lambda t, y, b, **o: calseg.gaussian_kl(t["mu"], t["logvar"], backend=b, **o), ("mu", "logvar")),
+    "sample_soft_labels": (  # has no reduction
+        lambda t, y, b, **_: calseg.sample_soft_labels(
+            t["mu"], t["logvar"], y, num_samples=3, alpha=0.6, seed=5, ignore_index=255, backend=b), ("mu", "logvar")),
+    "accumulate_soft_labels": (
+        lambda t, y, b, **_: calseg.accumulate_soft_labels(
+            [t["x"], t["mu"]], y, alpha=0.6, ignore_index=255, backend=b), ("x", "mu")),
 }  # fmt: skip
 
 
@@ -75,7 +84,7 @@ def test_values_and_gradients(name, dtype, C):
             truth, wanted = value_and_gradients(function, wide, target.cpu(), "reference", reduction=reduction)
             assert_accurate(value.cpu(), truth, ulps=64, scale=2.0, what=reduction)
             for k, gradient in gradients.items():
-                scale = 2.0 if reduction == "none" else 2.0 / target.numel()
+                scale = 2.0 if value.dim() else 2.0 / target.numel()
                 assert_accurate(gradient.cpu(), wanted[k], ulps=64, scale=scale, what=f"gradient of {k}, {reduction}")
 
 
@@ -113,10 +122,10 @@ def test_gradcheck_in_float64(name):
     assert torch.autograd.gradcheck(lambda *t: function(dict(zip(names, t, strict=True)), target, None), leaves)
 
 
-CUDA = pytest.param(
-    "cuda", marks=pytest.mark.skipif(not ops._native or not ops._native.CUDA_ARCHITECTURES, reason="built without CUDA")
-)
-every_engine = pytest.mark.parametrize("backend", ["triton", CUDA])
+HAS_CUDA = ops._native is not None and bool(ops._native.CUDA_ARCHITECTURES)
+ENGINES = ["triton", "cuda"] if HAS_CUDA else ["triton"]
+needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason="built without CUDA")
+every_engine = pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=needs_cuda)])
 
 
 @every_engine
@@ -163,7 +172,7 @@ def test_calibration_bins_of_logits(backend, dtype, kind):
 # ---- streams, graphs, devices, the compiler ----
 
 
-@pytest.mark.skipif(CUDA.marks[0].args[0], reason="built without CUDA")
+@needs_cuda
 def test_calibration_bins_in_a_graph():
     """The launch alone can be captured; each replay adds the same integers to those that are there."""
     x, y = scores(2, 4, 64, 64, dtype=torch.float32).cuda(), labels((2, 4, 64, 64), dtype=torch.uint8).cuda()
@@ -235,6 +244,20 @@ def test_streams():
         for (value, gradients), (truth, theirs) in zip(got, wanted, strict=True):
             assert torch.equal(value, truth)
             assert all(torch.equal(gradients[k], theirs[k]) for k in names)
+
+
+@every_engine
+def test_calibration_bins_on_a_stream(backend):
+    """They wait for what their own stream still computes."""
+    x, y = scores(2, 4, 64, 64, dtype=torch.float32).cuda(), labels((2, 4, 64, 64)).cuda()
+    wanted = calseg.calibration_bins(x, y, backend=backend)
+    late = torch.zeros_like(x)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(10**8)
+        late.copy_(x)
+        got = calseg.calibration_bins(late, y, backend=backend)
+    calibration.assert_same(got, wanted)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
@@ -317,3 +340,72 @@ def test_more_than_two_to_the_31_elements():
     assert abs(float(loss.detach()) / float(wanted) - 1) < 1e-2  # bfloat16
     assert_accurate(x.grad[..., -5000:], alone.grad, ulps=8)
     assert torch.equal(x.grad[0, :, 0].float(), torch.tensor([0.25, -0.75, 0.25, 0.25], device=DEVICE))
+
+
+@pytest.mark.timeout(600)
+@every_engine
+def test_calibration_bins_past_two_to_the_31_elements(backend):
+    """Every sum is the exact multiple of that of one voxel; the rare ones are all at the far end."""
+    size = 2**30 + 2**16
+    if torch.cuda.mem_get_info()[0] < 6 * size:
+        pytest.skip(f"needs {6 * size / 2**30:.0f} GiB of GPU memory")
+    x = torch.empty(1, 2, size, dtype=torch.bfloat16, device=DEVICE)
+    x[0, 0], x[0, 1] = 0.0, 1.0
+    target = torch.ones(1, size, dtype=torch.uint8, device=DEVICE)
+    x[0, 0, -5:], x[0, 1, -5:], target[:, -5:] = 3.0, 0.0, 0
+    for class_wise in (False, True):
+        bins, often, rarely = (
+            calseg.calibration_bins(x[..., part], target[:, part], class_wise=class_wise, backend=backend)
+            for part in (slice(None), slice(1), slice(size - 1, None))
+        )
+        for got, one, other in zip(bins, often, rarely, strict=True):
+            assert torch.equal(got, one * (size - 5) + other * 5)
+
+
+@pytest.mark.timeout(600)
+def test_noise_past_two_to_the_32_voxels():
+    """The second word of the noise's counter: the voxels that count lie around 2^32 and at the end."""
+    size = 2**32 + 3001
+    if torch.cuda.mem_get_info()[0] < 2 * size:
+        pytest.skip(f"needs {2 * size / 2**30:.0f} GiB of GPU memory")
+    mu, logvar = (torch.tensor(v, device=DEVICE).view(1, 2, 1).expand(1, 2, size) for v in ((0.3, -0.2), (0.5, 0.1)))
+    target = torch.full((1, size), 255, dtype=torch.uint8, device=DEVICE)
+    spots = [slice(2**32 - 700, 2**32 + 800), slice(size - 300, size)]
+    wanted = 0.0
+    for spot in spots:
+        target[:, spot] = 1
+        for k in range(3):
+            eps = rng.standard_normal(
+                99, spot.stop - spot.start, 2, k, first_voxel=spot.start, device=torch.device("cpu")
+            )
+            nu = torch.tensor([[0.3], [-0.2]]).double() + (torch.tensor([[0.5], [0.1]]).double() / 2).exp() * eps
+            wanted -= float(torch.log_softmax(nu, 0)[1].sum()) / 3
+    got = calseg.vls_elbo(mu, logvar, target, ignore_index=255, num_samples=3, beta=0.0, seed=99, reduction="sum")
+    assert abs(float(got) / wanted - 1) < 1e-5
+
+
+# ---- compute-sanitizer ----
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer on PATH")
+@pytest.mark.parametrize(
+    ("tool", "summary"),
+    [
+        ("memcheck", "ERROR SUMMARY: 0 errors"),
+        ("racecheck", "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"),
+    ],
+)
+def test_compute_sanitizer(tool, summary):
+    """Calls of the driver that PyTorch and Triton only try are not errors; Triton's compiler is not watched."""
+    script = Path(__file__).with_name("every_kernel.py")
+    done = subprocess.run(
+        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no",
+         "--target-processes", "application-only", sys.executable, str(script)],
+        # Every tensor an allocation of its own: a step past its end is seen.
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "every kernel ran" in done.stdout
+    assert summary in done.stdout, done.stdout[-4000:]

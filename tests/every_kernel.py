@@ -1,0 +1,28 @@
+"""Every operation on both engines of a GPU, small and odd: what test_gpu.py runs under compute-sanitizer."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from itertools import product
+
+import torch
+from cases import LAYOUTS
+from test_calibration import KINDS
+from test_gpu import ENGINES, OPERATIONS, inputs, value_and_gradients
+
+import calseg
+
+for shape, layout, wrong in product(
+    ((2, 3, 5, 7), (1, 14, 9, 13), (1, 117, 3, 37)), ("contiguous", "channels_last"), (False, True)
+):
+    tensors, target = inputs(("x", "mu", "logvar"), shape)  # a fifth of the labels are ignored
+    tensors = {name: LAYOUTS[layout](t) for name, t in tensors.items()}
+    if wrong:
+        target[0, -1] = 200
+    for function, names in OPERATIONS.values():
+        value_and_gradients(function, {name: tensors[name] for name in names}, target, "triton")
+    for backend, n_bins, kind in product(ENGINES, (15, 200, 4096), KINDS):
+        with suppress(IndexError):  # that a label is out of range
+            calseg.calibration_bins(tensors["x"], target, backend=backend, n_bins=n_bins, ignore_index=255, **kind)
+torch.cuda.synchronize()
+print("every kernel ran")
