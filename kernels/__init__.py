@@ -1,7 +1,7 @@
-"""GPU kernels, in Triton: one file per operation, and what :mod:`calseg.ops` calls of them.
+"""GPU kernels: one file per operation, in Triton, and what :mod:`calseg.ops` calls of them.
 
 ``engine`` is the host's side, ``launch`` cuts work into tiles; ``common``, ``noise`` and ``gaussian`` are what kernels
-share. Importing this imports Triton.
+share. Importing this imports Triton. ``calibration.cu``, in CUDA C++, is called through the native module instead.
 """
 
 from calseg.kernels.engine import (
