@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import eager as peers
 import pytest
-from harness import GPU_SIZES, Case, Problem, gpu_case, on_gpu
+from harness import Case, Problem, on_gpu, sized_gpu_cases
 
 import calseg
 
@@ -17,11 +17,7 @@ CPU_CASES = [
     Case("gaussian_kl", classes, 96, labels="", compiled=classes == 4, memory=True, targets={"memory": 5})
     for classes in (4, 32)
 ]
-GPU_CASES = [
-    gpu_case("gaussian_kl", classes, edge, dtype, labels="", compiled=dtype == "float32" and edge == 256, memory=True,
-             targets={"eager": 5, "compile": 2})
-    for dtype in ("float32", "bfloat16") for classes, edge in GPU_SIZES
-]  # fmt: skip
+GPU_CASES = sized_gpu_cases("gaussian_kl", {"eager": 5, "compile": 2}, labels="")
 CASES = GPU_CASES if on_gpu() else CPU_CASES
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import eager as peers
 import pytest
 import torch
-from harness import GPU_SIZES, Case, Problem, gpu_case, on_gpu
+from harness import Case, Problem, gpu_case, on_gpu, sized_gpu_cases
 from torch import Tensor
 
 import calseg
@@ -29,11 +29,7 @@ CPU_CASES = [
     Case("soft_labels_backward", 4, 96, memory=True),
 ]
 GPU_CASES = [
-    *(
-        gpu_case("soft_labels", classes, edge, dtype, compiled=dtype == "float32" and edge == 256, memory=True,
-                 targets={"eager": 5, "compile": 2, "floor": 1.5})
-        for dtype in ("float32", "bfloat16") for classes, edge in GPU_SIZES
-    ),
+    *sized_gpu_cases("soft_labels", {"eager": 5, "compile": 2, "floor": 1.5}),
     *(
         gpu_case("soft_labels_backward", classes, 256, dtype, memory=True, targets={"eager": 5})
         for dtype in ("float32", "bfloat16") for classes in (4, 33)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import eager as peers
 import pytest
-from harness import GPU_SIZES, Case, Problem, gpu_case, on_gpu
+from harness import Case, Problem, on_gpu, sized_gpu_cases
 from torch import Tensor
 
 import calseg
@@ -22,11 +22,7 @@ CPU_CASES = [
     Case("vls_cross_entropy", classes, edge, compiled=True, memory=True, targets=TARGETS)
     for classes, edge in {2: 96, 4: 96, 14: 80, 32: 64}.items()
 ]
-GPU_CASES = [
-    gpu_case("vls_cross_entropy", classes, edge, dtype, compiled=dtype == "float32" and edge == 256, memory=True,
-             targets={"eager": 5, "compile": 2, "floor": 1.5})
-    for dtype in ("float32", "bfloat16") for classes, edge in GPU_SIZES
-]  # fmt: skip
+GPU_CASES = sized_gpu_cases("vls_cross_entropy", {"eager": 5, "compile": 2, "floor": 1.5})
 CASES = GPU_CASES if on_gpu() else CPU_CASES
 
 

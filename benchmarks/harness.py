@@ -95,6 +95,15 @@ def gpu_case(operation: str, classes: int, edge: int, dtype: str, *, targets: di
     return replace(case, targets={name: bound for name, bound in targets.items() if large and name not in left_out})
 
 
+def sized_gpu_cases(operation: str, targets: dict[str, float], **options: Any) -> list[Case]:
+    """``GPU_SIZES`` in float32 and bfloat16; torch.compile is slow to compile: beside one size alone."""
+    return [
+        gpu_case(operation, classes, edge, dtype, compiled=dtype == "float32" and edge == 256, memory=True,
+                 targets=targets, **options)
+        for dtype in ("float32", "bfloat16") for classes, edge in GPU_SIZES
+    ]  # fmt: skip
+
+
 @dataclass
 class Problem:
     """The tensors of a case and who works on them: each on leaves of its own over the same memory."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module, metadata
 from types import ModuleType
@@ -518,13 +518,14 @@ def calibration_bins(
 
     ``first_class`` is the first class with bins of its own, None for top-label bins; ``mask`` is uint8.
     """
-    shape = N, C, _ = shape_of(scores)
+    N, C, _ = shape_of(scores)
+    options: dict[str, Any] = {
+        "n_bins": n_bins, "from_logits": from_logits, "first_class": first_class, "skip_background": skip_background,
+        "per_item": per_item, "right_closed": right_closed,
+    }  # fmt: skip
     if backend in ("triton", "cuda"):
         engine = _triton().calibration_bins if backend == "triton" else _cuda_calibration_bins
-        sums, totals, label_position, score_position = engine(
-            scores, labels, mask, n_bins=n_bins, from_logits=from_logits, first_class=first_class,
-            skip_background=skip_background, per_item=per_item, right_closed=right_closed,
-        )  # fmt: skip
+        sums, totals, label_position, score_position = engine(scores, labels, mask, **options)
         if label_position >= 0:
             place = tuple(place_of(label_position, tuple(labels.tensor.shape)))
             label = int(labels.tensor[place])
@@ -538,15 +539,9 @@ def calibration_bins(
     items, kinds = N if per_item else 1, 1 if first_class is None else C - first_class
     sums = torch.zeros(items, kinds, n_bins, 3, dtype=torch.int64)
     totals = torch.zeros(items, 6, dtype=torch.int64)
-    kept, kept_labels = _kept(scores), _kept_labels(labels)
-    counted = None if mask is None else _kept_labels(Labels(mask, 0))
-    mask_view = _label_view(counted)
-    label_position, label, score_position, total, least = _native.calibration_bins(
-        shape, _view(kept), _label_view(kept_labels), None if mask_view is None else mask_view[0], n_bins,
-        first_class or 0, from_logits, first_class is not None, skip_background, per_item, right_closed,
-        probability_tolerance(scores.dtype), (sums.data_ptr(), 0, 0, 0, 0), (totals.data_ptr(), 0, 0, 0, 0),
-        torch.get_num_threads(),
-    )  # fmt: skip
+    label_position, label, score_position, total, least = _native_calibration_bins(
+        _native.calibration_bins, scores, labels, mask, sums, totals, torch.get_num_threads(), **options
+    )
     if label_position >= 0:
         raise label_error(label, label_position, tuple(labels.tensor.shape), C, labels.ignore_index)
     if score_position >= 0:
@@ -554,37 +549,50 @@ def calibration_bins(
     return sums, totals
 
 
-NO_FAULT = 2**63 - 1
-
-
-def _cuda_calibration_bins(
+def _native_calibration_bins(
+    kernel: Callable[..., Any],
     scores: Tensor,
     labels: Labels,
     mask: Tensor | None,
-    *,
+    sums: Tensor,
+    totals: Tensor,
+    *rest: object,
     n_bins: int,
     from_logits: bool,
     first_class: int | None,
     skip_background: bool,
     per_item: bool,
     right_closed: bool,
-) -> tuple[Tensor, Tensor, int, int]:
+) -> Any:
+    """A native kernel of :func:`calibration_bins`; what it reads is held until it has been called."""
+    scores, kept_labels = _kept(scores), _kept_labels(labels)
+    counted = None if mask is None else _kept_labels(Labels(mask, 0))
+    mask_view = _label_view(counted)
+    return kernel(
+        shape_of(scores), _view(scores), _label_view(kept_labels), None if mask_view is None else mask_view[0], n_bins,
+        first_class or 0, from_logits, first_class is not None, skip_background, per_item, right_closed,
+        probability_tolerance(scores.dtype), (sums.data_ptr(), 0, 0, 0, 0), (totals.data_ptr(), 0, 0, 0, 0), *rest,
+    )  # fmt: skip
+
+
+NO_FAULT = 2**63 - 1
+
+
+def _cuda_calibration_bins(
+    scores: Tensor, labels: Labels, mask: Tensor | None, *, n_bins: int, first_class: int | None, per_item: bool,
+    **options: bool,
+) -> tuple[Tensor, Tensor, int, int]:  # fmt: skip
     """:func:`calibration_bins`, and where the first label that is no class and the first scores that are no
     probabilities are, -1 if nowhere. Waits for the GPU once.
     """
-    shape = N, C, _ = shape_of(scores)
+    N, C, _ = shape_of(scores)
     items, kinds = N if per_item else 1, 1 if first_class is None else C - first_class
     results = torch.zeros(2 + items * (6 + kinds * n_bins * 3), dtype=torch.int64, device=scores.device)
     faults, totals, sums = results.split([2, items * 6, items * kinds * n_bins * 3])
     faults.fill_(NO_FAULT)
-    scores, labels = _kept(scores), _kept_labels(labels) or labels
-    counted = _label_view(None if mask is None else _kept_labels(Labels(mask, 0)))
-    device, stream = _device_and_stream(scores)
-    _native.cuda_calibration_bins(
-        shape, _view(scores), _label_view(labels), None if counted is None else counted[0], n_bins, first_class or 0,
-        from_logits, first_class is not None, skip_background, per_item, right_closed,
-        probability_tolerance(scores.dtype), (sums.data_ptr(), 0, 0, 0, 0), (totals.data_ptr(), 0, 0, 0, 0),
-        (faults.data_ptr(), 0, 0, 0, 0), device, stream,
+    _native_calibration_bins(
+        _native.cuda_calibration_bins, scores, labels, mask, sums, totals, (faults.data_ptr(), 0, 0, 0, 0),
+        *_device_and_stream(scores), n_bins=n_bins, first_class=first_class, per_item=per_item, **options,
     )  # fmt: skip
     faults, totals, sums = results.cpu().split([2, items * 6, items * kinds * n_bins * 3])
     label_position, score_position = (-1 if place == NO_FAULT else place for place in faults.tolist())
