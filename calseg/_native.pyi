@@ -26,6 +26,16 @@ def cross_entropy(
     num_threads: int,
     /,
 ) -> Outcome: ...
+def small_cross_entropy(
+    logits: object,
+    target: object,
+    ignore_index: object,
+    reduction: object,
+    label_smoothing: object,
+    with_gradient: bool,
+    num_threads: int,
+    /,
+) -> tuple[float, Any] | None: ...
 def vls_cross_entropy(
     shape: Shape,
     logits: View,

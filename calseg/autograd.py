@@ -45,44 +45,30 @@ _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 class Loss(Function):
-    """``((spec, reuse_logits, places), *tensors) -> loss``, every loss of :class:`calseg.ops.Loss`.
+    """``((loss, gradients, backend), *tensors) -> loss``, of a loss that has its gradients with respect to ``tensors``
+    already: backward hands them out.
 
-    ``tensors`` are those of logits, soft labels, mu and logvar that there are, ``places`` which of the four they are:
-    every argument of a Function costs time, and small losses have none to spare.
+    They come in a tuple, as every argument of a Function costs time, and small losses have none to spare.
     """
 
     @staticmethod
-    def forward(ctx: Any, call: tuple[ops.Loss, bool, tuple[int, ...]], *tensors: Tensor) -> Tensor:
-        spec, reuse_logits, places = call
-        ctx.places = places
-        inputs = _placed(places, tensors)
-        if reuse_logits or ops.needs_upstream_first(spec, tensors):
-            ctx.spec, ctx.reuse_logits, ctx.gradients = spec, reuse_logits, None
-            label_tensor = None if spec.labels is None else spec.labels.tensor
-            ctx.save_for_backward(label_tensor, spec.weight, *tensors)
-            return ops.loss(spec, *inputs)
-        needed, ctx.backend = ctx.needs_input_grad, spec.backend
-        ctx.inputs = tensors  # not saved, which takes time: only their place in the graph is wanted, for create_graph
-        # Kept on ctx, not saved: nobody else sees them, so they can be handed over, not copied.
-        ctx.gradients = gradients = tuple(
-            [ops.empty_like(tensor) if needed[1 + i] else None for i, tensor in enumerate(tensors)]
-        )
-        return ops.loss(spec, *inputs, _placed(places, gradients))
+    def forward(ctx: Any, made: tuple[Tensor, tuple[Tensor | None, ...], str], *tensors: Tensor) -> Tensor:
+        loss, ctx.gradients, ctx.backend = made
+        # Not saved, which takes time and would copy gradients in backward: nobody else sees these, so they are handed
+        # over; and of the inputs only their place in the graph is wanted, for create_graph.
+        ctx.inputs = tensors
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad_output,) = grad_outputs
-        gradients = ctx.gradients
-        if gradients is None:
-            _, _, *tensors = ctx.saved_tensors
-            return None, *_guarded(_gradients_now(ctx, grad_output), grad_output, *tensors)
+        gradients, inputs = ctx.gradients, ctx.inputs
         if not gradients:
             raise RuntimeError(
                 "Trying to backward through the graph a second time (or directly access saved tensors after they have "
                 "already been freed). Specify retain_graph=True if you need to backward through the graph a second "
                 "time."
             )
-        inputs = ctx.inputs
         if _graph_is_kept():
             gradients = [None if g is None else g.mul(grad_output) for g in gradients]
         else:
@@ -93,38 +79,79 @@ class Loss(Function):
         return None, *gradients
 
 
-# Function.apply less its detour for torch.func, whose calls never come here: it takes 2 of a small loss's 40 us.
-loss = super(Function, Loss).apply
+class LossInBackward(Function):
+    """``((spec, reuse_logits, places), *tensors) -> loss``, whose gradients are made in backward.
+
+    ``tensors`` are those of logits, soft labels, mu and logvar that there are, ``places`` which of the four they are.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: tuple[ops.Loss, bool, tuple[int, ...]], *tensors: Tensor) -> Tensor:
+        ctx.spec, ctx.reuse_logits, ctx.places = call
+        labels = ctx.spec.labels
+        ctx.save_for_backward(None if labels is None else labels.tensor, ctx.spec.weight, *tensors)
+        return ops.loss(ctx.spec, *_placed(ctx.places, tensors))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (grad_output,) = grad_outputs
+        label_tensor, weight, *tensors = ctx.saved_tensors
+        spec = ctx.spec
+        if label_tensor is not None:
+            spec = spec._replace(labels=spec.labels._replace(tensor=label_tensor), weight=weight)
+        in_place = ctx.reuse_logits and not _graph_is_kept()
+        gradients: list[Tensor | None] = []
+        for i, tensor in enumerate(tensors):
+            if in_place and i == 0:
+                gradients.append(tensor.detach())
+            else:
+                gradients.append(ops.empty_like(tensor) if ctx.needs_input_grad[1 + i] else None)
+        upstream = grad_output.expand(ops.voxel_shape(tensors[0]))
+        ops.loss(spec, *_placed(ctx.places, tensors), _placed(ctx.places, gradients), upstream)
+        if in_place:  # whoever saved the logits for its own backward is told, as by any in-place operation
+            torch.autograd.graph.increment_version(tensors[0])
+        return None, *_guarded(gradients, grad_output, *tensors)
 
 
-def _placed(places: tuple[int, ...], tensors: tuple[Tensor | None, ...]) -> ops.Gradients:
+# Function.apply less its detour for torch.func, whose calls never come here: it takes 2 of a small loss's 35 us.
+_attach, _attach_later = super(Function, Loss).apply, super(Function, LossInBackward).apply
+
+
+def small_cross_entropy(logits: Tensor, target: Tensor, *options: Any) -> Tensor | None:
+    """:func:`calseg.ops.small_cross_entropy` with autograd."""
+    if ops.small_cross_entropy is None:
+        return None
+    outcome = ops.small_cross_entropy(logits, target, *options, torch.is_grad_enabled(), torch.get_num_threads())
+    if outcome is None:
+        return None
+    value, gradient = outcome
+    loss = torch.scalar_tensor(value, dtype=logits.dtype, device="cpu")
+    if gradient is None:
+        return loss
+    attached: Tensor = _attach((loss, (gradient,), "cpu"), logits)
+    return attached
+
+
+def loss(spec: ops.Loss, inputs: ops.Gradients, reuse_logits: bool) -> Tensor:
+    """:func:`calseg.ops.loss` of logits, soft labels, mu and logvar, those of them that there are, with autograd."""
+    places = tuple(i for i, tensor in enumerate(inputs) if tensor is not None)
+    tensors = [tensor for tensor in inputs if tensor is not None]
+    if reuse_logits or ops.needs_upstream_first(spec, tensors):
+        later: Tensor = _attach_later((spec, reuse_logits, places), *tensors)
+        return later
+    gradients = tuple(ops.empty_like(tensor) if tensor.requires_grad else None for tensor in tensors)
+    with torch.no_grad():
+        made = ops.loss(spec, *inputs, _placed(places, gradients)), gradients, spec.backend
+    now: Tensor = _attach(made, *tensors)
+    return now
+
+
+def _placed(places: tuple[int, ...], tensors: Sequence[Tensor | None]) -> ops.Gradients:
     """(logits, soft labels, mu, logvar), None where there is none."""
-    if places == (0,):
-        return tensors[0], None, None, None
     placed: list[Tensor | None] = [None] * 4
     for place, tensor in zip(places, tensors, strict=True):
         placed[place] = tensor
     return placed[0], placed[1], placed[2], placed[3]
-
-
-def _gradients_now(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
-    """The gradients for an upstream gradient per voxel; that of the logits in their place if it may."""
-    label_tensor, weight, *tensors = ctx.saved_tensors
-    spec = ctx.spec
-    if label_tensor is not None:
-        spec = spec._replace(labels=spec.labels._replace(tensor=label_tensor), weight=weight)
-    in_place = ctx.reuse_logits and not _graph_is_kept()
-    gradients: list[Tensor | None] = []
-    for i, tensor in enumerate(tensors):
-        if in_place and i == 0:
-            gradients.append(tensor.detach())
-        else:
-            gradients.append(ops.empty_like(tensor) if ctx.needs_input_grad[1 + i] else None)
-    upstream = grad_output.expand(ops.voxel_shape(tensors[0]))
-    ops.loss(spec, *_placed(ctx.places, tensors), _placed(ctx.places, tuple(gradients)), upstream)
-    if in_place:  # whoever saved the logits for its own backward is told, as by any in-place operation
-        torch.autograd.graph.increment_version(tensors[0])
-    return gradients
 
 
 class AceMoments(Function):

@@ -78,7 +78,7 @@ def pooled_interval(
 
     drawn = []
     for index in _draws(len(rows), num_resamples, seed, 8 * sum(sizes)):
-        times = torch.zeros(len(index), len(rows), dtype=torch.int64).scatter_add_(1, index, torch.ones_like(index))
+        times = index.new_zeros(len(index), len(rows)).scatter_add_(1, index, torch.ones_like(index))
         drawn.append(value(times @ rows))
     return _interval(value(rows.sum(0, keepdim=True))[0], drawn, len(rows), confidence_level)
 
@@ -88,7 +88,7 @@ def _draws(cases: int, num_resamples: int, seed: int, bytes_each: int) -> list[T
     if cases < 2:
         return []
     generator = torch.Generator().manual_seed(seed)
-    index = torch.randint(cases, (num_resamples, cases), generator=generator)
+    index = torch.randint(cases, (num_resamples, cases), generator=generator, device="cpu")
     return list(index.split(max(1, BLOCK_BYTES // max(bytes_each, 1))))
 
 

@@ -285,7 +285,7 @@ def calibration_error_from_bins(bins: CalibrationBins, norm: str = "l1", *, equa
 def _equal_mass(count: Tensor, confidence: Tensor, hits: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """``[..., cells]`` regrouped into ``[..., groups]`` of equal counts; straddling cells divided in proportion."""
     upper = count.cumsum(-1)
-    edges = upper[..., -1:] * torch.arange(groups + 1, dtype=torch.float64) / groups
+    edges = upper[..., -1:] * torch.arange(groups + 1, dtype=torch.float64, device=upper.device) / groups
     cell = torch.searchsorted(upper, edges, right=False).clamp(max=count.shape[-1] - 1)
     before = upper - count
     share = ((edges - before.gather(-1, cell)) / count.gather(-1, cell)).nan_to_num(0.0).clamp(0.0, 1.0)

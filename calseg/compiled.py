@@ -39,7 +39,7 @@ def draw_seed() -> Tensor:
 
 @draw_seed.register_fake
 def _() -> Tensor:
-    return torch.empty((), dtype=torch.int64)
+    return torch.empty((), dtype=torch.int64, device="cpu")
 
 
 # ---- every loss is one operator: logits, soft labels, mu and logvar are there or not ----

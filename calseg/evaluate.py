@@ -128,10 +128,14 @@ class CaseSums:
     def from_json(cls, content: Mapping[str, Any]) -> CaseSums:
         """The inverse of :meth:`to_json`."""
         bins = {
-            name: CalibrationBins(**{key: torch.tensor(sums, dtype=torch.int64) for key, sums in each.items()})
+            name: CalibrationBins(
+                **{key: torch.tensor(sums, dtype=torch.int64, device="cpu") for key, sums in each.items()}
+            )
             for name, each in content["bins"].items()
         }
-        counts = (torch.tensor(content[name], dtype=torch.int64) for name in ("hits", "predicted", "labelled"))
+        counts = (
+            torch.tensor(content[name], dtype=torch.int64, device="cpu") for name in ("hits", "predicted", "labelled")
+        )
         return cls(bins, *counts)
 
 

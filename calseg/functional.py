@@ -53,10 +53,18 @@ def _unflat(result: Tensor, like: Tensor) -> Tensor:
     return result[0].transpose(0, 1) if like.dim() == 2 else result.view(like.shape)
 
 
+_transform = torch._C._functorch.peek_interpreter_stack
+
+
 def _transformed() -> bool:
     """Inside torch.func.grad, vmap and friends: the reference is differentiable and batched to any depth."""
     # Dynamo, which has its own way through transforms, sees an object here in any case.
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    return not torch.compiler.is_compiling() and _transform() is not None
+
+
+def _is_eager() -> bool:
+    """Neither compiled nor inside torch.func."""
+    return not torch.compiler.is_compiling() and _transform() is None
 
 
 def _backend(scores: Tensor, backend: str | None) -> str:
@@ -186,6 +194,10 @@ def vls_cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
+    if weight is mu is logvar is soft_labels is None and backend is None and not reuse_logits and _is_eager():
+        loss = autograd.small_cross_entropy(input, target, ignore_index, reduction, label_smoothing)
+        if loss is not None:
+            return loss
     check.check_scores("input", input)
     check.check_reduction(reduction)
     check.check_number("label_smoothing", label_smoothing, 0.0, 1.0, "in [0, 1]")
@@ -258,13 +270,7 @@ def _loss(
     if torch.compiler.is_compiling():
         return compiled.loss(spec, logits, soft_labels, mu, logvar)
     if _wants_gradient(logits, soft_labels, mu, logvar):
-        if soft_labels is mu is None:
-            result: Tensor = autograd.loss((spec, reuse_logits, (0,)), logits)
-            return result
-        inputs = (logits, soft_labels, mu, logvar)
-        places = tuple(i for i, tensor in enumerate(inputs) if tensor is not None)
-        result = autograd.loss((spec, reuse_logits, places), *(inputs[i] for i in places))
-        return result
+        return autograd.loss(spec, (logits, soft_labels, mu, logvar), reuse_logits)
     return ops.loss(spec, logits, soft_labels, mu, logvar)
 
 

@@ -225,7 +225,7 @@ class StageOneNet(nn.Module):
 
         def maps() -> Iterator[Tensor]:
             for _ in range(num_samples):
-                noise = torch.randn(mu.shape, generator=generator).to(mu)
+                noise = torch.randn(mu.shape, generator=generator, device="cpu").to(mu)
                 yield self.segment(self._with_code(features, mu + sigma * noise))
 
         return accumulate_soft_labels(maps(), label, temperature=temperature, alpha=alpha, ignore_index=ignore_index)

@@ -36,6 +36,9 @@ except ImportError as error:
         stacklevel=2,
     )
 
+# A faster way for small inputs, where there is one: csrc/small_cross_entropy.h.
+small_cross_entropy: Callable[..., Any] | None = None if _native is None else _native.small_cross_entropy
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 CUDA_OPERATIONS = ("calibration_bins",)  # those with a kernel in CUDA C++
 
@@ -233,8 +236,7 @@ def layout_like(tensor: Tensor) -> torch.memory_format:
 
 def _kept(tensor: Tensor) -> Tensor:
     """The tensor as the kernels can read it: itself, or a copy where it must be one."""
-    if tensor.is_neg():
-        tensor = tensor.resolve_neg()
+    tensor = tensor.resolve_neg()
     return tensor if is_walked_in_place(tensor) else tensor.contiguous()
 
 
@@ -255,12 +257,10 @@ def _view(tensor: Tensor | None) -> View | None:
 def _kept_labels(labels: Labels | None) -> Labels | None:
     if labels is None:
         return None
-    tensor = labels.tensor
-    if tensor.is_neg():
-        return labels._replace(tensor=tensor.contiguous())
-    if tensor.is_contiguous() or _one_stride(tensor.shape[1:], tensor.stride()[1:]) is not None:
-        return labels
-    return labels._replace(tensor=tensor.contiguous())
+    tensor = labels.tensor.resolve_neg()
+    if not tensor.is_contiguous() and _one_stride(tensor.shape[1:], tensor.stride()[1:]) is None:
+        tensor = tensor.contiguous()
+    return labels if tensor is labels.tensor else labels._replace(tensor=tensor)
 
 
 def _label_view(labels: Labels | None) -> tuple[View, int, bool] | None:
@@ -377,7 +377,7 @@ def loss(
         upstream = _kept(grad_output.unsqueeze(1) if grad_output.dim() else grad_output[None])
     elif reduction == "none":
         per_voxel = empty_loss(like, dtype)
-    weights = None if weight is None else weight.detach().to(torch.float64).contiguous()
+    weights = None if weight is None else weight.detach().resolve_neg().to(torch.float64).contiguous()
     labels = _kept_labels(labels)
     common = (_label_view(labels), None if weights is None else (weights.data_ptr(), 1, 0, 0, 0))
     if logits is not None:
@@ -403,7 +403,7 @@ def loss(
         else:
             outcome = _native.gaussian_kl(shape, gaussian, *outputs, to_mu, to_logvar, reduction_code, threads)
     value = _check(outcome, labels, shape[1])
-    return torch.scalar_tensor(value, dtype=dtype) if per_voxel is None else per_voxel
+    return torch.scalar_tensor(value, dtype=dtype, device="cpu") if per_voxel is None else per_voxel
 
 
 def needs_upstream_first(spec: Loss, tensors: Sequence[Tensor | None]) -> bool:
@@ -537,8 +537,8 @@ def calibration_bins(
             raise probability_error(total, least, score_position, voxel_shape(scores))
         return sums, totals
     items, kinds = N if per_item else 1, 1 if first_class is None else C - first_class
-    sums = torch.zeros(items, kinds, n_bins, 3, dtype=torch.int64)
-    totals = torch.zeros(items, 6, dtype=torch.int64)
+    sums = torch.zeros(items, kinds, n_bins, 3, dtype=torch.int64, device="cpu")
+    totals = torch.zeros(items, 6, dtype=torch.int64, device="cpu")
     label_position, label, score_position, total, least = _native_calibration_bins(
         _native.calibration_bins, scores, labels, mask, sums, totals, torch.get_num_threads(), **options
     )
@@ -611,8 +611,8 @@ def ace_moments(logits: Tensor, labels: Labels, n_bins: int, soft: bool, first_c
     item with a NaN among its logits.
     """
     shape = N, C, _ = shape_of(logits)
-    sums = torch.zeros(N, C - first_class, n_bins + soft, 8, dtype=torch.int64)
-    nans = torch.zeros(N, dtype=torch.int64)
+    sums = torch.zeros(N, C - first_class, n_bins + soft, 8, dtype=torch.int64, device="cpu")
+    nans = torch.zeros(N, dtype=torch.int64, device="cpu")
     kept, kept_labels = _kept(logits), _kept_labels(labels)
     outcome = _native.ace_moments(
         shape, _view(kept), _label_view(kept_labels), n_bins, first_class, soft, (sums.data_ptr(), 0, 0, 0, 0),
@@ -649,7 +649,7 @@ def bins_of_moments(moments: Tensor, n_bins: int, soft: bool) -> tuple[Tensor, T
         return count, f, hits
     # cell j lies between the centres of bins j - 1 and j, which get shares 1 - f and f of its voxels; the outermost
     # cells have one neighbour, which gets both; a confidence is (f + j - 1/2) / n_bins
-    offset = torch.arange(n_bins + 1, dtype=f.dtype) - 0.5
+    offset = torch.arange(n_bins + 1, dtype=f.dtype, device=f.device) - 0.5
     upper = f, (f_squared + offset * f) / n_bins, f_hits
     both = count, (f + offset * count) / n_bins, hits
     mass, confidence, hits = (_neighbours(whole - high, high) for whole, high in zip(both, upper, strict=True))

@@ -242,7 +242,7 @@ def accumulate_soft_labels(
     logit_maps: Iterable[Tensor], labels: Tensor | None, *, temperature: float, alpha: float, ignore_index: int
 ) -> Tensor:
     """The mean over the maps of ``softmax(nu_k / temperature)``, blended with ``labels`` where they are given."""
-    total, count = torch.zeros(()), 0
+    total, count = torch.zeros((), device="cpu"), 0
     labels = None if labels is None else labels.long()
     for count, logits in enumerate(logit_maps, 1):
         ok = torch.ones_like(logits[:, 0], dtype=torch.bool) if labels is None else labels != ignore_index
@@ -279,7 +279,7 @@ def probability_error(total: float, least: float, position: int, shape: tuple[in
 
 def confidence_bins(confidence: Tensor, n_bins: int, *, right_closed: bool = False) -> Tensor:
     """The bin of confidences in [0, 1]: ``[b / n_bins, (b + 1) / n_bins)``, 1 in the last; or the other way round."""
-    edges = (torch.arange(1, n_bins, dtype=confidence.dtype) / n_bins).to(confidence.device)
+    edges = (torch.arange(1, n_bins, dtype=confidence.dtype, device="cpu") / n_bins).to(confidence.device)
     return torch.bucketize(confidence.contiguous(), edges, right=not right_closed)
 
 

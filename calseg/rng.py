@@ -75,4 +75,4 @@ def standard_normal(
 
 def draw_seed() -> Tensor:
     """One 64-bit seed from PyTorch's default generator, as a 0-d int64 tensor: ``torch.manual_seed`` reproduces it."""
-    return torch.empty((), dtype=torch.int64).random_(-(2**63), None)
+    return torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None)

@@ -232,7 +232,7 @@ def _loss_of(net: StageOneNet, config: TrainConfig) -> Callable[[Patches, int], 
 
     def loss_of(patches: Patches, iteration: int) -> Tensor:
         generator = torch.Generator().manual_seed(training.noise_seed(config.seed, iteration, 0))
-        noise = torch.randn(len(patches.image), net.latent_size, generator=generator).to(patches.image)
+        noise = torch.randn(len(patches.image), net.latent_size, generator=generator, device="cpu").to(patches.image)
         logits, image, mu, logvar = net(patches.image, patches.label, noise)
         valid = patches.label != IGNORE_INDEX
         voxels = valid.sum().clamp(min=1)

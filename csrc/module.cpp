@@ -9,6 +9,7 @@
 #include "dlpack.h"
 #include "operations.h"
 #include "parallel.h"
+#include "small_cross_entropy.h"
 
 namespace py = pybind11;
 
@@ -37,6 +38,7 @@ PYBIND11_MODULE(_native, m) {
                                                 grad_soft_labels),
                              static_cast<Reduction>(reduction), num_threads);
     });
+    m.def("small_cross_entropy", &small_cross_entropy);
     m.def("vls_cross_entropy",
           [](const Shape& shape, const TensorView& logits, const Gaussian& gaussian, const Labels& labels, const TensorView& weight,
              double label_smoothing, double alpha, const TensorView& grad_output, const TensorView& loss, const TensorView& grad_logits,

@@ -136,7 +136,7 @@ def loss(
     inputs = [None if t is None else ops._kept(t) for t in (logits, soft_labels, mu, logvar)]
     like = inputs[0] if inputs[0] is not None else inputs[2]
     assert like is not None
-    weight = None if weight is None else weight.detach().contiguous()
+    weight = None if weight is None else weight.detach().resolve_neg().contiguous()
     labels = ops._kept_labels(labels)
     per_voxel = None
     if grad_output is None and reduction == "none":
@@ -338,7 +338,7 @@ def calibration_bins(
             right_closed, at_once, C,
         )  # fmt: skip
     results = results.cpu()
-    places = results[:, :2] + torch.arange(items)[:, None] * S
+    places = results[:, :2] + torch.arange(items, device="cpu")[:, None] * S
     label_position, score_position = (
         int(places[found, k].min()) if bool((found := results[:, k] != NO_FAULT.value).any()) else -1 for k in range(2)
     )

@@ -52,6 +52,38 @@ def same(a, b):
     return len(a) == len(b) and all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
+def test_results_are_where_the_inputs_are(set_threads):
+    """Whatever ``torch.set_default_device`` says: scripts for a GPU evaluate on the CPU, too."""
+    set_threads(2)
+    x, target = scores(2, 4, 8, 9), labels((2, 4, 8, 9))
+    maps = lambda: (x, x * 2)  # noqa: E731
+    calls = {
+        "bins": lambda: calseg.calibration_bins(x, target).count,
+        "ece": lambda: calseg.calibration_error(x, target),
+        "adaptive": lambda: calseg.calibration_error_from_bins(calseg.calibration_bins(x, target), equal_mass=3),
+        "soft labels": lambda: calseg.sample_soft_labels(x, x, target, seed=1),
+        "accumulated": lambda: calseg.accumulate_soft_labels(maps(), target),
+        "accumulated by the reference": lambda: calseg.accumulate_soft_labels(maps(), target, backend="reference"),
+        "bins by the reference": lambda: calseg.calibration_bins(x, target, backend="reference").count,
+    }
+    wanted = {name: call() for name, call in calls.items()}
+    with torch.device("meta"):
+        got = {name: call() for name, call in calls.items()}
+        drawn = calseg.sample_soft_labels(x, x)
+    assert drawn.isfinite().all()
+    for name, value in got.items():
+        assert torch.equal(value, wanted[name]), name
+    leaf = x.float().requires_grad_()
+    losses = [lambda: calseg.vls_cross_entropy(leaf, target), lambda: calseg.ace_loss(leaf, target, binning="soft"),
+              lambda: calseg.vls_cross_entropy(leaf, target, mu=leaf, logvar=leaf, seed=1, backend="cpu")]  # fmt: skip
+    for loss in losses:
+        value, gradient = loss().detach(), torch.autograd.grad(loss(), leaf)[0]
+        with torch.device("meta"):
+            again = loss()
+            assert torch.equal(again.detach(), value)
+            assert torch.equal(torch.autograd.grad(again, leaf)[0], gradient)
+
+
 # ---- threads ----
 
 

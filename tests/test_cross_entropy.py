@@ -283,6 +283,16 @@ def test_expanded_inputs(backend):
         ), {"input": x})  # fmt: skip
 
 
+def test_negative_bit(backend):
+    """Memory that holds the negative of what it stands for, in the place of labels, weights and upstream gradients."""
+    x, target, weight = scores(2, 5, 6, 7), labels((2, 5, 6, 7)), class_weights(5)
+    wanted = evaluate(lambda input: calseg.vls_cross_entropy(input, target, weight, backend=backend), {"input": x})
+    negative = torch._neg_view(-target), torch._neg_view(-weight)
+    got = evaluate(lambda input: calseg.vls_cross_entropy(input, *negative, backend=backend), {"input": x})
+    assert torch.equal(got.value, wanted.value)
+    assert torch.equal(got.gradients["input"], wanted.gradients["input"])
+
+
 # ---- low precision ----
 
 
