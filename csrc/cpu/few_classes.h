@@ -40,65 +40,103 @@ class FewClasses {
     template <bool kIgnored>
     CALSEG_MEMBER void run(int count) const {
         const FewClasses self = *this;  // a copy: what lies behind a reference is read anew after every store
+        const int whole = count / kLine * kLine;
+        Block block;
+        if (whole > 0) self.template begin<kIgnored>(0, kLanes, block);
         int at = 0;
-        alignas(64) D gradient[C][kLine];
-        for (; at + kLine <= count; at += kLine) {
-            for (int within = 0; within < kLine; within += kLanes) {
-                self.labels_ahead_.block((at + within) / kLanes);
-                self.template block<kIgnored>(at, within, kLanes, gradient);
-            }
-            if (kGradient)
-                for (int c = 0; c < C; ++c) self.write(gradients_[c] + at, gradient[c]);
-        }
+        for (; at + kLine < whole; at += kLine) self.template line<kIgnored, true>(at, block);
+        for (; at < whole; at += kLine) self.template line<kIgnored, false>(at, block);
         for (; at < count; at += kLanes) {
             const int rest = static_cast<int>(smaller(count - at, kLanes));
-            self.template block<true>(at, 0, rest, gradient);
+            alignas(64) T gradient[C][kLine];
+            self.template begin<true>(at, rest, block);
+            self.template finish<true>(at, block, gradient, 0);
             if (kGradient)
-                for (int c = 0; c < C; ++c) std::memcpy(gradients_[c] + at, gradient[c], static_cast<size_t>(rest) * sizeof(D));
+                for (int c = 0; c < C; ++c)
+                    for (int i = 0; i < rest; ++i) narrow(gradients_[c][at + i], gradient[c][i]);
         }
     }
 
  private:
-    // a group of voxels fills cache lines: to stream half of one costs as much as a whole
+    // voxels that fill cache lines: to stream half of one costs as much as a whole
     static constexpr int kLine = kLanes * sizeof(D) < 64 ? 64 / sizeof(D) : kLanes;
 
-    CALSEG_MEMBER void write(D* to, const D (&line)[kLine]) const {
-        if (!kStreamed<D> || !stream_) return void(std::memcpy(to, line, sizeof line));
-        for (int i = 0; i < kLine; i += kLanes) stream_lanes(to + i, line + i);
+    // A block's exponentials, and what else it takes to finish it. It is finished beside the exponentials of the next one:
+    // the two are a chain longer than a processor looks ahead.
+    struct Block {
+        F<T> e[C], sum, label_d;
+        I<T> labels;
+
+        CALSEG_MEMBER void become(const Block& other) {  // part by part: as a whole it would go through memory
+            for (int c = 0; c < C; ++c) e[c] = other.e[c];
+            sum = other.sum;
+            label_d = other.label_d;
+            labels = other.labels;
+        }
+    };
+
+    // Finishes a line whose first block is begun; if kMore, the line after it is begun.
+    template <bool kIgnored, bool kMore>
+    CALSEG_MEMBER void line(int from, Block& block) const {
+        alignas(64) T gradient[C][kLine];
+        for (int within = 0; within < kLine; within += kLanes) {
+            const int at = from + within;
+            const bool more = kMore || within + kLanes < kLine;
+            Block next;
+            if (more) begin<kIgnored>(at + kLanes, kLanes, next);
+            finish<kIgnored>(at, block, gradient, within);
+            if (more) block.become(next);
+        }
+        if (kGradient)
+            for (int c = 0; c < C; ++c) write(gradients_[c] + from, gradient[c]);
     }
 
     template <bool kIgnored>
-    CALSEG_MEMBER void block(int from, int within, int count, D (&gradient)[C][kLine]) const {
-        const int at = from + within;
-        const F<T> none = zero<T>();
-        const I<T> labels = load<I<T>>(labels_ + at);
-        const auto ignored = less(labels, broadcast<I<T>>(0));
-        F<T> x[C], top = none;
+    CALSEG_MEMBER void begin(int at, int count, Block& block) const {
+        labels_ahead_.block(at / kLanes);
+        block.labels = load<I<T>>(labels_ + at);
+        F<T>(&x)[C] = block.e, top = zero<T>();
         for (int c = 0; c < C; ++c) {
             alignas(64) T lanes[kLanes];
             if (count == kLanes) widen_lanes(lanes, logits_[c] + at);
             else
                 for (int i = 0; i < kLanes; ++i) lanes[i] = i < count ? static_cast<T>(widened(logits_[c][at + i])) : T(0);
             x[c] = load<F<T>>(lanes);
-            if (kIgnored) x[c] = select(ignored, none, x[c]);
+            if (kIgnored) x[c] = select(less(block.labels, broadcast<I<T>>(0)), zero<T>(), x[c]);
             top = c == 0 ? x[0] : larger(x[c], top);
         }
-        F<T> label_d = none, sum = none;
         for (int c = 0; c < C; ++c) {
             x[c] = x[c] - top;
-            label_d = c == 0 ? x[0] : select(equal(labels, broadcast<I<T>>(c)), x[c], label_d);
+            block.label_d = c == 0 ? x[0] : select(equal(block.labels, broadcast<I<T>>(c)), x[c], block.label_d);
         }
-        exp_nonpositive(x);
-        for (int c = 0; c < C; ++c) sum = c == 0 ? x[0] : sum + x[c];
-        const F<T> loss = log_positive(sum) - label_d;
-        store(loss_ + at, kIgnored ? select(ignored, none, loss) : loss);
+        exponentials(x);
+        block.sum = x[0];
+        for (int c = 1; c < C; ++c) block.sum = block.sum + x[c];
+    }
+
+    template <bool kIgnored>
+    CALSEG_MEMBER void finish(int at, const Block& block, T (&gradient)[C][kLine], int within) const {
+        const F<T> loss = log_positive(block.sum) - block.label_d;
+        store(loss_ + at, kIgnored ? select(less(block.labels, broadcast<I<T>>(0)), zero<T>(), loss) : loss);
         if (!kGradient) return;
-        const F<T> upstream = load<F<T>>(upstream_ + at), scale = upstream * reciprocal(sum);
-        for (int c = 0; c < C; ++c) {
-            alignas(64) T lanes[kLanes];
-            store(lanes, x[c] * scale - select(equal(labels, broadcast<I<T>>(c)), upstream, none));
-            narrow_lanes(gradient[c] + within, lanes);
-        }
+        const F<T> upstream = load<F<T>>(upstream_ + at), scale = upstream * reciprocal(block.sum);
+        for (int c = 0; c < C; ++c)
+            store(gradient[c] + within, block.e[c] * scale - select(equal(block.labels, broadcast<I<T>>(c)), upstream, zero<T>()));
+    }
+
+    // Of two classes one is the largest, whose exponential is 1: one of the differences is 0, their sum is the other.
+    static CALSEG_MEMBER void exponentials(F<T> (&d)[C]) {
+        if constexpr (C != 2) return exp_nonpositive(d);
+        F<T> e[1] = {d[0] + d[1]};
+        exp_nonpositive(e);
+        for (F<T>& each : d) each = select(equal(each, zero<T>()), broadcast<F<T>>(T(1)), e[0]);
+    }
+
+    CALSEG_MEMBER void write(D* to, const T (&line)[kLine]) const {
+        if (!kStreamed<D> || !stream_) return narrow_line(to, line);
+        alignas(64) D narrowed[kLine];
+        narrow_line(narrowed, line);
+        for (int i = 0; i < kLine; i += 64 / static_cast<int>(sizeof(D))) stream_line(to + i, narrowed + i);
     }
 
     const D* logits_[C];

@@ -196,6 +196,27 @@ CALSEG_INLINE void narrow_lanes(F16* to, const float* from) {
 }
 #endif
 
+// N values, a multiple of kLanes
+template <class To, class T, int N>
+CALSEG_INLINE void narrow_line(To* to, const T (&from)[N]) {
+    for (int i = 0; i < N; i += kLanes) narrow_lanes(to + i, from + i);
+}
+#if defined(__AVX512F__)
+CALSEG_INLINE void narrow_line(BF16* to, const float (&from)[32]) {  // as narrow_bf16: the upper halves of two vectors at once
+    __m512i rounded[2];
+    for (int i = 0; i < 2; ++i) {
+        const __m512 x = _mm512_loadu_ps(from + 16 * i);
+        const __m512i bits = _mm512_castps_si512(x), down = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+        const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000)), nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+        rounded[i] = _mm512_mask_add_epi32(down, odd, bits, _mm512_set1_epi32(0x8000));
+        rounded[i] = _mm512_mask_mov_epi32(rounded[i], nan, _mm512_set1_epi32(0x7fc00000));
+    }
+    const UintVector first = {0x00030001, 0x00070005, 0x000b0009, 0x000f000d, 0x00130011, 0x00170015, 0x001b0019, 0x001f001d,
+                              0x00230021, 0x00270025, 0x002b0029, 0x002f002d, 0x00330031, 0x00370035, 0x003b0039, 0x003f003d};
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(rounded[0], (__m512i)first, rounded[1]));
+}
+#endif
+
 // visit(typed null pointer) for the floating dtype of a view
 template <class Visit>
 CALSEG_INLINE void with_float_type(DType dtype, const Visit& visit) {
@@ -352,13 +373,21 @@ inline int load_labels(int32_t* to, const Labels& labels, const Span& span, int6
         const ClassLabels<From> classes(labels.is_mask ? INT64_MAX : C);
         const From* from = static_cast<const From*>(labels.view.data) + span.n * labels.view.stride_n + span.s * step;
         const int32_t keep = labels.is_mask ? 0 : -1;
-        const auto label_of = [=](From label) {
-            return (ignore != label) & classes.contain(label) ? static_cast<int32_t>(label) & keep : -1;
+        // an index that is no class needs no comparison
+        const bool may_be_class = ignore.possible && classes.contain(ignore.value);
+        const auto convert = [&](auto any_ignored, auto by) {
+            for (int i = 0; i < count; ++i) {
+                const From label = from[i * by];
+                const bool counts = classes.contain(label) & (!any_ignored | (ignore != label));
+                to[i] = counts ? static_cast<int32_t>(label) & keep : -1;
+            }
         };
-        if (step == 1)
-            for (int i = 0; i < count; ++i) to[i] = label_of(from[i]);
-        else
-            for (int i = 0; i < count; ++i) to[i] = label_of(from[i * step]);
+        using Yes = std::true_type;
+        using No = std::false_type;
+        using One = std::integral_constant<int64_t, 1>;
+        if (step != 1) convert(Yes(), step);
+        else if (may_be_class) convert(Yes(), One());
+        else convert(No(), One());
     });
     int counted = 0;
     for (int i = 0; i < count; ++i) counted += to[i] >= 0;
@@ -407,6 +436,20 @@ inline bool is_streamed(const TensorView& result, const Shape& shape) {
     return result && shape.voxels() * shape.C * dtype_bytes(result.dtype) >= kStreamBytes;
 }
 
+// 64 bytes to an address that is a multiple of 64.
+CALSEG_INLINE void stream_line(void* to, const void* from) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
+#elif defined(__AVX__)
+    for (int i = 0; i < 2; ++i)
+        _mm256_stream_si256(static_cast<__m256i*>(to) + i, _mm256_loadu_si256(static_cast<const __m256i*>(from) + i));
+#elif defined(__SSE2__)
+    for (int i = 0; i < 4; ++i) _mm_stream_si128(static_cast<__m128i*>(to) + i, _mm_loadu_si128(static_cast<const __m128i*>(from) + i));
+#else
+    std::memcpy(to, from, 64);
+#endif
+}
+
 inline void stream_bytes(void* to, const void* from, int64_t bytes) {
     char* out = static_cast<char*>(to);
     const char* in = static_cast<const char*>(from);
@@ -414,19 +457,7 @@ inline void stream_bytes(void* to, const void* from, int64_t bytes) {
     const int64_t head = smaller(-reinterpret_cast<intptr_t>(out) & 63, bytes);
     if (head) std::memcpy(out, in, static_cast<size_t>(head));
     int64_t at = head;
-    for (; at + 64 <= bytes; at += 64) {
-#if defined(__AVX512F__)
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(out + at), _mm512_loadu_si512(in + at));
-#elif defined(__AVX__)
-        for (int part = 0; part < 64; part += 32)
-            _mm256_stream_si256(reinterpret_cast<__m256i*>(out + at + part),
-                                _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + at + part)));
-#else
-        for (int part = 0; part < 64; part += 16)
-            _mm_stream_si128(reinterpret_cast<__m128i*>(out + at + part),
-                             _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + at + part)));
-#endif
-    }
+    for (; at + 64 <= bytes; at += 64) stream_line(out + at, in + at);
     out += at;
     in += at;
     bytes -= at;
@@ -576,15 +607,18 @@ class TensorTile {
     Span next_;
 };
 
-// The sum of a row in double, in a fixed order; eight partial sums, so that it vectorises.
+// The sum of a row in double, in a fixed order; with so many partial sums none waits for the one before.
 template <class T>
 double sum_row(const T* row, int count) {
-    double part[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    constexpr int kPartial = 32;
+    double part[kPartial] = {};
     int i = 0;
-    for (; i + 8 <= count; i += 8)
-        for (int j = 0; j < 8; ++j) part[j] += static_cast<double>(row[i + j]);
-    for (; i < count; ++i) part[i & 7] += static_cast<double>(row[i]);
-    return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
+    for (; i + kPartial <= count; i += kPartial)
+        for (int j = 0; j < kPartial; ++j) part[j] += static_cast<double>(row[i + j]);
+    for (; i < count; ++i) part[i % kPartial] += static_cast<double>(row[i]);
+    for (int width = kPartial / 2; width > 0; width /= 2)
+        for (int j = 0; j < width; ++j) part[j] += part[j + width];
+    return part[0];
 }
 
 }  // namespace

@@ -23,10 +23,9 @@ template <class T, int K>
 CALSEG_INLINE void exp_any(Array<T> (&x)[K]) {
     exp_nonpositive(x);
 }
-template <class T>
-CALSEG_INLINE Array<T> log_positive(Array<T> x) {
-    for (auto& value : x.v) value = std::log(value);
-    return x;
+template <class T, int K>
+CALSEG_INLINE void log_positive(Array<T> (&x)[K]) {
+    EACH for (auto& value : x[k].v) value = std::log(value);
 }
 // K Box-Muller pairs from the words a and b (the noise contract): u1 = ((a >> 8) + 0.5) / 2^24, u2 = (b >> 8) / 2^24.
 template <class T, int K>
@@ -109,39 +108,51 @@ CALSEG_INLINE void exp_any(FloatVector (&x)[K]) {
 // log(x) for normal x > 0, x = m 2^e, m in [3/4, 3/2): with r about 1 / m, from a table of 16 segments, and f = m r - 1 it
 // is e ln 2 - ln r + log(1 + f), and r is 1 on both sides of 1. NaN and Inf pass through. Relative error of log(1 + f) 3e-9
 // before rounding.
-CALSEG_INLINE FloatVector log_positive(FloatVector x) {
+template <int K>
+CALSEG_INLINE void log_positive(FloatVector (&x)[K]) {
     const FloatVector r = {1.0f,        0.914285719f, 0.864864886f, 0.820512831f, 0.780487776f, 0.744186044f, 0.711111128f, 0.680851042f,
                            1.30612242f, 1.25490201f,  1.20754719f,  1.16363633f,  1.12280703f,  1.08474576f,  1.04918027f,  1.0f};
     const FloatVector minus_ln_r = {0.0f,          0.0896121531f,  0.145181986f,   0.19782573f,   0.247836201f,  0.295464217f,
                                     0.340926563f,  0.384411731f,   -0.267062765f,  -0.227057486f, -0.188591185f, -0.151549866f,
                                     -0.115831823f, -0.0813456413f, -0.0480091633f, 0.0f};
-    const FloatVector m = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
-    const FloatVector one = broadcast<FloatVector>(1.0f), exponent = _mm512_getexp_ps(x);
-    const FloatVector e = _mm512_mask_add_ps(exponent, less(m, one), exponent, one);
-    const __m512i segment = _mm512_srli_epi32((__m512i)m, 19);
-    const FloatVector f = m * (FloatVector)_mm512_permutexvar_ps(segment, r) - 1.0f;
-    FloatVector p = f * 0.188602873f - 0.250069094f;
-    p = p * f + 0.333344402f;
-    p = p * f - 0.5f;
-    const FloatVector log_m = (p * f * f + f) + (FloatVector)_mm512_permutexvar_ps(segment, minus_ln_r);
-    return e * 0.693145752f + (e * 1.42860677e-6f + log_m);
+    const FloatVector one = broadcast<FloatVector>(1.0f);
+    FloatVector f[K], e[K], p[K], minus[K];
+    EACH f[k] = _mm512_getmant_ps(x[k], _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
+    EACH e[k] = _mm512_getexp_ps(x[k]);
+    EACH {
+        const __m512i segment = _mm512_srli_epi32((__m512i)f[k], 19);
+        e[k] = _mm512_mask_add_ps(e[k], less(f[k], one), e[k], one);
+        f[k] = f[k] * (FloatVector)_mm512_permutexvar_ps(segment, r) - 1.0f;
+        minus[k] = _mm512_permutexvar_ps(segment, minus_ln_r);
+    }
+    EACH p[k] = f[k] * 0.188602873f - 0.250069094f;
+    EACH p[k] = p[k] * f[k] + 0.333344402f;
+    EACH p[k] = p[k] * f[k] - 0.5f;
+    EACH p[k] = (p[k] * f[k] * f[k] + f[k]) + minus[k];
+    EACH x[k] = e[k] * 0.693145752f + (e[k] * 1.42860677e-6f + p[k]);
 }
 #else
 // log(x) for normal x > 0, as log(2^e) + log(1 + f), 1 + f in [sqrt(1/2), sqrt(2)); NaN and Inf pass through.
 // Relative error 6e-9 before rounding.
-CALSEG_INLINE FloatVector log_positive(FloatVector x) {
-    const IntVector bits = to_int_bits(x) - 0x3f3504f3;  // sqrt(1/2)
-    const FloatVector e = convert(bits >> 23), f = to_float_bits((bits & 0x007fffff) + 0x3f3504f3) - 1.0f;
-    FloatVector p = f * -7.634429837e-2f + 1.276155034e-1f;
-    p = p * f - 1.316019507e-1f;
-    p = p * f + 1.420176247e-1f;
-    p = p * f - 1.662335648e-1f;
-    p = p * f + 2.000122667e-1f;
-    p = p * f - 2.500082106e-1f;
-    p = p * f + 3.333333171e-1f;
-    const FloatVector z = f * f;
-    const FloatVector log_m = p * f * z - 0.5f * z + f;
-    return select(less(x, broadcast<FloatVector>(INFINITY)), (log_m + e * -2.12194440e-4f) + e * 0.693359375f, x);
+template <int K>
+CALSEG_INLINE void log_positive(FloatVector (&x)[K]) {
+    FloatVector e[K], f[K], p[K], z[K];
+    EACH {
+        const IntVector bits = to_int_bits(x[k]) - 0x3f3504f3;  // sqrt(1/2)
+        e[k] = convert(bits >> 23);
+        f[k] = to_float_bits((bits & 0x007fffff) + 0x3f3504f3) - 1.0f;
+    }
+    EACH p[k] = f[k] * -7.634429837e-2f + 1.276155034e-1f;
+    EACH p[k] = p[k] * f[k] - 1.316019507e-1f;
+    EACH p[k] = p[k] * f[k] + 1.420176247e-1f;
+    EACH p[k] = p[k] * f[k] - 1.662335648e-1f;
+    EACH p[k] = p[k] * f[k] + 2.000122667e-1f;
+    EACH p[k] = p[k] * f[k] - 2.500082106e-1f;
+    EACH p[k] = p[k] * f[k] + 3.333333171e-1f;
+    EACH z[k] = f[k] * f[k];
+    EACH p[k] = p[k] * f[k] * z[k] - 0.5f * z[k] + f[k];
+    EACH p[k] = (p[k] + e[k] * -2.12194440e-4f) + e[k] * 0.693359375f;
+    EACH x[k] = select(less(x[k], broadcast<FloatVector>(INFINITY)), p[k], x[k]);
 }
 #endif
 
@@ -259,6 +270,13 @@ CALSEG_INLINE void box_muller(const uint32_t* const (&a)[K], const uint32_t* con
 #endif
 
 #undef EACH
+
+template <class V>
+CALSEG_INLINE V log_positive(V x) {
+    V each[1] = {x};
+    log_positive(each);
+    return each[0];
+}
 
 }  // namespace
 }  // namespace CALSEG_ISA
