@@ -112,7 +112,8 @@ LossSums run_soft(const CrossEntropyArgs& a, const Tiling& tiles, int64_t chunk,
             t.labels_ahead.block(b);
             for (auto* tensor : {&logits, &soft}) tensor->prefetch_next(b);
             T *x = logits.block(b), *y = soft.block(b);
-            const F<T> sum = log_softmax_block(x, e, t.C, [](int64_t, F<T>) {});
+            const F<T> sum = exponentials_block(x, e, t.C);
+            log_softmax_block(x, sum, t.C, [](int64_t, F<T>) {});
             store(t.loss + b * kLanes, soft_cross_entropy_block(t, b, t.C, x, e, sum, y, smoothing, gradient, soft_gradient));
         }
         for (auto* tensor : {&logits, &soft}) tensor->end(span);

@@ -110,9 +110,9 @@ CALSEG_INLINE F<T> max_over_classes(const T* block, int64_t C) {
     return larger(a, b);
 }
 
-// logits become log softmax(logits), which visit(c, .) is shown; e = exp(logits - max), whose sum is returned.
-template <class T, class Visit>
-CALSEG_INLINE F<T> log_softmax_block(T* logits, T* e, int64_t C, const Visit& visit) {
+// logits become logits - max, e their exponentials, whose sum is returned.
+template <class T>
+CALSEG_INLINE F<T> exponentials_block(T* logits, T* e, int64_t C) {
     const F<T> top = max_over_classes(logits, C);
     F<T> sum = zero<T>();
     for_classes(C, [&](auto group, int64_t c) {
@@ -126,13 +126,18 @@ CALSEG_INLINE F<T> log_softmax_block(T* logits, T* e, int64_t C, const Visit& vi
             store(e + (c + j) * kLanes, exponential[j]);
         }
     });
+    return sum;
+}
+
+// What exponentials_block leaves becomes log softmax(logits), which visit(c, .) is shown.
+template <class T, class Visit>
+CALSEG_INLINE void log_softmax_block(T* logits, F<T> sum, int64_t C, const Visit& visit) {
     const F<T> log_sum_exp = log_positive(sum);
     for (int64_t c = 0; c < C; ++c) {
         const F<T> log_p = load<F<T>>(logits + c * kLanes) - log_sum_exp;
         store(logits + c * kLanes, log_p);
         visit(c, log_p);
     }
-    return sum;
 }
 
 // Uniform label smoothing, Yt = keep * Y + spread: made once, as a division in every block shows.
@@ -156,7 +161,7 @@ CALSEG_INLINE F<T> soft_cross_entropy_block(const LossTile<T>& t, int block, int
         // the limit of t log t is 0, also where log p is -inf
         loss = loss - select(equal(smoothed, none), none, y * load<F<T>>(log_p + c * kLanes));
     }
-    const F<T> scale_p = upstream * mass / sum, impossible = broadcast<F<T>>(T(-INFINITY));
+    const F<T> scale_p = upstream * mass * reciprocal(sum), impossible = broadcast<F<T>>(T(-INFINITY));
     for (int64_t c = 0; c < C && (gradient || soft_gradient); ++c) {
         const F<T> weight = broadcast<F<T>>(t.weight[c]), y = load<F<T>>(soft + c * kLanes), lp = load<F<T>>(log_p + c * kLanes);
         if (gradient) store(log_p + c * kLanes, load<F<T>>(e + c * kLanes) * scale_p - upstream * (weight * (keep * y + spread)));

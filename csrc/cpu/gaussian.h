@@ -91,7 +91,7 @@ class GaussianBlock {
                 const F<T> sum = softmax(k, [&](int64_t c, F<T>, F<T> e) {
                     if (kGradient) dot = dot + load<F<T>>(a + c * kLanes) * e;
                 });
-                const F<T> per_sum = broadcast<F<T>>(T(1)) / sum;
+                const F<T> per_sum = reciprocal(sum);
                 store(per_sum_ + k * kLanes, per_sum);
                 store(dot_ + k * kLanes, dot * per_sum * per_sum);
             }
@@ -124,7 +124,7 @@ class GaussianBlock {
                     label_d = select(equal(labels, broadcast<I<T>>(static_cast<int32_t>(c))), d, label_d);
                 });
                 loss = loss + (log_positive(sum) - label_d);
-                if (kGradient) store(per_sum_ + k * kLanes, one / sum);
+                if (kGradient) store(per_sum_ + k * kLanes, reciprocal(sum));
             }
             if (!kGradient) return;
             for (int64_t c = 0; c < C(); ++c) {
@@ -213,20 +213,34 @@ class GaussianBlock {
         store(grad_logvar + c * kLanes, sums.logvar);
     }
 
+    // K quads of the group, from `quad` on; `first` is the group's first one.
     template <int K>
     CALSEG_MEMBER void make_noise(int64_t first, int64_t quad) {
         alignas(64) uint32_t words[K][4][kLanes];
         philox_.template words<K>(static_cast<uint32_t>(first + quad), words);
-        const uint32_t *a[2 * K], *b[2 * K];
-        for (int pair = 0; pair < 2 * K; ++pair) {
-            a[pair] = words[pair / 2][2 * (pair % 2)];
-            b[pair] = words[pair / 2][2 * (pair % 2) + 1];
+        T* const to = noise_ + 4 * quad * kLanes;
+        // where the last quad of a sample has one or two classes, nobody wants its second pair
+        const int64_t classes = C(), per_sample = padded_classes(classes) / 4, until_last = per_sample - 1 - quad % larger(per_sample, 1);
+        const bool half_wanted = classes > 2 && (classes % 4 == 1 || classes % 4 == 2);
+        if (half_wanted && until_last < K) make_pairs<2 * K - 1>(words, to, static_cast<int>(2 * until_last + 1));
+        else make_pairs<2 * K>(words, to, 2 * K);
+    }
+
+    // N pairs of normals; from `skip` on, those that come one later.
+    template <int N, int K>
+    CALSEG_MEMBER void make_pairs(const uint32_t (&words)[K][4][kLanes], T* to, int skip) {
+        const uint32_t *a[N], *b[N];
+        F<T> z0[N], z1[N];
+        for (int i = 0; i < N; ++i) {
+            const int pair = i + (i >= skip);
+            a[i] = words[pair / 2][2 * (pair % 2)];
+            b[i] = words[pair / 2][2 * (pair % 2) + 1];
         }
-        F<T> z0[2 * K], z1[2 * K];
         box_muller(a, b, z0, z1);
-        for (int pair = 0; pair < 2 * K; ++pair) {
-            store(noise_ + (4 * quad + 2 * pair) * kLanes, z0[pair]);
-            store(noise_ + (4 * quad + 2 * pair + 1) * kLanes, z1[pair]);
+        for (int i = 0; i < N; ++i) {
+            const int pair = i + (i >= skip);
+            store(to + 2 * pair * kLanes, z0[i]);
+            store(to + (2 * pair + 1) * kLanes, z1[i]);
         }
     }
 

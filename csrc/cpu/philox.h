@@ -25,6 +25,7 @@ struct Words {
 CALSEG_INLINE Words all_words(uint64_t x) { return {_mm512_set1_epi64(static_cast<long long>(x))}; }
 CALSEG_INLINE Words load_words(const uint64_t* p) { return {_mm512_loadu_si512(p)}; }
 CALSEG_INLINE void store_words(void* p, Words a) { _mm512_storeu_si512(p, a.v); }
+CALSEG_INLINE Words sum(Words a, Words b) { return {_mm512_add_epi64(a.v, b.v)}; }
 CALSEG_INLINE Words mul_low(Words a, Words b) { return {_mm512_mul_epu32(a.v, b.v)}; }
 CALSEG_INLINE Words high(Words a) { return {_mm512_srli_epi64(a.v, 32)}; }
 CALSEG_INLINE Words xor3(Words a, Words b, Words c) { return {_mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96)}; }
@@ -37,6 +38,7 @@ struct Words {
 CALSEG_INLINE Words all_words(uint64_t x) { return {_mm256_set1_epi64x(static_cast<long long>(x))}; }
 CALSEG_INLINE Words load_words(const uint64_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
 CALSEG_INLINE void store_words(void* p, Words a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a.v); }
+CALSEG_INLINE Words sum(Words a, Words b) { return {_mm256_add_epi64(a.v, b.v)}; }
 CALSEG_INLINE Words mul_low(Words a, Words b) { return {_mm256_mul_epu32(a.v, b.v)}; }
 CALSEG_INLINE Words high(Words a) { return {_mm256_srli_epi64(a.v, 32)}; }
 CALSEG_INLINE Words xor3(Words a, Words b, Words c) { return {_mm256_xor_si256(_mm256_xor_si256(a.v, b.v), c.v)}; }
@@ -49,6 +51,7 @@ struct Words {
 CALSEG_INLINE Words all_words(uint64_t x) { return {_mm_set1_epi64x(static_cast<long long>(x))}; }
 CALSEG_INLINE Words load_words(const uint64_t* p) { return {_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))}; }
 CALSEG_INLINE void store_words(void* p, Words a) { _mm_storeu_si128(static_cast<__m128i*>(p), a.v); }
+CALSEG_INLINE Words sum(Words a, Words b) { return {_mm_add_epi64(a.v, b.v)}; }
 CALSEG_INLINE Words mul_low(Words a, Words b) { return {_mm_mul_epu32(a.v, b.v)}; }
 CALSEG_INLINE Words high(Words a) { return {_mm_srli_epi64(a.v, 32)}; }
 CALSEG_INLINE Words xor3(Words a, Words b, Words c) { return {_mm_xor_si128(_mm_xor_si128(a.v, b.v), c.v)}; }
@@ -72,6 +75,10 @@ CALSEG_INLINE Words load_words(const uint64_t* p) {
     return r;
 }
 CALSEG_INLINE void store_words(void* p, Words a) { std::memcpy(p, a.v, sizeof a.v); }
+CALSEG_INLINE Words sum(Words a, Words b) {
+    for (int i = 0; i < Words::count; ++i) a.v[i] += b.v[i];
+    return a;
+}
 CALSEG_INLINE Words mul_low(Words a, Words b) {
     for (int i = 0; i < Words::count; ++i) a.v[i] = (a.v[i] & 0xffffffffu) * (b.v[i] & 0xffffffffu);
     return a;
@@ -106,16 +113,19 @@ class Philox {
             key[0] = all_words(k0);
             key[1] = all_words(k1);
         }
+        for (int half = 0; half < 2; ++half) {
+            uint64_t lanes[Words::count];
+            for (int i = 0; i < Words::count; ++i) lanes[i] = static_cast<uint64_t>(2 * i + half);
+            lanes_[half] = load_words(lanes);
+        }
     }
 
     // The voxels' part of the first two rounds, once for all quads.
     CALSEG_MEMBER void set_voxels(uint64_t first) {
         voxel_high_ = static_cast<uint32_t>(first >> 32);
         const Words m0 = all_words(kPhiloxM0), m1 = all_words(kPhiloxM1), key = all_words(key1_), zero = all_words(0);
-        uint64_t voxels[2][Words::count];
-        for (int i = 0; i < kLanes; ++i) voxels[i & 1][i / 2] = static_cast<uint32_t>(first) + static_cast<uint32_t>(i);
         for (int half = 0; half < 2; ++half) {
-            const Words p0 = mul_low(load_words(voxels[half]), m0);
+            const Words p0 = mul_low(sum(all_words(first), lanes_[half]), m0);
             const Words p1 = mul_low(xor3(high(p0), key, zero), m1);
             c0_[half] = high(p1);
             c1_[half] = p1;
@@ -155,7 +165,7 @@ class Philox {
 
  private:
     uint32_t key0_, key1_, voxel_high_ = 0;
-    Words keys_[5][2], c0_[2], c1_[2], c3_[2];
+    Words lanes_[2], keys_[5][2], c0_[2], c1_[2], c3_[2];
 };
 
 }  // namespace

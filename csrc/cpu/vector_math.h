@@ -42,6 +42,7 @@ CALSEG_INLINE void box_muller(const uint32_t* const (&a)[K], const uint32_t* con
 
 // ---- float ----
 
+#if !defined(__AVX512F__)
 constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
 
 // x becomes exp(x - n ln 2), n the nearest integer to x / ln 2; t holds n in its low bits. Relative error 3e-9 before
@@ -61,6 +62,7 @@ CALSEG_INLINE void exp_reduced(FloatVector (&x)[K], FloatVector (&t)[K]) {
     EACH x[k] = q[k] * n[k] + x[k];
     EACH x[k] = x[k] + 1.0f;
 }
+#endif
 
 // exp(x) for x <= 0, to half an ulp of 1: in a softmax, where the largest is 1, no more shows
 template <int K>
@@ -89,13 +91,31 @@ CALSEG_INLINE void exp_nonpositive(FloatVector (&x)[K]) {
 // exp(x), any x
 template <int K>
 CALSEG_INLINE void exp_any(FloatVector (&x)[K]) {
+#if defined(__AVX512F__)
+    // 2^y, y = x / ln 2, with n the nearest 16th of y: 2^floor(n), a root of 2 from a table, and 2^(y - n) to 2e-9. The second
+    // part of 1 / ln 2 is what rounding leaves of it.
+    const FloatVector roots = {1.0f,        1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f, 1.29683959f, 1.35425556f,
+                               1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f, 1.68179286f, 1.75625217f, 1.83400810f, 1.91520655f};
+    constexpr float kSixteenths = 786432.0f;  // 1.5 * 2^19: adding it rounds to a 16th, held in the low bits
+    FloatVector t[K], n[K], f[K], p[K];
+    EACH x[k] = larger(broadcast<FloatVector>(-150.0f), x[k]);
+    EACH x[k] = _mm512_min_ps(broadcast<FloatVector>(150.0f), x[k]);
+    EACH t[k] = x[k] * 1.44269504088896341f + kSixteenths;
+    EACH n[k] = t[k] - kSixteenths;
+    EACH f[k] = x[k] * 1.44269504f - n[k];
+    EACH f[k] = x[k] * 1.9259630e-8f + f[k];
+    EACH p[k] = f[k] * 5.5505950e-2f + 2.4023429e-1f;
+    EACH p[k] = p[k] * f[k] + 6.9314718e-1f;
+    EACH p[k] = p[k] * f[k];
+    EACH {
+        const FloatVector root = _mm512_permutexvar_ps((__m512i)t[k], roots);
+        x[k] = _mm512_scalef_ps(root * p[k] + root, n[k]);
+    }
+#else
     FloatVector t[K];
     EACH x[k] = larger(broadcast<FloatVector>(-104.0f), x[k]);
     EACH x[k] = select(less(broadcast<FloatVector>(89.0f), x[k]), broadcast<FloatVector>(89.0f), x[k]);
     exp_reduced(x, t);
-#if defined(__AVX512F__)
-    EACH x[k] = _mm512_scalef_ps(x[k], t[k] - kRoundMagic);
-#else
     EACH {
         const IntVector n = (to_int_bits(t[k]) << 9) >> 9, half = n >> 1;
         // two factors, so that the result may be subnormal or infinite

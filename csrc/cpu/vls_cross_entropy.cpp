@@ -30,6 +30,7 @@ struct Factors {
     Smoothing<T> smoothing;
     T on_label, on_estimate, to_estimate;  // of the one-hot labels and of the sum of samples; of dLoss/dy_hat
     T to_samples, to_kl;                   // of the gradients through the samples and of the KL term
+    bool plain;                            // neither class weights nor smoothing
 
     explicit Factors(const VLSCrossEntropyArgs& a)
         : smoothing(a.ce.label_smoothing, a.ce.shape.C),
@@ -37,8 +38,41 @@ struct Factors {
           on_estimate(static_cast<T>(a.alpha) / static_cast<T>(a.gaussian.num_samples)),
           to_estimate(-smoothing.keep * static_cast<T>(a.alpha)),
           to_samples(T(1) / (static_cast<T>(a.gaussian.num_samples) * static_cast<T>(a.gaussian.temperature))),
-          to_kl(static_cast<T>(a.gaussian.beta)) {}
+          to_kl(static_cast<T>(a.gaussian.beta)),
+          plain(!a.ce.weight && a.ce.label_smoothing == 0.0) {}
+
+    // The soft labels of class c, where `samples` holds the sum of the estimates.
+    CALSEG_MEMBER F<T> blend(I<T> labels, int64_t c, const T* samples) const {
+        const F<T> hard = select(equal(labels, broadcast<I<T>>(static_cast<int32_t>(c))), broadcast<F<T>>(on_label), zero<T>());
+        return hard + broadcast<F<T>>(on_estimate) * load<F<T>>(samples + c * kLanes);
+    }
 };
+
+// The loss of a block with the sum of its samples in w.soft, and the gradient of its logits, which are log p, in their place.
+template <int kClasses, class T>
+CALSEG_INLINE F<T> blended_cross_entropy(const Factors<T>& f, bool with_logits, const LossTile<T>& t, const Work<T>& w, int block,
+                                         T* logits, F<T> sum) {
+    const int64_t C = kClasses ? kClasses : t.C;
+    const I<T> labels = load<I<T>>(t.labels + block * kLanes);
+    for (int64_t c = 0; c < C; ++c) store(w.soft + c * kLanes, f.blend(labels, c, w.soft));
+    return soft_cross_entropy_block(t, block, C, logits, w.e, sum, w.soft, f.smoothing, with_logits, false);
+}
+
+// The same without class weights and smoothing: a blend sums to 1, so that one pass over the classes does.
+template <int kClasses, class T>
+CALSEG_INLINE F<T> plain_cross_entropy(const Factors<T>& f, bool with_logits, const LossTile<T>& t, const Work<T>& w, int block, T* logits,
+                                       F<T> sum) {
+    const int64_t C = kClasses ? kClasses : t.C;
+    const I<T> labels = load<I<T>>(t.labels + block * kLanes);
+    const F<T> upstream = load<F<T>>(t.upstream + block * kLanes), scale_p = upstream * reciprocal(sum), none = zero<T>();
+    F<T> loss = none;
+    for (int64_t c = 0; c < C; ++c) {
+        const F<T> y = f.blend(labels, c, w.soft), log_p = load<F<T>>(logits + c * kLanes);
+        loss = loss - select(equal(y, none), none, y * log_p);  // the limit of t log t is 0, also where log p is -inf
+        if (with_logits) store(logits + c * kLanes, load<F<T>>(w.e + c * kLanes) * scale_p - upstream * y);
+    }
+    return select(less(labels, broadcast<I<T>>(0)), none, loss);
+}
 
 // A block of logits, mu and logvar becomes their gradients; that of the logits only if with_logits.
 template <int kClasses, bool kGaussianGradient, bool kKL, class T>
@@ -51,11 +85,13 @@ CALSEG_INLINE void run_block(const Factors<T>& f, bool with_logits, LossTile<T>&
     T* logits = logits_tile.block(block);
     t.labels_ahead.block(block);
     mu_tile.prefetch_next(block);
+    const F<T> sum = exponentials_block(logits, w.e, C);
+    // what does not need the sum comes before its logarithm, which would have to be waited for
     const F<T> kl = gaussian.template set<kKL>(mu_tile.block(block), logvar_tile.block(block), first_voxel);
     logits_tile.prefetch_next(block);
     // dl/dy_hat needs no sample. An impossible class (log p = -inf) stays finite, so that no mass on it is no NaN.
     const F<T> lowest = broadcast<F<T>>(std::numeric_limits<T>::lowest());
-    const F<T> sum = log_softmax_block(logits, w.e, C, [&](int64_t c, F<T> log_p) {
+    log_softmax_block(logits, sum, C, [&](int64_t c, F<T> log_p) {
         const F<T> scale = broadcast<F<T>>(f.to_estimate * t.weight[c]);
         if (kGaussianGradient) store(w.grad_estimate + c * kLanes, scale * larger(lowest, log_p));
     });
@@ -66,12 +102,8 @@ CALSEG_INLINE void run_block(const Factors<T>& f, bool with_logits, LossTile<T>&
     }
 
     logvar_tile.prefetch_next(block);
-    const F<T> on_label = broadcast<F<T>>(f.on_label), on_estimate = broadcast<F<T>>(f.on_estimate);
-    for (int64_t c = 0; c < C; ++c) {
-        const F<T> hard = select(equal(labels, broadcast<I<T>>(static_cast<int32_t>(c))), on_label, none);
-        store(w.soft + c * kLanes, hard + on_estimate * load<F<T>>(w.soft + c * kLanes));
-    }
-    const F<T> loss = soft_cross_entropy_block(t, block, C, logits, w.e, sum, w.soft, f.smoothing, with_logits, false);
+    const F<T> loss = f.plain ? plain_cross_entropy<kClasses>(f, with_logits, t, w, block, logits, sum)
+                              : blended_cross_entropy<kClasses>(f, with_logits, t, w, block, logits, sum);
     if (kGaussianGradient) {
         const F<T> to_samples = broadcast<F<T>>(f.to_samples), to_kl = broadcast<F<T>>(f.to_kl);
         gaussian.template finish_gradients<kKL>(load<F<T>>(t.upstream + block * kLanes) * to_samples,
