@@ -324,7 +324,10 @@ CALSEG_INLINE void prefetch_block(const TensorView& view, int64_t n, int64_t s, 
 #if defined(__GNUC__)
     const int64_t bytes = dtype_bytes(view.dtype), step = view.stride_c * bytes;
     const char* from = static_cast<const char*>(view.data) + (n * view.stride_n + s) * bytes;
-    for (int64_t c = 0; c < C; ++c) __builtin_prefetch(from + c * step, 0, 2);
+    for (int64_t c = 0; c < C; ++c) {
+        __builtin_prefetch(from + c * step, 0, 2);
+        __builtin_prefetch(from + c * step + 64, 0, 2);  // again with the next block: a processor drops what it has no room for
+    }
 #else
     (void)view, (void)n, (void)s, (void)C;
 #endif
