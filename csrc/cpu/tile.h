@@ -211,9 +211,9 @@ CALSEG_INLINE void narrow_line(BF16* to, const float (&from)[32]) {  // as narro
         rounded[i] = _mm512_mask_add_epi32(down, odd, bits, _mm512_set1_epi32(0x8000));
         rounded[i] = _mm512_mask_mov_epi32(rounded[i], nan, _mm512_set1_epi32(0x7fc00000));
     }
-    const UintVector first = {0x00030001, 0x00070005, 0x000b0009, 0x000f000d, 0x00130011, 0x00170015, 0x001b0019, 0x001f001d,
+    const UintVector upper = {0x00030001, 0x00070005, 0x000b0009, 0x000f000d, 0x00130011, 0x00170015, 0x001b0019, 0x001f001d,
                               0x00230021, 0x00270025, 0x002b0029, 0x002f002d, 0x00330031, 0x00370035, 0x003b0039, 0x003f003d};
-    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(rounded[0], (__m512i)first, rounded[1]));
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(rounded[0], (__m512i)upper, rounded[1]));
 }
 #endif
 

@@ -102,7 +102,8 @@ CALSEG_INLINE void exp_any(FloatVector (&x)[K]) {
     EACH x[k] = _mm512_min_ps(broadcast<FloatVector>(150.0f), x[k]);
     EACH t[k] = x[k] * 1.44269504088896341f + kSixteenths;
     EACH n[k] = t[k] - kSixteenths;
-    EACH f[k] = x[k] * 1.44269504f - n[k];
+    // fused in any case: a product that is rounded first would lose what the difference is after
+    EACH f[k] = _mm512_fmsub_ps(x[k], broadcast<FloatVector>(1.44269504f), n[k]);
     EACH f[k] = x[k] * 1.9259630e-8f + f[k];
     EACH p[k] = f[k] * 5.5505950e-2f + 2.4023429e-1f;
     EACH p[k] = p[k] * f[k] + 6.9314718e-1f;
