@@ -11,7 +11,7 @@ from calseg.functional import (
     vls_cross_entropy,
     vls_elbo,
 )
-from calseg.losses import ACELoss, GaussianKLLoss, SoftCrossEntropyLoss, VLSCrossEntropyLoss, VLSElboLoss
+from calseg.modules import ACELoss, GaussianKLLoss, SoftCrossEntropyLoss, VLSCrossEntropyLoss, VLSElboLoss
 from calseg.ops import empty_cache, info
 
 __all__ = [

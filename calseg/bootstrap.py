@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calseg import _checks as check
+from calseg import checks as check
 from calseg.calibration import CalibrationBins
 
 NUM_RESAMPLES = 2000

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from calseg import _checks as check
+from calseg import checks as check
 from calseg import ops, reference
 from calseg.functional import _flat, _reference_labels
 from calseg.ops import Labels

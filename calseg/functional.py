@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
-from calseg import _checks as check
 from calseg import autograd, compiled, ops, reference, rng
+from calseg import checks as check
 from calseg.ops import Labels, Loss, Sampling
+from calseg.tensors import compute_dtype
 
 
 def _loss_dtype(scores: Tensor) -> torch.dtype:
@@ -686,7 +687,7 @@ def accumulate_soft_labels(
         return _unflat(soft_labels, first)
 
     total = torch.zeros_like(
-        first, dtype=reference.compute_dtype(first.dtype), memory_format=ops.layout_like(first), requires_grad=False
+        first, dtype=compute_dtype(first.dtype), memory_format=ops.layout_like(first), requires_grad=False
     )
     count = 0
     for count, logits in enumerate(maps, 1):

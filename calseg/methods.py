@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from calseg import _checks as check
+from calseg import checks as check
 from calseg.functional import vls_cross_entropy
 
 

@@ -24,7 +24,7 @@ except ModuleNotFoundError as error:
         "calseg.metrics needs torchmetrics: pip install 'calseg[metrics]'", name="torchmetrics"
     ) from None
 
-from calseg import _checks as check
+from calseg import checks as check
 from calseg.bootstrap import NUM_RESAMPLES, check_options, mean_interval, pooled_interval
 from calseg.calibration import (
     EQUAL_MASS_CELLS,
@@ -33,7 +33,7 @@ from calseg.calibration import (
     calibration_bins,
     calibration_error_from_bins,
 )
-from calseg.reference import compute_dtype
+from calseg.tensors import compute_dtype
 
 __all__ = ["PRESETS", "BrierScore", "CalibrationError", "NegativeLogLikelihood", "PerCase", "preset_metric"]
 

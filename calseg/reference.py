@@ -13,14 +13,10 @@ import torch
 from torch import Tensor
 
 from calseg.rng import standard_normal
+from calseg.tensors import compute_dtype
 
 UNIT = 2**24  # 1 in the fixed-point sums of calibration_bins
 MAX_NLL = 2.0**25  # above, a negative log-likelihood is infinite
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a value of ``dtype`` is computed: at least float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def one_hot(labels: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:

@@ -56,7 +56,7 @@ class Launch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """CalibrationLaunch of csrc/cuda/calibration.h."""
+    """CalibrationLaunch of csrc/cuda/plan.h."""
 
     N: int
     S: int
@@ -89,7 +89,7 @@ class Call(ctypes.Structure):
 
 
 class OnHost:
-    """kernels/calibration.cu as :mod:`calseg._native` offers it, run on the CPU."""
+    """kernels/calibration_bins.cu as :mod:`calseg._native` offers it, run on the CPU."""
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import calseg
-from calseg import reference, rng
+from calseg import rng
+from calseg.tensors import compute_dtype
 
 pytestmark = [pytest.mark.large, pytest.mark.timeout(1800)]
 
@@ -129,7 +130,7 @@ def test_soft_labels_of_more_than_two_to_the_31_elements():
         nu = mu[0, :, :1].double() + (logvar[0, :, :1].double() / 2).exp() * eps
         wanted = torch.softmax(nu, 1).mean(0)
         torch.testing.assert_close(soft[n, :, start : start + 1000].double(), wanted, rtol=2**-8, atol=1e-6)
-    assert reference.compute_dtype(soft.dtype) == torch.float32
+    assert compute_dtype(soft.dtype) == torch.float32
 
 
 def test_calibration_bins_past_two_to_the_31_elements():

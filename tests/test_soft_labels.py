@@ -23,7 +23,7 @@ from cases import (
 )
 
 import calseg
-from calseg import reference
+from calseg.tensors import compute_dtype
 
 ULPS = 48
 OPTIONS = [{}, {"alpha": 0.5, "num_samples": 1, "temperature": 0.5}, {"alpha": 1.0, "num_samples": 3, "seed": -1},
@@ -185,7 +185,7 @@ def test_accumulated(backend, shape, dtype, count):
             lambda *, target=target, options=options, **maps: naive_accumulate(list(maps.values()), target, **options),
             maps, ulps=16, scale=1.0, grad_scale=1.0,
         )  # fmt: skip
-        assert got.value.dtype == reference.compute_dtype(dtype)
+        assert got.value.dtype == compute_dtype(dtype)
 
 
 @pytest.mark.parametrize("dtype", LABELS, ids=id_of)

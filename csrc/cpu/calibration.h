@@ -3,7 +3,7 @@
 
 #include "cpu/tile.h"
 #include "cpu/vector_math.h"
-#include "calibration_voxel.h"
+#include "voxel/calibration.h"
 
 #if defined(_MSC_VER)
 #include <intrin.h>

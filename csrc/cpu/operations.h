@@ -1,7 +1,7 @@
 // The operations of one instruction set, one source file each; table.cpp gathers them.
 #pragma once
 
-#include "kernels.h"
+#include "host/arguments.h"
 
 namespace calseg {
 namespace CALSEG_ISA {

@@ -10,8 +10,8 @@
 #include <type_traits>
 
 #include "cpu/simd.h"
-#include "kernels.h"
-#include "vectors.h"
+#include "host/arguments.h"
+#include "voxel/vectors.h"
 
 namespace calseg {
 namespace CALSEG_ISA {

@@ -1,7 +1,7 @@
-// kernels/calibration.cu on a CPU, for tests/test_cuda.py: plain functions of integers.
-#include "../../kernels/calibration.cu"
+// kernels/calibration_bins.cu on a CPU, for tests/test_cuda.py: plain functions of integers.
+#include "../../kernels/calibration_bins.cu"
 
-#include "../../csrc/cuda/calibration.cpp"
+#include "../../csrc/cuda/plan.cpp"
 
 namespace {
 

@@ -1,4 +1,4 @@
-#include "cuda/calibration.h"
+#include "cuda/plan.h"
 
 #include <algorithm>
 #include <stdexcept>

@@ -3,8 +3,8 @@
 // elementary functions: cpu/simd.h and cpu/vector_math.h, or cuda/scalar.h.
 #pragma once
 
-#include "kernels.h"
-#include "vectors.h"
+#include "host/arguments.h"
+#include "voxel/vectors.h"
 
 namespace calseg {
 namespace CALSEG_ISA {

@@ -3,8 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
-#include "kernels.h"
-#include "operations.h"
+#include "host/arguments.h"
+#include "host/operations.h"
 
 namespace pybind11::detail {
 

@@ -1,4 +1,4 @@
-#include "buffer_pool.h"
+#include "host/buffer_pool.h"
 
 #if defined(__linux__)
 #include <pthread.h>

@@ -1,4 +1,4 @@
-#include "dispatch.h"
+#include "host/dispatch.h"
 
 #include <atomic>
 #include <cstdlib>

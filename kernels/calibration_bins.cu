@@ -1,7 +1,7 @@
 // Calibration on a GPU: softmax, the class of the largest probability, its bin, and integer sums per bin, with the negative
 // log-likelihood and the Brier score, in one pass. Floor: one read of the scores and of the labels.
 //
-// The mathematics is that of csrc/cpu/calibration.cpp (csrc/calibration_voxel.h), and every sum an integer: the order of
+// The mathematics is that of csrc/cpu/calibration.cpp (csrc/voxel/calibration.h), and every sum an integer: the order of
 // the additions does not show. A thread takes a voxel, up to 16 classes at once, and keeps the totals in registers. Bins
 // are added up in a block's shared memory. Few bins: words of their own for every thread, in columns, so that no two
 // threads meet and no bank is asked twice. More bins: one set for the block. Most voxels of a segmentation fall into one
@@ -12,8 +12,8 @@
 
 #include "cuda/device.h"
 #include "cuda/scalar.h"
-#include "calibration_voxel.h"
-#include "cuda/calibration.h"
+#include "voxel/calibration.h"
+#include "cuda/plan.h"
 
 namespace calseg {
 namespace CALSEG_ISA {

@@ -1,7 +1,7 @@
 // The operations as the host calls them: labels are checked, and one kernel runs over all chunks.
 #pragma once
 
-#include "kernels.h"
+#include "host/arguments.h"
 
 namespace calseg {
 

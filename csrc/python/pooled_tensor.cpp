@@ -1,9 +1,9 @@
-#include "dlpack.h"
+#include "python/pooled_tensor.h"
 
 #include <memory>
 #include <vector>
 
-#include "buffer_pool.h"
+#include "host/buffer_pool.h"
 
 namespace calseg {
 namespace {

@@ -1,4 +1,4 @@
-#include "operations.h"
+#include "host/operations.h"
 
 #include <atomic>
 #include <cstdlib>
@@ -6,8 +6,8 @@
 #include <new>
 #include <vector>
 
-#include "dispatch.h"
-#include "parallel.h"
+#include "host/dispatch.h"
+#include "host/parallel.h"
 
 namespace calseg {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kernels.h"
+#include "host/arguments.h"
 
 namespace calseg {
 

@@ -3,7 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "kernels.h"
+#include "host/arguments.h"
 
 namespace calseg {
 

@@ -1,12 +1,12 @@
-#include "small_cross_entropy.h"
+#include "python/small_cross_entropy.h"
 
 #include <pybind11/gil_safe_call_once.h>
 
 #include <array>
 #include <utility>
 
-#include "buffer_pool.h"
-#include "operations.h"
+#include "host/buffer_pool.h"
+#include "host/operations.h"
 
 namespace calseg {
 namespace {

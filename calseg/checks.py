@@ -89,11 +89,13 @@ def check_weight(weight: Any, scores: Tensor) -> None:
 
 
 def check_reduction(reduction: Any) -> None:
+    """A reduction by its name."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {describe(reduction)}, wanted 'none', 'mean' or 'sum'")
 
 
 def check_number(name: str, value: Any, low: float, high: float, wanted: str, *, open_low: bool = False) -> None:
+    """A number from ``low`` to ``high``, ``low`` itself not with ``open_low``; ``wanted`` says so in words."""
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise TypeError(f"{name}: got {describe(value)}, wanted a number {wanted}")
     if not (low <= value <= high) or (open_low and value == low):  # NaN fails the comparison
@@ -101,6 +103,7 @@ def check_number(name: str, value: Any, low: float, high: float, wanted: str, *,
 
 
 def check_finite(name: str, value: Any) -> None:
+    """A finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {describe(value)}, wanted a finite number")
     if not math.isfinite(value):
@@ -108,11 +111,13 @@ def check_finite(name: str, value: Any) -> None:
 
 
 def check_flag(name: str, value: Any) -> None:
+    """A bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: got {describe(value)}, wanted True or False")
 
 
 def check_integer(name: str, value: Any, low: int | None = None) -> None:
+    """An integer, of at least ``low``."""
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, int)):
         raise TypeError(f"{name}: got {describe(value)}, wanted an integer")
     if low is not None and value < low:
@@ -120,12 +125,14 @@ def check_integer(name: str, value: Any, low: int | None = None) -> None:
 
 
 def check_bins(n_bins: Any) -> None:
+    """A number of bins."""
     check_integer("n_bins", n_bins, 1)
     if n_bins > MAX_BINS:
         raise ValueError(f"n_bins: got {n_bins}, wanted at most {MAX_BINS}")
 
 
 def check_sampling(num_samples: Any, temperature: Any) -> None:
+    """The number of samples and the temperature of their softmax."""
     check_integer("num_samples", num_samples, 1)
     check_number("temperature", temperature, 0.0, math.inf, "above 0", open_low=True)
     if temperature == math.inf:
@@ -133,6 +140,7 @@ def check_sampling(num_samples: Any, temperature: Any) -> None:
 
 
 def check_prior(beta: Any, prior_mu: Any, prior_logvar: Any) -> None:
+    """The factor of the KL term and its prior."""
     check_finite("beta", beta)
     check_finite("prior_mu", prior_mu)
     check_finite("prior_logvar", prior_logvar)

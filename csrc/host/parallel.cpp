@@ -1,4 +1,4 @@
-#include "parallel.h"
+#include "host/parallel.h"
 
 #include <atomic>
 #include <system_error>

@@ -2,14 +2,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "buffer_pool.h"
-#include "casters.h"
-#include "cuda/calibration.h"
-#include "dispatch.h"
-#include "dlpack.h"
-#include "operations.h"
-#include "parallel.h"
-#include "small_cross_entropy.h"
+#include "host/buffer_pool.h"
+#include "python/casters.h"
+#include "cuda/plan.h"
+#include "host/dispatch.h"
+#include "python/pooled_tensor.h"
+#include "host/operations.h"
+#include "host/parallel.h"
+#include "python/small_cross_entropy.h"
 
 namespace py = pybind11;
 

@@ -1,0 +1,197 @@
+"""``nn.Module`` forms of the losses; the arguments of the functions in :mod:`calseg.functional`, held."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from calseg import functional
+
+
+class VLSCrossEntropyLoss(nn.Module):
+    """:func:`calseg.vls_cross_entropy` as a module; a drop-in for :class:`torch.nn.CrossEntropyLoss`.
+
+    Args:
+        weight: class weights ``[C]``, kept as a buffer (it moves with ``.to(device)``, and is not in the state).
+        options: every other keyword argument of :func:`calseg.vls_cross_entropy` that is not a tensor of the batch.
+
+    Raises:
+        TypeError: an option that the function does not have.
+
+    Example:
+        >>> import torch, calseg
+        >>> loss = calseg.VLSCrossEntropyLoss(alpha=0.2, temperature=2.0)
+        >>> logits, target = torch.randn(2, 3, 8, 8), torch.randint(0, 3, (2, 8, 8))
+        >>> mu, logvar = torch.randn(2, 3, 8, 8), torch.zeros(2, 3, 8, 8)
+        >>> loss(logits, target, mu=mu, logvar=logvar).shape
+        torch.Size([])
+    """
+
+    weight: Tensor | None
+    _options = (
+        "size_average", "ignore_index", "reduce", "reduction", "label_smoothing", "alpha", "temperature",
+        "num_samples", "beta", "prior_mu", "prior_logvar", "seed", "backend", "reuse_logits",
+    )  # fmt: skip
+
+    def __init__(self, weight: Tensor | None = None, **options: Any) -> None:
+        super().__init__()
+        _check_options(type(self).__name__, options, self._options)
+        self.register_buffer("weight", weight, persistent=False)
+        self.options = options
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        mu: Tensor | None = None,
+        logvar: Tensor | None = None,
+        soft_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of a batch; see :func:`calseg.vls_cross_entropy`."""
+        return functional.vls_cross_entropy(
+            input, target, self.weight, mu=mu, logvar=logvar, soft_labels=soft_labels, **self.options
+        )
+
+    def extra_repr(self) -> str:
+        """The options that were given."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class SoftCrossEntropyLoss(nn.Module):
+    """:func:`calseg.soft_cross_entropy` as a module.
+
+    Args:
+        weight: class weights ``[C]``, kept as a buffer.
+        options: ``label_smoothing``, ``reduction`` and ``backend`` of :func:`calseg.soft_cross_entropy`.
+
+    Raises:
+        TypeError: an option that the function does not have.
+
+    Example:
+        >>> import torch, calseg
+        >>> loss = calseg.SoftCrossEntropyLoss()
+        >>> loss(torch.zeros(1, 2, 4, 4), torch.full((1, 2, 4, 4), 0.5))
+        tensor(0.6931)
+    """
+
+    weight: Tensor | None
+    _options = ("label_smoothing", "reduction", "backend")
+
+    def __init__(self, weight: Tensor | None = None, **options: Any) -> None:
+        super().__init__()
+        _check_options(type(self).__name__, options, self._options)
+        self.register_buffer("weight", weight, persistent=False)
+        self.options = options
+
+    def forward(self, input: Tensor, soft_target: Tensor, *, ignore_mask: Tensor | None = None) -> Tensor:
+        """The loss of a batch; see :func:`calseg.soft_cross_entropy`."""
+        return functional.soft_cross_entropy(input, soft_target, self.weight, ignore_mask=ignore_mask, **self.options)
+
+    extra_repr = VLSCrossEntropyLoss.extra_repr
+
+
+class VLSElboLoss(nn.Module):
+    """:func:`calseg.vls_elbo` as a module.
+
+    Args:
+        weight: class weights ``[C]``, kept as a buffer.
+        options: every other keyword argument of :func:`calseg.vls_elbo`.
+
+    Raises:
+        TypeError: an option that the function does not have.
+
+    Example:
+        >>> import torch, calseg
+        >>> loss = calseg.VLSElboLoss(beta=0.01, num_samples=8)
+        >>> mu, logvar = torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4)
+        >>> float(loss(mu, logvar, torch.zeros(1, 4, 4, dtype=torch.uint8))) > 0
+        True
+    """
+
+    weight: Tensor | None
+    _options = ("num_samples", "beta", "prior_mu", "prior_logvar", "ignore_index", "reduction", "seed", "backend")
+
+    def __init__(self, weight: Tensor | None = None, **options: Any) -> None:
+        super().__init__()
+        _check_options(type(self).__name__, options, self._options)
+        self.register_buffer("weight", weight, persistent=False)
+        self.options = options
+
+    def forward(self, mu: Tensor, logvar: Tensor, target: Tensor) -> Tensor:
+        """The loss of a batch; see :func:`calseg.vls_elbo`."""
+        return functional.vls_elbo(mu, logvar, target, self.weight, **self.options)
+
+    extra_repr = VLSCrossEntropyLoss.extra_repr
+
+
+class GaussianKLLoss(nn.Module):
+    """:func:`calseg.gaussian_kl` as a module.
+
+    Args:
+        options: ``prior_mu``, ``prior_logvar``, ``reduction`` and ``backend`` of :func:`calseg.gaussian_kl`.
+
+    Raises:
+        TypeError: an option that the function does not have.
+
+    Example:
+        >>> import torch, calseg
+        >>> calseg.GaussianKLLoss()(torch.ones(2, 3), torch.zeros(2, 3))
+        tensor(1.5000)
+    """
+
+    _options = ("prior_mu", "prior_logvar", "reduction", "backend")
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        _check_options(type(self).__name__, options, self._options)
+        self.options = options
+
+    def forward(self, mu: Tensor, logvar: Tensor) -> Tensor:
+        """The divergence of a batch; see :func:`calseg.gaussian_kl`."""
+        return functional.gaussian_kl(mu, logvar, **self.options)
+
+    extra_repr = VLSCrossEntropyLoss.extra_repr
+
+
+class ACELoss(nn.Module):
+    """:func:`calseg.ace_loss` as a module.
+
+    Args:
+        weight: a factor of the error of each class ``[C]``, kept as a buffer.
+        options: every other keyword argument of :func:`calseg.ace_loss`.
+
+    Raises:
+        TypeError: an option that the function does not have.
+
+    Example:
+        >>> import torch, calseg
+        >>> loss = calseg.ACELoss(binning="soft", include_background=False)
+        >>> loss(torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8))
+        tensor(0.)
+    """
+
+    weight: Tensor | None
+    _options = (
+        "n_bins", "binning", "include_background", "ignore_empty_classes", "empty_weight", "ignore_index", "reduction",
+        "backend",
+    )  # fmt: skip
+
+    def __init__(self, weight: Tensor | None = None, **options: Any) -> None:
+        super().__init__()
+        _check_options(type(self).__name__, options, self._options)
+        self.register_buffer("weight", weight, persistent=False)
+        self.options = options
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of a batch; see :func:`calseg.ace_loss`."""
+        return functional.ace_loss(input, target, self.weight, **self.options)
+
+    extra_repr = VLSCrossEntropyLoss.extra_repr
+
+
+def _check_options(owner: str, options: dict[str, Any], known: tuple[str, ...]) -> None:
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{owner}: unknown option {name!r}, wanted some of {', '.join(known)}")
