@@ -213,7 +213,7 @@ def _reference_bins(
         right_closed=right_closed,
     )  # fmt: skip
     if bad is not None:
-        raise reference.probability_error(*bad, ops.voxel_shape(scores))
+        raise check.probability_error(*bad, ops.voxel_shape(scores))
     return sums.cpu(), totals.cpu()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calseg.ops import FLOAT_DTYPES, LABEL_DTYPES
+from calseg.tensors import FLOAT_DTYPES, LABEL_DTYPES
 
 REDUCTIONS = ("none", "mean", "sum")
 MAX_BINS = 1 << 16
@@ -156,3 +156,46 @@ def check_seed(seed: Any, device: torch.device) -> int | Tensor:
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: got {seed}, wanted a 64-bit number")
     return int(seed)
+
+
+# ---- values, which only reading the tensors shows ----
+
+
+def check_classes(labels: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raise IndexError at the first label that is neither a class nor ``ignore_index``."""
+    bad = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+    if bool(bad.any()):
+        position = int(bad.flatten().nonzero()[0])
+        raise label_error(int(labels.flatten()[position]), position, tuple(labels.shape), num_classes, ignore_index)
+
+
+def label_error(value: int, position: int, shape: tuple[int, ...], num_classes: int, ignore_index: int) -> IndexError:
+    """The error for label ``value`` at linear index ``position`` of a target of ``shape``."""
+    return IndexError(
+        f"target[{', '.join(map(str, place_of(position, shape)))}] is {value}: wanted a class in [0, {num_classes}) "
+        f"or ignore_index={ignore_index}"
+    )
+
+
+def place_of(position: int, shape: tuple[int, ...]) -> list[int]:
+    """Linear index ``position`` of ``shape`` as an index per axis."""
+    where: list[int] = []
+    for size in reversed(shape):
+        position, index = divmod(position, size)
+        where.insert(0, index)
+    return where
+
+
+def probability_tolerance(dtype: torch.dtype) -> float:
+    """By how much the probabilities of a voxel may miss 1 in sum, or lie below 0."""
+    return 1e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-3
+
+
+def probability_error(total: float, least: float, position: int, shape: tuple[int, ...]) -> ValueError:
+    """The error for a voxel, at linear index ``position`` of ``shape``, whose scores are no probabilities."""
+    where: list[object] = [*place_of(position, shape)]
+    where.insert(1 if shape else 0, ":")
+    return ValueError(
+        f"input[{', '.join(map(str, where))}] sums to {total:.4g}, its smallest is {least:.4g}: wanted probabilities, "
+        "which sum to 1 and are not negative (logits: from_logits=True)"
+    )

@@ -39,7 +39,7 @@ def _flat_labels(labels: Tensor) -> Tensor:
 def _reference_labels(labels: Labels, scores: Tensor) -> Tensor:
     """The labels as the reference takes them, checked: an error names the place in the caller's shape."""
     wide = labels.tensor.long()
-    reference.check_labels(wide, scores.shape[1 if scores.dim() > 1 else 0], labels.ignore_index)
+    check.check_classes(wide, scores.shape[1 if scores.dim() > 1 else 0], labels.ignore_index)
     return _flat_labels(wide)
 
 

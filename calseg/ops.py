@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from calseg.reference import label_error, place_of, probability_error, probability_tolerance
+from calseg.checks import label_error, place_of, probability_error, probability_tolerance
 from calseg.tensors import compute_dtype
 
 try:

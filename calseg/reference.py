@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from calseg.checks import probability_tolerance
 from calseg.rng import standard_normal
 from calseg.tensors import compute_dtype
 
@@ -23,31 +24,6 @@ def one_hot(labels: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
     """``[N, S]`` labels -> ``[N, C, S]``; a label outside the classes gives a row of zeros."""
     classes = torch.arange(num_classes, device=labels.device)[None, :, None]
     return (labels[:, None] == classes).to(dtype)
-
-
-def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Raise IndexError at the first label that is neither a class nor ``ignore_index``."""
-    bad = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
-    if bool(bad.any()):
-        position = int(bad.flatten().nonzero()[0])
-        raise label_error(int(labels.flatten()[position]), position, tuple(labels.shape), num_classes, ignore_index)
-
-
-def label_error(value: int, position: int, shape: tuple[int, ...], num_classes: int, ignore_index: int) -> IndexError:
-    """The error for label ``value`` at linear index ``position`` of a target of ``shape``."""
-    return IndexError(
-        f"target[{', '.join(map(str, place_of(position, shape)))}] is {value}: wanted a class in [0, {num_classes}) "
-        f"or ignore_index={ignore_index}"
-    )
-
-
-def place_of(position: int, shape: tuple[int, ...]) -> list[int]:
-    """Linear index ``position`` of ``shape`` as an index per axis."""
-    where: list[int] = []
-    for size in reversed(shape):
-        position, index = divmod(position, size)
-        where.insert(0, index)
-    return where
 
 
 def reduce_loss(loss: Tensor, ok: Tensor, divisor: Tensor | None, reduction: str) -> Tensor:
@@ -256,21 +232,6 @@ def gaussian_kl(
     mu = widen_counted(mu, ok)
     kl = voxel_kl(mu, widen_counted(logvar, ok).to(mu.dtype), prior_mu, prior_logvar)
     return reduce_loss(kl, ok, None, reduction).to(out_dtype)
-
-
-def probability_tolerance(dtype: torch.dtype) -> float:
-    """By how much the probabilities of a voxel may miss 1 in sum, or lie below 0."""
-    return 1e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-3
-
-
-def probability_error(total: float, least: float, position: int, shape: tuple[int, ...]) -> ValueError:
-    """The error for a voxel, at linear index ``position`` of ``shape``, whose scores are no probabilities."""
-    where: list[object] = [*place_of(position, shape)]
-    where.insert(1 if shape else 0, ":")
-    return ValueError(
-        f"input[{', '.join(map(str, where))}] sums to {total:.4g}, its smallest is {least:.4g}: wanted probabilities, "
-        "which sum to 1 and are not negative (logits: from_logits=True)"
-    )
 
 
 def confidence_bins(confidence: Tensor, n_bins: int, *, right_closed: bool = False) -> Tensor:

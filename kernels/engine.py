@@ -12,6 +12,9 @@ from collections.abc import Sequence
 
 import torch
 import triton
+from torch import Tensor
+
+from calseg import checks, ops
 from calseg.kernels import launch as host
 from calseg.kernels.calibration import NO_FAULT
 from calseg.kernels.calibration import calibration_bins as calibration_bins_kernel
@@ -27,9 +30,6 @@ from calseg.kernels.soft_labels import blend_soft_labels as blend_soft_labels_ke
 from calseg.kernels.soft_labels import sample_soft_labels as sample_soft_labels_kernel
 from calseg.kernels.vls_cross_entropy import vls_cross_entropy
 from calseg.kernels.vls_elbo import vls_elbo
-from torch import Tensor
-
-from calseg import ops, reference
 
 CHECK_LABELS = os.environ.get("CALSEG_CHECK_LABELS", "0") not in ("", "0")
 SCAN_TILE = Tile(1, 1024)
@@ -83,7 +83,7 @@ def _labels(view: View | None, labels: ops.Labels | None) -> Labels:
 def _check_labels(labels: ops.Labels, num_classes: int) -> None:
     """With CALSEG_CHECK_LABELS=1: wait for the GPU, and raise IndexError at the first label that is no class."""
     if CHECK_LABELS and not labels.is_mask:
-        reference.check_labels(labels.tensor.long(), num_classes, labels.ignore_index)
+        checks.check_classes(labels.tensor.long(), num_classes, labels.ignore_index)
 
 
 def _gaussian(sampling: ops.Sampling, device: torch.device) -> tuple[Gaussian, int]:
@@ -334,7 +334,7 @@ def calibration_bins(
         call.run(
             calibration_bins_kernel, call.scores[0], _labels(call.voxels[0], labels), call.voxels[1],
             result[8:], result[2:8], result[:2], call.S, n_bins, first_class or 0,
-            reference.probability_tolerance(scores.dtype), from_logits, first_class is not None, skip_background,
+            checks.probability_tolerance(scores.dtype), from_logits, first_class is not None, skip_background,
             right_closed, at_once, C,
         )  # fmt: skip
     results = results.cpu()
