@@ -1,8 +1,8 @@
 """The specs: one structure for each operation, which travels from the public function to the kernels.
 
-A spec holds the options of a call and the tensors that get no gradient. The tensors that do come beside it, in a structure
-of their own, and their gradients in another one of the same kind. Every backend takes both as they are. A field is named
-here and nowhere else: the build makes the structures of the C++ engine from this file (csrc/python/specs.py).
+A spec holds the options of a call and the tensors that get no gradient. The tensors that do come beside it, in a
+structure of their own. Their gradients have another one of the same kind. Every backend takes both as they are. A field
+is named here and nowhere else: the build makes the structures of the C++ engine from this file (csrc/python/specs.py).
 """
 
 from __future__ import annotations
