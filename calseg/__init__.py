@@ -1,6 +1,7 @@
 """Variational label smoothing for calibrated segmentation: fused losses for PyTorch."""
 
 from calseg._version import __version__
+from calseg.backends.choice import info
 from calseg.calibration import CalibrationBins, calibration_bins, calibration_error, calibration_error_from_bins
 from calseg.functional import (
     accumulate_soft_labels,
@@ -12,7 +13,7 @@ from calseg.functional import (
     vls_elbo,
 )
 from calseg.modules import ACELoss, GaussianKLLoss, SoftCrossEntropyLoss, VLSCrossEntropyLoss, VLSElboLoss
-from calseg.ops import empty_cache, info
+from calseg.native import empty_cache
 
 __all__ = [
     "ACELoss",

@@ -1,8 +1,12 @@
-"""The ``torch.autograd.Function``s of the native engines.
+"""One ``torch.autograd.Function`` an operation, in eager and in compiled code.
 
 A reduced loss makes its gradients in the forward pass, while each tile is in cache; backward hands them out. Where the
 upstream gradient differs per voxel (``reduction="none"``), or the gradient is to go where the logits are, backward runs
 the kernel again.
+
+In eager code a Function calls the engine itself. Under a compiler, with fake tensors or while PyTorch traces, it calls
+an opaque ``torch.library`` operator instead, which does the same: what is opaque stays in the graph. The reference
+needs no Function, since PyTorch differentiates it.
 """
 
 from __future__ import annotations
@@ -13,9 +17,41 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.library import custom_op
 
-from calseg import ops
-from calseg.ops import Labels, Sampling
+from calseg import native
+from calseg.backends import cpu, reference
+from calseg.backends.choice import engine, is_traced
+from calseg.backends.rng import draw_seed as _draw_seed
+from calseg.operations import (
+    AccumulateSpec,
+    AceSpec,
+    BlendSpec,
+    GaussianTensors,
+    Labels,
+    LossSpec,
+    LossTensors,
+    SampleSpec,
+)
+from calseg.packing import Packed, pack, unpack
+from calseg.tensors import class_axis, layout_like, shape_of, voxel_shape
+
+_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
+
+
+def _is_batched(grad_output: Tensor) -> bool:
+    """Whether several gradients come in at once: ``is_grads_batched``, ``jacobian(vectorize=True)``."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(grad_output) or functorch.is_legacy_batchedtensor(grad_output)
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether any of the tensors wants a gradient now."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 class _OnceDifferentiable(Function):
@@ -34,222 +70,451 @@ class _OnceDifferentiable(Function):
         )
 
 
-def _guarded(gradients: Sequence[Tensor | None], *inputs: Tensor) -> tuple[Tensor | None, ...]:
+def _guarded(gradients: Sequence[Tensor | None], *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
     """In a pass with ``create_graph=True``, gradients that refuse to be differentiated again."""
-    if not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return tuple(gradients)
-    return tuple(None if g is None else _OnceDifferentiable.apply(g.detach(), *inputs) for g in gradients)
+    given = [tensor for tensor in inputs if tensor is not None]
+    return tuple(None if g is None else _OnceDifferentiable.apply(g.detach(), *given) for g in gradients)
 
 
-_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
+def _save(ctx: Any, *structures: Any) -> None:
+    """Keep structures for backward, their tensors where autograd sees that they change."""
+    packed = pack(*structures)
+    ctx.save_for_backward(*packed.tensors)
+    ctx.kinds, ctx.rest = tuple(type(structure) for structure in structures), tuple(packed[1:])
+
+
+def _saved(ctx: Any) -> Any:
+    """The structures that :func:`_save` kept."""
+    return unpack(ctx.kinds, Packed(list(ctx.saved_tensors), *ctx.rest))
+
+
+def _empty_if(needed: Sequence[bool], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Memory for the gradients that are needed."""
+    return [native.empty_like(t) if need and t is not None else None for need, t in zip(needed, tensors, strict=True)]
+
+
+def _fake_if(needed: Sequence[bool], tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """Fake tensors for the gradients that are needed."""
+    return [_fake_like(t) for need, t in zip(needed, tensors, strict=True) if need and t is not None]
+
+
+def _fake_like(scores: Tensor) -> Tensor:
+    return torch.empty_like(scores, memory_format=layout_like(scores))
+
+
+def _placed(needed: Sequence[bool], present: Sequence[Tensor]) -> list[Tensor | None]:
+    """Every tensor at the place where it is needed, None elsewhere."""
+    rest = iter(present)
+    return [next(rest) if need else None for need in needed]
+
+
+# ---- losses ----
+
+NO_GRADIENTS = LossTensors()
+
+
+@custom_op("calseg::loss", mutates_args=())
+def loss_operator(
+    backend: str, tensors: list[Tensor | None], integers: list[int], numbers: list[float], words: str,
+    needed: list[bool], grad_output: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    """The loss, and the gradients that are needed, of a packed :class:`LossSpec` and its tensors."""
+    spec, inputs = unpack((LossSpec, LossTensors), Packed(tensors, integers, numbers, words))
+    gradients = LossTensors(*_empty_if(needed, inputs))
+    value = engine(backend).loss(spec, inputs, gradients, grad_output)
+    return [value, *(gradient for gradient in gradients if gradient is not None)]
+
+
+@loss_operator.register_fake
+def _(backend, tensors, integers, numbers, words, needed, grad_output):  # type: ignore[no-untyped-def]
+    spec, inputs = unpack((LossSpec, LossTensors), Packed(tensors, integers, numbers, words))
+    like = inputs.like()
+    per_voxel = spec.reduction == "none" and grad_output is None
+    value = like.new_empty(voxel_shape(like) if per_voxel else (), dtype=spec.dtype)
+    return [value, *_fake_if(needed, inputs)]
+
+
+def _run_loss(
+    backend: str,
+    spec: LossSpec,
+    tensors: LossTensors,
+    needed: Sequence[bool] | None = None,
+    grad_output: Tensor | None = None,
+    *,
+    traced: bool,
+) -> tuple[Tensor, LossTensors]:
+    """The loss and the gradients that are needed, by the engine, or where PyTorch is to see it by the operator."""
+    if traced:
+        needed = [False] * len(tensors) if needed is None else list(needed)
+        value, *present = loss_operator(backend, *pack(spec, tensors), needed, grad_output)
+        return value, LossTensors(*_placed(needed, present))
+    gradients = NO_GRADIENTS if needed is None else LossTensors(*_empty_if(needed, tensors))
+    return engine(backend).loss(spec, tensors, gradients, grad_output), gradients
+
+
+def _needs_upstream_first(backend: str, spec: LossSpec, tensors: LossTensors) -> bool:
+    """Whether gradients can only be made in backward: where the upstream gradient differs per voxel, and on a GPU where
+    they are float16, which a mean's gradients underflow before backward brings the factor of the gradient scaler.
+    """
+    if spec.reduction == "none":
+        return True
+    return backend == "triton" and any(t is not None and t.dtype == torch.float16 for t in tensors)
 
 
 class Loss(Function):
-    """``((loss, gradients, backend), *tensors) -> loss``, of a loss that has its gradients with respect to ``tensors``
-    already: backward hands them out.
-
-    They come in a tuple, as every argument of a Function costs time, and small losses have none to spare.
-    """
+    """``(backend, spec, reuse_logits, *tensors) -> loss``, with the four tensors of :class:`LossTensors`."""
 
     @staticmethod
-    def forward(ctx: Any, made: tuple[Tensor, tuple[Tensor | None, ...], str], *tensors: Tensor) -> Tensor:
-        loss, ctx.gradients, ctx.backend = made
-        # Not saved, which takes time and would copy gradients in backward: nobody else sees these, so they are handed
-        # over; and of the inputs only their place in the graph is wanted, for create_graph.
-        ctx.inputs = tensors
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        (grad_output,) = grad_outputs
-        gradients, inputs = ctx.gradients, ctx.inputs
-        if not gradients:
-            raise RuntimeError(
-                "Trying to backward through the graph a second time (or directly access saved tensors after they have "
-                "already been freed). Specify retain_graph=True if you need to backward through the graph a second "
-                "time."
-            )
-        if _graph_is_kept():
-            gradients = [None if g is None else g.mul(grad_output) for g in gradients]
+    def forward(ctx: Any, backend: str, spec: LossSpec, reuse_logits: bool, *given: Tensor | None) -> Tensor:
+        tensors = LossTensors(*given)
+        traced = is_traced(*given)
+        ctx.backend, ctx.reuse_logits = backend, reuse_logits
+        ctx.later = reuse_logits or _needs_upstream_first(backend, spec, tensors)
+        if ctx.later:
+            _save(ctx, spec, tensors)
+            return _run_loss(backend, spec, tensors, traced=traced)[0]
+        value, gradients = _run_loss(backend, spec, tensors, ctx.needs_input_grad[3:], traced=traced)
+        ctx.traced = traced
+        if traced:
+            ctx.save_for_backward(*gradients)
         else:
-            ctx.gradients = ctx.inputs = ()
-            ops.scale_gradients(gradients, grad_output, ctx.backend)  # in place: nobody wants the unscaled ones again
-        if torch.is_grad_enabled():
-            gradients = _guarded(gradients, grad_output, *inputs)
-        return None, *gradients
-
-
-class LossInBackward(Function):
-    """``((spec, reuse_logits, places), *tensors) -> loss``, whose gradients are made in backward.
-
-    ``tensors`` are those of logits, soft labels, mu and logvar that there are, ``places`` which of the four they are.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, call: tuple[ops.Loss, bool, tuple[int, ...]], *tensors: Tensor) -> Tensor:
-        ctx.spec, ctx.reuse_logits, ctx.places = call
-        labels = ctx.spec.labels
-        ctx.save_for_backward(None if labels is None else labels.tensor, ctx.spec.weight, *tensors)
-        return ops.loss(ctx.spec, *_placed(ctx.places, tensors))
+            # Not saved, which takes time and would copy gradients in backward: nobody else sees these, so they are
+            # handed over; and of the inputs only their place in the graph is wanted, for create_graph.
+            ctx.gradients, ctx.inputs = gradients, tensors
+        return value
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad_output,) = grad_outputs
-        label_tensor, weight, *tensors = ctx.saved_tensors
-        spec = ctx.spec
-        if label_tensor is not None:
-            spec = spec._replace(labels=spec.labels._replace(tensor=label_tensor), weight=weight)
-        in_place = ctx.reuse_logits and not _graph_is_kept()
-        gradients: list[Tensor | None] = []
-        for i, tensor in enumerate(tensors):
-            if in_place and i == 0:
-                gradients.append(tensor.detach())
-            else:
-                gradients.append(ops.empty_like(tensor) if ctx.needs_input_grad[1 + i] else None)
-        upstream = grad_output.expand(ops.voxel_shape(tensors[0]))
-        ops.loss(spec, *_placed(ctx.places, tensors), _placed(ctx.places, gradients), upstream)
-        if in_place:  # whoever saved the logits for its own backward is told, as by any in-place operation
-            torch.autograd.graph.increment_version(tensors[0])
-        return None, *_guarded(gradients, grad_output, *tensors)
+        if ctx.later:
+            gradients, inputs = _gradients_in_backward(ctx, grad_output)
+        elif ctx.traced:
+            return None, None, None, *(None if g is None else g * grad_output for g in ctx.saved_tensors)
+        else:
+            gradients, inputs = _gradients_of_forward(ctx, grad_output)
+        return None, None, None, *_guarded(gradients, grad_output, *inputs)
+
+
+def _gradients_of_forward(ctx: Any, grad_output: Tensor) -> tuple[Sequence[Tensor | None], LossTensors]:
+    """What the forward pass made, times the gradient that comes in."""
+    gradients, inputs = ctx.gradients, ctx.inputs
+    if not gradients:
+        raise RuntimeError(
+            "Trying to backward through the graph a second time (or directly access saved tensors after they have "
+            "already been freed). Specify retain_graph=True if you need to backward through the graph a second "
+            "time."
+        )
+    if _graph_is_kept() or _is_batched(grad_output):
+        return [None if g is None else g.mul(grad_output) for g in gradients], inputs
+    ctx.gradients = ctx.inputs = ()
+    # in place: nobody wants the unscaled ones again
+    engine(ctx.backend).scale_gradients(gradients, grad_output)
+    return gradients, inputs
+
+
+def _gradients_in_backward(ctx: Any, grad_output: Tensor) -> tuple[Sequence[Tensor | None], LossTensors]:
+    """The kernel again, with the gradient that comes in."""
+    spec, inputs = _saved(ctx)
+    needed, logits, traced = ctx.needs_input_grad[3:], inputs.logits, is_traced(*inputs)
+    if not traced and _is_batched(grad_output):
+        again = lambda *t: reference.loss(spec, LossTensors(*t))  # noqa: E731
+        return reference.gradients(again, inputs, needed, grad_output), inputs
+    upstream = grad_output.expand(voxel_shape(inputs.like()))
+    if ctx.reuse_logits and not _graph_is_kept():
+        gradients = LossTensors(logits.detach(), *_empty_if(needed[1:], inputs[1:]))
+        engine(ctx.backend).loss(spec, inputs, gradients, upstream)
+        # whoever saved the logits for its own backward is told, as by any in-place operation
+        torch.autograd.graph.increment_version(logits)
+        return gradients, inputs
+    return _run_loss(ctx.backend, spec, inputs, needed, upstream, traced=traced)[1], inputs
 
 
 # Function.apply less its detour for torch.func, whose calls never come here: it takes 2 of a small loss's 35 us.
-_attach, _attach_later = super(Function, Loss).apply, super(Function, LossInBackward).apply
+_attach_loss = super(Function, Loss).apply
 
 
-def small_cross_entropy(logits: Tensor, target: Tensor, *options: Any) -> Tensor | None:
-    """:func:`calseg.ops.small_cross_entropy` with autograd."""
-    if ops.small_cross_entropy is None:
-        return None
-    outcome = ops.small_cross_entropy(logits, target, *options, torch.is_grad_enabled(), torch.get_num_threads())
-    if outcome is None:
-        return None
-    value, gradient = outcome
-    loss = torch.scalar_tensor(value, dtype=logits.dtype, device="cpu")
-    if gradient is None:
-        return loss
-    attached: Tensor = _attach((loss, (gradient,), "cpu"), logits)
-    return attached
+def loss(backend: str, spec: LossSpec, tensors: LossTensors, reuse_logits: bool = False) -> Tensor:
+    """The loss of a spec and its tensors by a backend, with what of autograd the call needs."""
+    value: Tensor
+    if backend == "reference":
+        value = reference.loss(spec, tensors)
+    elif not needs_gradient(*tensors):
+        value = _run_loss(backend, spec, tensors, traced=is_traced(*tensors))[0]
+    elif torch.compiler.is_compiling():
+        value = Loss.apply(backend, spec, reuse_logits, *tensors)
+    else:
+        value = _attach_loss(backend, spec, reuse_logits, *tensors)
+    return value
 
 
-def loss(spec: ops.Loss, inputs: ops.Gradients, reuse_logits: bool) -> Tensor:
-    """:func:`calseg.ops.loss` of logits, soft labels, mu and logvar, those of them that there are, with autograd."""
-    places = tuple(i for i, tensor in enumerate(inputs) if tensor is not None)
-    tensors = [tensor for tensor in inputs if tensor is not None]
-    if reuse_logits or ops.needs_upstream_first(spec, tensors):
-        later: Tensor = _attach_later((spec, reuse_logits, places), *tensors)
-        return later
-    gradients = tuple(ops.empty_like(tensor) if tensor.requires_grad else None for tensor in tensors)
-    with torch.no_grad():
-        made = ops.loss(spec, *inputs, _placed(places, gradients)), gradients, spec.backend
-    now: Tensor = _attach(made, *tensors)
-    return now
+# ---- soft labels ----
 
 
-def _placed(places: tuple[int, ...], tensors: Sequence[Tensor | None]) -> ops.Gradients:
-    """(logits, soft labels, mu, logvar), None where there is none."""
-    placed: list[Tensor | None] = [None] * 4
-    for place, tensor in zip(places, tensors, strict=True):
-        placed[place] = tensor
-    return placed[0], placed[1], placed[2], placed[3]
+@custom_op("calseg::sample_soft_labels", mutates_args=())
+def sample_operator(
+    backend: str, tensors: list[Tensor | None], integers: list[int], numbers: list[float], words: str
+) -> Tensor:
+    """The soft labels of a packed :class:`SampleSpec` and its tensors."""
+    spec, inputs = unpack((SampleSpec, GaussianTensors), Packed(tensors, integers, numbers, words))
+    soft_labels: Tensor = engine(backend).sample_soft_labels(spec, inputs)
+    return soft_labels
 
 
-class AceMoments(Function):
-    """``(labels, n_bins, soft, first_class, logits) -> moments``; backward reads the logits again."""
+@sample_operator.register_fake
+def _(backend, tensors, integers, numbers, words):  # type: ignore[no-untyped-def]
+    _, inputs = unpack((SampleSpec, GaussianTensors), Packed(tensors, integers, numbers, words))
+    return _fake_like(inputs.mu)
 
-    @staticmethod
-    def forward(ctx: Any, labels: Labels, n_bins: int, soft: bool, first_class: int, logits: Tensor) -> Tensor:
-        ctx.labels, ctx.n_bins, ctx.soft, ctx.first_class = labels, n_bins, soft, first_class
-        ctx.save_for_backward(logits, labels.tensor)
-        return ops.ace_moments(logits, labels, n_bins, soft, first_class)
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        (grad_moments,) = grad_outputs
-        logits, label_tensor = ctx.saved_tensors
-        gradient = ops.empty_like(logits)
-        labels = ctx.labels._replace(tensor=label_tensor)
-        ops.ace_moments_backward(logits, labels, ctx.n_bins, ctx.soft, ctx.first_class, grad_moments.detach(), gradient)
-        return None, None, None, None, *_guarded((gradient,), grad_moments, logits)
+@custom_op("calseg::sample_soft_labels_backward", mutates_args=())
+def sample_backward_operator(
+    backend: str, tensors: list[Tensor | None], integers: list[int], numbers: list[float], words: str,
+    grad_output: Tensor, needed: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of :func:`sample_operator` that are needed."""
+    spec, inputs = unpack((SampleSpec, GaussianTensors), Packed(tensors, integers, numbers, words))
+    gradients = GaussianTensors(*_empty_if(needed, inputs))
+    engine(backend).sample_soft_labels_backward(spec, inputs, grad_output, gradients)
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+@sample_backward_operator.register_fake
+def _(backend, tensors, integers, numbers, words, grad_output, needed):  # type: ignore[no-untyped-def]
+    _, inputs = unpack((SampleSpec, GaussianTensors), Packed(tensors, integers, numbers, words))
+    return _fake_if(needed, inputs)
 
 
 class SampleSoftLabels(Function):
-    """``(labels, sampling, alpha, backend, mu, logvar) -> soft labels``; backward draws the same noise again."""
+    """``(backend, spec, mu, logvar) -> soft labels``; backward draws the same noise again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, labels: Labels | None, sampling: Sampling, alpha: float, backend: str, mu: Tensor, logvar: Tensor
-    ) -> Tensor:
-        ctx.labels, ctx.sampling, ctx.alpha, ctx.backend = labels, sampling, alpha, backend
-        ctx.save_for_backward(mu, logvar, None if labels is None else labels.tensor)
-        return ops.sample_soft_labels(mu, logvar, labels, sampling, alpha, backend)
+    def forward(ctx: Any, backend: str, spec: SampleSpec, mu: Tensor, logvar: Tensor) -> Tensor:
+        tensors = GaussianTensors(mu, logvar)
+        _save(ctx, spec, tensors)
+        ctx.backend = backend
+        return _run_sample(backend, spec, tensors)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad_output,) = grad_outputs
-        mu, logvar, label_tensor = ctx.saved_tensors
-        labels = None if label_tensor is None else ctx.labels._replace(tensor=label_tensor)
-        _, _, _, _, *needed = ctx.needs_input_grad
-        grad_mu, grad_logvar = (
-            ops.empty_like(t) if need else None for t, need in zip((mu, logvar), needed, strict=True)
-        )
-        ops.sample_soft_labels_backward(
-            mu, logvar, labels, ctx.sampling, ctx.alpha, grad_output, (grad_mu, grad_logvar), ctx.backend
-        )
-        return None, None, None, None, *_guarded((grad_mu, grad_logvar), grad_output, mu, logvar)
+        spec, tensors = _saved(ctx)
+        needed = ctx.needs_input_grad[2:]
+        gradients: Sequence[Tensor | None]
+        if is_traced(*tensors):
+            present = sample_backward_operator(ctx.backend, *pack(spec, tensors), grad_output, list(needed))
+            gradients = _placed(needed, present)
+        elif _is_batched(grad_output):
+            sample = lambda *t: reference.sample_soft_labels(spec, GaussianTensors(*t))  # noqa: E731
+            gradients = reference.gradients(sample, tensors, needed, grad_output)
+        else:
+            gradients = GaussianTensors(*_empty_if(needed, tensors))
+            engine(ctx.backend).sample_soft_labels_backward(spec, tensors, grad_output, gradients)
+        return None, None, *_guarded(gradients, grad_output, *tensors)
+
+
+def _run_sample(backend: str, spec: SampleSpec, tensors: GaussianTensors) -> Tensor:
+    soft_labels: Tensor
+    if is_traced(*tensors):
+        soft_labels = sample_operator(backend, *pack(spec, tensors))
+    else:
+        soft_labels = engine(backend).sample_soft_labels(spec, tensors)
+    return soft_labels
+
+
+def sample_soft_labels(backend: str, spec: SampleSpec, tensors: GaussianTensors) -> Tensor:
+    """The soft labels of a spec and its tensors by a backend, with what of autograd the call needs."""
+    if backend == "reference":
+        return reference.sample_soft_labels(spec, tensors)
+    if needs_gradient(*tensors):
+        soft_labels: Tensor = SampleSoftLabels.apply(backend, spec, *tensors)
+        return soft_labels
+    return _run_sample(backend, spec, tensors)
 
 
 class AccumulateSoftmax(Function):
-    """``(total, logits, labels, temperature, backend) -> total``, which is updated in place."""
+    """``(backend, spec, total, logits) -> total``, which is updated in place."""
 
     @staticmethod
-    def forward(
-        ctx: Any, total: Tensor, logits: Tensor, labels: Labels | None, temperature: float, backend: str
-    ) -> Tensor:
+    def forward(ctx: Any, backend: str, spec: AccumulateSpec, total: Tensor, logits: Tensor) -> Tensor:
         ctx.mark_dirty(total)
-        ctx.save_for_backward(logits, None if labels is None else labels.tensor)
-        ctx.labels, ctx.temperature, ctx.backend = labels, temperature, backend
-        ops.accumulate_softmax(total, logits, temperature, backend)
-        return total
+        _save(ctx, spec, LossTensors(logits))
+        ctx.backend = backend
+        result: Tensor = engine(backend).accumulate_softmax(spec, total, logits)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad_output,) = grad_outputs
-        logits, label_tensor = ctx.saved_tensors
+        spec, (logits, *_) = _saved(ctx)
         gradient = None
-        if ctx.needs_input_grad[1]:
-            gradient = ops.accumulate_softmax_backward(logits, grad_output, ctx.temperature, ctx.backend)
-            if label_tensor is not None:  # NaN under an ignored voxel must not come back as its gradient
-                gradient.masked_fill_(_ignored(ctx.labels._replace(tensor=label_tensor), gradient), 0.0)
-        return grad_output, *_guarded((gradient,), grad_output, logits), None, None, None
+        if ctx.needs_input_grad[3]:
+            gradient = engine(ctx.backend).accumulate_softmax_backward(spec, logits, grad_output)
+            if spec.labels is not None:  # NaN under an ignored voxel must not come back as its gradient
+                gradient.masked_fill_(_ignored(spec.labels, gradient), 0.0)
+        return None, None, grad_output, *_guarded((gradient,), grad_output, logits)
+
+
+def accumulate_softmax(backend: str, spec: AccumulateSpec, total: Tensor, logits: Tensor) -> Tensor:
+    """The total with the softmax of another map of logits."""
+    if backend == "reference" or is_traced(total, logits):  # a compiler fuses the reference's operations
+        return reference.accumulate_softmax(spec, total, logits)
+    result: Tensor
+    if needs_gradient(total, logits):
+        result = AccumulateSoftmax.apply(backend, spec, total, logits)
+    else:
+        result = engine(backend).accumulate_softmax(spec, total, logits)
+    return result
+
+
+@custom_op("calseg::blend_soft_labels", mutates_args=())
+def blend_operator(
+    backend: str, tensors: list[Tensor | None], integers: list[int], numbers: list[float], words: str,
+    total: Tensor,
+) -> Tensor:  # fmt: skip
+    """The soft labels of a packed :class:`BlendSpec` and the total."""
+    (spec,) = unpack((BlendSpec,), Packed(tensors, integers, numbers, words))
+    blended: Tensor = engine(backend).blend_soft_labels(spec, total.clone(memory_format=layout_like(total)))
+    return blended
+
+
+@blend_operator.register_fake
+def _(backend, tensors, integers, numbers, words, total):  # type: ignore[no-untyped-def]
+    return _fake_like(total)
 
 
 class BlendSoftLabels(Function):
-    """``(estimate, labels, alpha, scale, backend) -> soft labels``, in place of the estimate."""
+    """``(backend, spec, total) -> soft labels``, in place of the total."""
 
     @staticmethod
-    def forward(ctx: Any, estimate: Tensor, labels: Labels | None, alpha: float, scale: float, backend: str) -> Tensor:
-        ctx.mark_dirty(estimate)
-        ctx.labels, ctx.alpha, ctx.scale = labels, alpha, scale
-        ctx.save_for_backward(None if labels is None else labels.tensor)
-        ops.blend_soft_labels(estimate, labels, alpha, scale, backend)
-        return estimate
+    def forward(ctx: Any, backend: str, spec: BlendSpec, total: Tensor) -> Tensor:
+        _save(ctx, spec)
+        if not is_traced(total):
+            ctx.mark_dirty(total)
+        return _run_blend(backend, spec, total)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad_output,) = grad_outputs
-        (label_tensor,) = ctx.saved_tensors
-        labels = None if label_tensor is None else ctx.labels._replace(tensor=label_tensor)
-        return blend_gradient(grad_output, labels, ctx.alpha, ctx.scale), None, None, None, None
+        (spec,) = _saved(ctx)
+        if spec.labels is None:
+            return None, None, grad_output * (1 / spec.num_maps)
+        gradient = grad_output * (spec.alpha * (1 / spec.num_maps))
+        return None, None, gradient.masked_fill(_ignored(spec.labels, grad_output), 0.0)
 
 
-def blend_gradient(grad_output: Tensor, labels: Labels | None, alpha: float, scale: float) -> Tensor:
-    """The gradient of :func:`calseg.ops.blend_soft_labels` with respect to the estimate."""
-    if labels is None:
-        return grad_output * scale
-    return (grad_output * (alpha * scale)).masked_fill(_ignored(labels, grad_output), 0.0)
+def _run_blend(backend: str, spec: BlendSpec, total: Tensor) -> Tensor:
+    blended: Tensor
+    if is_traced(total):
+        blended = blend_operator(backend, *pack(spec), total)
+    else:
+        blended = engine(backend).blend_soft_labels(spec, total)
+    return blended
+
+
+def blend_soft_labels(backend: str, spec: BlendSpec, total: Tensor) -> Tensor:
+    """Soft labels from a total, which is written over where nothing forbids it."""
+    if backend == "reference":
+        return reference.blend_soft_labels(spec, total)
+    if needs_gradient(total):
+        blended: Tensor = BlendSoftLabels.apply(backend, spec, total)
+        return blended
+    return _run_blend(backend, spec, total)
 
 
 def _ignored(labels: Labels, like: Tensor) -> Tensor:
     """Where the label is ignored, ``[N, 1, *S]``."""
-    return (labels.tensor == labels.ignore_index).unsqueeze(1 if like.dim() > 1 else 0)
+    return (labels.tensor == labels.ignore_index).unsqueeze(class_axis(like))
+
+
+# ---- average calibration error ----
+
+
+@custom_op("calseg::ace_moments", mutates_args=())
+def ace_moments_operator(
+    backend: str, tensors: list[Tensor | None], integers: list[int], numbers: list[float], words: str,
+    logits: Tensor,
+) -> Tensor:  # fmt: skip
+    """The moments of a packed :class:`AceSpec` and the logits."""
+    (spec,) = unpack((AceSpec,), Packed(tensors, integers, numbers, words))
+    moments: Tensor = engine(backend).ace_moments(spec, logits)
+    return moments
+
+
+@ace_moments_operator.register_fake
+def _(backend, tensors, integers, numbers, words, logits):  # type: ignore[no-untyped-def]
+    (spec,) = unpack((AceSpec,), Packed(tensors, integers, numbers, words))
+    N, C, _ = shape_of(logits)
+    return logits.new_empty(N, C - spec.first_class, spec.n_bins + spec.soft, 5, dtype=torch.float64)
+
+
+@custom_op("calseg::ace_moments_backward", mutates_args=())
+def ace_moments_backward_operator(
+    backend: str, tensors: list[Tensor | None], integers: list[int], numbers: list[float], words: str,
+    logits: Tensor, grad_moments: Tensor,
+) -> Tensor:  # fmt: skip
+    """The gradient of :func:`ace_moments_operator`."""
+    (spec,) = unpack((AceSpec,), Packed(tensors, integers, numbers, words))
+    gradient: Tensor = engine(backend).ace_moments_backward(spec, logits, grad_moments)
+    return gradient
+
+
+@ace_moments_backward_operator.register_fake
+def _(backend, tensors, integers, numbers, words, logits, grad_moments):  # type: ignore[no-untyped-def]
+    return _fake_like(logits)
+
+
+class AceMoments(Function):
+    """``(backend, spec, logits) -> moments``; backward reads the logits again."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, spec: AceSpec, logits: Tensor) -> Tensor:
+        _save(ctx, spec, LossTensors(logits))
+        ctx.backend = backend
+        return _run_ace(backend, spec, logits)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (grad_moments,) = grad_outputs
+        spec, (logits, *_) = _saved(ctx)
+        if is_traced(logits):
+            return None, None, ace_moments_backward_operator(ctx.backend, *pack(spec), logits, grad_moments)
+        gradient = engine(ctx.backend).ace_moments_backward(spec, logits, grad_moments.detach())
+        return None, None, *_guarded((gradient,), grad_moments, logits)
+
+
+def _run_ace(backend: str, spec: AceSpec, logits: Tensor) -> Tensor:
+    moments: Tensor
+    if is_traced(logits):
+        moments = ace_moments_operator(backend, *pack(spec), logits)
+    else:
+        moments = engine(backend).ace_moments(spec, logits)
+    return moments
+
+
+def ace_bins(backend: str, spec: AceSpec, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mass, confidences and hits of every bin, with what of autograd the call needs."""
+    if backend == "reference":
+        return reference.ace_bins(spec, logits)
+    moments = AceMoments.apply(backend, spec, logits) if needs_gradient(logits) else _run_ace(backend, spec, logits)
+    return cpu.bins_of_moments(spec, moments)
+
+
+# ---- seeds ----
+
+
+@custom_op("calseg::draw_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def draw_seed_operator() -> Tensor:
+    """One seed from the default generator; opaque, so that a compiled call draws what an eager one does."""
+    return _draw_seed()
+
+
+@draw_seed_operator.register_fake
+def _() -> Tensor:
+    return torch.empty((), dtype=torch.int64, device="cpu")
+
+
+def draw_seed() -> Tensor:
+    """A fresh seed, from PyTorch's default generator."""
+    return draw_seed_operator() if torch.compiler.is_compiling() else _draw_seed()

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from calseg import checks as check
-from calseg import ops, reference
-from calseg.functional import _flat, _reference_labels
-from calseg.ops import Labels
-from calseg.reference import UNIT
+from calseg.backends.choice import choose, engine
+from calseg.operations import UNIT, BinsSpec, Labels
+from calseg.tensors import shape_of
 
 NORMS = ("l1", "l2", "max", "average")
 EQUAL_MASS_CELLS = 4096  # of equal width, from which bins of equal mass are made
@@ -165,22 +164,19 @@ def calibration_bins(
         check.check_flag(name, flag)
     labels = Labels(check.check_labels("target", target, input), ignore_index)
     counted = None if mask is None else check.check_mask("mask", mask, input)
-    if class_wise and not include_background and ops.shape_of(input)[1] == 1:
+    if class_wise and not include_background and shape_of(input)[1] == 1:
         raise ValueError(f"include_background: got False for one class ({check.describe(input)}), wanted 2 or more")
-    chosen = ops.choose_backend(input, backend, "calibration_bins")
-    first_class = (0 if include_background else 1) if class_wise else None
-    skip_background = not (class_wise or include_background)
-    if chosen == "reference":
-        sums, totals = _reference_bins(
-            input.detach(), labels, counted, n_bins, from_logits, first_class, skip_background, right_closed
-        )
-        if not per_item:
-            sums, totals = sums.sum(0, keepdim=True), totals.sum(0, keepdim=True)
-    else:
-        sums, totals = ops.calibration_bins(
-            input.detach(), labels, counted, n_bins=n_bins, from_logits=from_logits, first_class=first_class,
-            skip_background=skip_background, per_item=per_item, right_closed=right_closed, backend=chosen,
-        )  # fmt: skip
+    spec = BinsSpec(
+        labels, counted, n_bins,
+        first_class=int(class_wise and not include_background),
+        from_logits=from_logits,
+        class_wise=class_wise,
+        skip_background=not (class_wise or include_background),
+        per_item=per_item,
+        right_closed=right_closed,
+        tolerance=check.probability_tolerance(input.dtype),
+    )  # fmt: skip
+    sums, totals = engine(choose(input, backend, "calibration_bins")).calibration_bins(spec, input.detach())
     if not class_wise:
         sums = sums[:, 0]
     if not per_item:
@@ -188,33 +184,6 @@ def calibration_bins(
     nll, (brier, *numbers) = totals[..., :2], totals[..., 2:].unbind(-1)
     parts = (*sums.unbind(-1), nll, brier, *numbers)
     return CalibrationBins(*(each.contiguous() for each in parts))
-
-
-def _reference_bins(
-    scores: Tensor,
-    labels: Labels,
-    mask: Tensor | None,
-    n_bins: int,
-    from_logits: bool,
-    first_class: int | None,
-    skip_background: bool,
-    right_closed: bool,
-) -> tuple[Tensor, Tensor]:
-    tensor, ignore_index, _ = labels
-    wide = tensor.long()
-    if mask is not None:
-        wide = torch.where(mask.bool(), wide, ignore_index)
-    flat = _reference_labels(Labels(wide, ignore_index), scores)
-    counted = flat != ignore_index
-    if skip_background:
-        counted = counted & (flat != 0)
-    sums, totals, bad = reference.calibration_bins(
-        _flat(scores), flat, counted, n_bins=n_bins, from_logits=from_logits, first_class=first_class,
-        right_closed=right_closed,
-    )  # fmt: skip
-    if bad is not None:
-        raise check.probability_error(*bad, ops.voxel_shape(scores))
-    return sums.cpu(), totals.cpu()
 
 
 def calibration_error_from_bins(bins: CalibrationBins, norm: str = "l1", *, equal_mass: int | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calseg.tensors import FLOAT_DTYPES, LABEL_DTYPES
+from calseg.tensors import FLOAT_DTYPES, LABEL_DTYPES, class_axis, voxel_shape
 
 REDUCTIONS = ("none", "mean", "sum")
 MAX_BINS = 1 << 16
@@ -199,3 +199,16 @@ def probability_error(total: float, least: float, position: int, shape: tuple[in
         f"input[{', '.join(map(str, where))}] sums to {total:.4g}, its smallest is {least:.4g}: wanted probabilities, "
         "which sum to 1 and are not negative (logits: from_logits=True)"
     )
+
+
+def label_at(position: int, labels: Tensor, num_classes: int, ignore_index: int) -> IndexError:
+    """The error for the label at linear index ``position``, which is no class."""
+    shape = tuple(labels.shape)
+    return label_error(int(labels[tuple(place_of(position, shape))]), position, shape, num_classes, ignore_index)
+
+
+def probabilities_at(position: int, scores: Tensor) -> ValueError:
+    """The error for the voxel at linear index ``position``, whose scores are no probabilities."""
+    shape = voxel_shape(scores)
+    probabilities = scores.movedim(class_axis(scores), -1)[tuple(place_of(position, shape))]
+    return probability_error(float(probabilities.float().sum()), float(probabilities.min()), position, shape)

@@ -11,10 +11,21 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
-from calseg import autograd, compiled, ops, reference, rng
+from calseg import autograd, native
 from calseg import checks as check
-from calseg.ops import Labels, Loss, Sampling
-from calseg.tensors import compute_dtype
+from calseg.backends.choice import choose, is_plain
+from calseg.operations import (
+    AccumulateSpec,
+    AceSpec,
+    BlendSpec,
+    GaussianTensors,
+    Labels,
+    LossSpec,
+    LossTensors,
+    SampleSpec,
+    Sampling,
+)
+from calseg.tensors import compute_dtype, is_walkable, layout_like, shape_of
 
 
 def _loss_dtype(scores: Tensor) -> torch.dtype:
@@ -24,66 +35,14 @@ def _loss_dtype(scores: Tensor) -> torch.dtype:
     return scores.dtype
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """``[N, C, S]`` for the reference, with the voxels numbered as :func:`calseg.ops.shape_of` does."""
-    if tensor.dim() == 1:
-        return tensor[None, :, None]
-    return tensor.transpose(0, 1)[None] if tensor.dim() == 2 else tensor.flatten(2)
-
-
-def _flat_labels(labels: Tensor) -> Tensor:
-    """``[N, S]``."""
-    return labels.reshape(1, -1) if labels.dim() < 2 else labels.flatten(1)
-
-
-def _reference_labels(labels: Labels, scores: Tensor) -> Tensor:
-    """The labels as the reference takes them, checked: an error names the place in the caller's shape."""
-    wide = labels.tensor.long()
-    check.check_classes(wide, scores.shape[1 if scores.dim() > 1 else 0], labels.ignore_index)
-    return _flat_labels(wide)
-
-
-def _flat_or_none(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else _flat(tensor)
-
-
-def _unflat(result: Tensor, like: Tensor) -> Tensor:
-    """``[1 or N, C, S]`` of the reference back to the shape of ``like``."""
-    if like.dim() == 1:
-        return result[0, :, 0]
-    return result[0].transpose(0, 1) if like.dim() == 2 else result.view(like.shape)
-
-
-_transform = torch._C._functorch.peek_interpreter_stack
-
-
-def _transformed() -> bool:
-    """Inside torch.func.grad, vmap and friends: the reference is differentiable and batched to any depth."""
-    # Dynamo, which has its own way through transforms, sees an object here in any case.
-    return not torch.compiler.is_compiling() and _transform() is not None
-
-
-def _is_eager() -> bool:
-    """Neither compiled nor inside torch.func."""
-    return not torch.compiler.is_compiling() and _transform() is None
-
-
-def _backend(scores: Tensor, backend: str | None) -> str:
-    return "reference" if backend is None and _transformed() else ops.choose_backend(scores, backend)
-
-
 def _seed(seed: int | Tensor | None, device: torch.device) -> int | Tensor:
-    if seed is None:
-        return compiled.draw_seed() if torch.compiler.is_compiling() else rng.draw_seed()
-    return check.check_seed(seed, device)
+    return autograd.draw_seed() if seed is None else check.check_seed(seed, device)
 
 
-def _wants_gradient(*tensors: Tensor | None) -> bool:
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                return True
-    return False
+def _sampling(
+    num_samples: int, temperature: float, beta: float, prior_mu: float, prior_logvar: float, seed: int | Tensor
+) -> Sampling:
+    return Sampling(num_samples, float(temperature), float(beta), float(prior_mu), float(prior_logvar), seed)
 
 
 def _check_reuse(logits: Tensor, backend: str) -> None:
@@ -95,10 +54,28 @@ def _check_reuse(logits: Tensor, backend: str) -> None:
         problem = "input is a leaf (a parameter or data of the caller's), which nobody expects to be overwritten"
     elif logits._is_view() or logits.untyped_storage().nbytes() != logits.numel() * logits.element_size():
         problem = "input shares its storage with another tensor"
-    elif not ops.is_walked_in_place(logits):
+    elif not is_walkable(logits):
         problem = "input has a memory layout that the kernels read through a copy"
     if problem:
         raise ValueError(f"reuse_logits: {problem}")
+
+
+def _unchecked_cross_entropy(
+    input: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float
+) -> Tensor | None:
+    """The commonest call without the checks, which take longer than a small loss itself.
+
+    The engine refuses tensors that it cannot read. None: this is such a call, or not the commonest one.
+    """
+    if type(input) is not Tensor or not input.is_cpu or native.extension is None or not is_plain():
+        return None
+    if type(label_smoothing) is not float or not 0.0 <= label_smoothing <= 1.0 or type(ignore_index) is not int:
+        return None
+    spec = LossSpec("cross_entropy", Labels(target, ignore_index), None, reduction, _loss_dtype(input), label_smoothing)
+    try:
+        return autograd.loss("cpu", spec, LossTensors(input))
+    except native.Unreadable:
+        return None
 
 
 def vls_cross_entropy(
@@ -195,8 +172,8 @@ def vls_cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    if weight is mu is logvar is soft_labels is None and backend is None and not reuse_logits and _is_eager():
-        loss = autograd.small_cross_entropy(input, target, ignore_index, reduction, label_smoothing)
+    if weight is mu is logvar is soft_labels is None and backend is None and not reuse_logits:
+        loss = _unchecked_cross_entropy(input, target, ignore_index, reduction, label_smoothing)
         if loss is not None:
             return loss
     check.check_scores("input", input)
@@ -228,51 +205,19 @@ def vls_cross_entropy(
             input, target, None, weight, label_smoothing, reduction, backend, reuse_logits=reuse_logits
         )
     labels = Labels(check.check_labels("target", target, input), ignore_index)
-
     seed_value: int | Tensor = _seed(seed, input.device) if sampled and alpha else 0
-    chosen = _backend(input, backend)
+    chosen = choose(input, backend)
     if reuse_logits:
         _check_reuse(input, chosen)
-    if chosen == "reference":
-        loss = reference.vls_cross_entropy(
-            _flat(input), _reference_labels(labels, input), _flat_or_none(mu), _flat_or_none(logvar),
-            _flat_or_none(soft_labels), weight,
-            ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, alpha=alpha,
-            temperature=temperature, num_samples=num_samples, beta=beta, prior_mu=prior_mu,
-            prior_logvar=prior_logvar, seed=seed_value, out_dtype=_loss_dtype(input),
-        )  # fmt: skip
-        return loss.view(ops.voxel_shape(input)) if reduction == "none" else loss
-
-    spec = Loss(labels, weight, reduction, _loss_dtype(input), float(label_smoothing), backend=chosen)
-    if mu is None or logvar is None or not (alpha or beta):
-        return _loss(spec, input, soft_labels, reuse_logits=reuse_logits)
-    sampling = _sampling(num_samples, temperature, beta, prior_mu, prior_logvar, seed_value)
-    return _loss(
-        spec._replace(alpha=float(alpha), sampling=sampling), input, None, mu, logvar, reuse_logits=reuse_logits
+    spec = LossSpec("cross_entropy", labels, weight, reduction, _loss_dtype(input), float(label_smoothing))
+    if not (sampled and (alpha or beta)):
+        return autograd.loss(chosen, spec, LossTensors(input, soft_labels), reuse_logits)
+    spec = spec._replace(
+        operation="vls_cross_entropy",
+        alpha=float(alpha),
+        sampling=_sampling(num_samples, temperature, beta, prior_mu, prior_logvar, seed_value),
     )
-
-
-def _sampling(
-    num_samples: int, temperature: float, beta: float, prior_mu: float, prior_logvar: float, seed: int | Tensor
-) -> Sampling:
-    return Sampling(num_samples, float(temperature), float(beta), float(prior_mu), float(prior_logvar), seed)
-
-
-def _loss(
-    spec: Loss,
-    logits: Tensor | None,
-    soft_labels: Tensor | None,
-    mu: Tensor | None = None,
-    logvar: Tensor | None = None,
-    *,
-    reuse_logits: bool = False,
-) -> Tensor:
-    """A native loss, with what of autograd the call needs."""
-    if torch.compiler.is_compiling():
-        return compiled.loss(spec, logits, soft_labels, mu, logvar)
-    if _wants_gradient(logits, soft_labels, mu, logvar):
-        return autograd.loss(spec, (logits, soft_labels, mu, logvar), reuse_logits)
-    return ops.loss(spec, logits, soft_labels, mu, logvar)
+    return autograd.loss(chosen, spec, LossTensors(input, None, mu, logvar), reuse_logits)
 
 
 def soft_cross_entropy(
@@ -336,17 +281,11 @@ def _soft_cross_entropy(
     *,
     reuse_logits: bool = False,
 ) -> Tensor:
-    chosen = _backend(input, backend)
+    chosen = choose(input, backend)
     if reuse_logits:
         _check_reuse(input, chosen)
-    if chosen == "reference":
-        loss = reference.soft_cross_entropy(
-            _flat(input), _flat(soft_target), None if mask is None else _flat_labels(mask.tensor) == mask.ignore_index,
-            weight, label_smoothing=label_smoothing, reduction=reduction, out_dtype=_loss_dtype(input),
-        )  # fmt: skip
-        return loss.view(ops.voxel_shape(input)) if reduction == "none" else loss
-    spec = Loss(mask, weight, reduction, _loss_dtype(input), float(label_smoothing), backend=chosen)
-    return _loss(spec, input, soft_target, reuse_logits=reuse_logits)
+    spec = LossSpec("cross_entropy", mask, weight, reduction, _loss_dtype(input), float(label_smoothing))
+    return autograd.loss(chosen, spec, LossTensors(input, soft_target), reuse_logits)
 
 
 def vls_elbo(
@@ -406,18 +345,9 @@ def vls_elbo(
     check.check_prior(beta, prior_mu, prior_logvar)
     check.check_weight(weight, mu)
     labels = Labels(check.check_labels("target", target, mu), ignore_index)
-    seed_value = _seed(seed, mu.device)
-    chosen = _backend(mu, backend)
-    if chosen == "reference":
-        loss = reference.vls_elbo(
-            _flat(mu), _flat(logvar), _reference_labels(labels, mu), weight, num_samples=num_samples, beta=beta,
-            prior_mu=prior_mu, prior_logvar=prior_logvar, ignore_index=ignore_index, reduction=reduction,
-            seed=seed_value, out_dtype=_loss_dtype(mu),
-        )  # fmt: skip
-        return loss.view(ops.voxel_shape(mu)) if reduction == "none" else loss
-    sampling = _sampling(num_samples, 1.0, beta, prior_mu, prior_logvar, seed_value)
-    spec = Loss(labels, weight, reduction, _loss_dtype(mu), sampling=sampling, backend=chosen)
-    return _loss(spec, None, None, mu, logvar)
+    sampling = _sampling(num_samples, 1.0, beta, prior_mu, prior_logvar, _seed(seed, mu.device))
+    spec = LossSpec("vls_elbo", labels, weight, reduction, _loss_dtype(mu), sampling=sampling)
+    return autograd.loss(choose(mu, backend), spec, LossTensors(mu=mu, logvar=logvar))
 
 
 def gaussian_kl(
@@ -457,16 +387,9 @@ def gaussian_kl(
     check.check_like("logvar", logvar, "mu", mu)
     check.check_reduction(reduction)
     check.check_prior(1.0, prior_mu, prior_logvar)
-    chosen = _backend(mu, backend)
-    if chosen == "reference":
-        kl = reference.gaussian_kl(
-            _flat(mu), _flat(logvar), prior_mu=prior_mu, prior_logvar=prior_logvar, reduction=reduction,
-            out_dtype=_loss_dtype(mu),
-        )  # fmt: skip
-        return kl.view(ops.voxel_shape(mu)) if reduction == "none" else kl
     sampling = _sampling(1, 1.0, 1.0, prior_mu, prior_logvar, 0)
-    spec = Loss(None, None, reduction, _loss_dtype(mu), sampling=sampling, backend=chosen)
-    return _loss(spec, None, None, mu, logvar)
+    spec = LossSpec("gaussian_kl", None, None, reduction, _loss_dtype(mu), sampling=sampling)
+    return autograd.loss(choose(mu, backend), spec, LossTensors(mu=mu, logvar=logvar))
 
 
 def ace_loss(
@@ -542,26 +465,39 @@ def ace_loss(
     check.check_integer("ignore_index", ignore_index)
     check.check_reduction(reduction)
     soft, first_class = binning == "soft", 0 if include_background else 1
-    if ops.shape_of(input)[1] <= first_class:
+    if shape_of(input)[1] <= first_class:
         raise ValueError(f"include_background: got False for one class ({check.describe(input)}), wanted 2 or more")
-    if _backend(input, backend) != "cpu":
-        bins = reference.ace_bins(
-            _flat(input), _reference_labels(labels, input), n_bins=n_bins, soft=soft, first_class=first_class,
-            ignore_index=ignore_index,
-        )  # fmt: skip
-    else:
-        arguments = labels, n_bins, soft, first_class
-        if torch.compiler.is_compiling():
-            moments = compiled.ace_moments(input, *arguments)
-        elif _wants_gradient(input):
-            moments = autograd.AceMoments.apply(*arguments, input)
-        else:
-            moments = ops.ace_moments(input, *arguments)
-        bins = ops.bins_of_moments(moments, n_bins, soft)
-    return reference.ace_from_bins(
+    spec = AceSpec(labels, n_bins, first_class, soft)
+    bins = autograd.ace_bins(choose(input, backend, "ace_loss"), spec, input)
+    return _ace_from_bins(
         *bins, weight, empty_weight=empty_weight if soft else 0.0, ignore_empty_classes=ignore_empty_classes,
         reduction=reduction, out_dtype=_loss_dtype(input),
     )  # fmt: skip
+
+
+def _ace_from_bins(
+    mass: Tensor,
+    confidence: Tensor,
+    hits: Tensor,
+    weight: Tensor | None,
+    *,
+    empty_weight: float,
+    ignore_empty_classes: bool,
+    reduction: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Per item and class the mean of |confidence - accuracy| over the bins that are not empty, ``[N, kinds]``; reduced.
+
+    A bin is empty below a mass of ``empty_weight``. A class that no label has counts 0 if ``ignore_empty_classes``.
+    """
+    filled = ~((mass == 0) | (mass < empty_weight))  # a NaN is not empty: it reaches the loss
+    gap = torch.where(filled, (confidence - hits).abs() / torch.where(filled, mass, 1.0), 0.0)
+    error = gap.sum(-1) / filled.sum(-1).clamp(min=1)
+    if ignore_empty_classes:
+        error = torch.where(hits.sum(-1) > 0, error, 0.0)
+    if weight is not None:
+        error = error * weight.to(error.dtype)[-error.shape[1] :]
+    return {"none": error, "mean": error.mean(), "sum": error.sum()}[reduction].to(out_dtype)
 
 
 def sample_soft_labels(
@@ -612,21 +548,9 @@ def sample_soft_labels(
     check.check_number("alpha", alpha, 0.0, 1.0, "in [0, 1]")
     check.check_integer("ignore_index", ignore_index)
     labels = None if target is None else Labels(check.check_labels("target", target, mu), ignore_index)
-    seed_value = _seed(seed, mu.device)
-    chosen = _backend(mu, backend)
-    if chosen == "reference":
-        soft_labels = reference.sample_soft_labels(
-            _flat(mu), _flat(logvar), None if labels is None else _reference_labels(labels, mu),
-            num_samples=num_samples, temperature=temperature, alpha=alpha, ignore_index=ignore_index, seed=seed_value,
-        )  # fmt: skip
-        return _unflat(soft_labels, mu)
-    sampling = Sampling(num_samples, float(temperature), seed=seed_value)
-    if torch.compiler.is_compiling():
-        return compiled.sample_soft_labels(mu, logvar, labels, sampling, float(alpha), chosen)
-    if _wants_gradient(mu, logvar):
-        result: Tensor = autograd.SampleSoftLabels.apply(labels, sampling, float(alpha), chosen, mu, logvar)
-        return result
-    return ops.sample_soft_labels(mu, logvar, labels, sampling, float(alpha), chosen)
+    sampling = Sampling(num_samples, float(temperature), seed=_seed(seed, mu.device))
+    spec = SampleSpec(labels, float(alpha), sampling)
+    return autograd.sample_soft_labels(choose(mu, backend), spec, GaussianTensors(mu, logvar))
 
 
 def accumulate_soft_labels(
@@ -678,32 +602,15 @@ def accumulate_soft_labels(
         raise ValueError("logit_maps: got none, wanted at least one map of logits")
     maps = chain((first,), maps)
     labels = None if target is None else Labels(check.check_labels("target", target, first), ignore_index)
-    chosen = _backend(first, backend)
-    if chosen == "reference":
-        soft_labels = reference.accumulate_soft_labels(
-            map(_flat, maps), None if labels is None else _reference_labels(labels, first), temperature=temperature,
-            alpha=alpha, ignore_index=ignore_index,
-        )  # fmt: skip
-        return _unflat(soft_labels, first)
-
+    chosen = choose(first, backend)
     total = torch.zeros_like(
-        first, dtype=compute_dtype(first.dtype), memory_format=ops.layout_like(first), requires_grad=False
+        first, dtype=compute_dtype(first.dtype), memory_format=layout_like(first), requires_grad=False
     )
+    step = AccumulateSpec(labels, float(temperature))
     count = 0
     for count, logits in enumerate(maps, 1):
-        if torch.compiler.is_compiling():
-            total = compiled.accumulate_softmax(total, logits, labels, float(temperature))
-        elif _wants_gradient(total, logits):
-            total = autograd.AccumulateSoftmax.apply(total, logits, labels, float(temperature), chosen)
-        else:
-            ops.accumulate_softmax(total, logits, float(temperature), chosen)
-    if torch.compiler.is_compiling():
-        return compiled.blend_soft_labels(total, labels, float(alpha), 1 / count, chosen)
-    if _wants_gradient(total):
-        blended: Tensor = autograd.BlendSoftLabels.apply(total, labels, float(alpha), 1 / count, chosen)
-        return blended
-    ops.blend_soft_labels(total, labels, float(alpha), 1 / count, chosen)
-    return total
+        total = autograd.accumulate_softmax(chosen, step, total, logits)
+    return autograd.blend_soft_labels(chosen, BlendSpec(labels, float(alpha), count), total)
 
 
 def _checked_maps(logit_maps: Iterable[Tensor]) -> Iterator[Tensor]:

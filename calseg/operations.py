@@ -7,7 +7,7 @@ is named here and nowhere else: the build makes the structures of the C++ engine
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ Scores = Tensor  # a number for every voxel and class: [C], [N, C] or [N, C, *S]
 Voxels = Tensor  # a number for every voxel: [], [N] or [N, *S]
 Classes = Tensor  # a number for every class: [C]
 Seed = int | Tensor  # a 64-bit number, or a 0-d int64 tensor on the device of the scores
-Reduction = Literal["none", "mean", "sum"]
+Reduction = str  # "none", "mean" or "sum"
 
 
 class Labels(NamedTuple):
@@ -49,6 +49,18 @@ class LossTensors(NamedTuple):
     mu: Scores | None = None
     logvar: Scores | None = None
 
+    def like(self) -> Tensor:
+        """The tensor that gives a call its shape, dtype and device: the logits, else mu."""
+        like = self.mu if self.logits is None else self.logits
+        assert like is not None
+        return like
+
+    def gaussian(self) -> tuple[Tensor, Tensor]:
+        """mu and logvar, of a loss that has them."""
+        assert self.mu is not None
+        assert self.logvar is not None
+        return self.mu, self.logvar
+
 
 class LossSpec(NamedTuple):
     """A loss, by the name of its operation.
@@ -75,6 +87,12 @@ class GaussianTensors(NamedTuple):
     mu: Scores | None = None
     logvar: Scores | None = None
 
+    def both(self) -> tuple[Tensor, Tensor]:
+        """mu and logvar, where both are there."""
+        assert self.mu is not None
+        assert self.logvar is not None
+        return self.mu, self.logvar
+
 
 class SampleSpec(NamedTuple):
     """Soft labels sampled from a Gaussian; ``alpha`` is their share where there are ``labels``."""
@@ -85,17 +103,21 @@ class SampleSpec(NamedTuple):
 
 
 class AccumulateSpec(NamedTuple):
-    """The softmax of one map of logits, added to a running total."""
+    """The softmax of one map of logits, added to a running total; ignored voxels get no gradient."""
 
+    labels: Labels | None
     temperature: float
 
 
 class BlendSpec(NamedTuple):
-    """Soft labels from a total: ``(1 - alpha) * onehot(labels) + alpha * scale * total``."""
+    """Soft labels from the total of ``num_maps`` maps: ``(1 - alpha) * onehot(labels) + alpha * total / num_maps``."""
 
     labels: Labels | None
     alpha: float
-    scale: float
+    num_maps: int
+
+
+UNIT = 2**24  # 1 in the fixed-point sums per bin
 
 
 class BinsSpec(NamedTuple):

@@ -66,8 +66,8 @@ class Bins {
  public:
     CALSEG_MEMBER Bins(const CalibrationLaunch& launch, int64_t* sums)
         : bins_in_(launch.bins_in),
-          right_closed_(launch.args.right_closed),
-          n_bins_(static_cast<float>(launch.args.n_bins)),
+          right_closed_(launch.args.spec.right_closed),
+          n_bins_(static_cast<float>(launch.args.spec.n_bins)),
           bins_(static_cast<int32_t>(launch.bins)),
           columns_(reinterpret_cast<ColumnBin*>(shared_memory() + launch.bins_offset)),
           shared_(reinterpret_cast<SharedBin*>(shared_memory() + launch.bins_offset)),
@@ -204,9 +204,9 @@ CALSEG_INLINE int up_to(int64_t left) {
 
 // The class that a voxel's label is, kSkipped or kNoClass.
 CALSEG_INLINE int32_t load_class(const CalibrationLaunch& launch, int64_t n, int64_t s) {
-    const TensorView& mask = launch.args.mask;
+    const TensorView& mask = launch.args.spec.mask;
     if (mask.data && !static_cast<const uint8_t*>(mask.data)[n * mask.stride_n + s * mask.stride_s]) return kSkipped;
-    const TensorView& labels = launch.args.labels.view;
+    const TensorView& labels = launch.args.spec.labels.tensor;
     const int64_t at = n * labels.stride_n + s * labels.stride_s;
     uint64_t bits = 0;
     switch (launch.labels.bytes) {
@@ -224,7 +224,7 @@ CALSEG_INLINE int32_t load_class(const CalibrationLaunch& launch, int64_t n, int
     }
     if (launch.labels.ignores && bits == launch.labels.ignored) return kSkipped;
     if (bits >= launch.labels.classes) return kNoClass;
-    return bits == 0 && launch.args.skip_background ? kSkipped : static_cast<int32_t>(bits);
+    return bits == 0 && launch.args.spec.skip_background ? kSkipped : static_cast<int32_t>(bits);
 }
 
 // The scores of classes c to c + K for a thread's voxels, s, s + kCudaThreads, ...; `missing` where there is none.
@@ -343,7 +343,7 @@ CALSEG_INLINE bool add_totals(Totals& totals, const CalibrationLaunch& launch, c
     totals.nans += counts && !binned;
     if (binned) totals.add(sums.nll(), sums.brier(confidence));
     if constexpr (std::is_same_v<Sums, ProbabilitySums<float>>)
-        if (binned && sums.off(static_cast<float>(launch.args.tolerance)) < 0)
+        if (binned && sums.off(static_cast<float>(launch.args.spec.tolerance)) < 0)
             atomicMin(reinterpret_cast<long long*>(launch.faults) + 1, static_cast<long long>(position));
     return binned;
 }
@@ -352,7 +352,7 @@ CALSEG_INLINE bool add_totals(Totals& totals, const CalibrationLaunch& launch, c
 template <int K>
 CALSEG_INLINE void add_classes(Bins& bins, const CalibrationLaunch& launch, int32_t label, int c, const float (&x)[K], float scale,
                                bool binned) {
-    const int first = static_cast<int>(launch.args.first_class), C = static_cast<int>(launch.args.shape.C);
+    const int first = static_cast<int>(launch.args.spec.first_class), C = static_cast<int>(launch.args.shape.C);
 #pragma unroll
     for (int j = 0; j < K; ++j)
         if (c + j >= first && c + j < C) bins.add(c + j - first, x[j] * scale, label == c + j, binned);
@@ -419,10 +419,10 @@ __global__ void __launch_bounds__(kCudaThreads, kCudaResident) calibration_bins(
 using Function = void (*)(CalibrationLaunch);
 
 template <class From, int K>
-Function kernel_of(const CalibrationArgs& a) {
+Function kernel_of(const BinsArgs& a) {
     constexpr int V = voxels_held(K);
-    if (a.class_wise) return a.from_logits ? calibration_bins<From, K, V, true, true> : calibration_bins<From, K, V, false, true>;
-    return a.from_logits ? calibration_bins<From, K, V, true, false> : calibration_bins<From, K, V, false, false>;
+    if (a.spec.class_wise) return a.spec.from_logits ? calibration_bins<From, K, V, true, true> : calibration_bins<From, K, V, false, true>;
+    return a.spec.from_logits ? calibration_bins<From, K, V, true, false> : calibration_bins<From, K, V, false, false>;
 }
 
 template <class From>
@@ -471,7 +471,7 @@ class OnDevice {
 }  // namespace
 }  // namespace CALSEG_ISA
 
-void cuda_calibration_bins(const CalibrationArgs& args, int64_t* faults, int device, void* stream) {
+void cuda_calibration_bins(const BinsArgs& args, int64_t* faults, int device, void* stream) {
     using namespace CALSEG_ISA;
     const OnDevice on(device);
     const CudaLimits limits{on.attribute(cudaDevAttrMultiProcessorCount), on.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),

@@ -27,8 +27,8 @@ constexpr int64_t kMostInWord = sizeof(T) == 4 ? (1 << 12) - 1 : 1 << 13;
 constexpr int64_t kWordBytes = 16 * 1024;  // copies of the words fill about half of the first cache
 
 bool is_double(const AceArgs& a) { return a.logits.dtype == DType::f64; }
-int64_t kinds(const AceArgs& a) { return a.shape.C - a.first_class; }
-int64_t cells(const AceArgs& a) { return a.n_bins + a.soft; }
+int64_t kinds(const AceArgs& a) { return a.shape.C - a.spec.first_class; }
+int64_t cells(const AceArgs& a) { return a.spec.n_bins + a.spec.soft; }
 
 template <class T>
 Tiling tiling(const AceArgs& a) {
@@ -197,7 +197,7 @@ class Probabilities {
 
     void begin(const Span& span, const Span& next) {
         const int64_t C = args_.shape.C;
-        const bool any_ignored = load_labels(labels_, args_.labels, span, C) < span.count;
+        const bool any_ignored = load_labels(labels_, args_.spec.labels, span, C) < span.count;
         logits_.begin(span, next);
         if (any_ignored) clear_ignored(logits_.tile(), labels_, span.count, C);
         has_nan = false;
@@ -231,8 +231,8 @@ struct Forward {
         Cells<kSoft, T> to(scratch, a);
         int32_t* at = scratch.take<int32_t>(tiles.length);
         uint64_t* word = scratch.take<uint64_t>(tiles.length * kWords<kSoft, T>);
-        const F<T> n_bins = broadcast<F<T>>(static_cast<T>(a.n_bins)), one = broadcast<F<T>>(T(1));
-        const I<T> last = broadcast<I<T>>(static_cast<int32_t>(a.n_bins) - 1), copies = broadcast<I<T>>(to.copies());
+        const F<T> n_bins = broadcast<F<T>>(static_cast<T>(a.spec.n_bins)), one = broadcast<F<T>>(T(1));
+        const I<T> last = broadcast<I<T>>(static_cast<int32_t>(a.spec.n_bins) - 1), copies = broadcast<I<T>>(to.copies());
         const I<T> none = broadcast<I<T>>(0), yes = broadcast<I<T>>(-1);
         int32_t lanes[kLanes];
         for (int i = 0; i < kLanes; ++i) lanes[i] = i & (to.copies() - 1);
@@ -242,7 +242,7 @@ struct Forward {
             item = span.n;
             p.begin(span, next);
             nan_tiles += p.has_nan;
-            for (int64_t c = a.first_class; c < a.shape.C; ++c) {
+            for (int64_t c = a.spec.first_class; c < a.shape.C; ++c) {
                 int b = 0;
                 for (; b * kLanes < span.count; ++b) {
                     F<T> confidence = larger(load<F<T>>(p.block(b) + c * kLanes), zero<T>());  // zero where NaN
@@ -254,7 +254,7 @@ struct Forward {
                     store_voxels_words<kSoft>(word + b * kLanes, tiles.length, place.f, select(hit, yes, none),
                                               select(less(labels, none), none, yes));
                 }
-                to.add(c - a.first_class, at, word, tiles.length, b * kLanes);
+                to.add(c - a.spec.first_class, at, word, tiles.length, b * kLanes);
             }
             to.end_tile(span.count);
         });
@@ -286,11 +286,11 @@ struct Backward {
  private:
     // Probabilities of a block become the gradient of the logits, p_j * (slope_j - sum_k p_k * slope_k).
     static void block(const AceArgs& a, const T* table, I<T> labels, T* p, T* slope) {
-        const F<T> n_bins = broadcast<F<T>>(static_cast<T>(a.n_bins)), none = zero<T>();
-        const I<T> last = broadcast<I<T>>(static_cast<int32_t>(a.n_bins) - 1);
+        const F<T> n_bins = broadcast<F<T>>(static_cast<T>(a.spec.n_bins)), none = zero<T>();
+        const I<T> last = broadcast<I<T>>(static_cast<int32_t>(a.spec.n_bins) - 1);
         const int64_t step = cells(a);
         F<T> mean = none;
-        for (int64_t c = a.first_class; c < a.shape.C; ++c, table += step * kAceSlopes) {
+        for (int64_t c = a.spec.first_class; c < a.shape.C; ++c, table += step * kAceSlopes) {
             const F<T> confidence = load<F<T>>(p + c * kLanes);
             const Place<kSoft, T> place(larger(confidence, none), n_bins, last);
             F<T> g = gather(table, place.cell);
@@ -304,7 +304,7 @@ struct Backward {
         }
         const auto ignored = less(labels, broadcast<I<T>>(0));
         for (int64_t c = 0; c < a.shape.C; ++c) {
-            const F<T> g = c < a.first_class ? none : load<F<T>>(slope + c * kLanes);
+            const F<T> g = c < a.spec.first_class ? none : load<F<T>>(slope + c * kLanes);
             store(p + c * kLanes, select(ignored, none, load<F<T>>(p + c * kLanes) * (g - mean)));
         }
     }
@@ -326,13 +326,13 @@ void run_as(const AceArgs& a, int64_t chunk, void* scratch) {
 
 template <template <bool, class, class> class Pass>
 void run_chunk(const AceArgs& a, int64_t chunk, void* scratch) {
-    a.soft ? run_as<Pass, true>(a, chunk, scratch) : run_as<Pass, false>(a, chunk, scratch);
+    a.spec.soft ? run_as<Pass, true>(a, chunk, scratch) : run_as<Pass, false>(a, chunk, scratch);
 }
 
 template <template <bool, class, class> class Pass>
 int64_t scratch_bytes(const AceArgs& a) {
-    if (is_double(a)) return a.soft ? Pass<true, double, double>::bytes(a) : Pass<false, double, double>::bytes(a);
-    return a.soft ? Pass<true, float, float>::bytes(a) : Pass<false, float, float>::bytes(a);
+    if (is_double(a)) return a.spec.soft ? Pass<true, double, double>::bytes(a) : Pass<false, double, double>::bytes(a);
+    return a.spec.soft ? Pass<true, float, float>::bytes(a) : Pass<false, float, float>::bytes(a);
 }
 
 int64_t num_chunks(const AceArgs& a) { return is_double(a) ? tiling<double>(a).num_chunks() : tiling<float>(a).num_chunks(); }

@@ -21,26 +21,26 @@ constexpr int64_t kWordBytes = 16 * 1024;                       // copies of the
 constexpr int64_t kMostBlocks = 64;  // of a tile: 32 bits hold that many scores of up to 2^25
 
 // Bins with sums of their own: one set for the top label, one per class otherwise.
-int64_t kinds(const CalibrationArgs& a) { return a.class_wise ? a.shape.C - a.first_class : 1; }
+int64_t kinds(const BinsArgs& a) { return a.spec.class_wise ? a.shape.C - a.spec.first_class : 1; }
 
 template <class T>
-Tiling tiling(const CalibrationArgs& a) {
+Tiling tiling(const BinsArgs& a) {
     // this tile and the next in a quarter of the second cache
     const int64_t wanted = 128 * 1024 / (a.shape.C * static_cast<int64_t>(sizeof(T)));
-    return Tiling(a.shape, smaller(wanted, kMostBlocks * kLanes), larger(1 << 18, 16 * kinds(a) * a.n_bins));
+    return Tiling(a.shape, smaller(wanted, kMostBlocks * kLanes), larger(1 << 18, 16 * kinds(a) * a.spec.n_bins));
 }
 
 // The sums of a chunk.
 class Bins {
  public:
-    static int64_t bytes(const CalibrationArgs& a) {
-        const int64_t bins = kinds(a) * a.n_bins;
+    static int64_t bytes(const BinsArgs& a) {
+        const int64_t bins = kinds(a) * a.spec.n_bins;
         return Scratch::bytes<uint64_t>(bins * copies_of(bins)) + Scratch::bytes<int64_t>(3 * bins);
     }
 
-    Bins(Scratch& scratch, const CalibrationArgs& a)
-        : n_bins_(a.n_bins),
-          bins_(kinds(a) * a.n_bins),
+    Bins(Scratch& scratch, const BinsArgs& a)
+        : n_bins_(a.spec.n_bins),
+          bins_(kinds(a) * a.spec.n_bins),
           copies_(copies_of(bins_)),
           words_(scratch.take<uint64_t>(bins_ * copies_)),
           sums_(scratch.take<int64_t>(3 * bins_)) {
@@ -119,18 +119,18 @@ void classes_of(int32_t* to, const From* from, int64_t step, int count, int64_t 
 
 // Labels of a tile: the class, or kSkipped where the voxel does not count (padding included). Returns the place of the
 // first label that is no class, -1 if all are.
-int load_checked_labels(int32_t* to, const CalibrationArgs& a, const Span& span) {
+int load_checked_labels(int32_t* to, const BinsArgs& a, const Span& span) {
     const int count = span.count;
-    with_integer_type(a.labels.view.dtype, [&](auto* type) {
+    with_integer_type(a.spec.labels.tensor.dtype, [&](auto* type) {
         using From = std::remove_pointer_t<decltype(type)>;
-        const int64_t step = a.labels.view.stride_s;
-        const From* from = static_cast<const From*>(a.labels.view.data) + span.n * a.labels.view.stride_n + span.s * step;
-        classes_of(to, from, step, count, a.shape.C, a.labels.ignore_index, a.skip_background);
+        const int64_t step = a.spec.labels.tensor.stride_s;
+        const From* from = static_cast<const From*>(a.spec.labels.tensor.data) + span.n * a.spec.labels.tensor.stride_n + span.s * step;
+        classes_of(to, from, step, count, a.shape.C, a.spec.labels.ignore_index, a.spec.skip_background);
     });
     fill<int32_t>(to + count, to + round_up(count, kLanes), kSkipped);
-    if (a.mask) {
-        const int64_t step = a.mask.stride_s;
-        const uint8_t* mask = static_cast<const uint8_t*>(a.mask.data) + span.n * a.mask.stride_n + span.s * step;
+    if (a.spec.mask) {
+        const int64_t step = a.spec.mask.stride_s;
+        const uint8_t* mask = static_cast<const uint8_t*>(a.spec.mask.data) + span.n * a.spec.mask.stride_n + span.s * step;
         for (int i = 0; i < count; ++i) to[i] = mask[i * step] ? to[i] : kSkipped;
     }
     int32_t least = 0;
@@ -246,10 +246,10 @@ CALSEG_INLINE ProbabilitySums<T> sum_probabilities(I<T> labels, const T* block, 
 template <class T>
 class Binning {
  public:
-    Binning(const CalibrationArgs& a, const Bins& bins)
-        : right_closed_(a.right_closed),
-          n_bins_(broadcast<F<T>>(static_cast<T>(a.n_bins))),
-          last_(broadcast<I<T>>(static_cast<int32_t>(a.n_bins) - 1)),
+    Binning(const BinsArgs& a, const Bins& bins)
+        : right_closed_(a.spec.right_closed),
+          n_bins_(broadcast<F<T>>(static_cast<T>(a.spec.n_bins))),
+          last_(broadcast<I<T>>(static_cast<int32_t>(a.spec.n_bins) - 1)),
           copies_(broadcast<I<T>>(bins.copies())) {
         int32_t lanes[kLanes];
         for (int i = 0; i < kLanes; ++i) lanes[i] = i & (bins.copies() - 1);
@@ -278,8 +278,8 @@ class Binning {
 template <bool kClassWise, class T>
 class Scores {
  public:
-    Scores(const CalibrationArgs& a, const VoxelRows<T>& rows, const Binning<T>& binning)
-        : rows_(rows), binning_(binning), tolerance_(broadcast<F<T>>(static_cast<T>(a.tolerance))) {}
+    Scores(const BinsArgs& a, const VoxelRows<T>& rows, const Binning<T>& binning)
+        : rows_(rows), binning_(binning), tolerance_(broadcast<F<T>>(static_cast<T>(a.spec.tolerance))) {}
 
     CALSEG_MEMBER void add(int b, I<T> labels, const LogitSums<T>& v) {
         const F<T> confidence = v.confidence(), nll = v.nll(), brier = v.brier(confidence);
@@ -352,18 +352,18 @@ struct Tile {
     Bins bins;
     int64_t totals[kTotals] = {};
 
-    static int64_t bytes(const CalibrationArgs& a) {
+    static int64_t bytes(const BinsArgs& a) {
         const int64_t length = tiling<T>(a).length;
         return ReadAhead<T, From>::bytes(a.shape.C, length) + VoxelRows<T>::bytes(length) + Bins::bytes(a);
     }
-    Tile(Scratch& scratch, const CalibrationArgs& a, int length)
+    Tile(Scratch& scratch, const BinsArgs& a, int length)
         : scores(scratch, a.scores, a.shape.C, length), rows(scratch, length), bins(scratch, a) {}
 };
 
 // The first voxel of a tile whose probabilities do not sum to 1, or lie below 0.
 template <class T>
-void find_bad(const CalibrationArgs& a, const VoxelRows<T>& rows, const Span& span, CalibrationFault& fault) {
-    const T tolerance = static_cast<T>(a.tolerance);
+void find_bad(const BinsArgs& a, const VoxelRows<T>& rows, const Span& span, BinsFault& fault) {
+    const T tolerance = static_cast<T>(a.spec.tolerance);
     for (int i = 0; i < span.count && fault.score_position < 0; ++i) {
         T totals[kLanes], leasts[kLanes];
         const auto& sums = *rows.template sums_of<ProbabilitySums<T>>(i / kLanes);
@@ -378,7 +378,7 @@ void find_bad(const CalibrationArgs& a, const VoxelRows<T>& rows, const Span& sp
 }
 
 template <bool kClassWise, bool kLogits, class T, class From>
-void run_tile(const CalibrationArgs& a, Tile<T, From>& tile, const Span& span, const Span& next, CalibrationFault& fault) {
+void run_tile(const BinsArgs& a, Tile<T, From>& tile, const Span& span, const Span& next, BinsFault& fault) {
     const int64_t C = a.shape.C;
     const VoxelRows<T> rows = tile.rows;
     const int blocks = static_cast<int>(round_up(span.count, kLanes)) / kLanes;
@@ -399,7 +399,7 @@ void run_tile(const CalibrationArgs& a, Tile<T, From>& tile, const Span& span, c
 
     // Step 3: the words go to their bins, class by class.
     if (!kClassWise) return tile.bins.add(0, rows.at, rows.word, blocks);
-    for (int64_t c = a.first_class; c < C; ++c) {
+    for (int64_t c = a.spec.first_class; c < C; ++c) {
         for (int b = 0; b < blocks; ++b) {
             const int at = b * kLanes;
             F<T> p = load<F<T>>(tile.scores.block(b) + c * kLanes);
@@ -407,13 +407,13 @@ void run_tile(const CalibrationArgs& a, Tile<T, From>& tile, const Span& span, c
             const auto hit = equal(load<I<T>>(rows.labels + at), broadcast<I<T>>(static_cast<int32_t>(c)));
             binning.template set<false>(rows, b, p, hit, load<I<T>>(rows.binned + at));
         }
-        tile.bins.add(c - a.first_class, rows.at, rows.word, blocks);
+        tile.bins.add(c - a.spec.first_class, rows.at, rows.word, blocks);
     }
 }
 
 // Top-label bins of two to four classes, from rows of memory.
 template <int C, class T, class From>
-void run_few(const CalibrationArgs& a, Tile<T, From>& tile, const Span& span, const Span&, CalibrationFault&) {
+void run_few(const BinsArgs& a, Tile<T, From>& tile, const Span& span, const Span&, BinsFault&) {
     const VoxelRows<T> rows = tile.rows;
     const int blocks = static_cast<int>(round_up(span.count, kLanes)) / kLanes;
     const From* row[C];
@@ -433,9 +433,9 @@ void run_few(const CalibrationArgs& a, Tile<T, From>& tile, const Span& span, co
 }
 
 template <class T, class From>
-auto tile_runner(const CalibrationArgs& a) {
-    if (a.class_wise) return a.from_logits ? run_tile<true, true, T, From> : run_tile<true, false, T, From>;
-    if (!a.from_logits) return run_tile<false, false, T, From>;
+auto tile_runner(const BinsArgs& a) {
+    if (a.spec.class_wise) return a.spec.from_logits ? run_tile<true, true, T, From> : run_tile<true, false, T, From>;
+    if (!a.spec.from_logits) return run_tile<false, false, T, From>;
     if (a.scores.stride_s == 1) {
         if (a.shape.C == 2) return run_few<2, T, From>;
         if (a.shape.C == 3) return run_few<3, T, From>;
@@ -445,34 +445,34 @@ auto tile_runner(const CalibrationArgs& a) {
 }
 
 template <class T, class From>
-void run(const CalibrationArgs& a, int64_t chunk, void* memory) {
+void run(const BinsArgs& a, int64_t chunk, void* memory) {
     const Tiling tiles = tiling<T>(a);
     Scratch scratch(memory);
     Tile<T, From> tile(scratch, a, tiles.length);
-    CalibrationFault fault;
+    BinsFault fault;
     const auto run_one = tile_runner<T, From>(a);
     int64_t item = 0;
     tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
         if (fault.label_position >= 0) return;
-        item = a.per_item ? span.n : 0;
+        item = a.spec.per_item ? span.n : 0;
         const int bad = load_checked_labels(tile.rows.labels, a, span);
         if (bad >= 0) {
             fault.label_position = span.n * a.shape.S + span.s + bad;
-            fault.label = label_at(a.labels.view, span, bad);
+            fault.label = label_at(a.spec.labels.tensor, span, bad);
             return;
         }
         run_one(a, tile, span, next, fault);
         tile.bins.end_tile(span.count);
     });
-    tile.bins.finish(a.sums + item * 3 * kinds(a) * a.n_bins);
+    tile.bins.finish(a.sums + item * 3 * kinds(a) * a.spec.n_bins);
     for (int k = 0; k < kTotals; ++k) atomic_add(a.totals + item * kTotals + k, tile.totals[k]);
     a.chunk_faults[chunk] = fault;
 }
 
-bool is_double(const CalibrationArgs& a) { return a.scores.dtype == DType::f64; }
-int64_t num_chunks(const CalibrationArgs& a) { return is_double(a) ? tiling<double>(a).num_chunks() : tiling<float>(a).num_chunks(); }
-int64_t scratch_bytes(const CalibrationArgs& a) { return is_double(a) ? Tile<double, double>::bytes(a) : Tile<float, float>::bytes(a); }
-void run_chunk(const CalibrationArgs& a, int64_t chunk, void* scratch) {
+bool is_double(const BinsArgs& a) { return a.scores.dtype == DType::f64; }
+int64_t num_chunks(const BinsArgs& a) { return is_double(a) ? tiling<double>(a).num_chunks() : tiling<float>(a).num_chunks(); }
+int64_t scratch_bytes(const BinsArgs& a) { return is_double(a) ? Tile<double, double>::bytes(a) : Tile<float, float>::bytes(a); }
+void run_chunk(const BinsArgs& a, int64_t chunk, void* scratch) {
     switch (a.scores.dtype) {
         case DType::f64:
             return run<double, double>(a, chunk, scratch);
@@ -487,7 +487,7 @@ void run_chunk(const CalibrationArgs& a, int64_t chunk, void* scratch) {
 
 }  // namespace
 
-const Kernel<CalibrationArgs> calibration_bins = {num_chunks, scratch_bytes, run_chunk};
+const Kernel<BinsArgs> calibration_bins = {num_chunks, scratch_bytes, run_chunk};
 
 }  // namespace CALSEG_ISA
 }  // namespace calseg

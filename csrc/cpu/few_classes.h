@@ -21,19 +21,19 @@ template <int C, bool kGradient, class D, class T>
 class FewClasses {
  public:
     // Whether it is made for this call: rows in memory, which the streaming stores, if any, can reach.
-    static bool takes(const CrossEntropyArgs& a, bool stream) {
-        const TensorView& g = a.grad_logits;
-        if (a.logits.stride_s != 1 || (kGradient && (g.stride_s != 1 || g.dtype != a.logits.dtype))) return false;
+    static bool takes(const LossArgs& a, bool stream) {
+        const TensorView& g = a.gradients.logits;
+        if (a.tensors.logits.stride_s != 1 || (kGradient && (g.stride_s != 1 || g.dtype != a.tensors.logits.dtype))) return false;
         if (!kGradient || !stream) return true;
         const bool aligned = reinterpret_cast<uintptr_t>(g.data) % 64 == 0 && g.stride_c % kLine == 0 && g.stride_n % kLine == 0;
         return kStreamed<D> && aligned;
     }
 
-    FewClasses(const CrossEntropyArgs& a, const LossTile<T>& t, const Span& span, bool stream)
+    FewClasses(const LossArgs& a, const LossTile<T>& t, const Span& span, bool stream)
         : labels_(t.labels), labels_ahead_(t.labels_ahead), upstream_(t.upstream), loss_(t.loss), stream_(stream) {
         for (int c = 0; c < C; ++c) {
-            logits_[c] = row_of<D>(a.logits, span, c);
-            gradients_[c] = kGradient ? const_cast<D*>(row_of<D>(a.grad_logits, span, c)) : nullptr;
+            logits_[c] = row_of<D>(a.tensors.logits, span, c);
+            gradients_[c] = kGradient ? const_cast<D*>(row_of<D>(a.gradients.logits, span, c)) : nullptr;
         }
     }
 

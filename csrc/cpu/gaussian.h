@@ -32,7 +32,7 @@ class GaussianBlock {
                2 * Scratch::bytes<T>(group(C) * kLanes);
     }
 
-    GaussianBlock(Scratch& scratch, const Gaussian& gaussian, int64_t num_classes)
+    GaussianBlock(Scratch& scratch, const Sampling& gaussian, int64_t num_classes)
         : grad_mu(scratch.take<T>(num_classes * kLanes)),
           grad_logvar(scratch.take<T>(num_classes * kLanes)),
           C_(num_classes),

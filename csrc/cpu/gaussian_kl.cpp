@@ -7,20 +7,20 @@ namespace CALSEG_ISA {
 namespace {
 
 template <class T>
-Tiling tiling(const GaussianKLArgs& a) {
+Tiling tiling(const LossArgs& a) {
     return Tiling(a.shape, voxels_in_cache(a.shape.C, 2, sizeof(T)), 1 << 15);
 }
 
 template <class T>
-void run(const GaussianKLArgs& a, int64_t chunk, void* memory) {
+void run(const LossArgs& a, int64_t chunk, void* memory) {
     const Tiling tiles = tiling<T>(a);
     const int64_t C = a.shape.C;
     Scratch scratch(memory);
     LossTile<T> t(scratch, C, tiles.length, nullptr);
-    GaussianBlock<T> gaussian(scratch, a.gaussian, C);
-    TensorTile<T> mu(scratch, a.gaussian.mu, a.grad_mu, a.shape, tiles.length);
-    TensorTile<T> logvar(scratch, a.gaussian.logvar, a.grad_logvar, a.shape, tiles.length);
-    const bool gradient = a.grad_mu || a.grad_logvar;
+    GaussianBlock<T> gaussian(scratch, a.spec.sampling, C);
+    TensorTile<T> mu(scratch, a.tensors.mu, a.gradients.mu, a.shape, tiles.length);
+    TensorTile<T> logvar(scratch, a.tensors.logvar, a.gradients.logvar, a.shape, tiles.length);
+    const bool gradient = a.gradients.mu || a.gradients.logvar;
     gaussian.clear_gradients();  // no samples: the gradients are the KL term's alone
     double total = 0.0;
     tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
@@ -40,21 +40,21 @@ void run(const GaussianKLArgs& a, int64_t chunk, void* memory) {
 }
 
 template <class T>
-int64_t bytes(const GaussianKLArgs& a) {
+int64_t bytes(const LossArgs& a) {
     const int64_t C = a.shape.C, length = tiling<T>(a).length;
     return LossTile<T>::bytes(C, length) + GaussianBlock<T>::bytes(C) + 2 * TensorTile<T>::bytes(C, length);
 }
 
-bool is_double(const GaussianKLArgs& a) { return a.gaussian.mu.dtype == DType::f64; }
-int64_t num_chunks(const GaussianKLArgs& a) { return is_double(a) ? tiling<double>(a).num_chunks() : tiling<float>(a).num_chunks(); }
-int64_t scratch_bytes(const GaussianKLArgs& a) { return is_double(a) ? bytes<double>(a) : bytes<float>(a); }
-void run_chunk(const GaussianKLArgs& a, int64_t chunk, void* scratch) {
+bool is_double(const LossArgs& a) { return a.tensors.mu.dtype == DType::f64; }
+int64_t num_chunks(const LossArgs& a) { return is_double(a) ? tiling<double>(a).num_chunks() : tiling<float>(a).num_chunks(); }
+int64_t scratch_bytes(const LossArgs& a) { return is_double(a) ? bytes<double>(a) : bytes<float>(a); }
+void run_chunk(const LossArgs& a, int64_t chunk, void* scratch) {
     is_double(a) ? run<double>(a, chunk, scratch) : run<float>(a, chunk, scratch);
 }
 
 }  // namespace
 
-const Kernel<GaussianKLArgs> gaussian_kl = {num_chunks, scratch_bytes, run_chunk};
+const Kernel<LossArgs> gaussian_kl = {num_chunks, scratch_bytes, run_chunk};
 
 }  // namespace CALSEG_ISA
 }  // namespace calseg

@@ -1,4 +1,4 @@
-// Philox4x32-7 for kLanes consecutive voxels (the noise contract, calseg/rng.py).
+// Philox4x32-7 for kLanes consecutive voxels (the noise contract, calseg/backends/rng.py).
 //
 // Only the voxel differs between lanes: word 1 (voxel >> 32) is one value over the lanes, word 2 (the quad) over a call
 // and word 3 is 0. So half of the first two rounds depends on the voxel alone and is made once, and the other half is

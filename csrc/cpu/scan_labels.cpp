@@ -8,17 +8,17 @@ namespace {
 
 constexpr int64_t kChunk = 1 << 16;
 
-int64_t per_item(const ScanLabelsArgs& a) { return (a.shape.S + kChunk - 1) / kChunk; }
+int64_t per_item(const ScanArgs& a) { return (a.shape.S + kChunk - 1) / kChunk; }
 
 // Everything is compared and counted in the labels' own type, of which a vector holds the most: a byte counts to 255.
 template <class From>
-void scan(const ScanLabelsArgs& a, int64_t n, int64_t first, int64_t last, LabelSums& sums) {
+void scan(const ScanArgs& a, int64_t n, int64_t first, int64_t last, LabelSums& sums) {
     using Unsigned = std::make_unsigned_t<From>;
     constexpr int64_t kBlock = sizeof(From) == 1 ? 192 : 1024;
-    const int64_t step = a.labels.view.stride_s;
+    const int64_t step = a.labels.tensor.stride_s;
     const IgnoreIndex<From> ignore(a.labels.ignore_index);
     const ClassLabels<From> classes(a.labels.is_mask ? INT64_MAX : a.shape.C);
-    const From* from = static_cast<const From*>(a.labels.view.data) + n * a.labels.view.stride_n;
+    const From* from = static_cast<const From*>(a.labels.tensor.data) + n * a.labels.tensor.stride_n;
     for (int64_t block = first; block < last; block += kBlock) {
         const int count = static_cast<int>(smaller(kBlock, last - block));
         const From* row = from + block * step;
@@ -48,20 +48,20 @@ void scan(const ScanLabelsArgs& a, int64_t n, int64_t first, int64_t last, Label
     }
 }
 
-int64_t num_chunks(const ScanLabelsArgs& a) { return a.shape.N * per_item(a); }
-int64_t scratch_bytes(const ScanLabelsArgs&) { return 0; }
+int64_t num_chunks(const ScanArgs& a) { return a.shape.N * per_item(a); }
+int64_t scratch_bytes(const ScanArgs&) { return 0; }
 
-void run_chunk(const ScanLabelsArgs& a, int64_t chunk, void*) {
+void run_chunk(const ScanArgs& a, int64_t chunk, void*) {
     const int64_t n = chunk / per_item(a), first = chunk % per_item(a) * kChunk;
     const int64_t last = smaller(first + kChunk, a.shape.S);
     LabelSums sums;
-    with_integer_type(a.labels.view.dtype, [&](auto* type) { scan<std::remove_pointer_t<decltype(type)>>(a, n, first, last, sums); });
+    with_integer_type(a.labels.tensor.dtype, [&](auto* type) { scan<std::remove_pointer_t<decltype(type)>>(a, n, first, last, sums); });
     a.chunk_sums[chunk] = sums;
 }
 
 }  // namespace
 
-const Kernel<ScanLabelsArgs> scan_labels = {num_chunks, scratch_bytes, run_chunk};
+const Kernel<ScanArgs> scan_labels = {num_chunks, scratch_bytes, run_chunk};
 
 }  // namespace CALSEG_ISA
 }  // namespace calseg

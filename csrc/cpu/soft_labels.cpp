@@ -9,7 +9,7 @@ namespace {
 // ---- sample_soft_labels ----
 
 template <class T>
-Tiling tiling(const SoftLabelsArgs& a) {
+Tiling tiling(const SampleArgs& a) {
     return Tiling(a.shape, voxels_in_cache(a.shape.C, 3, sizeof(T)), 1 << 14);
 }
 
@@ -28,20 +28,19 @@ CALSEG_INLINE void blend_block(const int32_t* labels_of, T* block, int64_t C, T 
 
 // Forward: soft = the soft labels. Backward: soft holds the upstream gradient, mu and logvar become their gradients.
 template <class T, bool kBackward>
-void run(const SoftLabelsArgs& a, int64_t chunk, void* memory) {
-    const Gaussian& g = a.gaussian;
+void run(const SampleArgs& a, int64_t chunk, void* memory) {
     const Tiling tiles = tiling<T>(a);
     const int64_t C = a.shape.C;
     Scratch scratch(memory);
     int32_t* labels = scratch.take<int32_t>(tiles.length);
-    GaussianBlock<T> gaussian(scratch, g, C);
-    TensorTile<T> mu(scratch, g.mu, a.grad_mu, a.shape, tiles.length);
-    TensorTile<T> logvar(scratch, g.logvar, a.grad_logvar, a.shape, tiles.length);
+    GaussianBlock<T> gaussian(scratch, a.spec.sampling, C);
+    TensorTile<T> mu(scratch, a.tensors.mu, a.gradients.mu, a.shape, tiles.length);
+    TensorTile<T> logvar(scratch, a.tensors.logvar, a.gradients.logvar, a.shape, tiles.length);
     TensorTile<T> soft(scratch, a.grad_output, a.soft_labels, a.shape, tiles.length);
-    const T alpha = a.labels.view ? static_cast<T>(a.alpha) : T(1), m = static_cast<T>(g.num_samples);
+    const T alpha = a.spec.labels.tensor ? static_cast<T>(a.spec.alpha) : T(1), m = static_cast<T>(a.spec.sampling.num_samples);
     tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
         const int count = span.count;
-        const bool any_ignored = load_labels(labels, a.labels, span, C) < count;
+        const bool any_ignored = load_labels(labels, a.spec.labels, span, C) < count;
         for (auto* tensor : {&mu, &logvar, &soft}) tensor->begin(span, next);
         if (any_ignored)
             for (auto* tensor : {&mu, &logvar, &soft}) clear_ignored(tensor->tile(), labels, count, C);
@@ -51,7 +50,7 @@ void run(const SoftLabelsArgs& a, int64_t chunk, void* memory) {
             gaussian.template set<false>(mu.block(b), logvar.block(b), static_cast<uint64_t>(span.n * a.shape.S + span.s + b * kLanes));
             if (kBackward) {
                 gaussian.template add_samples<false, true>(nullptr, soft_block);
-                const F<T> scale = broadcast<F<T>>(alpha / (m * static_cast<T>(g.temperature)));
+                const F<T> scale = broadcast<F<T>>(alpha / (m * static_cast<T>(a.spec.sampling.temperature)));
                 gaussian.template finish_gradients<false>(scale, zero<T>());
             } else {
                 gaussian.template add_samples<true, false>(soft_block, nullptr);
@@ -62,20 +61,20 @@ void run(const SoftLabelsArgs& a, int64_t chunk, void* memory) {
     });
 }
 
-bool is_double(const SoftLabelsArgs& a) { return a.gaussian.mu.dtype == DType::f64; }
+bool is_double(const SampleArgs& a) { return a.tensors.mu.dtype == DType::f64; }
 
-int64_t num_chunks(const SoftLabelsArgs& a) { return is_double(a) ? tiling<double>(a).num_chunks() : tiling<float>(a).num_chunks(); }
+int64_t num_chunks(const SampleArgs& a) { return is_double(a) ? tiling<double>(a).num_chunks() : tiling<float>(a).num_chunks(); }
 
 template <class T>
-int64_t bytes(const SoftLabelsArgs& a) {
+int64_t bytes(const SampleArgs& a) {
     const int64_t C = a.shape.C, length = tiling<T>(a).length;
     return Scratch::bytes<int32_t>(length) + GaussianBlock<T>::bytes(C) + 3 * TensorTile<T>::bytes(C, length);
 }
 
-int64_t scratch_bytes(const SoftLabelsArgs& a) { return is_double(a) ? bytes<double>(a) : bytes<float>(a); }
+int64_t scratch_bytes(const SampleArgs& a) { return is_double(a) ? bytes<double>(a) : bytes<float>(a); }
 
 template <bool kBackward>
-void run_chunk(const SoftLabelsArgs& a, int64_t chunk, void* scratch) {
+void run_chunk(const SampleArgs& a, int64_t chunk, void* scratch) {
     is_double(a) ? run<double, kBackward>(a, chunk, scratch) : run<float, kBackward>(a, chunk, scratch);
 }
 
@@ -95,7 +94,7 @@ void run(const AccumulateArgs& a, int64_t chunk, void* memory) {
     const TensorView &in = kBackward ? a.grad_output : a.total, &out = kBackward ? a.grad_logits : a.total;
     TensorTile<T> logits(scratch, a.logits, TensorView(), a.shape, tiles.length);
     TensorTile<T> other(scratch, in, out, a.shape, tiles.length);
-    const F<T> per_temperature = broadcast<F<T>>(T(1) / static_cast<T>(a.temperature)), one = broadcast<F<T>>(T(1));
+    const F<T> per_temperature = broadcast<F<T>>(T(1) / static_cast<T>(a.spec.temperature)), one = broadcast<F<T>>(T(1));
     tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
         for (auto* tensor : {&logits, &other}) tensor->begin(span, next);
         for (int b = 0; b * kLanes < span.count; ++b) {
@@ -154,14 +153,14 @@ void run(const BlendArgs& a, int64_t chunk, void* memory) {
     const int64_t C = a.shape.C;
     Scratch scratch(memory);
     int32_t* labels = scratch.take<int32_t>(tiles.length);
-    TensorTile<T> tensor(scratch, a.estimate, a.blended, a.shape, tiles.length);
-    const T alpha = a.labels.view ? static_cast<T>(a.alpha) : T(1);
+    TensorTile<T> tensor(scratch, a.estimate, a.estimate, a.shape, tiles.length);
+    const T alpha = a.spec.labels.tensor ? static_cast<T>(a.spec.alpha) : T(1);
     tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
-        load_labels(labels, a.labels, span, C);
+        load_labels(labels, a.spec.labels, span, C);
         tensor.begin(span, next);
         for (int b = 0; b * kLanes < span.count; ++b) {
             tensor.prefetch_next(b);
-            blend_block(labels + b * kLanes, tensor.block(b), C, alpha, static_cast<T>(a.scale));
+            blend_block(labels + b * kLanes, tensor.block(b), C, alpha, static_cast<T>((1.0 / static_cast<double>(a.spec.num_maps))));
         }
         tensor.end(span);
     });
@@ -185,8 +184,8 @@ void run_blend(const BlendArgs& a, int64_t chunk, void* scratch) {
 
 }  // namespace
 
-const Kernel<SoftLabelsArgs> sample_soft_labels = {num_chunks, scratch_bytes, run_chunk<false>};
-const Kernel<SoftLabelsArgs> sample_soft_labels_backward = {num_chunks, scratch_bytes, run_chunk<true>};
+const Kernel<SampleArgs> sample_soft_labels = {num_chunks, scratch_bytes, run_chunk<false>};
+const Kernel<SampleArgs> sample_soft_labels_backward = {num_chunks, scratch_bytes, run_chunk<true>};
 const Kernel<AccumulateArgs> accumulate_softmax = {num_chunks, scratch_bytes, run_chunk<false>};
 const Kernel<AccumulateArgs> accumulate_softmax_backward = {num_chunks, scratch_bytes, run_chunk<true>};
 const Kernel<BlendArgs> blend_soft_labels = {num_chunks, scratch_bytes, run_blend};

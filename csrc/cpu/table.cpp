@@ -1,23 +1,13 @@
-// This instruction set's kernels.
+// The kernels of this instruction set, each from a source file of its own.
 #include "cpu/operations.h"
 
 namespace calseg {
 namespace CALSEG_ISA {
 
 const KernelTable kernels = {
-    cross_entropy,
-    vls_cross_entropy,
-    vls_elbo,
-    sample_soft_labels,
-    sample_soft_labels_backward,
-    accumulate_softmax,
-    accumulate_softmax_backward,
-    blend_soft_labels,
-    gaussian_kl,
-    scan_labels,
-    calibration_bins,
-    ace_moments,
-    ace_moments_backward,
+#define CALSEG_KERNEL(Args, name) name,
+    CALSEG_KERNELS
+#undef CALSEG_KERNEL
 };
 
 }  // namespace CALSEG_ISA

@@ -365,16 +365,16 @@ inline int load_labels(int32_t* to, const Labels& labels, const Span& span, int6
     const int count = span.count;
     const int padded = static_cast<int>(round_up(count, kLanes));
     fill<int32_t>(to + count, to + padded, -1);
-    if (!labels.view) {
+    if (!labels.tensor) {
         fill<int32_t>(to, to + count, 0);
         return count;
     }
-    with_integer_type(labels.view.dtype, [&](auto* type) {
+    with_integer_type(labels.tensor.dtype, [&](auto* type) {
         using From = std::remove_pointer_t<decltype(type)>;
-        const int64_t step = labels.view.stride_s;
+        const int64_t step = labels.tensor.stride_s;
         const IgnoreIndex<From> ignore(labels.ignore_index);
         const ClassLabels<From> classes(labels.is_mask ? INT64_MAX : C);
-        const From* from = static_cast<const From*>(labels.view.data) + span.n * labels.view.stride_n + span.s * step;
+        const From* from = static_cast<const From*>(labels.tensor.data) + span.n * labels.tensor.stride_n + span.s * step;
         const int32_t keep = labels.is_mask ? 0 : -1;
         // an index that is no class needs no comparison
         const bool may_be_class = ignore.possible && classes.contain(ignore.value);
@@ -402,9 +402,9 @@ class LabelsAhead {
  public:
     LabelsAhead() = default;
     LabelsAhead(const Labels& labels, const Span& next)
-        : from_(static_cast<const char*>(labels.view.data) +
-                (next.n * labels.view.stride_n + next.s * labels.view.stride_s) * dtype_bytes(labels.view.dtype)),
-          block_bytes_(labels.view && labels.view.stride_s == 1 && next.count > 0 ? kLanes * dtype_bytes(labels.view.dtype) : 0) {}
+        : from_(static_cast<const char*>(labels.tensor.data) +
+                (next.n * labels.tensor.stride_n + next.s * labels.tensor.stride_s) * dtype_bytes(labels.tensor.dtype)),
+          block_bytes_(labels.tensor && labels.tensor.stride_s == 1 && next.count > 0 ? kLanes * dtype_bytes(labels.tensor.dtype) : 0) {}
 
     CALSEG_MEMBER void block(int b) const {
 #if defined(__GNUC__)

@@ -10,8 +10,8 @@ namespace CALSEG_ISA {
 namespace {
 
 template <class T>
-Tiling tiling(const VLSCrossEntropyArgs& a) {
-    return Tiling(a.ce.shape, voxels_in_cache(a.ce.shape.C, 3, sizeof(T)), 1 << 14);
+Tiling tiling(const LossArgs& a) {
+    return Tiling(a.shape, voxels_in_cache(a.shape.C, 3, sizeof(T)), 1 << 14);
 }
 
 // The working set of one block, beside the three tensors of the tile.
@@ -32,14 +32,14 @@ struct Factors {
     T to_samples, to_kl;                   // of the gradients through the samples and of the KL term
     bool plain;                            // neither class weights nor smoothing
 
-    explicit Factors(const VLSCrossEntropyArgs& a)
-        : smoothing(a.ce.label_smoothing, a.ce.shape.C),
-          on_label(T(1) - static_cast<T>(a.alpha)),
-          on_estimate(static_cast<T>(a.alpha) / static_cast<T>(a.gaussian.num_samples)),
-          to_estimate(-smoothing.keep * static_cast<T>(a.alpha)),
-          to_samples(T(1) / (static_cast<T>(a.gaussian.num_samples) * static_cast<T>(a.gaussian.temperature))),
-          to_kl(static_cast<T>(a.gaussian.beta)),
-          plain(!a.ce.weight && a.ce.label_smoothing == 0.0) {}
+    explicit Factors(const LossArgs& a)
+        : smoothing(a.spec.label_smoothing, a.shape.C),
+          on_label(T(1) - static_cast<T>(a.spec.alpha)),
+          on_estimate(static_cast<T>(a.spec.alpha) / static_cast<T>(a.spec.sampling.num_samples)),
+          to_estimate(-smoothing.keep * static_cast<T>(a.spec.alpha)),
+          to_samples(T(1) / (static_cast<T>(a.spec.sampling.num_samples) * static_cast<T>(a.spec.sampling.temperature))),
+          to_kl(static_cast<T>(a.spec.sampling.beta)),
+          plain(!a.spec.weight.data && a.spec.label_smoothing == 0.0) {}
 
     // The soft labels of class c, where `samples` holds the sum of the estimates.
     CALSEG_MEMBER F<T> blend(I<T> labels, int64_t c, const T* samples) const {
@@ -114,73 +114,71 @@ CALSEG_INLINE void run_block(const Factors<T>& f, bool with_logits, LossTile<T>&
 }
 
 template <int kClasses, bool kGaussianGradient, bool kKL, class T>
-void run(const VLSCrossEntropyArgs& a, int64_t chunk, void* memory) {
-    const CrossEntropyArgs& ce = a.ce;
-    const Gaussian& g = a.gaussian;
+void run(const LossArgs& a, int64_t chunk, void* memory) {
     const Tiling tiles = tiling<T>(a);
-    const int64_t C = ce.shape.C;
+    const int64_t C = a.shape.C;
     Scratch scratch(memory);
-    LossTile<T> t(scratch, C, tiles.length, ce.weight);
-    GaussianBlock<T, kClasses> gaussian(scratch, g, C);
+    LossTile<T> t(scratch, C, tiles.length, a.spec.weight.data);
+    GaussianBlock<T, kClasses> gaussian(scratch, a.spec.sampling, C);
     const Work<T> work(scratch, C);
     const Factors<T> factors(a);
-    TensorTile<T> logits(scratch, ce.logits, ce.grad_logits, ce.shape, tiles.length);
-    TensorTile<T> mu(scratch, g.mu, a.grad_mu, ce.shape, tiles.length);
-    TensorTile<T> logvar(scratch, g.logvar, a.grad_logvar, ce.shape, tiles.length);
+    TensorTile<T> logits(scratch, a.tensors.logits, a.gradients.logits, a.shape, tiles.length);
+    TensorTile<T> mu(scratch, a.tensors.mu, a.gradients.mu, a.shape, tiles.length);
+    TensorTile<T> logvar(scratch, a.tensors.logvar, a.gradients.logvar, a.shape, tiles.length);
     tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
         const int count = span.count;
-        t.load(ce.labels, ce.upstream, span, next);
+        t.load(a.spec.labels, a.upstream, span, next);
         for (auto* tensor : {&logits, &mu, &logvar}) tensor->begin(span, next);
         if (t.any_ignored())
             for (auto* tensor : {&logits, &mu, &logvar}) clear_ignored(tensor->tile(), t.labels, count, C);
         for (int b = 0; b * kLanes < count; ++b) {
-            const auto first_voxel = static_cast<uint64_t>(span.n * ce.shape.S + span.s + b * kLanes);
-            run_block<kClasses, kGaussianGradient, kKL>(factors, bool(ce.grad_logits), t, gaussian, work, b, first_voxel, logits, mu,
+            const auto first_voxel = static_cast<uint64_t>(span.n * a.shape.S + span.s + b * kLanes);
+            run_block<kClasses, kGaussianGradient, kKL>(factors, bool(a.gradients.logits), t, gaussian, work, b, first_voxel, logits, mu,
                                                         logvar);
         }
         for (auto* tensor : {&logits, &mu, &logvar}) tensor->end(span);
         t.sums.loss += sum_row(t.loss, count);
         if (kKL) t.sums.kl += sum_row(t.kl, count);
-        if (ce.loss) {
+        if (a.loss) {
             if (kKL)
-                for (int i = 0; i < count; ++i) t.loss[i] += static_cast<T>(g.beta) * t.kl[i];
-            store_tile(ce.loss, span, t.loss, 1, false);
+                for (int i = 0; i < count; ++i) t.loss[i] += static_cast<T>(a.spec.sampling.beta) * t.kl[i];
+            store_tile(a.loss, span, t.loss, 1, false);
         }
     });
-    if (ce.chunk_sums) ce.chunk_sums[chunk] = t.sums;
+    if (a.chunk_sums) a.chunk_sums[chunk] = t.sums;
 }
 
 template <class T>
-void run(const VLSCrossEntropyArgs& a, int64_t chunk, void* memory) {
-    const bool with_kl = a.gaussian.beta != 0.0;
-    if (!a.grad_mu && !a.grad_logvar) return with_kl ? run<0, false, true, T>(a, chunk, memory) : run<0, false, false, T>(a, chunk, memory);
+void run(const LossArgs& a, int64_t chunk, void* memory) {
+    const bool with_kl = a.spec.sampling.beta != 0.0;
+    if (!a.gradients.mu && !a.gradients.logvar) return with_kl ? run<0, false, true, T>(a, chunk, memory) : run<0, false, false, T>(a, chunk, memory);
     const auto run_gradients = [&](auto classes) {
         constexpr int kClasses = decltype(classes)::value;
         with_kl ? run<kClasses, true, true, T>(a, chunk, memory) : run<kClasses, true, false, T>(a, chunk, memory);
     };
     if constexpr (std::is_same<T, float>::value) {  // loops over few classes are worth unrolling
-        if (a.ce.shape.C == 2) return run_gradients(std::integral_constant<int, 2>());
-        if (a.ce.shape.C == 4) return run_gradients(std::integral_constant<int, 4>());
+        if (a.shape.C == 2) return run_gradients(std::integral_constant<int, 2>());
+        if (a.shape.C == 4) return run_gradients(std::integral_constant<int, 4>());
     }
     run_gradients(std::integral_constant<int, 0>());
 }
 
 template <class T>
-int64_t bytes(const VLSCrossEntropyArgs& a) {
-    const int64_t C = a.ce.shape.C, length = tiling<T>(a).length;
+int64_t bytes(const LossArgs& a) {
+    const int64_t C = a.shape.C, length = tiling<T>(a).length;
     return LossTile<T>::bytes(C, length) + GaussianBlock<T>::bytes(C) + Work<T>::bytes(C) + 3 * TensorTile<T>::bytes(C, length);
 }
 
-bool is_double(const VLSCrossEntropyArgs& a) { return a.ce.logits.dtype == DType::f64; }
-int64_t num_chunks(const VLSCrossEntropyArgs& a) { return is_double(a) ? tiling<double>(a).num_chunks() : tiling<float>(a).num_chunks(); }
-int64_t scratch_bytes(const VLSCrossEntropyArgs& a) { return is_double(a) ? bytes<double>(a) : bytes<float>(a); }
-void run_chunk(const VLSCrossEntropyArgs& a, int64_t chunk, void* scratch) {
+bool is_double(const LossArgs& a) { return a.tensors.logits.dtype == DType::f64; }
+int64_t num_chunks(const LossArgs& a) { return is_double(a) ? tiling<double>(a).num_chunks() : tiling<float>(a).num_chunks(); }
+int64_t scratch_bytes(const LossArgs& a) { return is_double(a) ? bytes<double>(a) : bytes<float>(a); }
+void run_chunk(const LossArgs& a, int64_t chunk, void* scratch) {
     is_double(a) ? run<double>(a, chunk, scratch) : run<float>(a, chunk, scratch);
 }
 
 }  // namespace
 
-const Kernel<VLSCrossEntropyArgs> vls_cross_entropy = {num_chunks, scratch_bytes, run_chunk};
+const Kernel<LossArgs> vls_cross_entropy = {num_chunks, scratch_bytes, run_chunk};
 
 }  // namespace CALSEG_ISA
 }  // namespace calseg

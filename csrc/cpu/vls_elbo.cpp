@@ -7,24 +7,23 @@ namespace CALSEG_ISA {
 namespace {
 
 template <class T>
-Tiling tiling(const VLSElboArgs& a) {
+Tiling tiling(const LossArgs& a) {
     return Tiling(a.shape, voxels_in_cache(a.shape.C, 2, sizeof(T)), 1 << 14);
 }
 
 template <bool kGradient, bool kKL, class T>
-void run(const VLSElboArgs& a, int64_t chunk, void* memory) {
-    const Gaussian& g = a.gaussian;
+void run(const LossArgs& a, int64_t chunk, void* memory) {
     const Tiling tiles = tiling<T>(a);
     const int64_t C = a.shape.C;
     Scratch scratch(memory);
-    LossTile<T> t(scratch, C, tiles.length, a.weight);
-    GaussianBlock<T> gaussian(scratch, g, C);
-    TensorTile<T> mu(scratch, g.mu, a.grad_mu, a.shape, tiles.length);
-    TensorTile<T> logvar(scratch, g.logvar, a.grad_logvar, a.shape, tiles.length);
-    const F<T> per_sample = broadcast<F<T>>(T(1) / static_cast<T>(g.num_samples)), none = zero<T>();
+    LossTile<T> t(scratch, C, tiles.length, a.spec.weight.data);
+    GaussianBlock<T> gaussian(scratch, a.spec.sampling, C);
+    TensorTile<T> mu(scratch, a.tensors.mu, a.gradients.mu, a.shape, tiles.length);
+    TensorTile<T> logvar(scratch, a.tensors.logvar, a.gradients.logvar, a.shape, tiles.length);
+    const F<T> per_sample = broadcast<F<T>>(T(1) / static_cast<T>(a.spec.sampling.num_samples)), none = zero<T>();
     tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
         const int count = span.count;
-        t.load(a.labels, a.upstream, span, next);
+        t.load(a.spec.labels, a.upstream, span, next);
         for (auto* tensor : {&mu, &logvar}) tensor->begin(span, next);
         if (t.any_ignored())
             for (auto* tensor : {&mu, &logvar}) clear_ignored(tensor->tile(), t.labels, count, C);
@@ -42,7 +41,7 @@ void run(const VLSElboArgs& a, int64_t chunk, void* memory) {
             weight = weight * per_sample;
             if (kGradient)
                 gaussian.template finish_gradients<kKL>(load<F<T>>(t.upstream + b * kLanes) * weight,
-                                                        load<F<T>>(t.kl_upstream + b * kLanes) * broadcast<F<T>>(static_cast<T>(g.beta)));
+                                                        load<F<T>>(t.kl_upstream + b * kLanes) * broadcast<F<T>>(static_cast<T>(a.spec.sampling.beta)));
             store(t.loss + b * kLanes, select(ignored, none, loss * weight));
             store(t.kl + b * kLanes, select(ignored, none, kl));
         }
@@ -51,7 +50,7 @@ void run(const VLSElboArgs& a, int64_t chunk, void* memory) {
         if (kKL) t.sums.kl += sum_row(t.kl, count);
         if (a.loss) {
             if (kKL)
-                for (int i = 0; i < count; ++i) t.loss[i] += static_cast<T>(g.beta) * t.kl[i];
+                for (int i = 0; i < count; ++i) t.loss[i] += static_cast<T>(a.spec.sampling.beta) * t.kl[i];
             store_tile(a.loss, span, t.loss, 1, false);
         }
     });
@@ -59,28 +58,28 @@ void run(const VLSElboArgs& a, int64_t chunk, void* memory) {
 }
 
 template <class T>
-void run(const VLSElboArgs& a, int64_t chunk, void* memory) {
-    const bool gradient = a.grad_mu || a.grad_logvar, with_kl = a.gaussian.beta != 0.0;
+void run(const LossArgs& a, int64_t chunk, void* memory) {
+    const bool gradient = a.gradients.mu || a.gradients.logvar, with_kl = a.spec.sampling.beta != 0.0;
     if (gradient) with_kl ? run<true, true, T>(a, chunk, memory) : run<true, false, T>(a, chunk, memory);
     else with_kl ? run<false, true, T>(a, chunk, memory) : run<false, false, T>(a, chunk, memory);
 }
 
 template <class T>
-int64_t bytes(const VLSElboArgs& a) {
+int64_t bytes(const LossArgs& a) {
     const int64_t C = a.shape.C, length = tiling<T>(a).length;
     return LossTile<T>::bytes(C, length) + GaussianBlock<T>::bytes(C) + 2 * TensorTile<T>::bytes(C, length);
 }
 
-bool is_double(const VLSElboArgs& a) { return a.gaussian.mu.dtype == DType::f64; }
-int64_t num_chunks(const VLSElboArgs& a) { return is_double(a) ? tiling<double>(a).num_chunks() : tiling<float>(a).num_chunks(); }
-int64_t scratch_bytes(const VLSElboArgs& a) { return is_double(a) ? bytes<double>(a) : bytes<float>(a); }
-void run_chunk(const VLSElboArgs& a, int64_t chunk, void* scratch) {
+bool is_double(const LossArgs& a) { return a.tensors.mu.dtype == DType::f64; }
+int64_t num_chunks(const LossArgs& a) { return is_double(a) ? tiling<double>(a).num_chunks() : tiling<float>(a).num_chunks(); }
+int64_t scratch_bytes(const LossArgs& a) { return is_double(a) ? bytes<double>(a) : bytes<float>(a); }
+void run_chunk(const LossArgs& a, int64_t chunk, void* scratch) {
     is_double(a) ? run<double>(a, chunk, scratch) : run<float>(a, chunk, scratch);
 }
 
 }  // namespace
 
-const Kernel<VLSElboArgs> vls_elbo = {num_chunks, scratch_bytes, run_chunk};
+const Kernel<LossArgs> vls_elbo = {num_chunks, scratch_bytes, run_chunk};
 
 }  // namespace CALSEG_ISA
 }  // namespace calseg

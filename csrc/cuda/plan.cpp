@@ -7,13 +7,13 @@ namespace calseg {
 namespace {
 
 constexpr int64_t kReservedBytes = 1024;  // of a block's shared memory, by CUDA
-constexpr int64_t kTotalsBytes = kCudaWarps * kCalibrationTotals * 8;
+constexpr int64_t kTotalsBytes = kCudaWarps * kBinsTotals * 8;
 
 // Items that lie behind one another in every tensor are one long item: a voxel's number stays the same.
-CalibrationArgs merged(CalibrationArgs args) {
-    TensorView* const views[] = {&args.scores, &args.labels.view, &args.mask};
+BinsArgs merged(BinsArgs args) {
+    TensorView* const views[] = {&args.scores, &args.spec.labels.tensor, &args.spec.mask};
     Shape& shape = args.shape;
-    if (args.per_item || shape.N <= 1) return args;
+    if (args.spec.per_item || shape.N <= 1) return args;
     if (shape.S == 1) {
         for (TensorView* view : views) view->stride_s = view->stride_n;
     } else {
@@ -42,7 +42,7 @@ int bytes_of(DType dtype) {
 }
 
 LabelRange label_range(const Labels& labels, int64_t C) {
-    const DType dtype = labels.view.dtype;
+    const DType dtype = labels.tensor.dtype;
     const bool is_signed = dtype == DType::i8 || dtype == DType::i16 || dtype == DType::i32 || dtype == DType::i64;
     const int bytes = bytes_of(dtype);
     const uint64_t all = UINT64_MAX >> (64 - 8 * bytes), highest = is_signed ? all / 2 : all;
@@ -57,20 +57,20 @@ LabelRange label_range(const Labels& labels, int64_t C) {
 
 }  // namespace
 
-CalibrationLaunch calibration_launch(const CalibrationArgs& args, const CudaLimits& limits) {
+CalibrationLaunch calibration_launch(const BinsArgs& args, const CudaLimits& limits) {
     CalibrationLaunch launch;
-    launch.bins = (args.class_wise ? args.shape.C - args.first_class : 1) * args.n_bins;
+    launch.bins = (args.spec.class_wise ? args.shape.C - args.spec.first_class : 1) * args.spec.n_bins;
     if (args.shape.C > INT32_MAX || launch.bins > INT32_MAX) throw std::runtime_error("calibration_bins on CUDA: wanted below 2^31 bins");
     launch.args = merged(args);
     const Shape& shape = launch.args.shape;
-    launch.labels = label_range(args.labels, shape.C);
+    launch.labels = label_range(args.spec.labels, shape.C);
     launch.classes_held = shape.C <= 4 ? 4 : 16;
     launch.transposed = shape.C > 1 && launch.args.scores.stride_c < launch.args.scores.stride_s;
 
     const int64_t tile = int64_t{kCudaThreads} * voxels_held(launch.classes_held);
     launch.tiles_per_item = (shape.S + tile - 1) / tile;
-    launch.groups = args.per_item ? shape.N : 1;
-    launch.tiles_per_group = launch.tiles_per_item * (args.per_item ? 1 : shape.N);
+    launch.groups = args.spec.per_item ? shape.N : 1;
+    launch.tiles_per_group = launch.tiles_per_item * (args.spec.per_item ? 1 : shape.N);
 
     launch.bins_offset = kTotalsBytes;
     const int64_t rows = launch.transposed ? int64_t{kCudaThreads} * (launch.classes_held + 1) * 4 : 0;

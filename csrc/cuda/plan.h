@@ -32,7 +32,7 @@ struct LabelRange {
 };
 
 struct CalibrationLaunch {
-    CalibrationArgs args;  // items merged where one stride walks all
+    BinsArgs args;  // items merged where one stride walks all
     LabelRange labels;
     BinsIn bins_in = BinsIn::global;
     int classes_held = 0;        // by a thread at once, of voxels_held(classes_held) voxels
@@ -52,13 +52,13 @@ struct CalibrationLaunch {
 constexpr int voxels_held(int classes_held) { return classes_held >= 16 ? 1 : 4; }
 
 // The memory of a block, and the tiles; an empty call has none.
-CalibrationLaunch calibration_launch(const CalibrationArgs& args, const CudaLimits& limits);
+CalibrationLaunch calibration_launch(const BinsArgs& args, const CudaLimits& limits);
 
 // The number of blocks: one wave of the GPU, where `resident` blocks fit a multiprocessor at once; more for large calls.
 void set_blocks(CalibrationLaunch& launch, const CudaLimits& limits, int64_t resident);
 
 // Adds to args.sums and args.totals, and lowers the faults, all on the device: [2] as in CalibrationLaunch. Returns when
 // the kernel is queued on the stream. Throws std::runtime_error with CUDA's reason.
-void cuda_calibration_bins(const CalibrationArgs& args, int64_t* faults, int device, void* stream);
+void cuda_calibration_bins(const BinsArgs& args, int64_t* faults, int device, void* stream);
 
 }  // namespace calseg

@@ -37,16 +37,10 @@ struct Run {
 // Below this many elements a thread, waking threads costs more than they save.
 constexpr int64_t kElementsPerThread = 1 << 14;
 
-const Shape& shape_of(const VLSCrossEntropyArgs& args) { return args.ce.shape; }
-template <class Args>
-const Shape& shape_of(const Args& args) {
-    return args.shape;
-}
-
 template <class Args, class StopAfter>
 void run(const Kernel<Args>& kernel, const Args& args, int num_threads, const StopAfter& stop_after) {
     const int64_t chunks = kernel.num_chunks(args);
-    const int64_t useful = shape_of(args).voxels() * shape_of(args).C / kElementsPerThread + 1;
+    const int64_t useful = args.shape.voxels() * args.shape.C / kElementsPerThread + 1;
     if (useful < num_threads) num_threads = static_cast<int>(useful);
     if (chunks < num_threads) num_threads = static_cast<int>(chunks);
     if (chunks == 0) return;
@@ -64,12 +58,12 @@ void run(const Kernel<Args>& kernel, const Args& args, int num_threads) {
 
 LabelSums scan(const Labels& labels, const Shape& shape, const double* weight, int num_threads) {
     LabelSums total;
-    if (!labels.view) {
+    if (!labels.tensor) {
         total.counted = shape.voxels();
         return total;
     }
-    ScanLabelsArgs args{shape, labels, labels.is_mask ? nullptr : weight, nullptr};
-    const Kernel<ScanLabelsArgs>& kernel = kernels().scan_labels;
+    ScanArgs args{shape, labels, labels.is_mask ? nullptr : weight, nullptr};
+    const Kernel<ScanArgs>& kernel = kernels().scan_labels;
     std::vector<LabelSums> sums(static_cast<std::size_t>(kernel.num_chunks(args)));
     args.chunk_sums = sums.data();
     run(kernel, args, num_threads);
@@ -86,42 +80,32 @@ LabelSums scan(const Labels& labels, const Shape& shape, const double* weight, i
 
 Outcome bad_label(const LabelSums& sums) { return {0.0, sums.bad_position, sums.bad_value}; }
 
-// The mean's divisors: of the loss, and of the KL term.
+// The divisors of the mean: of the loss, and of the KL term.
 struct Divisors {
     double loss = 1.0, kl = 1.0;
 };
 
-Divisors divisors(const LabelSums& sums, const Labels& labels, const double* weight, Reduction reduction) {
-    if (reduction != Reduction::mean) return {};
+Divisors divisors(const LabelSums& sums, const LossSpec& spec) {
+    if (spec.reduction != Reduction::mean) return {};
     const double voxels = static_cast<double>(sums.counted);
-    return {weight && labels.view && !labels.is_mask ? sums.weight : voxels, voxels};
+    return {spec.weight.data && spec.labels.tensor && !spec.labels.is_mask ? sums.weight : voxels, voxels};
 }
 
-// Where a loss keeps what all of them have.
-CrossEntropyArgs& common(VLSCrossEntropyArgs& args) { return args.ce; }
-const CrossEntropyArgs& common(const VLSCrossEntropyArgs& args) { return args.ce; }
-template <class Args>
-Args& common(Args& args) {
-    return args;
+bool has_gradient(const LossTensors& gradients) {
+    return gradients.logits || gradients.soft_labels || gradients.mu || gradients.logvar;
 }
 
-// Where a loss writes gradients; the sampled soft labels of vls_cross_entropy have none of their own.
-bool has_gradient(const CrossEntropyArgs& args) { return args.grad_logits || args.grad_soft_labels; }
-bool has_gradient(const VLSCrossEntropyArgs& args) { return has_gradient(args.ce) || args.grad_mu || args.grad_logvar; }
-bool has_gradient(const VLSElboArgs& args) { return args.grad_mu || args.grad_logvar; }
-
-bool writes_over_logits(const CrossEntropyArgs& args) { return args.grad_logits && args.grad_logits.data == args.logits.data; }
-bool writes_over_logits(const VLSCrossEntropyArgs& args) { return writes_over_logits(args.ce); }
-bool writes_over_logits(const VLSElboArgs&) { return false; }
+bool writes_over_logits(const LossArgs& args) {
+    return args.gradients.logits && args.gradients.logits.data == args.tensors.logits.data;
+}
 
 // The chunks' sums in the order of the chunks: the same for any number of threads. If only_if_all_count, the work ends
 // soon after a voxel that does not.
-template <class Args>
-LossSums run_loss(const Kernel<Args>& kernel, Args args, const Divisors& by, int num_threads, bool only_if_all_count = false) {
-    common(args).upstream.scale /= by.loss;
-    common(args).upstream.kl_scale /= by.kl;
+LossSums run_loss(const Kernel<LossArgs>& kernel, LossArgs args, const Divisors& by, int num_threads, bool only_if_all_count = false) {
+    args.upstream.scale /= by.loss;
+    args.upstream.kl_scale /= by.kl;
     std::vector<LossSums> chunks(static_cast<std::size_t>(kernel.num_chunks(args)));
-    common(args).chunk_sums = chunks.data();
+    args.chunk_sums = chunks.data();
     run(kernel, args, num_threads,
         [&](int64_t chunk) { return only_if_all_count && chunks[static_cast<std::size_t>(chunk)].uncounted > 0; });
     LossSums total;
@@ -138,7 +122,7 @@ bool any_of_a_few_uncounted(const Labels& labels, const Shape& shape) {
     constexpr int64_t kFew = 64;
     const int64_t few = shape.S < kFew ? shape.S : kFew, step = few > 1 ? (shape.S - 1) / (few - 1) : 1;
     Labels some = labels;
-    some.view.stride_s *= step;
+    some.tensor.stride_s *= step;
     const LabelSums sums = scan(some, {shape.N, shape.C, few}, nullptr, 1);
     return sums.bad_position >= 0 || sums.counted < shape.N * few;
 }
@@ -147,69 +131,47 @@ bool any_of_a_few_uncounted(const Labels& labels, const Shape& shape) {
 constexpr int64_t kMaxClassesToAssume = 16;
 
 // Whether to start as if every voxel counted, and to read the labels on the way. If it proves wrong, nothing may be lost.
-template <class Args>
-bool assume_all_count(const Args& args, Reduction reduction) {
-    const auto& with = common(args);
-    if (writes_over_logits(args) || with.labels.is_mask) return false;
-    if (reduction != Reduction::mean) return true;
-    if (with.weight) return false;
-    if (!has_gradient(args) || !with.labels.view) return true;
-    return with.shape.C <= kMaxClassesToAssume && !any_of_a_few_uncounted(with.labels, with.shape);
-}
-
-template <class Args>
-Outcome labelled_loss(const Kernel<Args>& kernel, const Args& args, double beta, Reduction reduction, int num_threads) {
-    const auto& with = common(args);
-    const bool assume = assume_all_count(args, reduction), scaled = reduction == Reduction::mean && has_gradient(args);
-    LabelSums labels;
-    labels.counted = with.shape.voxels();
-    const auto run_with = [&](const LabelSums& sums, bool only_if_all_count) {
-        return run_loss(kernel, args, divisors(sums, with.labels, with.weight, reduction), num_threads, only_if_all_count);
-    };
-    LossSums total;
-    if (assume) total = run_with(labels, scaled);
-    if (!assume || total.uncounted > 0) {
-        labels = scan(with.labels, with.shape, with.weight, num_threads);
-        if (labels.bad_position >= 0) return bad_label(labels);
-        if (!assume || scaled) total = run_with(labels, false);
-    }
-    const Divisors by = divisors(labels, with.labels, with.weight, reduction);
-    return {total.loss / by.loss + (beta != 0.0 ? beta * total.kl / by.kl : 0.0), -1, 0};
+bool assume_all_count(const LossArgs& args) {
+    const LossSpec& spec = args.spec;
+    if (writes_over_logits(args) || spec.labels.is_mask) return false;
+    if (spec.reduction != Reduction::mean) return true;
+    if (spec.weight.data) return false;
+    if (!has_gradient(args.gradients) || !spec.labels.tensor) return true;
+    return args.shape.C <= kMaxClassesToAssume && !any_of_a_few_uncounted(spec.labels, args.shape);
 }
 
 }  // namespace
 
-Outcome cross_entropy(const CrossEntropyArgs& args, Reduction reduction, int num_threads) {
-    return labelled_loss(kernels().cross_entropy, args, 0.0, reduction, num_threads);
+Outcome loss(const Kernel<LossArgs>& kernel, const LossArgs& args, int num_threads) {
+    const LossSpec& spec = args.spec;
+    const bool assume = assume_all_count(args), scaled = spec.reduction == Reduction::mean && has_gradient(args.gradients);
+    LabelSums labels;
+    labels.counted = args.shape.voxels();
+    LossSums total;
+    if (assume) total = run_loss(kernel, args, divisors(labels, spec), num_threads, scaled);
+    if (!assume || total.uncounted > 0) {
+        labels = scan(spec.labels, args.shape, spec.weight.data, num_threads);
+        if (labels.bad_position >= 0) return bad_label(labels);
+        if (!assume || scaled) total = run_loss(kernel, args, divisors(labels, spec), num_threads);
+    }
+    const Divisors by = divisors(labels, spec);
+    const double beta = spec.sampling.beta;
+    return {total.loss / by.loss + (beta != 0.0 ? beta * total.kl / by.kl : 0.0), -1, 0};
 }
 
-Outcome vls_cross_entropy(const VLSCrossEntropyArgs& args, Reduction reduction, int num_threads) {
-    return labelled_loss(kernels().vls_cross_entropy, args, args.gaussian.beta, reduction, num_threads);
-}
-
-Outcome vls_elbo(const VLSElboArgs& args, Reduction reduction, int num_threads) {
-    return labelled_loss(kernels().vls_elbo, args, args.gaussian.beta, reduction, num_threads);
-}
-
-Outcome gaussian_kl(const GaussianKLArgs& args, Reduction reduction, int num_threads) {
-    const double voxels = reduction == Reduction::mean ? static_cast<double>(args.shape.voxels()) : 1.0;
-    return {run_loss(kernels().gaussian_kl, args, {voxels, voxels}, num_threads).kl / voxels, -1, 0};
-}
-
-Outcome sample_soft_labels(const SoftLabelsArgs& args, int num_threads) {
-    const LabelSums labels = scan(args.labels, args.shape, nullptr, num_threads);
+Outcome sample_soft_labels(const SampleArgs& args, int num_threads) {
+    const LabelSums labels = scan(args.spec.labels, args.shape, nullptr, num_threads);
     if (labels.bad_position >= 0) return bad_label(labels);
     run(kernels().sample_soft_labels, args, num_threads);
     return {};
 }
 
-Outcome sample_soft_labels_backward(const SoftLabelsArgs& args, int num_threads) {
+void sample_soft_labels_backward(const SampleArgs& args, int num_threads) {
     run(kernels().sample_soft_labels_backward, args, num_threads);
-    return {};
 }
 
 Outcome blend_soft_labels(const BlendArgs& args, int num_threads) {
-    const LabelSums labels = scan(args.labels, args.shape, nullptr, num_threads);
+    const LabelSums labels = scan(args.spec.labels, args.shape, nullptr, num_threads);
     if (labels.bad_position >= 0) return bad_label(labels);
     run(kernels().blend_soft_labels, args, num_threads);
     return {};
@@ -221,20 +183,20 @@ void accumulate_softmax_backward(const AccumulateArgs& args, int num_threads) {
     run(kernels().accumulate_softmax_backward, args, num_threads);
 }
 
-CalibrationFault calibration_bins(CalibrationArgs args, int num_threads) {
+BinsFault calibration_bins(BinsArgs args, int num_threads) {
     const auto& kernel = kernels().calibration_bins;
-    std::vector<CalibrationFault> faults(static_cast<std::size_t>(kernel.num_chunks(args)));
+    std::vector<BinsFault> faults(static_cast<std::size_t>(kernel.num_chunks(args)));
     args.chunk_faults = faults.data();
     run(kernel, args, num_threads);
-    for (const CalibrationFault& fault : faults)  // labels come first: scores are looked at with good labels only
+    for (const BinsFault& fault : faults)  // labels come first: scores are looked at with good labels only
         if (fault.label_position >= 0) return fault;
-    for (const CalibrationFault& fault : faults)
+    for (const BinsFault& fault : faults)
         if (fault.score_position >= 0) return fault;
     return {};
 }
 
 Outcome ace_moments(const AceArgs& args, int num_threads) {
-    const LabelSums labels = scan(args.labels, args.shape, nullptr, num_threads);
+    const LabelSums labels = scan(args.spec.labels, args.shape, nullptr, num_threads);
     if (labels.bad_position >= 0) return bad_label(labels);
     run(kernels().ace_moments, args, num_threads);
     return {};

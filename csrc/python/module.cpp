@@ -1,15 +1,14 @@
-// The Python module calseg._native: a table of contents. Arguments come checked from calseg/ops.py.
+// The Python module calseg._native: what calseg calls of the engine, by name.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "host/buffer_pool.h"
-#include "python/casters.h"
 #include "cuda/plan.h"
+#include "host/buffer_pool.h"
 #include "host/dispatch.h"
-#include "python/pooled_tensor.h"
 #include "host/operations.h"
 #include "host/parallel.h"
-#include "python/small_cross_entropy.h"
+#include "python/pooled_tensor.h"
+#include "python/reader.h"
 
 namespace py = pybind11;
 
@@ -18,134 +17,198 @@ namespace {
 
 using Release = py::gil_scoped_release;
 
-CrossEntropyArgs cross_entropy_args(const Shape& shape, const TensorView& logits, const TensorView& soft_labels, const Labels& labels,
-                                    const TensorView& weight, double label_smoothing, const TensorView& grad_output, const TensorView& loss,
-                                    const TensorView& grad_logits, const TensorView& grad_soft_labels) {
-    return {shape, logits,      soft_labels,      labels, static_cast<const double*>(weight.data), label_smoothing, {grad_output, 1.0, 1.0},
-            loss,  grad_logits, grad_soft_labels, nullptr};
+// (loss, bad_position, bad_value, number of classes)
+py::tuple to_python(const Outcome& outcome, const Shape& shape) {
+    return py::make_tuple(outcome.loss, outcome.bad_position, outcome.bad_value, shape.C);
+}
+
+// (label_position, label, score_position, total, least)
+py::tuple to_python(const BinsFault& fault) {
+    return py::make_tuple(fault.label_position, fault.label, fault.score_position, fault.total, fault.least);
+}
+
+template <Kernel<LossArgs> KernelTable::*kernel>
+py::tuple call_loss(py::handle spec, py::handle tensors, py::handle gradients, py::handle grad_output, py::handle value, int num_threads) {
+    Reader reader;
+    LossArgs args;
+    reader.read(tensors, args.tensors);
+    reader.read(spec, args.spec);
+    reader.write(gradients, args.gradients);
+    reader.read(grad_output, args.upstream.grad_output);
+    reader.write(value, args.loss);
+    args.shape = reader.shape();
+    Outcome outcome;
+    {
+        const Release release;
+        outcome = loss(kernels().*kernel, args, num_threads);
+    }
+    return to_python(outcome, args.shape);
+}
+
+py::tuple call_sample_soft_labels(py::handle spec, py::handle tensors, py::handle soft_labels, int num_threads) {
+    Reader reader;
+    SampleArgs args;
+    reader.read(tensors, args.tensors);
+    reader.read(spec, args.spec);
+    reader.write(soft_labels, args.soft_labels);
+    args.shape = reader.shape();
+    Outcome outcome;
+    {
+        const Release release;
+        outcome = sample_soft_labels(args, num_threads);
+    }
+    return to_python(outcome, args.shape);
+}
+
+void call_sample_soft_labels_backward(py::handle spec, py::handle tensors, py::handle grad_output, py::handle gradients, int num_threads) {
+    Reader reader;
+    SampleArgs args;
+    reader.read(tensors, args.tensors);
+    reader.read(spec, args.spec);
+    reader.read(grad_output, args.grad_output);
+    reader.write(gradients, args.gradients);
+    args.shape = reader.shape();
+    const Release release;
+    sample_soft_labels_backward(args, num_threads);
+}
+
+void call_accumulate_softmax(py::handle spec, py::handle total, py::handle logits, int num_threads) {
+    Reader reader;
+    AccumulateArgs args;
+    reader.read(logits, args.logits);
+    reader.read(spec, args.spec);
+    reader.write(total, args.total);
+    args.shape = reader.shape();
+    const Release release;
+    accumulate_softmax(args, num_threads);
+}
+
+void call_accumulate_softmax_backward(py::handle spec, py::handle logits, py::handle grad_output, py::handle grad_logits, int num_threads) {
+    Reader reader;
+    AccumulateArgs args;
+    reader.read(logits, args.logits);
+    reader.read(spec, args.spec);
+    reader.read(grad_output, args.grad_output);
+    reader.write(grad_logits, args.grad_logits);
+    args.shape = reader.shape();
+    const Release release;
+    accumulate_softmax_backward(args, num_threads);
+}
+
+py::tuple call_blend_soft_labels(py::handle spec, py::handle estimate, int num_threads) {
+    Reader reader;
+    BlendArgs args;
+    reader.write(estimate, args.estimate);
+    reader.read(spec, args.spec);
+    args.shape = reader.shape();
+    Outcome outcome;
+    {
+        const Release release;
+        outcome = blend_soft_labels(args, num_threads);
+    }
+    return to_python(outcome, args.shape);
+}
+
+void read_bins(Reader& reader, BinsArgs& args, py::handle spec, py::handle scores, py::handle sums, py::handle totals) {
+    reader.read(scores, args.scores);
+    reader.read(spec, args.spec);
+    args.sums = static_cast<int64_t*>(reader.memory(sums, "int64"));
+    args.totals = static_cast<int64_t*>(reader.memory(totals, "int64"));
+    args.shape = reader.shape();
+}
+
+py::tuple call_calibration_bins(py::handle spec, py::handle scores, py::handle sums, py::handle totals, int num_threads) {
+    Reader reader;
+    BinsArgs args;
+    read_bins(reader, args, spec, scores, sums, totals);
+    BinsFault fault;
+    {
+        const Release release;
+        fault = calibration_bins(args, num_threads);
+    }
+    return to_python(fault);
+}
+
+#if defined(CALSEG_CUDA_ARCHITECTURES)
+void call_cuda_calibration_bins(py::handle spec, py::handle scores, py::handle sums, py::handle totals, py::handle faults, int device,
+                                uintptr_t stream) {
+    Reader reader(Device::cuda);
+    BinsArgs args;
+    read_bins(reader, args, spec, scores, sums, totals);
+    auto* const places = static_cast<int64_t*>(reader.memory(faults, "int64"));
+    const Release release;
+    cuda_calibration_bins(args, places, device, reinterpret_cast<void*>(stream));
+}
+#endif
+
+py::tuple call_ace_moments(py::handle spec, py::handle logits, py::handle sums, py::handle nans, int num_threads) {
+    Reader reader;
+    AceArgs args;
+    reader.read(logits, args.logits);
+    reader.read(spec, args.spec);
+    args.sums = static_cast<int64_t*>(reader.memory(sums, "int64"));
+    args.nans = static_cast<int64_t*>(reader.memory(nans, "int64"));
+    args.shape = reader.shape();
+    Outcome outcome;
+    {
+        const Release release;
+        outcome = ace_moments(args, num_threads);
+    }
+    return to_python(outcome, args.shape);
+}
+
+void call_ace_moments_backward(py::handle spec, py::handle logits, py::handle slopes, py::handle grad_logits, int num_threads) {
+    Reader reader;
+    AceArgs args;
+    reader.read(logits, args.logits);
+    reader.read(spec, args.spec);
+    args.slopes = reader.memory(slopes, args.logits.dtype == DType::f64 ? "float64" : "float32");
+    reader.write(grad_logits, args.grad_logits);
+    args.shape = reader.shape();
+    const Release release;
+    ace_moments_backward(args, num_threads);
+}
+
+// The fields of every structure that came from calseg/operations.py, by its name.
+template <class... Structures>
+py::dict fields_of(std::tuple<Structures...>*) {
+    py::dict all;
+    const auto add = [&](auto structure) {
+        py::list names;
+        visit_fields(structure, [&](Py_ssize_t, const char* name, auto&) { names.append(name); });
+        all[name_of(&structure)] = names;
+    };
+    (add(Structures()), ...);
+    return all;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
     m.doc() = "CPU and CUDA kernels of calseg";
+    py::register_exception<Unreadable>(m, "Unreadable", PyExc_ValueError);
+    m.attr("FIELDS") = fields_of(static_cast<Structures*>(nullptr));
 
-    m.def("cross_entropy", [](const Shape& shape, const TensorView& logits, const TensorView& soft_labels, const Labels& labels,
-                              const TensorView& weight, double label_smoothing, const TensorView& grad_output, const TensorView& loss,
-                              const TensorView& grad_logits, const TensorView& grad_soft_labels, int reduction, int num_threads) {
-        const Release release;
-        return cross_entropy(cross_entropy_args(shape, logits, soft_labels, labels, weight, label_smoothing, grad_output, loss, grad_logits,
-                                                grad_soft_labels),
-                             static_cast<Reduction>(reduction), num_threads);
-    });
-    m.def("small_cross_entropy", &small_cross_entropy);
-    m.def("vls_cross_entropy",
-          [](const Shape& shape, const TensorView& logits, const Gaussian& gaussian, const Labels& labels, const TensorView& weight,
-             double label_smoothing, double alpha, const TensorView& grad_output, const TensorView& loss, const TensorView& grad_logits,
-             const TensorView& grad_mu, const TensorView& grad_logvar, int reduction, int num_threads) {
-              const Release release;
-              return vls_cross_entropy(
-                  {cross_entropy_args(shape, logits, {}, labels, weight, label_smoothing, grad_output, loss, grad_logits, {}), gaussian,
-                   alpha, grad_mu, grad_logvar},
-                  static_cast<Reduction>(reduction), num_threads);
-          });
-    m.def("vls_elbo",
-          [](const Shape& shape, const Gaussian& gaussian, const Labels& labels, const TensorView& weight, const TensorView& grad_output,
-             const TensorView& loss, const TensorView& grad_mu, const TensorView& grad_logvar, int reduction, int num_threads) {
-              const Release release;
-              return vls_elbo({shape,
-                               gaussian,
-                               labels,
-                               static_cast<const double*>(weight.data),
-                               {grad_output, 1.0, 1.0},
-                               loss,
-                               grad_mu,
-                               grad_logvar,
-                               nullptr},
-                              static_cast<Reduction>(reduction), num_threads);
-          });
-    m.def("gaussian_kl", [](const Shape& shape, const Gaussian& gaussian, const TensorView& grad_output, const TensorView& loss,
-                            const TensorView& grad_mu, const TensorView& grad_logvar, int reduction, int num_threads) {
-        const Release release;
-        return gaussian_kl({shape, gaussian, {grad_output, 1.0, 1.0}, loss, grad_mu, grad_logvar, nullptr},
-                           static_cast<Reduction>(reduction), num_threads);
-    });
-    m.def("sample_soft_labels", [](const Shape& shape, const Gaussian& gaussian, const Labels& labels, double alpha,
-                                   const TensorView& soft_labels, int num_threads) {
-        const Release release;
-        return sample_soft_labels({shape, gaussian, labels, alpha, soft_labels, {}, {}, {}}, num_threads);
-    });
-    m.def("sample_soft_labels_backward",
-          [](const Shape& shape, const Gaussian& gaussian, const Labels& labels, double alpha, const TensorView& grad_output,
-             const TensorView& grad_mu, const TensorView& grad_logvar, int num_threads) {
-              const Release release;
-              return sample_soft_labels_backward({shape, gaussian, labels, alpha, {}, grad_output, grad_mu, grad_logvar}, num_threads);
-          });
-    m.def("accumulate_softmax",
-          [](const Shape& shape, const TensorView& logits, double temperature, const TensorView& total, int num_threads) {
-              const Release release;
-              accumulate_softmax({shape, logits, temperature, total, {}, {}}, num_threads);
-          });
-    m.def("accumulate_softmax_backward", [](const Shape& shape, const TensorView& logits, double temperature, const TensorView& grad_output,
-                                            const TensorView& grad_logits, int num_threads) {
-        const Release release;
-        accumulate_softmax_backward({shape, logits, temperature, {}, grad_output, grad_logits}, num_threads);
-    });
-    m.def("blend_soft_labels", [](const Shape& shape, const TensorView& estimate, const Labels& labels, double alpha, double scale,
-                                  const TensorView& blended, int num_threads) {
-        const Release release;
-        return blend_soft_labels({shape, estimate, blended, labels, alpha, scale}, num_threads);
-    });
-
-    m.def("calibration_bins", [](const Shape& shape, const TensorView& scores, const Labels& labels, const TensorView& mask, int64_t n_bins,
-                                 int64_t first_class, bool from_logits, bool class_wise, bool skip_background, bool per_item,
-                                 bool right_closed, double tolerance, const TensorView& sums, const TensorView& totals, int num_threads) {
-        const Release release;
-        return calibration_bins({shape, scores, labels, mask, n_bins, first_class, from_logits, class_wise, skip_background, per_item,
-                                 right_closed, tolerance, static_cast<int64_t*>(sums.data), static_cast<int64_t*>(totals.data), nullptr},
-                                num_threads);
-    });
+#define CALSEG_REGISTER(name) m.def(#name, &call_loss<&KernelTable::name>);
+    CALSEG_LOSSES(CALSEG_REGISTER)
+#undef CALSEG_REGISTER
+    m.def("sample_soft_labels", &call_sample_soft_labels);
+    m.def("sample_soft_labels_backward", &call_sample_soft_labels_backward);
+    m.def("accumulate_softmax", &call_accumulate_softmax);
+    m.def("accumulate_softmax_backward", &call_accumulate_softmax_backward);
+    m.def("blend_soft_labels", &call_blend_soft_labels);
+    m.def("calibration_bins", &call_calibration_bins);
+    m.def("ace_moments", &call_ace_moments);
+    m.def("ace_moments_backward", &call_ace_moments_backward);
 
 #if defined(CALSEG_CUDA_ARCHITECTURES)
     m.attr("CUDA_ARCHITECTURES") = py::str(CALSEG_CUDA_ARCHITECTURES).attr("split")(" ");
-    m.def("cuda_calibration_bins", [](const Shape& shape, const TensorView& scores, const Labels& labels, const TensorView& mask,
-                                      int64_t n_bins, int64_t first_class, bool from_logits, bool class_wise, bool skip_background,
-                                      bool per_item, bool right_closed, double tolerance, const TensorView& sums, const TensorView& totals,
-                                      const TensorView& faults, int device, uintptr_t stream) {
-        const Release release;
-        cuda_calibration_bins({shape, scores, labels, mask, n_bins, first_class, from_logits, class_wise, skip_background, per_item,
-                               right_closed, tolerance, static_cast<int64_t*>(sums.data), static_cast<int64_t*>(totals.data), nullptr},
-                              static_cast<int64_t*>(faults.data), device, reinterpret_cast<void*>(stream));
-    });
+    m.def("cuda_calibration_bins", &call_cuda_calibration_bins);
 #else
     m.attr("CUDA_ARCHITECTURES") = py::list();
 #endif
 
-    m.def("ace_moments", [](const Shape& shape, const TensorView& logits, const Labels& labels, int64_t n_bins, int64_t first_class,
-                            bool soft, const TensorView& sums, const TensorView& nans, int num_threads) {
-        const Release release;
-        return ace_moments({shape,
-                            logits,
-                            labels,
-                            n_bins,
-                            first_class,
-                            soft,
-                            static_cast<int64_t*>(sums.data),
-                            static_cast<int64_t*>(nans.data),
-                            nullptr,
-                            {}},
-                           num_threads);
-    });
-    m.def("ace_moments_backward", [](const Shape& shape, const TensorView& logits, const Labels& labels, int64_t n_bins,
-                                     int64_t first_class, bool soft, const TensorView& slopes, const TensorView& grad_logits,
-                                     int num_threads) {
-        const Release release;
-        ace_moments_backward({shape, logits, labels, n_bins, first_class, soft, nullptr, nullptr, slopes.data, grad_logits}, num_threads);
-    });
-
-    m.def("empty_pooled", [](int dtype, const py::tuple& sizes, const py::tuple& strides) {
-        return empty_pooled(static_cast<DType>(dtype), sizes, strides);
-    });
+    m.def("empty_pooled", &empty_pooled);
     m.def("pool_trim", &pool_trim);
     m.def("pool_held_bytes", &pool_held_bytes);
     m.attr("POOLED_BYTES") = kPooledBytes;

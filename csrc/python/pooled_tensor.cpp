@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "host/buffer_pool.h"
+#include "python/reader.h"
 
 namespace calseg {
 namespace {
@@ -55,7 +56,7 @@ DLDataType dl_dtype(DType dtype) {
 
 }  // namespace
 
-pybind11::object empty_pooled(DType dtype, const pybind11::tuple& sizes, const pybind11::tuple& strides) {
+pybind11::object empty_pooled(pybind11::handle dtype, const pybind11::tuple& sizes, const pybind11::tuple& strides) {
     auto owned = std::make_unique<Owned>();
     int64_t elements = 1;
     for (const auto& size : sizes) {
@@ -63,7 +64,7 @@ pybind11::object empty_pooled(DType dtype, const pybind11::tuple& sizes, const p
         elements *= owned->sizes.back();
     }
     for (const auto& stride : strides) owned->strides.push_back(stride.cast<int64_t>());
-    const DLDataType type = dl_dtype(dtype);
+    const DLDataType type = dl_dtype(dtype_of(dtype));
     void* memory = pool_allocate(static_cast<std::size_t>(elements) * type.bits / 8);
     if (!memory) return pybind11::none();
     owned->managed = {{memory, {1, 0}, static_cast<int32_t>(owned->sizes.size()), type, owned->sizes.data(), owned->strides.data(), 0},

@@ -3,11 +3,10 @@
 
 #include <pybind11/pybind11.h>
 
-#include "host/arguments.h"
 
 namespace calseg {
 
 // An uninitialised CPU tensor of a floating dtype; None where the memory is not to be had from the pool.
-pybind11::object empty_pooled(DType dtype, const pybind11::tuple& sizes, const pybind11::tuple& strides);
+pybind11::object empty_pooled(pybind11::handle dtype, const pybind11::tuple& sizes, const pybind11::tuple& strides);
 
 }  // namespace calseg

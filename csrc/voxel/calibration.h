@@ -14,7 +14,7 @@ constexpr double kUnit = 0x1p24;    // 1 in the fixed-point sums
 constexpr double kMaxNll = 0x1p25;  // above, a negative log-likelihood is infinite
 
 enum Total { kNllWhole, kNllRest, kBrier, kVoxels, kNan, kInfinite, kTotals };
-static_assert(kTotals == kCalibrationTotals, "kernels.h says how many");
+static_assert(kTotals == kBinsTotals, "kernels.h says how many");
 
 constexpr int32_t kSkipped = -1, kNoClass = -2;  // in place of a label's class: it does not count; it is none
 

@@ -14,8 +14,8 @@ struct Call {
         if (!v) return {};
         return {reinterpret_cast<void*>(v[0]), static_cast<calseg::DType>(v[1]), v[2], v[3], v[4]};
     }
-    calseg::CalibrationArgs args() const {
-        calseg::CalibrationArgs a;
+    calseg::BinsArgs args() const {
+        calseg::BinsArgs a;
         a.shape = {shape[0], shape[1], shape[2]};
         a.scores = view(scores);
         a.labels = {view(labels), numbers[2]};
@@ -36,8 +36,8 @@ extern "C" {
 // Null, or why it failed.
 const char* calibration_bins(const Call* call, double tolerance, int64_t* sums, int64_t* totals, int64_t* faults, int device,
                              void* stream) {
-    calseg::CalibrationArgs args = call->args();
-    args.tolerance = tolerance, args.sums = sums, args.totals = totals;
+    calseg::BinsArgs args = call->args();
+    args.spec.tolerance = tolerance, args.sums = sums, args.totals = totals;
     try {
         calseg::cuda_calibration_bins(args, faults, device, stream);
         return nullptr;
@@ -54,7 +54,7 @@ void plan_launch(const Call* call, int64_t resident, int64_t* to) {
     calseg::CalibrationLaunch launch = calseg::calibration_launch(call->args(), limits);
     calseg::set_blocks(launch, limits, resident);
     const calseg::LabelRange& bits = launch.labels;
-    for (const int64_t number : {launch.args.shape.N, launch.args.shape.S, launch.args.scores.stride_s, launch.args.labels.view.stride_s,
+    for (const int64_t number : {launch.args.shape.N, launch.args.shape.S, launch.args.scores.stride_s, launch.args.spec.labels.tensor.stride_s,
                                  static_cast<int64_t>(launch.bins_in), int64_t{launch.classes_held}, int64_t{launch.transposed},
                                  launch.tiles_per_item, launch.groups, launch.tiles_per_group, launch.blocks_per_group, launch.shared_bytes,
                                  static_cast<int64_t>(bits.classes), static_cast<int64_t>(bits.ignored), int64_t{bits.ignores}})

@@ -1,0 +1,167 @@
+"""The native CPU engine: specs and tensors go to the extension as they are, which reads them by the names of fields."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from calseg import native
+from calseg.checks import label_error, probability_error
+from calseg.operations import (
+    AccumulateSpec,
+    AceSpec,
+    BinsSpec,
+    BlendSpec,
+    GaussianTensors,
+    Labels,
+    LossSpec,
+    LossTensors,
+    SampleSpec,
+    num_kinds,
+)
+from calseg.tensors import compute_dtype, shape_of, voxel_shape
+
+NO_GRADIENTS = LossTensors()
+
+
+def _check_labels(outcome: tuple[float, int, int, int], labels: Labels | None) -> float:
+    """The loss of an outcome; IndexError where the engine met a label that is no class."""
+    value, bad_position, bad_value, num_classes = outcome
+    if bad_position >= 0:
+        assert labels is not None
+        raise label_error(bad_value, bad_position, tuple(labels.tensor.shape), num_classes, labels.ignore_index)
+    return value
+
+
+def loss(
+    spec: LossSpec, tensors: LossTensors, gradients: LossTensors = NO_GRADIENTS, grad_output: Tensor | None = None
+) -> Tensor:
+    """The loss; the gradients are written into the tensors that are given for them.
+
+    ``grad_output`` is the gradient that comes in, ``[N, *S]``, where it is not 1; no loss is made then.
+    """
+    per_voxel = None
+    if spec.reduction == "none" and grad_output is None:
+        per_voxel = native.empty_voxels(tensors.like(), spec.dtype)
+    run = getattr(native.extension, spec.operation)
+    outcome = run(spec, tensors, gradients, grad_output, per_voxel, torch.get_num_threads())
+    value = _check_labels(outcome, spec.labels)
+    return torch.scalar_tensor(value, dtype=spec.dtype, device="cpu") if per_voxel is None else per_voxel
+
+
+def scale_gradients(gradients: Sequence[Tensor | None], factor: Tensor) -> None:
+    """Multiply in place by a 0-d tensor."""
+    value = factor.item()
+    if value != 1.0:
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(value)
+
+
+def sample_soft_labels(spec: SampleSpec, tensors: GaussianTensors) -> Tensor:
+    """Sampled soft labels, blended with the labels where they are given; the dtype of mu."""
+    mu, _ = tensors.both()
+    soft_labels = native.empty_like(mu)
+    outcome = native.extension.sample_soft_labels(spec, tensors, soft_labels, torch.get_num_threads())
+    _check_labels(outcome, spec.labels)
+    return soft_labels
+
+
+def sample_soft_labels_backward(
+    spec: SampleSpec, tensors: GaussianTensors, grad_output: Tensor, gradients: GaussianTensors
+) -> None:
+    """Write the gradients of :func:`sample_soft_labels`."""
+    native.extension.sample_soft_labels_backward(spec, tensors, grad_output, gradients, torch.get_num_threads())
+
+
+def accumulate_softmax(spec: AccumulateSpec, total: Tensor, logits: Tensor) -> Tensor:
+    """``total += softmax(logits / temperature)``, in place."""
+    native.extension.accumulate_softmax(spec, total, logits, torch.get_num_threads())
+    return total
+
+
+def accumulate_softmax_backward(spec: AccumulateSpec, logits: Tensor, grad_output: Tensor) -> Tensor:
+    """The gradient of :func:`accumulate_softmax` with respect to the logits."""
+    gradient = native.empty_like(logits)
+    native.extension.accumulate_softmax_backward(spec, logits, grad_output, gradient, torch.get_num_threads())
+    return gradient
+
+
+def blend_soft_labels(spec: BlendSpec, total: Tensor) -> Tensor:
+    """``(1 - alpha) * onehot(labels) + alpha * total / num_maps``, 0 where ignored, in place."""
+    outcome = native.extension.blend_soft_labels(spec, total, torch.get_num_threads())
+    _check_labels(outcome, spec.labels)
+    return total
+
+
+def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums per bin and totals, int64 ``[items, kinds, n_bins, 3]`` and ``[items, 6]``: see csrc/host/arguments.h."""
+    N, C, _ = shape_of(scores)
+    items, labels = N if spec.per_item else 1, spec.labels
+    sums = torch.zeros(items, num_kinds(spec, C), spec.n_bins, 3, dtype=torch.int64, device="cpu")
+    totals = torch.zeros(items, 6, dtype=torch.int64, device="cpu")
+    label_position, label, score_position, total, least = native.extension.calibration_bins(
+        spec, scores, sums, totals, torch.get_num_threads()
+    )
+    if label_position >= 0:
+        raise label_error(label, label_position, tuple(labels.tensor.shape), C, labels.ignore_index)
+    if score_position >= 0:
+        raise probability_error(total, least, score_position, voxel_shape(scores))
+    return sums, totals
+
+
+# ---- average calibration error ----
+
+
+def ace_moments(spec: AceSpec, logits: Tensor) -> Tensor:
+    """Per item, class and cell of confidence: count, sum of f, of f^2, hits, and sum of f where hit.
+
+    float64 ``[N, kinds, cells, 5]``; what cells and f are, csrc/cpu/ace_moments.cpp says. NaN in the sums of f of an
+    item with a NaN among its logits.
+    """
+    N, C, _ = shape_of(logits)
+    sums = torch.zeros(N, C - spec.first_class, spec.n_bins + spec.soft, 8, dtype=torch.int64, device="cpu")
+    nans = torch.zeros(N, dtype=torch.int64, device="cpu")
+    outcome = native.extension.ace_moments(spec, logits, sums, nans, torch.get_num_threads())
+    _check_labels(outcome, spec.labels)
+    count, hits, *fractions = sums.double().unbind(-1)
+    f, f_squared, f_hits = (
+        whole * 2.0**-20 + rest * 2.0**-50 for whole, rest in zip(fractions[::2], fractions[1::2], strict=True)
+    )
+    f = torch.where((nans > 0)[:, None, None], torch.nan, f)
+    return torch.stack([count, f, f_squared, hits, f_hits], -1)
+
+
+def ace_moments_backward(spec: AceSpec, logits: Tensor, grad_moments: Tensor) -> Tensor:
+    """The gradient of the logits, given that of the moments."""
+    _, by_f, by_f_squared, _, by_f_hits = grad_moments.unbind(-1)
+    # of f it is by_f + 2 f by_f_squared + by_f_hits where hit; f grows by n_bins (hard bins: 1) with the confidence
+    slopes = torch.stack([by_f, 2 * by_f_squared, by_f_hits], 2) * (spec.n_bins if spec.soft else 1)
+    gradient = native.empty_like(logits)
+    slopes = slopes.to(compute_dtype(logits.dtype)).contiguous()
+    native.extension.ace_moments_backward(spec, logits, slopes, gradient, torch.get_num_threads())
+    return gradient
+
+
+def bins_of_moments(spec: AceSpec, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`calseg.backends.reference.ace_bins` from :func:`ace_moments`, in differentiable operations."""
+    count, f, f_squared, hits, f_hits = moments.unbind(-1)
+    if not spec.soft:
+        return count, f, hits
+    # cell j lies between the centres of bins j - 1 and j, which get shares 1 - f and f of its voxels; the outermost
+    # cells have one neighbour, which gets both; a confidence is (f + j - 1/2) / n_bins
+    offset = torch.arange(spec.n_bins + 1, dtype=f.dtype, device=f.device) - 0.5
+    upper = f, (f_squared + offset * f) / spec.n_bins, f_hits
+    both = count, (f + offset * count) / spec.n_bins, hits
+    mass, confidence, hits = (_neighbours(whole - high, high) for whole, high in zip(both, upper, strict=True))
+    return mass, confidence, hits
+
+
+def _neighbours(lower: Tensor, upper: Tensor) -> Tensor:
+    """What n + 1 cells give to the n bins below and above them."""
+    n_bins = lower.shape[-1] - 1
+    bins = lower[..., 1:] + upper[..., :n_bins]
+    ends = torch.zeros_like(bins)
+    return bins + torch.cat([lower[..., :1], ends[..., 1:]], -1) + torch.cat([ends[..., 1:], upper[..., n_bins:]], -1)

@@ -1,0 +1,65 @@
+"""The compiled extension, or why it is absent, and the memory of results."""
+
+from __future__ import annotations
+
+import warnings
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from calseg.tensors import layout_like, voxel_shape
+
+extension: Any = None
+ERROR: str | None = None
+Unreadable: type[ValueError] = ValueError
+try:
+    extension = import_module("calseg._native")
+    Unreadable = extension.Unreadable
+except ImportError as error:
+    ERROR = str(error).splitlines()[0]
+    warnings.warn(
+        f"calseg: no native CPU engine for this platform ({ERROR}); the slow reference backend is used. "
+        "Reinstall with a C++17 compiler at hand: pip install --force-reinstall --no-binary calseg calseg",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+POOLED_BYTES = 0 if extension is None else extension.POOLED_BYTES
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # whose memory is their own
+
+
+def empty_like(scores: Tensor) -> Tensor:
+    """``torch.empty_like`` in the layout of :func:`calseg.tensors.layout_like`; a large one on pooled memory."""
+    large = extension is not None and scores.nbytes >= POOLED_BYTES and scores.device.type == "cpu"
+    if not large and scores.is_contiguous():
+        return torch.empty_like(scores)
+    layout = layout_like(scores)
+    if large and type(scores) in PLAIN_TYPES:
+        strides = torch.empty_like(scores, device="meta", memory_format=layout).stride()
+        capsule = extension.empty_pooled(scores.dtype, tuple(scores.shape), strides)
+        if capsule is not None:
+            pooled: Tensor = from_dlpack(capsule)
+            return pooled
+    return torch.empty_like(scores, memory_format=layout)
+
+
+def empty_voxels(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for a number per voxel, ``[N, *S]``, of scores like ``like``."""
+    return like.new_empty(voxel_shape(like), dtype=dtype)
+
+
+def empty_cache() -> None:
+    """Give the memory that is kept for the next step's gradients back to the system.
+
+    Large results (4 MiB and more) of the CPU engine live in memory that is kept after they are freed, because the next
+    training step asks for the same sizes again. The pool never holds more than was in use at once.
+
+    Example:
+        >>> import calseg
+        >>> calseg.empty_cache()
+    """
+    if extension is not None:
+        extension.pool_trim()

@@ -1,0 +1,98 @@
+"""Specs in the types that a ``torch.library`` operator takes, and back: tensors, integers, numbers and words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from calseg import operations
+
+
+class Packed(NamedTuple):
+    """The values of structures, by their types; :func:`unpack` puts them together again."""
+
+    tensors: list[Tensor | None]
+    integers: list[int]
+    numbers: list[float]
+    words: str  # with spaces between
+
+
+def pack(*structures: Any) -> Packed:
+    """Take structures apart. A structure that is None leaves a mark of that."""
+    lists: Lists = ([], [], [], [])
+    for structure in structures:
+        _pack(type(structure), structure, lists)
+    tensors, integers, numbers, words = lists
+    return Packed(tensors, integers, numbers, " ".join(words))
+
+
+def unpack(kinds: tuple[type, ...], packed: Packed) -> Any:
+    """The structures that :func:`pack` was given, of these types."""
+    tensors, integers, numbers, words = packed
+    rest = (iter(tensors), iter(integers), iter(numbers), iter(words.split()))
+    return tuple(_unpack(kind, rest) for kind in kinds)
+
+
+Lists = tuple[list[Tensor | None], list[int], list[float], list[str]]
+
+
+def _pack(kind: type, structure: Any, lists: Lists) -> None:
+    tensors, integers, numbers, words = lists
+    for form, value in zip(_FORMS[kind], structure, strict=True):
+        if isinstance(form, type):
+            integers.append(value is not None)
+            if value is not None:
+                _pack(form, value, lists)
+        elif form == "tensor":
+            tensors.append(value)
+        elif form == "seed":
+            is_tensor = isinstance(value, Tensor)
+            tensors.append(value if is_tensor else None)
+            integers.append(0 if is_tensor else (value + 2**63) % 2**64 - 2**63)  # as an int64 holds it
+        elif form == "integer":
+            integers.append(int(value))
+        elif form == "number":
+            numbers.append(value)
+        else:
+            words.append(str(value).removeprefix("torch."))
+
+
+def _unpack(kind: type, rest: tuple[Iterator[Any], ...]) -> Any:
+    tensors, integers, numbers, words = rest
+    values: list[Any] = []
+    for form in _FORMS[kind]:
+        if isinstance(form, type):
+            values.append(_unpack(form, rest) if next(integers) else None)
+        elif form == "tensor":
+            values.append(next(tensors))
+        elif form == "seed":
+            tensor, integer = next(tensors), next(integers)
+            values.append(integer if tensor is None else tensor)
+        elif form == "integer":
+            values.append(next(integers))
+        elif form == "number":
+            values.append(next(numbers))
+        else:
+            word = next(words)
+            values.append(getattr(torch, word) if form == "dtype" else word)
+    return kind(*values)
+
+
+def _form(hint: Any) -> Any:
+    """How a field of this type is packed: by a word, or a structure by its own type."""
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+    if len(kinds) > 1:
+        return "seed"
+    (kind,) = kinds
+    forms = {Tensor: "tensor", int: "integer", bool: "integer", float: "number", str: "word", torch.dtype: "dtype"}
+    return forms.get(kind, kind)
+
+
+_FORMS: dict[type, list[Any]] = {
+    structure: [_form(hint) for hint in get_type_hints(structure).values()]
+    for structure in vars(operations).values()
+    if isinstance(structure, type) and hasattr(structure, "_fields")
+}

@@ -1,0 +1,267 @@
+#include "python/reader.h"
+
+#include <pybind11/gil_safe_call_once.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace calseg {
+
+namespace py = pybind11;
+
+namespace {
+
+constexpr int kMaxRank = 64;  // of a torch.Tensor
+
+PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
+
+py::object call_method(py::handle of, PyObject* method) {
+    PyObject* const self[] = {of.ptr()};
+    return py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(method, self, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+}
+
+}  // namespace
+
+struct Torch {
+    PyObject *tensor, *parameter, *float64;
+    std::vector<std::pair<PyObject*, DType>> dtypes;
+    PyObject *shape = interned("shape"), *stride = interned("stride"), *data_ptr = interned("data_ptr"), *dtype = interned("dtype"),
+             *is_cpu = interned("is_cpu"), *is_cuda = interned("is_cuda"), *is_neg = interned("is_neg"),
+             *resolve_neg = interned("resolve_neg"), *contiguous = interned("contiguous"), *is_contiguous = interned("is_contiguous"),
+             *detach = interned("detach"), *to = interned("to"), *fields = interned("_fields");
+
+    Torch() {
+        const py::module_ torch = py::module_::import("torch");
+        const auto get = [](py::handle from, const char* name) { return from.attr(name).cast<py::object>().release().ptr(); };
+        tensor = get(torch, "Tensor");
+        parameter = get(py::module_::import("torch.nn"), "Parameter");
+        float64 = get(torch, "float64");
+        const std::pair<const char*, DType> known[] = {
+            {"float32", DType::f32}, {"int64", DType::i64}, {"uint8", DType::u8},   {"bfloat16", DType::bf16},
+            {"float16", DType::f16}, {"int32", DType::i32}, {"int16", DType::i16},  {"int8", DType::i8},
+            {"float64", DType::f64}, {"uint16", DType::u16}, {"uint32", DType::u32}, {"uint64", DType::u64}};
+        for (const auto& [name, code] : known) dtypes.emplace_back(get(torch, name), code);
+    }
+
+    static const Torch& get() {
+        PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Torch> torch;
+        return torch.call_once_and_store_result([] { return Torch(); }).get_stored();
+    }
+};
+
+struct Reader::Layout {
+    void* data = nullptr;
+    DType dtype = DType::f32;
+    int rank = 0;
+    int64_t elements = 1;
+    int64_t sizes[kMaxRank], strides[kMaxRank];
+
+    // The stride with which the axes from `first` on are walked in row-major order, if there is one.
+    bool walk(int first, int64_t& step) const {
+        bool any = false;
+        int64_t extent = 0;
+        step = 1;
+        for (int i = rank - 1; i >= first; --i) {
+            if (sizes[i] == 1) continue;
+            if (!any) step = strides[i];
+            else if (strides[i] != extent) return false;
+            any = true;
+            extent = strides[i] * sizes[i];
+        }
+        return true;
+    }
+};
+
+Reader::Reader(Device device) : torch_(Torch::get()), device_(device) {}
+
+void Reader::refuse(const std::string& why) const {
+    PyErr_Clear();
+    throw Unreadable(std::string(name_) + ": " + why);
+}
+
+void Reader::check_names(py::handle from, const char* structure, const std::vector<std::string>& names) {
+    const py::object fields = py::getattr(from, "_fields", py::none());
+    bool same = PyTuple_Check(from.ptr()) && PyTuple_Check(fields.ptr());
+    for (std::size_t i = 0; same && i < names.size(); ++i)
+        same = names[i].empty() || (static_cast<Py_ssize_t>(i) < PyTuple_GET_SIZE(fields.ptr()) &&
+                                    PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(fields.ptr(), static_cast<Py_ssize_t>(i)),
+                                                                     names[i].c_str()) == 0);
+    if (!same)
+        throw py::type_error(std::string("calseg._native was built from another calseg/operations.py: the fields of ") + structure +
+                             " differ; build it again");
+}
+
+DType dtype_of(py::handle dtype) {
+    for (const auto& [object, code] : Torch::get().dtypes)
+        if (object == dtype.ptr()) return code;
+    PyErr_Clear();
+    throw Unreadable("got a dtype that the engine does not read");
+}
+
+// ---- tensors ----
+
+Reader::Layout Reader::layout_of(py::handle tensor) const {
+    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
+    if (type != torch_.tensor && type != torch_.parameter && PyObject_IsInstance(tensor.ptr(), torch_.tensor) != 1)
+        refuse("got no torch.Tensor, wanted one");
+    const auto attribute = [&](PyObject* name) { return py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), name)); };
+    if (device_ != Device::any) {
+        const py::object here = attribute(device_ == Device::cpu ? torch_.is_cpu : torch_.is_cuda);
+        if (here.ptr() != Py_True) refuse(device_ == Device::cpu ? "wanted a tensor on the CPU" : "wanted a tensor on a CUDA device");
+    }
+    Layout layout;
+    layout.dtype = dtype_of(attribute(torch_.dtype));
+
+    const auto integers = [&](const py::object& tuple, int64_t* to) {
+        if (!tuple || !PyTuple_Check(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) > kMaxRank) refuse("wanted a dense tensor");
+        const int count = static_cast<int>(PyTuple_GET_SIZE(tuple.ptr()));
+        for (int i = 0; i < count; ++i) {
+            PyObject* const item = PyTuple_GET_ITEM(tuple.ptr(), i);
+            if (!PyLong_Check(item)) refuse("wanted a tensor of known size");
+            to[i] = PyLong_AsLongLong(item);
+        }
+        return count;
+    };
+    layout.rank = integers(attribute(torch_.shape), layout.sizes);
+    if (integers(call_method(tensor, torch_.stride), layout.strides) != layout.rank) refuse("wanted a dense tensor");
+    for (int i = 0; i < layout.rank; ++i) layout.elements *= layout.sizes[i];
+
+    const py::object address = call_method(tensor, torch_.data_ptr);
+    if (!address || !PyLong_Check(address.ptr())) refuse("got a tensor without memory of its own (fake, or of a wrapper)");
+    layout.data = PyLong_AsVoidPtr(address.ptr());
+    if (!layout.data && layout.elements > 0) refuse("got a tensor whose memory is not there (fake, freed, or of a wrapper)");
+    static char nothing;
+    if (!layout.data) layout.data = &nothing;  // of an empty tensor, which is one all the same
+    return layout;
+}
+
+// A tensor with its axes as they are, and how to walk it; a copy where that is needed.
+template <class Find>
+static void view(py::handle from, const Torch& torch, std::vector<py::object>& held, bool is_result, const Find& find) {
+    const py::object negative = call_method(from, torch.is_neg);
+    if (negative.ptr() != Py_True && find(from)) return;
+    if (is_result) throw Unreadable("a result has a layout that cannot be written in place");
+    py::object copy = call_method(from, torch.resolve_neg);
+    if (!copy) throw py::error_already_set();
+    if (!find(copy)) {
+        copy = call_method(copy, torch.contiguous);
+        if (!copy) throw py::error_already_set();
+        find(copy);
+    }
+    held.push_back(std::move(copy));
+}
+
+void Reader::read(py::handle from, Scores& to) {
+    if (from.is_none()) return;
+    view(from, torch_, held_, is_result_, [&](py::handle tensor) {
+        const Layout t = layout_of(tensor);
+        if (t.rank == 0) refuse("wanted a class axis");
+        if (!has_shape_) {
+            sizes_.assign(t.sizes, t.sizes + t.rank);
+            shape_ = {1, t.sizes[t.rank > 1], 1};
+            if (t.rank == 2) shape_.S = t.sizes[0];
+            if (t.rank > 2) {
+                shape_.N = t.sizes[0];
+                for (int i = 2; i < t.rank; ++i) shape_.S *= t.sizes[i];
+            }
+            has_shape_ = true;
+        } else if (sizes_.size() != static_cast<std::size_t>(t.rank) || !std::equal(sizes_.begin(), sizes_.end(), t.sizes)) {
+            refuse("wanted the shape of the other scores");
+        }
+        if (t.dtype > DType::f16) refuse("wanted floating-point numbers");
+        to.data = t.data;
+        to.dtype = t.dtype;
+        to.stride_n = 0;
+        to.stride_c = t.strides[t.rank > 1];
+        to.stride_s = 1;
+        if (t.rank == 2) to.stride_s = t.strides[0];
+        if (t.rank <= 2) return true;
+        to.stride_n = t.strides[0];
+        return t.walk(2, to.stride_s);
+    });
+}
+
+void Reader::read(py::handle from, Voxels& to) {
+    if (from.is_none()) return;
+    view(from, torch_, held_, is_result_, [&](py::handle tensor) {
+        const Layout t = layout_of(tensor);
+        bool fits = has_shape_ && sizes_.size() == static_cast<std::size_t>(t.rank) + 1;
+        for (int i = 0; fits && i < t.rank; ++i) fits = t.sizes[i] == sizes_[static_cast<std::size_t>(i == 0 ? 0 : i + 1)];
+        if (!fits) refuse("wanted the shape of the scores without their class axis");
+        to.data = t.data;
+        to.dtype = t.dtype;
+        to.stride_n = to.stride_c = 0;
+        to.stride_s = 1;
+        if (t.rank == 1) to.stride_s = t.strides[0];
+        if (t.rank <= 1) return true;
+        to.stride_n = t.strides[0];
+        return t.walk(1, to.stride_s);
+    });
+}
+
+void Reader::read(py::handle from, Classes& to) {
+    if (from.is_none()) return;
+    const py::object plain = call_method(from, torch_.detach);
+    PyObject* const arguments[] = {plain.ptr(), torch_.float64};
+    py::object wide;
+    if (plain) wide = py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(torch_.to, arguments, 2, nullptr));
+    if (wide) wide = call_method(wide, torch_.resolve_neg);
+    if (wide) wide = call_method(wide, torch_.contiguous);
+    if (!wide) refuse("wanted a tensor of numbers");
+    const Layout t = layout_of(wide);
+    if (!has_shape_ || t.rank != 1 || t.sizes[0] != shape_.C) refuse("wanted one number for each class");
+    to.data = static_cast<const double*>(t.data);
+    held_.push_back(wide);
+}
+
+void* Reader::memory(py::handle from, const char* dtype) {
+    if (from.is_none()) return nullptr;
+    name_ = dtype;
+    const Layout t = layout_of(from);
+    if (call_method(from, torch_.is_contiguous).ptr() != Py_True) refuse("wanted contiguous memory");
+    const std::string wanted(dtype);
+    if (t.dtype != (wanted == "int64" ? DType::i64 : wanted == "float64" ? DType::f64 : DType::f32)) refuse("wanted this dtype");
+    return t.data;
+}
+
+const Shape& Reader::shape() const {
+    if (!has_shape_) refuse("wanted scores");
+    return shape_;
+}
+
+// ---- numbers ----
+
+void Reader::read(py::handle from, Reduction& to) {
+    const char* const names[] = {"none", "mean", "sum"};
+    if (PyUnicode_Check(from.ptr()))
+        for (int i = 0; i < 3; ++i)
+            if (PyUnicode_CompareWithASCIIString(from.ptr(), names[i]) == 0) {
+                to = static_cast<Reduction>(i);
+                return;
+            }
+    refuse("wanted 'none', 'mean' or 'sum'");
+}
+
+void Reader::read(py::handle from, double& to) {
+    to = PyFloat_AsDouble(from.ptr());
+    if (to == -1.0 && PyErr_Occurred()) refuse("wanted a number");
+}
+
+void Reader::read(py::handle from, int64_t& to) {
+    to = PyLong_AsLongLong(from.ptr());
+    if (to == -1 && PyErr_Occurred()) refuse("wanted an integer of 64 bits");
+}
+
+void Reader::read(py::handle from, uint64_t& to) {
+    const py::object number = py::reinterpret_steal<py::object>(PyNumber_Index(from.ptr()));  // a 0-d tensor's too
+    if (number) to = PyLong_AsUnsignedLongLongMask(number.ptr());
+    if (PyErr_Occurred()) refuse("wanted an integer of 64 bits");
+}
+
+void Reader::read(py::handle from, bool& to) {
+    const int truth = PyObject_IsTrue(from.ptr());
+    if (truth < 0) refuse("wanted True or False");
+    to = truth == 1;
+}
+
+}  // namespace calseg

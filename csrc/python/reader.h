@@ -1,0 +1,95 @@
+// The one reader of what comes from Python: tensors and the specs of calseg/operations.py. It takes torch.Tensors apart
+// without libtorch, checks that their shapes fit each other, and copies what the kernels cannot walk through.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "host/arguments.h"
+
+namespace calseg {
+
+// A value that the engine does not read. Nothing has been written then.
+struct Unreadable : std::invalid_argument {
+    using std::invalid_argument::invalid_argument;
+};
+
+struct Torch;  // the objects of PyTorch that the reader compares with and calls
+
+// The kernels' number for a torch.dtype.
+DType dtype_of(pybind11::handle dtype);
+
+enum class Device { cpu, cuda, any };
+
+class Reader {
+ public:
+    explicit Reader(Device device = Device::cpu);
+
+    // A spec, or tensors, by the fields of its structure. None leaves all as it is.
+    template <class Structure>
+    void read(pybind11::handle from, Structure& to) {
+        if (from.is_none()) return;
+        check_fields(from, to);
+        visit_fields(to, [&](Py_ssize_t place, const char* name, auto& field) {
+            name_ = name;
+            read(pybind11::handle(PyTuple_GET_ITEM(from.ptr(), place)), field);
+        });
+    }
+    void read(pybind11::handle from, Scores& to);
+    void read(pybind11::handle from, Voxels& to);
+    void read(pybind11::handle from, Classes& to);
+    void read(pybind11::handle from, Reduction& to);
+    void read(pybind11::handle from, double& to);
+    void read(pybind11::handle from, int64_t& to);
+    void read(pybind11::handle from, uint64_t& to);
+    void read(pybind11::handle from, bool& to);
+
+    // The same for what the kernels write to. It is not copied: what cannot be walked through is an error.
+    template <class To>
+    void write(pybind11::handle from, To& to) {
+        is_result_ = true;
+        read(from, to);
+        is_result_ = false;
+    }
+
+    // The memory of a contiguous tensor; nullptr for None.
+    void* memory(pybind11::handle from, const char* dtype);
+
+    // Of the first tensor with a class axis that was read; all others must fit it.
+    const Shape& shape() const;
+
+ private:
+    struct Layout;
+
+    template <class Structure>
+    void check_fields(pybind11::handle from, Structure& structure) {
+        static PyTypeObject* known = nullptr;  // held for ever
+        if (Py_TYPE(from.ptr()) == known) return;
+        std::vector<std::string> names;
+        visit_fields(structure, [&](Py_ssize_t place, const char* name, auto&) {
+            names.resize(static_cast<std::size_t>(place));
+            names.emplace_back(name);
+        });
+        check_names(from, name_of(&structure), names);
+        known = Py_TYPE(from.ptr());
+        Py_INCREF(reinterpret_cast<PyObject*>(known));
+    }
+    static void check_names(pybind11::handle from, const char* structure, const std::vector<std::string>& names);
+
+    Layout layout_of(pybind11::handle tensor) const;
+    [[noreturn]] void refuse(const std::string& why) const;
+
+    const Torch& torch_;
+    Device device_;
+    const char* name_ = "";  // of the field that is being read
+    bool is_result_ = false;
+    std::vector<int64_t> sizes_;  // of the scores
+    bool has_shape_ = false;
+    Shape shape_;
+    std::vector<pybind11::object> held_;  // copies, until the call is done
+};
+
+}  // namespace calseg
