@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -42,33 +41,21 @@ from calseg.data import (
 from calseg.functional import vls_cross_entropy, vls_elbo
 from calseg.methods import focal_cross_entropy, mbls_cross_entropy, nacl_cross_entropy, svls_cross_entropy
 from calseg.nets import Output, SegmentationNet, build_net
+from calseg.runs import (  # noqa: F401
+    CasesInterruptedError,
+    Progress,
+    RunFolder,
+    RunInterruptedError,
+    no_progress,
+    read_json,
+    write_atomic,
+    write_json,
+)
+from calseg.runs import RunError as TrainingError
 
 CHECKPOINT_FORMAT = 2
 METHODS = ("cross_entropy", "label_smoothing", "svls", "focal", "mbls", "nacl", "vls", "calseg")
 RUN_FILES = ("config.json", "split.json", "checkpoint.pt", "metrics.json")
-
-Progress = Callable[[str, int, int, float | None], None]
-"""Called as ``progress(stage, done, total, loss)``; stages are "read", "train" and "evaluate"."""
-
-
-class TrainingError(ValueError):
-    """The run cannot start or go on, for a reason the user can act on."""
-
-
-class RunInterruptedError(Exception):
-    """A signal stopped the run after a checkpoint was written; ``code`` is the shell's exit code for it."""
-
-    def __init__(self, run: Path, iteration: int, number: int) -> None:
-        super().__init__(f"interrupted after iteration {iteration}, which is saved in {run / 'checkpoint.pt'}")
-        self.code = 128 + number
-
-
-class CasesInterruptedError(RunInterruptedError):
-    """Ctrl-C stopped work that goes case by case; those that were done are kept in ``place``."""
-
-    def __init__(self, place: Path, done: int, total: int) -> None:
-        Exception.__init__(self, f"interrupted after {done} of {total} cases, which are kept in {place}")
-        self.code = 128 + signal.SIGINT
 
 
 @dataclass(frozen=True)
@@ -169,58 +156,11 @@ temperature 2 had a lower foreground ECE and a higher NLL than these.
 # ------------------------------------------------------------------------------------------------- files
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write a whole file or leave the old one as it was: temporary file, flush to disk, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        kept = "; the previous one is kept" if path.exists() else ""
-        raise TrainingError(f"{path}: cannot be written ({error.strerror or error}){kept}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as JSON, atomically."""
-    write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON, or raise a :class:`TrainingError` that names the file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"{path}: not readable as JSON ({error})") from error
-
-
 def prepare_run(
     out: Path, *, resume: bool, overwrite: bool, files: Sequence[str] = RUN_FILES, state: str = "checkpoint.pt"
 ) -> None:
-    """Make ``out`` ready for a new run, whose ``files`` go, or check that it holds one, the file ``state``, to resume.
-
-    Foreign files stay.
-    """
-    if resume and overwrite:
-        raise TrainingError("--resume and --overwrite exclude each other")
-    if out.exists() and not out.is_dir():
-        raise TrainingError(f"{out}: exists and is not a folder")
-    if resume:
-        if not (out / state).is_file():
-            raise TrainingError(f"{out / state}: not found; there is no run to resume in {out}")
-        return
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise TrainingError(f"{out}: not empty; give --resume to continue the run in it, or --overwrite to start anew")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name in files:
-            (out / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise TrainingError(f"{out}: cannot be made ready ({error.strerror or error})") from error
+    """Gone soon: see :class:`calseg.runs.RunFolder`."""
+    RunFolder(out, state, tuple(files)).open(resume=resume, overwrite=overwrite)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -454,10 +394,6 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def no_progress(stage: str, done: int, total: int, loss: float | None) -> None:
-    """The progress report of those who want none."""
-
-
 def check_device(name: str) -> torch.device:
     """The device of that name, or a :class:`TrainingError`."""
     try:
@@ -644,7 +580,9 @@ def fit(
             if iteration % checkpoint_every == 0 or iteration == config.iterations or received:
                 save()
             if received:
-                raise RunInterruptedError(run, iteration, received[0])
+                raise RunInterruptedError(
+                    f"interrupted after iteration {iteration}, which is saved in {checkpoint}", received[0]
+                )
     return seconds
 
 
