@@ -1,7 +1,4 @@
-"""Probability maps of a trained network, for ``calseg evaluate`` and others: what ``calseg predict`` runs.
-
-Needs the extra ``calseg[train]`` (MONAI, nibabel).
-"""
+"""Probability maps of a trained network, for ``calseg evaluate`` and others: what ``calseg predict`` runs."""
 
 from __future__ import annotations
 
@@ -12,22 +9,26 @@ from typing import Any
 
 import torch
 
-from calseg.data import CaseCache, DataError, Dataset, find_cases, probabilities_file
-from calseg.nets import SegmentationNet, build_net
-from calseg.training import (
+from calseg.methods import METHODS
+from calseg.runs import (
     CasesInterruptedError,
     Progress,
-    TrainConfig,
-    TrainingError,
-    check_device,
-    load_checkpoint,
+    RunError,
+    RunFolder,
     no_progress,
-    predict_volume,
-    prepare_run,
     read_json,
     write_atomic,
     write_json,
 )
+from calseg.training.checkpoint import load_checkpoint
+from calseg.training.config import TrainConfig
+from calseg.training.inference import predict_volume
+from calseg.training.loop import check_device
+from calseg.training.nets import SegmentationNet, build_net
+from calseg.volumes.datasets import Dataset, find_cases
+from calseg.volumes.nifti import DataError
+from calseg.volumes.patches import CaseCache
+from calseg.volumes.probabilities import probabilities_file
 
 CASES = ("validation", "training", "all")
 STATE = "predict.json"
@@ -48,11 +49,11 @@ def predict_folder(
 
     ``cases`` is "validation" or "training", by the split of the run, or "all". ``resume`` goes on after an
     interruption: maps are written whole or not at all. Returns what ``out/predict.json`` holds. Raises
-    :class:`~calseg.data.DataError` or :class:`~calseg.training.TrainingError` for what the user can mend,
-    :class:`~calseg.training.CasesInterruptedError` after Ctrl-C.
+    :class:`~calseg.volumes.nifti.DataError` or :class:`~calseg.runs.RunError` for what the user can mend,
+    :class:`~calseg.runs.CasesInterruptedError` after Ctrl-C.
     """
     if cases not in CASES:
-        raise TrainingError(f"cases must be one of {', '.join(CASES)}; got {cases!r}")
+        raise RunError(f"cases must be one of {', '.join(CASES)}; got {cases!r}")
     target = check_device(device)
     checkpoint = Path(run) / "checkpoint.pt"
     saved = load_checkpoint(checkpoint)
@@ -71,12 +72,10 @@ def predict_folder(
         "cases": names,
     }
     maps = {name: folder / f"{name}.nii.gz" for name in names}
-    prepare_run(
-        folder, resume=resume, overwrite=overwrite, files=(STATE, *(path.name for path in maps.values())), state=STATE
-    )
-    if resume and read_json(folder / STATE) != content:
-        raise TrainingError(f"{folder / STATE}: cannot be resumed; the run, its network, the data or the cases changed")
-    write_json(folder / STATE, content)
+    results = RunFolder(folder, STATE, tuple(path.name for path in maps.values()))
+    if results.open(resume=resume, overwrite=overwrite) and read_json(results.state_path) != content:
+        raise RunError(f"{results.state_path}: cannot be resumed; the run, its network, the data or the cases changed")
+    write_json(results.state_path, content)
 
     cache = CaseCache(dataset)
     labels = {case.name: case.label for case in dataset.cases}
@@ -114,11 +113,11 @@ def _load_net(saved: Mapping[str, Any], config: TrainConfig, checkpoint: Path) -
         len(saved["channels"]),
         len(saved["classes"]),
         spatial_dims=config.spatial_dims,
-        dense_head=config.method == "vls",
+        dense_head=METHODS[config.method].dense_head,
         seed=config.seed,
     )
     try:
         net.load_state_dict(saved["model"])
     except RuntimeError as error:
-        raise TrainingError(f"{checkpoint}: does not fit this version of calseg ({error})") from error
+        raise RunError(f"{checkpoint}: does not fit this version of calseg ({error})") from error
     return net

@@ -16,19 +16,12 @@ from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
 
 from calseg.functional import accumulate_soft_labels
+from calseg.methods import Output
 
 FEATURES = (8, 16, 32, 64, 64)
 """Channels per resolution: ``FEATURES[0]`` at full resolution, halved once for every further entry but the last."""
 
 Net = TypeVar("Net", bound=nn.Module)
-
-
-class Output(NamedTuple):
-    """``logits``, and from a dense head ``mu`` and ``logvar``, all float ``[N, C, *S]``."""
-
-    logits: Tensor
-    mu: Tensor | None
-    logvar: Tensor | None
 
 
 class StageOneOutput(NamedTuple):
@@ -132,7 +125,7 @@ class StageOneNet(nn.Module):
 
     Example:
         >>> import torch
-        >>> from calseg.nets import StageOneNet
+        >>> from calseg.training.nets import StageOneNet
         >>> net = StageOneNet(1, 3, spatial_dims=2)
         >>> image, label = torch.randn(1, 1, 32, 32), torch.zeros(1, 32, 32, dtype=torch.uint8)
         >>> soft = net.estimate_soft_labels(image, label, num_samples=8, temperature=2.0, alpha=0.3)
