@@ -8,7 +8,6 @@ so that in a ``torchmetrics.MetricCollection`` they share one pass over each vol
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -31,21 +30,14 @@ from calseg.calibration import (
     NORMS,
     CalibrationBins,
     calibration_bins,
-    calibration_error_from_bins,
 )
+from calseg.scores import quiet_calibration_error, warn_of_nan
 from calseg.tensors import compute_dtype
 
 __all__ = ["PRESETS", "BrierScore", "CalibrationError", "NegativeLogLikelihood", "PerCase", "preset_metric"]
 
 Plot = tuple[Any, Any]
 """The figure (None if it was drawn into given axes) and the axes."""
-
-
-def _warn_of_nan(bins: CalibrationBins) -> None:
-    if num_nan := int(bins.num_nan.sum()):
-        total = int(bins.num_voxels.sum())
-        message = f"{num_nan} of {total} voxels have a NaN probability and are left out"
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 class _ExactMetric(Metric):
@@ -201,7 +193,7 @@ class _BinMetric(_ExactMetric):
     def compute(self) -> Tensor:
         """The value over everything so far (of all ranks), float64 0-d, or ``[K]`` with ``average="none"``."""
         bins = self.bins
-        _warn_of_nan(bins)
+        warn_of_nan(bins, stacklevel=4)
         return self.value_of(bins)
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Plot:
@@ -269,8 +261,8 @@ class CalibrationError(_BinMetric):
         self.equal_mass = equal_mass
 
     def value_of(self, bins: CalibrationBins) -> Tensor:  # noqa: D102
-        silent = bins._replace(num_nan=torch.zeros_like(bins.num_nan))  # compute warns, once
-        error = calibration_error_from_bins(silent, self.norm, equal_mass=self.n_bins if self.equal_mass else None)
+        # Quiet, for compute warns once.
+        error = quiet_calibration_error(bins, self.norm, equal_mass=self.n_bins if self.equal_mass else None)
         return error.mean(-1) if self.class_wise and self.average == "macro" else error
 
     def diagram_bins(self, bins: CalibrationBins) -> CalibrationBins:
@@ -452,7 +444,7 @@ class PerCase(_ExactMetric):
         """``{"value", "lower", "upper"}`` over the cases of all ranks."""
         options: dict[str, Any] = {name: getattr(self, name) for name in ("confidence_level", "num_resamples", "seed")}
         cases = self.cases
-        _warn_of_nan(cases)
+        warn_of_nan(cases, stacklevel=4)
         if self.pooled:
             return pooled_interval(cases, self.metric.value_of, **options)._asdict()
         values = self.metric.value_of(cases)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 try:
     import matplotlib.pyplot as plt
@@ -20,7 +19,8 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError("calseg.plots needs matplotlib: pip install 'calseg[plots]'", name="matplotlib") from None
 
-from calseg.calibration import CalibrationBins, calibration_error_from_bins
+from calseg.calibration import CalibrationBins
+from calseg.scores import quiet_calibration_error
 
 __all__ = ["class_reliability_diagrams", "reliability_diagram"]
 
@@ -168,7 +168,7 @@ def _draw_diagram(ax: Any, bins: CalibrationBins, cases: CalibrationBins | None,
     ax.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=0.9, label="perfect calibration")
     if cases is not None:
         _draw_spread(ax, cases, width)
-    error = float(calibration_error_from_bins(bins._replace(num_nan=torch.zeros_like(bins.num_nan))))
+    error = float(quiet_calibration_error(bins))
     lines = ["ECE -" if math.isnan(error) else f"ECE {error:.4f}", f"{_short(int(bins.count.sum()))} voxels"]
     if cases is not None:
         lines.append(f"{len(cases.count)} cases")
