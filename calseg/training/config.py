@@ -44,8 +44,8 @@ def _of_method(name: str, help: str, bound: Bound) -> Any:
         if name in entry.settings:
             default = entry.settings[name]
             users.setdefault("fitted" if default is None else f"{default:g}", []).append(method)
-    uses = "; ".join(f"{', '.join(methods)} (default: {default})" for default, methods in users.items())
-    return setting(None, f"{help} Taken by the methods {uses}.", bound)
+    uses = " and ".join(f"{', '.join(methods)} (default: {default})" for default, methods in users.items())
+    return setting(None, f"{help} Used by {uses}.", bound)
 
 
 @dataclass(frozen=True)
