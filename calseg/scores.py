@@ -127,7 +127,7 @@ TRUTH_REGIONS = {
 TRUTH_STATISTICS: dict[str, TruthStatistic] = {
     "ece": TruthStatistic("ECE to the truth", TruthBins.calibration_error),
     "brier": TruthStatistic("squared error", TruthBins.mean_squared_error),
-    "absolute_error": TruthStatistic("mean absolute error", TruthBins.mean_absolute_error),
+    "absolute_error": TruthStatistic("distance to the truth", TruthBins.mean_absolute_error),
 }
 """Every figure of merit of a prediction against true probabilities, by its name."""
 

@@ -8,9 +8,14 @@ prints a Markdown table per data set and writes benchmarks/results/calibration.p
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from scores import TITLES
 
 RESULTS = Path(__file__).parents[1] / "results"
 DATASETS = ("hippocampus", "multirater", "synthetic")
@@ -26,15 +31,7 @@ NAMES = {
     "calseg": "CALSeg, chosen",
     "calseg_defaults": "CALSeg, default",
 }
-COLUMNS = {
-    "dice": "Dice",
-    "fg_ece": "foreground ECE",
-    "ece": "ECE",
-    "nll": "NLL",
-    "brier": "Brier",
-    "disputed_ece": "ECE to the truth, disputed voxels",
-    "truth_error": "distance to the truth, there",
-}
+COLUMNS = ("dice", "fg_ece", "ece", "nll", "brier", "disputed_ece", "truth_error")
 STYLES = {
     "cross_entropy": ("#222222", "o"),
     "temperature_scaling": ("#777777", "s"),
@@ -69,7 +66,7 @@ def table(content: Mapping[str, Any]) -> str:
     test = content["test"]
     keys = [key for key in COLUMNS if key in test["cross_entropy"]["scores"]]
     lines = [
-        "| method | settings | " + " | ".join(COLUMNS[key] for key in keys) + " | Dice - CE's | NLL - CE's |",
+        "| method | settings | " + " | ".join(TITLES[key] for key in keys) + " | Dice - CE's | NLL - CE's |",
         "|---" * (len(keys) + 4) + "|",
     ]
     for method, name in NAMES.items():
