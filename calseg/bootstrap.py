@@ -81,9 +81,10 @@ def pooled_interval(
 
 
 def case_weights(cases: int, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Tensor:
-    """How often each case is drawn in each resample, int64 ``[num_resamples, cases]``; every row sums to ``cases``.
+    """Count how often each case is drawn in each resample: int64 ``[num_resamples, cases]``.
 
-    The weights depend on the arguments only. Two methods that are weighed by them are compared on the same cases.
+    Every row sums to ``cases``. The weights depend on the arguments only: two methods that are weighed by them are
+    compared on the same cases.
     """
     check.check_integer("cases", cases, 1)
     check.check_integer("num_resamples", num_resamples, 1)
@@ -99,7 +100,7 @@ def weighted_sums(cases: Sums, weights: Tensor) -> Sums:
 def percentile_interval(drawn: Tensor, confidence_level: float = 0.95) -> tuple[Tensor, Tensor]:
     """The ends of the interval of a value over the resamples, from ``drawn`` ``[num_resamples, ...]``."""
     tail = (1 - confidence_level) / 2
-    # Values that were drawn, not points between two of them, one of which may be infinite.
+    # Both ends are values that were drawn: a point between two of them is undefined where one is infinite.
     lower = torch.quantile(drawn, tail, dim=0, interpolation="lower")
     upper = torch.quantile(drawn, 1 - tail, dim=0, interpolation="higher")
     return lower, upper
@@ -120,7 +121,7 @@ def _from_rows(like: Sums, rows: Tensor) -> Sums:
 
 
 def _times_drawn(index: Tensor) -> Tensor:
-    """How often each of the cases stands in each row of ``index[B, cases]``, int64 of the same shape."""
+    """Count how often each of the cases stands in each row of ``index[B, cases]``: int64 of the same shape."""
     return torch.zeros_like(index).scatter_add_(1, index, torch.ones_like(index))
 
 

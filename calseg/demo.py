@@ -1,4 +1,4 @@
-"""What ``calseg demo`` runs: cross-entropy and CALSeg, trained on simulated lesions and compared.
+"""Demonstration behind ``calseg demo``: cross-entropy and CALSeg, trained on simulated lesions and compared.
 
 Training sees one rater's map of each case (:mod:`calseg.simulation`). The demo scores the predictions against the maps
 of all other raters and against the true probabilities.
@@ -29,7 +29,8 @@ from calseg.volumes.nifti import read_volume
 from calseg.volumes.probabilities import read_soft_labels, soft_labels_path
 
 COMPARED = ("cross_entropy", "calseg")
-FOLDS = 2  # in so few that the demo takes no more than a minute or two
+FOLDS = 2
+"""Folds of the first stage: so few that the demo takes no more than a minute or two."""
 
 
 def run_demo(
@@ -55,7 +56,7 @@ def run_demo(
     else:
         write_json(folder.state_path, {"config": asdict(config)})
     data = root / "data"
-    if not (data / "dataset.json").is_file():  # written last
+    if not (data / "dataset.json").is_file():  # make_dataset writes it last
         make_dataset(data, config)
     results: dict[str, dict[str, Any]] = {}
     judges: dict[str, Judge] = {}

@@ -1,7 +1,7 @@
 """Scores of probability maps against label maps, folder against folder: what ``calseg evaluate`` runs.
 
-A report is a folder: ``config.json``; ``cases.jsonl``, one line per case with the integer sums from which all else
-follows, written as cases are done; and at the end the files of :mod:`calseg.report`. An interrupted evaluation goes on
+A report is a folder: ``config.json``; ``cases.jsonl``, with one line of integer sums per case, written when the case is
+done; and at the end the files of :mod:`calseg.report`, which follow from the sums. An interrupted evaluation goes on
 where it stopped, and ends with the same bytes. Needs nibabel and matplotlib (the extra ``calseg[train]``).
 """
 
@@ -229,7 +229,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _check_cases(cases: Sequence[MapCase], class_names: tuple[str, ...] | None) -> tuple[tuple[str, ...], list[str]]:
-    """Class names, and what is odd, from the headers of all files: before anything is computed or written."""
+    """Read the headers of all files, before anything is computed or written; class names, and notes of what is odd."""
     notes, first = [], cases[0]
     for case in cases:
         classes, odd = check_headers(case)

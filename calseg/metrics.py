@@ -41,7 +41,7 @@ Plot = tuple[Any, Any]
 
 
 class _ExactMetric(Metric):
-    """What the metrics of this module share: states of exact integers, which are never cast or mixed up."""
+    """Base of the metrics of this module: states of exact integers, which are never cast or mixed up."""
 
     is_differentiable = False
     higher_is_better = False
@@ -50,8 +50,8 @@ class _ExactMetric(Metric):
     settings: Tensor
 
     def _add_settings(self, *values: int) -> None:
-        # As a state they keep a collection from merging metrics whose first sums happen to be equal, and they show
-        # when states of different metrics are merged or loaded.
+        # The settings are a state: a collection then does not merge metrics whose first sums happen to be equal, and
+        # states of different metrics are refused when they are merged or loaded.
         self.add_state("settings", torch.tensor(values, dtype=torch.int64), dist_reduce_fx="max")
 
     def _differs(self, settings: Any) -> bool:
@@ -64,7 +64,7 @@ class _ExactMetric(Metric):
         if isinstance(state, dict) and self._differs(state.get("settings")):
             raise ValueError("incoming_state: got the state of a metric with other settings, wanted the same")
         super().merge_state(incoming_state)
-        self._update_count += 1  # for a metric that was only ever merged into
+        self._update_count += 1  # counts for a metric that never had an update of its own
         self._computed = None
 
     def set_dtype(self, dst_type: str | torch.dtype) -> Metric:
@@ -261,7 +261,7 @@ class CalibrationError(_BinMetric):
         self.equal_mass = equal_mass
 
     def value_of(self, bins: CalibrationBins) -> Tensor:  # noqa: D102
-        # Quiet, for compute warns once.
+        # The warning of NaN is left to compute.
         error = quiet_calibration_error(bins, self.norm, equal_mass=self.n_bins if self.equal_mass else None)
         return error.mean(-1) if self.class_wise and self.average == "macro" else error
 
@@ -457,7 +457,7 @@ class PerCase(_ExactMetric):
         }
 
     def plot(self, val: Any = None, ax: Any = None) -> Plot:
-        """As :meth:`CalibrationError.plot`; the diagram shows all cases pooled and the spread over them."""
+        """Draw as :meth:`CalibrationError.plot`; the diagram shows all cases pooled and the spread over them."""
         if val is not None or not isinstance(self.metric, CalibrationError):
             return cast(Plot, self._plot(val, ax))
         with self.sync_context(
@@ -467,7 +467,7 @@ class PerCase(_ExactMetric):
         return _draw(self.metric, cases.pool(), cases, ax)
 
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        # For a rank without a case torchmetrics makes an empty tensor of a float dtype and one axis.
+        # Replaces the state of a rank without a case, of which torchmetrics makes a float tensor of one axis.
         for name, sums in self.cases._asdict().items():
             setattr(self, name, [sums.to(self.device)])
         super()._sync_dist(*args, **kwargs)

@@ -26,7 +26,8 @@ __all__ = ["class_reliability_diagrams", "reliability_diagram"]
 
 BAR, GAP, INK = "#9ecae1", "#b2182b", "#222222"
 QUANTILES = (0.05, 0.95)
-LEAST_CASES = 3  # with voxels in a bin, for their spread to be drawn
+LEAST_CASES = 3
+"""Number of cases with voxels in a bin from which on their spread is drawn."""
 
 
 def reliability_diagram(
@@ -205,7 +206,7 @@ def _draw_spread(ax: Any, cases: CalibrationBins, width: float) -> None:
 def _draw_histogram(ax: Any, bins: CalibrationBins) -> None:
     count = bins.count.numpy()
     ax.bar(np.arange(len(count)) / len(count), count, width=1 / len(count), align="edge", color="#737373")
-    ax.set_ylim(0.8, max(10.0, 2 * float(count.max())))  # first, for there is no automatic log scale of zeros
+    ax.set_ylim(0.8, max(10.0, 2 * float(count.max())))  # set first: a log scale finds no limits for zeros
     ax.set_yscale("log")
     ax.set_xlabel("Confidence")
     ax.set_ylabel("Voxels")

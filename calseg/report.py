@@ -194,7 +194,7 @@ def draw_diagrams(out: Path, bins: Mapping[str, CalibrationBins], class_names: S
     for name, figure in figures.items():
         for ending in ("png", "pdf"):
             buffer = io.BytesIO()
-            # Without the time of day, so that equal reports are equal files.
+            # PDF files get no time of creation, so that equal reports are equal files.
             figure.savefig(buffer, format=ending, dpi=200, metadata={"CreationDate": None} if ending == "pdf" else None)
             write_atomic(out / f"{name}.{ending}", buffer.getvalue())
         plt.close(figure)

@@ -1,4 +1,4 @@
-"""Scores of a prediction: what a case adds up to, and the table of statistics that are made of the sums.
+"""Scores of a prediction: the sums of a case, and the table of statistics that follow from them.
 
 :class:`CaseScores` holds integer sums over the voxels of a case. Sums of slabs and of cases just add, and nothing is
 rounded when they do. :data:`STATISTICS` is the one table of the figures of merit: the report of ``calseg evaluate``,
@@ -19,7 +19,7 @@ from calseg.calibration import UNIT, CalibrationBins, calibration_bins, calibrat
 
 N_BINS = 15
 BLOCK_BYTES = 1 << 22
-"""Bytes of probabilities in a block: few enough to stay in a processor's cache while every sum is made of them."""
+"""Bytes of probabilities in a block: small enough to stay in a processor's cache while all its sums are made."""
 
 BinsOf = Callable[[Tensor, Tensor], CalibrationBins]
 """Bins by another convention, of scores ``[1, C, *S]`` and labels ``[1, *S]``; see :meth:`CaseScores.of`."""
@@ -83,14 +83,14 @@ class TruthBins(NamedTuple):
         absolute_error: absolute differences, their mean over the classes, in the same units, ``[*P]``.
     """
 
-    count: Tensor  # type: ignore[assignment]  # tuple.count, which nobody asks of these
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
     confidence: Tensor
     truth: Tensor
     squared_error: Tensor
     absolute_error: Tensor
 
     def __add__(self, other: Any) -> TruthBins:
-        """The sums over the voxels of both; not the concatenation of two tuples."""
+        """Add the sums of both; this is not the concatenation of two tuples."""
         return TruthBins(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
     def num_voxels(self) -> Tensor:
@@ -143,7 +143,7 @@ class ClassCounts(NamedTuple):
     labelled: Tensor
 
     def __add__(self, other: Any) -> ClassCounts:
-        """The counts over the voxels of both; not the concatenation of two tuples."""
+        """Add the counts of both; this is not the concatenation of two tuples."""
         return ClassCounts(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
     def dice(self) -> Tensor:
@@ -154,8 +154,12 @@ class ClassCounts(NamedTuple):
 def count_classes(prediction: Tensor, label: Tensor, classes: int, *, ignore_index: int = -100) -> ClassCounts:
     """Count the voxels of ``prediction`` and ``label``, class indices of one shape; ignored voxels count nowhere."""
     wide = label.long()
-    counted = wide != ignore_index
-    pairs = torch.bincount(wide[counted] * classes + prediction[counted].long(), minlength=classes**2)
+    return _count(prediction, wide, wide != ignore_index, classes)
+
+
+def _count(prediction: Tensor, label: Tensor, counted: Tensor, classes: int) -> ClassCounts:
+    """Count the voxels where ``counted`` is True; all three arguments have one shape, ``label`` is int64."""
+    pairs = torch.bincount(label[counted] * classes + prediction[counted], minlength=classes**2)
     table = pairs.cpu().view(classes, classes)
     return ClassCounts(table.diagonal().clone(), table.sum(0), table.sum(1))
 
@@ -164,7 +168,7 @@ def count_classes(prediction: Tensor, label: Tensor, classes: int, *, ignore_ind
 
 
 class CaseScores(NamedTuple):
-    """What a case, or a slab of it, adds up to. ``+`` merges slabs and cases.
+    """Sums of a case, or of a slab of it. ``+`` merges slabs and cases.
 
     Args:
         bins: :class:`calseg.CalibrationBins` of each region of :data:`REGIONS` by the region's name: top-label, and
@@ -175,7 +179,7 @@ class CaseScores(NamedTuple):
 
     bins: dict[str, CalibrationBins]
     counts: ClassCounts
-    truth: dict[str, TruthBins] = {}  # noqa: RUF012  # never changed
+    truth: dict[str, TruthBins] = {}  # noqa: RUF012  # no code writes to it
 
     @classmethod
     def of(
@@ -211,20 +215,21 @@ class CaseScores(NamedTuple):
             bins = _region_bins(x, y, from_logits, n_bins, class_wise, ignore_index)
             for name, bins_of in (conventions or {}).items():
                 bins[name] = bins_of(x, y).pool()
-            counted = y.long() != ignore_index
+            wide = y.long()
+            counted = wide != ignore_index
             if int(bins["all"].num_nan):
                 counted &= ~(x.softmax(1) if from_logits else x).isnan().any(1)
-            counts = count_classes(x.argmax(1)[counted], y[counted], len(scores))
+            counts = _count(x.argmax(1), wide, counted, len(scores))
             known = {}
             if truth is not None:
                 known = truth_bins(x[0], truth[:, part], counted[0], from_logits=from_logits, n_bins=n_bins)
             block = cls(bins, counts, known)
             total = block if total is None else total + block
-        assert total is not None  # there is always a block
+        assert total is not None  # an empty volume is one block
         return total
 
     def __add__(self, other: Any) -> CaseScores:
-        """The sums over the voxels of both; not the concatenation of two tuples."""
+        """Add the sums of both; this is not the concatenation of two tuples."""
         return CaseScores(
             {name: bins + other.bins[name] for name, bins in self.bins.items()},
             self.counts + other.counts,
@@ -271,7 +276,7 @@ def _stacked(parts: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
 
 
 def _blocks(scores: Tensor) -> Iterator[slice]:
-    """Slices of the first axis of space of ``[C, *S]``; one slice on a GPU, whose memory is fast enough."""
+    """Cut the first axis of space of ``[C, *S]`` into slices; on a GPU, whose memory is fast, into one."""
     length = scores.shape[1]
     rows = length
     if scores.device.type == "cpu" and length:
@@ -361,7 +366,7 @@ def values_of(bins: Mapping[str, CalibrationBins], names: Sequence[str] = tuple(
 
 
 def summarise(cases: Mapping[str, CaseScores], class_names: Sequence[str]) -> dict[str, Any]:
-    """What a training run reports of its validation cases, as JSON has it: Dice, and :data:`MAIN_STATISTICS`.
+    """Summary of the validation cases of a training run: Dice, and :data:`MAIN_STATISTICS`.
 
     Returns:
         ``dice``: ``{class: mean over the cases that hold it}``, from class 1 on; ``dice_mean``: the mean over these

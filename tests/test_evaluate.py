@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -189,6 +190,23 @@ def test_every_statistic_is_in_the_report_and_the_csv(tmp_path: Path) -> None:
         for name in STATISTICS:
             assert set(report[region][name]) == {"pooled", "mean"}
             assert f"{name}_{region}" in header
+
+
+def test_every_statistic_is_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
+    from calseg.cli.tables import print_report
+
+    cases = arrays()
+    write_nifti(tmp_path / "maps", cases)
+    report = evaluate(tmp_path / "maps", write_labels(tmp_path, cases), tmp_path / "out")
+    capsys.readouterr()
+    print_report(report)
+    lines = capsys.readouterr().out.splitlines()
+    for region in REGIONS:
+        for name, statistic in STATISTICS.items():
+            rows = [line for line in lines if re.search(rf"│ {statistic.title} +│ {region} voxels", line)]
+            assert len(rows) == 1, (region, name)
+            assert f"{report[region][name]['pooled']['value']:.4f}" in rows[0]
 
 
 def test_csv(tmp_path: Path) -> None:

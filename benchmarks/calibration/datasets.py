@@ -25,7 +25,7 @@ from calseg.simulation import CLASS_NAMES, DemoConfig, make_case
 
 @dataclass(frozen=True)
 class Plan:
-    """How a data set is used: cases to train on, to tune on and to test on, patches, updates of a network."""
+    """Use of a data set: cases to train on, to tune on and to test on, patches, updates of a network."""
 
     training: int
     tuning: int

@@ -46,7 +46,7 @@ STYLES = {
 }
 NLL_TICKS = (-0.1, -0.05, -0.02, -0.01, -0.005, 0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 DRAWN = ("cross_entropy", "temperature_scaling", "svls", "calseg", "calseg_defaults")
-"""Whose reliability is drawn; more lines than these cannot be told apart."""
+"""Methods whose reliability is drawn; more lines than these cannot be told apart."""
 
 
 def _settings(entry: Mapping[str, Any]) -> str:
@@ -57,7 +57,7 @@ def _settings(entry: Mapping[str, Any]) -> str:
 
 
 def _short(value: float, digits: int, *, sign: bool = False) -> str:
-    """Without the 0 before the point."""
+    """Format ``value`` without the 0 before the point."""
     return f"{value:{'+' if sign else ''}.{digits}f}".replace("0.", ".", 1)
 
 
@@ -95,7 +95,7 @@ def draw(contents: Mapping[str, Mapping[str, Any]]) -> Any:
     for row, (dataset, content) in zip(axes, contents.items(), strict=True):
         test = content["test"]
         plan, seeds = content["plan"], len(test["cross_entropy"]["scores"]["dice"]["seeds"])
-        # Against many raters where there are some: that is what a probability of one rater's label stands for.
+        # The error is taken against many raters where there are some: a probability stands for their share.
         error = "disputed_ece" if "disputed_ece" in test["cross_entropy"]["scores"] else "fg_ece"
         for ax, key, name in ((row[0], "dice", "Dice"), (row[1], "nll", "NLL")):
             ax.axhline(0, color="#bbbbbb", lw=0.8, zorder=0)
@@ -108,7 +108,7 @@ def draw(contents: Mapping[str, Mapping[str, Any]]) -> Any:
                         x[0], y[0], xerr=_bars(x), yerr=_bars(y), color=colour, marker=marker,
                         ms=11 if marker == "*" else 7, mec="white", mew=0.6, ls="", elinewidth=1, alpha=0.9,
                     )  # fmt: skip
-            if key == "nll":  # some methods double it, and the others would lie on one line
+            if key == "nll":  # some methods double it, and on a linear axis the others would lie on one line
                 ax.set_yscale("symlog", linthresh=0.01)
                 limits = ax.get_ylim()
                 ax.set_yticks(NLL_TICKS, [f"{tick:g}" for tick in NLL_TICKS])

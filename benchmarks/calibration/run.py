@@ -72,7 +72,7 @@ class Experiment:
         self._caches = {part: CaseCache(dataset) for part, dataset in self.data.items()}
 
     def config(self, method: str, settings: Mapping[str, float], seed: int) -> TrainConfig:
-        """What ``train`` is given."""
+        """Settings of one training run."""
         plan = self.plan
         return TrainConfig(
             method=method,
@@ -85,7 +85,7 @@ class Experiment:
         )
 
     def folder(self, config: TrainConfig, settings: Mapping[str, float]) -> Path:
-        """Of a run."""
+        """Folder of a run."""
         words = [config.method, *(f"{key}{value:g}" for key, value in settings.items()), f"seed{config.seed}"]
         return self.root / "runs" / "-".join(words)
 
@@ -151,7 +151,7 @@ class Experiment:
         return torch.from_numpy(read_volume(path)).movedim(-1, 0) if path.is_file() else None
 
     def temperature(self, run: Path) -> float:
-        """Of temperature scaling, fitted on the tuning cases."""
+        """Temperature of temperature scaling, fitted on the tuning cases."""
         path = run / "temperature.json"
         if not path.is_file():
             cases = self.predictions(run, "tuning")
