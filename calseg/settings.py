@@ -18,7 +18,7 @@ order of the fields is the order of the options. This module imports neither typ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import field, fields
 from typing import Any, NamedTuple
 
@@ -49,7 +49,7 @@ def whole(low: int, high: int) -> Bound:
     return Bound(f"lie in {low} to {high}", lambda value: low <= value <= high)
 
 
-def one_of(choices: Sequence[str]) -> Bound:
+def one_of(choices: Collection[str]) -> Bound:
     """One of some words."""
     return Bound(f"be one of {', '.join(choices)}", lambda value: value in choices)
 

@@ -208,7 +208,8 @@ def demo(
     Started again with the same settings it continues an interrupted demo, and shows a finished one.
     """
     from calseg.cli.tables import print_metrics, progress_bars
-    from calseg.demo import DemoConfig, run_demo
+    from calseg.demo import run_demo
+    from calseg.simulation import DemoConfig
 
     with progress_bars() as progress:
         _set_threads(threads)
@@ -281,7 +282,7 @@ COMMANDS = {
     "soft-labels": Command(soft_labels, TRAINING, _not_of_stage_one, is_resumable=True),
     "predict": Command(predict, is_resumable=True),
     "evaluate": Command(evaluate, "calseg.report:EvaluateConfig", is_resumable=True),
-    "demo": Command(demo, "calseg.demo:DemoConfig"),
+    "demo": Command(demo, "calseg.simulation:DemoConfig"),
 }
 RESUMABLE = tuple(name for name, command in COMMANDS.items() if command.is_resumable)
 

@@ -59,7 +59,7 @@ class TrainConfig:
     method: str = setting(
         "cross_entropy",
         "Training method: " + ", ".join(f"{name} ({entry.title})" for name, entry in METHODS.items()) + ".",
-        one_of(tuple(METHODS)),
+        one_of(METHODS),
         option=("--method", "--loss"),
     )
     iterations: int = setting(300, "Number of updates of each network.", at_least(1))
