@@ -32,7 +32,7 @@ def svls_labels(target: Tensor, num_classes: int, *, sigma: float = 1.0, ignore_
     Args:
         target: class indices ``[N, *S]``.
         num_classes: ``C``.
-        sigma: of the Gaussian, in voxels. Default 1.
+        sigma: standard deviation of the Gaussian in voxels. Default 1.
         ignore_index: label of voxels that do not count. Default -100.
 
     Returns:
@@ -70,7 +70,7 @@ def svls_cross_entropy(
     Args:
         input: logits ``[N, C, *S]``.
         target: class indices ``[N, *S]``.
-        sigma: of the Gaussian, in voxels. Default 1.
+        sigma: standard deviation of the Gaussian in voxels. Default 1.
         ignore_index: label of voxels that do not count. Default -100.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. Default ``"mean"``.
 
@@ -100,7 +100,7 @@ def focal_cross_entropy(
     Args:
         input: logits ``[N, C, *S]``.
         target: class indices ``[N, *S]``.
-        gamma: the exponent, 0 (plain cross-entropy) or at least 1. Default 3.
+        gamma: exponent, 0 (plain cross-entropy) or at least 1. Default 3.
         ignore_index: label of voxels that do not count. Default -100.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. Default ``"mean"``.
 
@@ -142,7 +142,7 @@ def mbls_cross_entropy(
         input: logits ``[N, C, *S]``.
         target: class indices ``[N, *S]``.
         alpha: weight of the penalty. Default 0.1.
-        margin: that costs nothing. Default 5.
+        margin: distance below the top logit that costs nothing. Default 5.
         ignore_index: label of voxels that do not count. Default -100.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. Default ``"mean"``.
 
@@ -237,7 +237,7 @@ def fit_temperature(logits: Sequence[Tensor], targets: Sequence[Tensor], *, igno
         raise ValueError(f"targets: every voxel is {ignore_index} (ignored), wanted some that count")
 
     def slope(inverse: float) -> float:
-        """Of the summed NLL against ``1 / T``: the expected logit minus the label's."""
+        """The derivative of the summed NLL by ``1 / T``: the expected logit minus that of the label."""
         total = 0.0
         for scores, target, mask in zip(logits, targets, valid, strict=True):
             flat, label = scores[:, mask].double(), target[mask].long()
@@ -245,7 +245,7 @@ def fit_temperature(logits: Sequence[Tensor], targets: Sequence[Tensor], *, igno
             total += float(expected - flat.gather(0, label[None]).sum())
         return total
 
-    low, high = math.log(0.01), math.log(100)  # of 1 / T
+    low, high = math.log(0.01), math.log(100)  # logarithms of 1 / T
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (low, middle) if slope(math.exp(middle)) > 0 else (middle, high)

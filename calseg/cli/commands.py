@@ -12,6 +12,7 @@ import typer
 
 import calseg
 from calseg.cli.options import Given, with_options
+from calseg.methods import METHODS
 
 if TYPE_CHECKING:
     from calseg.training.config import TrainConfig
@@ -22,7 +23,12 @@ Data = Annotated[
 ]
 Resume = Annotated[
     bool,
-    typer.Option("--resume", help="Continue the interrupted run in the folder --out, with its own settings."),
+    typer.Option(
+        "--resume", help="Continue the interrupted run in the folder --out; give the other options as before."
+    ),
+]
+ResumeTraining = Annotated[
+    bool, typer.Option("--resume", help="Continue the interrupted run in the folder --out, with its own settings.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that the folder --out holds.")]
 Device = Annotated[str, typer.Option(help="Device that the networks run on: cpu, cuda, cuda:1 and so on.")]
@@ -50,7 +56,7 @@ def train(
             " (method calseg)."
         ),
     ] = None,
-    resume: Resume = False,
+    resume: ResumeTraining = False,
     overwrite: Overwrite = False,
     checkpoint_every: CheckpointEvery = 50,
     device: Device = "cpu",
@@ -89,7 +95,7 @@ def soft_labels(
             " temperature and the number of samples may differ."
         ),
     ] = None,
-    resume: Resume = False,
+    resume: ResumeTraining = False,
     overwrite: Overwrite = False,
     checkpoint_every: CheckpointEvery = 50,
     device: Device = "cpu",
@@ -250,13 +256,13 @@ class Command:
     Attributes:
         run: the function.
         config: "module:name" of the dataclass whose fields become options in place of the parameter ``given``.
-        leave_out: called for the fields that do not become options.
+        leave_out: the fields that do not become options.
         is_resumable: whether the command has the option --resume.
     """
 
     run: Callable[..., None]
     config: str = ""
-    leave_out: Callable[[], Collection[str]] = tuple
+    leave_out: Collection[str] = ()
     is_resumable: bool = False
 
     def for_typer(self) -> Callable[..., None]:
@@ -264,13 +270,11 @@ class Command:
         if not self.config:
             return self.run
         module, _, name = self.config.partition(":")
-        return with_options(self.run, getattr(importlib.import_module(module), name), self.leave_out())
+        return with_options(self.run, getattr(importlib.import_module(module), name), self.leave_out)
 
 
 def _not_of_stage_one() -> set[str]:
     """The settings of training that do not bear on the first stage of CALSeg."""
-    from calseg.methods import METHODS
-
     of_methods = {name for method in METHODS.values() for name in method.settings}
     return {"method", "val_fraction", *(of_methods - set(METHODS["calseg"].settings))}
 
@@ -279,7 +283,7 @@ TRAINING = "calseg.training.config:TrainConfig"
 COMMANDS = {
     "info": Command(info),
     "train": Command(train, TRAINING, is_resumable=True),
-    "soft-labels": Command(soft_labels, TRAINING, _not_of_stage_one, is_resumable=True),
+    "soft-labels": Command(soft_labels, TRAINING, _not_of_stage_one(), is_resumable=True),
     "predict": Command(predict, is_resumable=True),
     "evaluate": Command(evaluate, "calseg.report:EvaluateConfig", is_resumable=True),
     "demo": Command(demo, "calseg.simulation:DemoConfig"),

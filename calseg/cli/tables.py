@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import calseg
-from calseg.scores import MAIN_STATISTICS, REGIONS, STATISTICS
+from calseg.scores import MAIN_STATISTICS, N_BINS, REGIONS, STATISTICS, TRUTH_STATISTICS
 
 
 def print_info(*, as_json: bool) -> None:
-    """What :func:`calseg.info` returns, as JSON or one line per entry."""
+    """Print what :func:`calseg.info` returns, as JSON or one line per entry."""
     content = calseg.info()
     if as_json:
         print(json.dumps(content, indent=2, default=str))
@@ -38,13 +38,7 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 def progress_bars() -> Iterator[Any]:
     """A progress callback that draws one bar on stderr per stage."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
         TextColumn("{task.description:>9}"),
@@ -70,7 +64,7 @@ def progress_bars() -> Iterator[Any]:
 
 
 def print_estimate(summary: Mapping[str, Any]) -> None:
-    """What the first stage's estimates are worth, before they are blended with the labels."""
+    """Print how good the first stage's estimates are, before they are blended with the labels."""
     estimate = summary["estimate"]
     print(
         f"{len(summary['cases'])} cases; the estimate alone, before it is blended with the label, mean over the cases:"
@@ -83,7 +77,7 @@ def print_estimate(summary: Mapping[str, Any]) -> None:
 
 
 def print_metrics(runs: Mapping[str, Mapping[str, Any]]) -> None:
-    """One table, a column per run."""
+    """Print the scores of training runs in one table with a column per run."""
     from rich.console import Console
     from rich.table import Table
 
@@ -115,16 +109,16 @@ def print_metrics(runs: Mapping[str, Mapping[str, Any]]) -> None:
         table.add_section()
         for name in MAIN_STATISTICS:
             row(STATISTICS[name].title, "all, other raters", "raters", "all", name)
-        row("squared error", "all, true probability", "truth", "brier")
+        row(TRUTH_STATISTICS["brier"].title, "all, true probability", "truth", "brier")
     table.add_section()
     row("training", "seconds", "seconds", "train", digits=0)
     print(f"{first['dataset']}: {first['iterations']} iterations, {count} validation case{'s' * (count != 1)}")
     Console(width=None if sys.stdout.isatty() else 100).print(table)
-    print("foreground: voxels whose label is not 0; ECE: 15 equal bins of the top probability")
+    print(f"foreground: voxels whose label is not 0; ECE: {N_BINS} equal bins of the top probability")
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """The table of ``calseg evaluate``: each score with its interval over the cases."""
+    """Print the table of ``calseg evaluate``: each score with its interval over the cases."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""The networks that ``calseg train`` trains, in 2-D and 3-D. Needs the extra ``calseg[train]`` (MONAI).
+"""The networks that ``calseg train`` trains, in 2-D and 3-D.
 
 :class:`SegmentationNet` is what is deployed (the paper's ``f_cal``); :class:`StageOneNet` holds the four networks of
 CALSeg's first stage and estimates soft labels.
@@ -25,7 +25,7 @@ Net = TypeVar("Net", bound=nn.Module)
 
 
 class StageOneOutput(NamedTuple):
-    """Of :class:`StageOneNet`: ``logits`` ``[N, C, *S]``, ``image`` as the input, ``mu`` and ``logvar`` ``[N, L]``."""
+    """What :class:`StageOneNet` gives: ``logits[N, C, *S]``, the reconstructed image, ``mu`` and ``logvar`` ``[N, L]``."""
 
     logits: Tensor
     image: Tensor
@@ -117,11 +117,11 @@ class StageOneNet(nn.Module):
     ======== =========== ==============================================================================
 
     Args:
-        in_channels: of the image.
-        num_classes: ``C``.
+        in_channels: number of channels of the image.
+        num_classes: number of classes ``C``.
         spatial_dims: 2 or 3.
         features: channels per resolution of the U-Net and, halved, of the encoder.
-        latent_size: ``L``, of the code.
+        latent_size: number of values ``L`` in the code.
 
     Example:
         >>> import torch
@@ -201,10 +201,11 @@ class StageOneNet(nn.Module):
             image: float ``[N, in_channels, *S]``.
             label: class indices ``[N, *S]``.
             num_samples: codes drawn from the posterior. ``calseg train`` draws 8.
-            temperature: of the softmax, above 0. ``calseg train`` fits it; 1.1 to 2.0 in benchmarks/README.md.
+            temperature: temperature of the softmax, above 0. ``calseg train`` fits it (1.1 to 2.0 in
+                benchmarks/README.md).
             alpha: share of the estimate, in [0, 1]. ``calseg train`` takes 0.5 (benchmarks/README.md).
             ignore_index: label of voxels whose soft label is 0 in every class. Default -100.
-            generator: of the codes, on the CPU. Default: PyTorch's.
+            generator: generator of the codes, on the CPU. Default: PyTorch's.
 
         Returns:
             Soft labels ``[N, C, *S]``, the dtype of the logits, float32 at least.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,14 @@ from calseg.volumes.probabilities import probabilities_file
 
 CASES = ("validation", "training", "all")
 STATE = "predict.json"
+WORDS = {
+    "run": "the folder RUN",
+    "checkpoint": "the network in RUN",
+    "iteration": "the network in RUN",
+    "data": "the folder DATA",
+    "cases": "the cases to predict",
+}
+"""Words for the entries of ``predict.json`` where one of them forbids to resume."""
 
 
 def predict_folder(
@@ -72,9 +81,9 @@ def predict_folder(
         "cases": names,
     }
     maps = {name: folder / f"{name}.nii.gz" for name in names}
-    results = RunFolder(folder, STATE, tuple(path.name for path in maps.values()))
-    if results.open(resume=resume, overwrite=overwrite) and read_json(results.state_path) != content:
-        raise RunError(f"{results.state_path}: cannot be resumed; the run, its network, the data or the cases changed")
+    results = RunFolder(folder, STATE, tuple(glob.escape(path.name) for path in maps.values()))
+    if results.open(resume=resume, overwrite=overwrite):
+        results.check_same_data(read_json(results.state_path), content, WORDS)
     write_json(results.state_path, content)
 
     cache = CaseCache(dataset)

@@ -8,6 +8,7 @@ into folds, and those of a fold get soft labels from a network that did not see 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -59,15 +60,29 @@ def estimate(
     """Train the first stage and write ``out/soft_labels/NAME.nii.gz`` for ``names`` (default: every case of ``data``).
 
     The maps are 4-D NIfTI, ``[x, y, z, classes]``, uint16 with the slope that makes them probabilities; an ignored
-    voxel is 0 in every class. Returns what ``out/soft_labels.json`` holds: under ``estimate`` the mean over the
-    cases of what :func:`_judge` says of the estimate alone (not blended with the label), under ``cases`` the same of
-    each case, and ``temperature``: where ``config`` leaves it to us, it is the one under which the estimates of
-    networks that did not see the cases fit the labels best.
+    voxel is 0 in every class.
 
-    ``networks`` is the folder of another run on the same cases, whose first stage is used instead of training one:
-    ``alpha``, ``temperature`` and ``num_samples`` may then differ. ``resume`` goes on where an interrupted call with
-    the same settings stopped. Raises :class:`~calseg.runs.CalsegError` for what the user can mend, and after SIGINT or
-    SIGTERM :class:`~calseg.runs.RunInterruptedError`.
+    Args:
+        data: folder in the Medical Segmentation Decathlon's or nnU-Net's raw layout.
+        out: folder of the run.
+        config: the settings. A temperature of None is fitted: the estimates of networks that did not see the cases
+            then fit the labels best.
+        names: the cases. Default: every case of ``data``.
+        networks: folder of another run on the same cases, whose first stage is used instead of training one. The
+            settings ``alpha``, ``temperature`` and ``num_samples`` may then differ.
+        resume: continue the run in ``out``, which must have the same settings and cases.
+        overwrite: replace the run in ``out``.
+        device: a device of PyTorch's.
+        checkpoint_every: updates between checkpoints.
+        progress: told of everything that is done.
+
+    Returns:
+        What ``soft_labels.json`` holds. ``cases`` tells of each case how good its estimate is before it is blended with
+        the label (:func:`_judge`), ``estimate`` is the mean over the cases, ``temperature`` is the one used.
+
+    Raises:
+        CalsegError: what the user can mend: a bad file, a setting, a folder that is not empty.
+        RunInterruptedError: SIGINT or SIGTERM came; what was done is kept on disk.
     """
     target = check_device(device)
     dataset = find_cases(data)
@@ -104,10 +119,10 @@ def _estimate(
     checkpoint_every: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Networks, temperature, maps; what ``run`` holds of them is not made again."""
+    """Make the networks, the temperature and the maps; what ``run`` holds of them is not made again."""
     cache = CaseCache(dataset)
     folds = split_folds(names, config.folds, config.split_seed)  # no more than there are cases
-    # What the networks do not depend on is left out, so that they can serve other estimates.
+    # Settings that the networks do not depend on get fixed values, so that the networks can serve other estimates.
     stage = replace(config, alpha=1.0, temperature=1.0, num_samples=1)
     nets: list[StageOneNet] = []
     seconds = 0.0
@@ -157,7 +172,7 @@ def _fold(run: Path, number: int) -> Path:
 
 
 def _others(names: Sequence[str], members: Sequence[str]) -> list[str]:
-    """What the networks of a fold are trained on: the other folds; all there is where there is but one."""
+    """The cases that the network of a fold is trained on: those of the other folds, or all if there is one fold."""
     return [name for name in names if name not in set(members)] or list(names)
 
 
@@ -201,10 +216,10 @@ def _loss_of(net: StageOneNet, config: TrainConfig) -> Callable[[Patches, int], 
 
 
 def estimate_case(net: StageOneNet, case: LoadedCase, config: TrainConfig) -> Tensor:
-    """The estimate alone, float32 ``[classes, x, y, z]``, by sliding windows, on the device of ``net``.
+    """The estimate of a case, float32 ``[classes, x, y, z]``, not blended with the label, on the device of ``net``.
 
-    Windows of the training patch's size overlap by half, each with codes of its own posterior, and are averaged with
-    Gaussian weights.
+    Sliding windows of the training patch's size overlap by half, each with codes of its own posterior, and are
+    averaged with Gaussian weights.
     """
     device = next(net.parameters()).device
     seed = int.from_bytes(hashlib.sha256(case.name.encode()).digest()[:4], "big")
@@ -271,7 +286,7 @@ def _judge(soft: Tensor, label: Tensor, dataset: Dataset) -> dict[str, float]:
     confidence, top = p.max(0)
     nll = -p.gather(0, y[None]).clamp(min=1e-12).log()
     return {
-        "dice": mean_of([value for value in dice.tolist() if value == value]) or 0.0,
+        "dice": mean_of([value for value in dice.tolist() if not math.isnan(value)]) or 0.0,
         "nll": float(nll.mean()) if len(y) else 0.0,
         "confidence": float(confidence.mean()) if len(y) else 1.0,
         "accuracy": float((top == y).double().mean()) if len(y) else 1.0,

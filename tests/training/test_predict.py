@@ -74,7 +74,7 @@ def test_predict_resumes(trained: Path, tmp_path: Path) -> None:
         predict_folder(trained / "run", trained / "data", part, progress=stop_after(2), **options)
     first = {path: path.stat().st_mtime_ns for path in part.glob("*.nii.gz")}
     assert len(first) == 2
-    with pytest.raises(TrainingError, match="cannot be resumed; the run, its network, the data or the cases changed"):
+    with pytest.raises(TrainingError, match="cannot be resumed on other data: the cases to predict changed since"):
         predict_folder(trained / "run", trained / "data", part, resume=True, cases="training")
     predict_folder(trained / "run", trained / "data", part, resume=True, **options)
     assert first == {path: path.stat().st_mtime_ns for path in first}
