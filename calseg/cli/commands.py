@@ -23,9 +23,7 @@ Data = Annotated[
 ]
 Resume = Annotated[
     bool,
-    typer.Option(
-        "--resume", help="Continue the interrupted run in the folder --out; give the other options as before."
-    ),
+    typer.Option("--resume", help="Continue the interrupted run in the folder --out; give the same other options."),
 ]
 ResumeTraining = Annotated[
     bool, typer.Option("--resume", help="Continue the interrupted run in the folder --out, with its own settings.")

@@ -25,7 +25,7 @@ Net = TypeVar("Net", bound=nn.Module)
 
 
 class StageOneOutput(NamedTuple):
-    """What :class:`StageOneNet` gives: ``logits[N, C, *S]``, the reconstructed image, ``mu`` and ``logvar`` ``[N, L]``."""
+    """Output of :class:`StageOneNet`: ``logits[N, C, *S]``, the image again, ``mu`` and ``logvar`` ``[N, L]``."""
 
     logits: Tensor
     image: Tensor
