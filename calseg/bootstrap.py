@@ -1,8 +1,9 @@
 """Confidence intervals over cases: the percentile bootstrap.
 
 Voxels of one volume are not independent, volumes of different patients are: what is drawn with replacement are
-whole cases. Cases are put in an order of their own first and every sum is of integers or over a sorted axis, so
-that an interval is the same, bit for bit, whatever the order in which cases came.
+whole cases. :func:`mean_interval` and :func:`pooled_interval` put the cases in an order of their own first, and every
+sum is of integers or over a sorted axis: an interval is the same, bit for bit, whatever the order in which cases came.
+To compare methods on the same draws, weigh each method's cases by :func:`case_weights` instead.
 
 Source: Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 13.
 """
@@ -10,7 +11,7 @@ Source: Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from calseg.calibration import CalibrationBins
 
 NUM_RESAMPLES = 2000
 BLOCK_BYTES = 1 << 25
+
+Sums = TypeVar("Sums", bound=tuple[Tensor, ...])
+"""A named tuple of int64 sums with one item per case along the first axis, such as ``CalibrationBins``."""
 
 
 class Interval(NamedTuple):
@@ -48,7 +52,8 @@ def mean_interval(
     check_options(confidence_level, num_resamples, seed)
     present = values.detach().double().cpu()
     present = present[~present.isnan()].sort().values
-    drawn = [present[index].mean(1) for index in _draws(len(present), num_resamples, seed, 8 * len(present))]
+    blocks = _draws(len(present), num_resamples, seed, 8 * len(present))
+    drawn = [present[index].mean(1) for index in blocks]
     return _interval(present.mean(), drawn, len(present), confidence_level)
 
 
@@ -66,37 +71,75 @@ def pooled_interval(
     ``[items]`` or ``[items, K]``. Cases without a voxel are left out before anything is drawn.
     """
     check_options(confidence_level, num_resamples, seed)
-    rows = torch.cat([field.reshape(len(field), -1) for field in cases], 1)
-    rows = rows[cases.num_voxels > 0]
+    rows = _as_rows(cases)[cases.num_voxels > 0]
     rows = rows[torch.from_numpy(np.lexsort(rows.numpy().T[::-1]).copy())]
-    shapes = [field.shape[1:] for field in cases]
-    sizes = [shape.numel() for shape in shapes]
+    in_order = _from_rows(cases, rows)
+    blocks = _draws(len(rows), num_resamples, seed, 8 * rows.shape[1])
+    drawn = [statistic(weighted_sums(in_order, _times_drawn(index))).double() for index in blocks]
+    whole = statistic(_from_rows(cases, rows.sum(0, keepdim=True))).double()
+    return _interval(whole[0], drawn, len(rows), confidence_level)
 
-    def value(sums: Tensor) -> Tensor:
-        fields = zip(sums.split(sizes, 1), shapes, strict=True)
-        return statistic(CalibrationBins(*(part.reshape(len(sums), *shape) for part, shape in fields))).double()
 
-    drawn = []
-    for index in _draws(len(rows), num_resamples, seed, 8 * sum(sizes)):
-        times = index.new_zeros(len(index), len(rows)).scatter_add_(1, index, torch.ones_like(index))
-        drawn.append(value(times @ rows))
-    return _interval(value(rows.sum(0, keepdim=True))[0], drawn, len(rows), confidence_level)
+def case_weights(cases: int, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Tensor:
+    """Count how often each case is drawn in each resample: int64 ``[num_resamples, cases]``.
+
+    Every row sums to ``cases``. The weights depend on the arguments only: two methods that are weighed by them are
+    compared on the same cases.
+    """
+    check.check_integer("cases", cases, 1)
+    check.check_integer("num_resamples", num_resamples, 1)
+    check.check_integer("seed", seed, 0)
+    return _times_drawn(_case_numbers(cases, num_resamples, seed))
+
+
+def weighted_sums(cases: Sums, weights: Tensor) -> Sums:
+    """The sums over the cases, each counted as often as int64 ``weights[B, cases]`` says; one item per row of it."""
+    return _from_rows(cases, weights @ _as_rows(cases))
+
+
+def percentile_interval(drawn: Tensor, confidence_level: float = 0.95) -> tuple[Tensor, Tensor]:
+    """The ends of the interval of a value over the resamples, from ``drawn`` ``[num_resamples, ...]``."""
+    tail = (1 - confidence_level) / 2
+    # Both ends are values that were drawn: a point between two of them is undefined where one is infinite.
+    lower = torch.quantile(drawn, tail, dim=0, interpolation="lower")
+    upper = torch.quantile(drawn, 1 - tail, dim=0, interpolation="higher")
+    return lower, upper
+
+
+def _as_rows(cases: tuple[Tensor, ...]) -> Tensor:
+    """All sums of a case in one row, ``[cases, numbers]``."""
+    return torch.cat([field.reshape(len(field), -1) for field in cases], 1)
+
+
+def _from_rows(like: Sums, rows: Tensor) -> Sums:
+    """The inverse of :func:`_as_rows`, for sums of the shapes of ``like``."""
+    shapes = [field.shape[1:] for field in like]
+    parts = rows.split([shape.numel() for shape in shapes], 1)
+    make: Any = type(like)
+    sums: Sums = make(*(part.reshape(len(rows), *shape) for part, shape in zip(parts, shapes, strict=True)))
+    return sums
+
+
+def _times_drawn(index: Tensor) -> Tensor:
+    """Count how often each of the cases stands in each row of ``index[B, cases]``: int64 of the same shape."""
+    return torch.zeros_like(index).scatter_add_(1, index, torch.ones_like(index))
+
+
+def _case_numbers(cases: int, num_resamples: int, seed: int) -> Tensor:
+    """Case numbers drawn with replacement, int64 ``[num_resamples, cases]``."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(cases, (num_resamples, cases), generator=generator, device="cpu")
 
 
 def _draws(cases: int, num_resamples: int, seed: int, bytes_each: int) -> list[Tensor]:
-    """``num_resamples`` rows of case numbers drawn with replacement, in blocks that bound the memory of their use."""
+    """:func:`_case_numbers` in blocks that bound the memory of their use; none for fewer than two cases."""
     if cases < 2:
         return []
-    generator = torch.Generator().manual_seed(seed)
-    index = torch.randint(cases, (num_resamples, cases), generator=generator, device="cpu")
+    index = _case_numbers(cases, num_resamples, seed)
     return list(index.split(max(1, BLOCK_BYTES // max(bytes_each, 1))))
 
 
 def _interval(value: Tensor, drawn: list[Tensor], cases: int, confidence_level: float) -> Interval:
     if cases < 2:
         return Interval(value, torch.full_like(value, torch.nan), torch.full_like(value, torch.nan))
-    tail, drawn_values = (1 - confidence_level) / 2, torch.cat(drawn)
-    # Values that were drawn, not points between two of them, one of which may be infinite.
-    lower = torch.quantile(drawn_values, tail, dim=0, interpolation="lower")
-    upper = torch.quantile(drawn_values, 1 - tail, dim=0, interpolation="higher")
-    return Interval(value, lower, upper)
+    return Interval(value, *percentile_interval(torch.cat(drawn), confidence_level))

@@ -8,7 +8,6 @@ so that in a ``torchmetrics.MetricCollection`` they share one pass over each vol
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -31,8 +30,8 @@ from calseg.calibration import (
     NORMS,
     CalibrationBins,
     calibration_bins,
-    calibration_error_from_bins,
 )
+from calseg.scores import quiet_calibration_error, warn_of_nan
 from calseg.tensors import compute_dtype
 
 __all__ = ["PRESETS", "BrierScore", "CalibrationError", "NegativeLogLikelihood", "PerCase", "preset_metric"]
@@ -41,15 +40,8 @@ Plot = tuple[Any, Any]
 """The figure (None if it was drawn into given axes) and the axes."""
 
 
-def _warn_of_nan(bins: CalibrationBins) -> None:
-    if num_nan := int(bins.num_nan.sum()):
-        total = int(bins.num_voxels.sum())
-        message = f"{num_nan} of {total} voxels have a NaN probability and are left out"
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
-
-
 class _ExactMetric(Metric):
-    """What the metrics of this module share: states of exact integers, which are never cast or mixed up."""
+    """Base of the metrics of this module: states of exact integers, which are never cast or mixed up."""
 
     is_differentiable = False
     higher_is_better = False
@@ -58,8 +50,8 @@ class _ExactMetric(Metric):
     settings: Tensor
 
     def _add_settings(self, *values: int) -> None:
-        # As a state they keep a collection from merging metrics whose first sums happen to be equal, and they show
-        # when states of different metrics are merged or loaded.
+        # The settings are a state: a collection then does not merge metrics whose first sums happen to be equal, and
+        # states of different metrics are refused when they are merged or loaded.
         self.add_state("settings", torch.tensor(values, dtype=torch.int64), dist_reduce_fx="max")
 
     def _differs(self, settings: Any) -> bool:
@@ -72,7 +64,7 @@ class _ExactMetric(Metric):
         if isinstance(state, dict) and self._differs(state.get("settings")):
             raise ValueError("incoming_state: got the state of a metric with other settings, wanted the same")
         super().merge_state(incoming_state)
-        self._update_count += 1  # for a metric that was only ever merged into
+        self._update_count += 1  # counts for a metric that never had an update of its own
         self._computed = None
 
     def set_dtype(self, dst_type: str | torch.dtype) -> Metric:
@@ -201,7 +193,7 @@ class _BinMetric(_ExactMetric):
     def compute(self) -> Tensor:
         """The value over everything so far (of all ranks), float64 0-d, or ``[K]`` with ``average="none"``."""
         bins = self.bins
-        _warn_of_nan(bins)
+        warn_of_nan(bins, stacklevel=4)
         return self.value_of(bins)
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Plot:
@@ -269,8 +261,8 @@ class CalibrationError(_BinMetric):
         self.equal_mass = equal_mass
 
     def value_of(self, bins: CalibrationBins) -> Tensor:  # noqa: D102
-        silent = bins._replace(num_nan=torch.zeros_like(bins.num_nan))  # compute warns, once
-        error = calibration_error_from_bins(silent, self.norm, equal_mass=self.n_bins if self.equal_mass else None)
+        # The warning of NaN is left to compute.
+        error = quiet_calibration_error(bins, self.norm, equal_mass=self.n_bins if self.equal_mass else None)
         return error.mean(-1) if self.class_wise and self.average == "macro" else error
 
     def diagram_bins(self, bins: CalibrationBins) -> CalibrationBins:
@@ -452,7 +444,7 @@ class PerCase(_ExactMetric):
         """``{"value", "lower", "upper"}`` over the cases of all ranks."""
         options: dict[str, Any] = {name: getattr(self, name) for name in ("confidence_level", "num_resamples", "seed")}
         cases = self.cases
-        _warn_of_nan(cases)
+        warn_of_nan(cases, stacklevel=4)
         if self.pooled:
             return pooled_interval(cases, self.metric.value_of, **options)._asdict()
         values = self.metric.value_of(cases)
@@ -465,7 +457,7 @@ class PerCase(_ExactMetric):
         }
 
     def plot(self, val: Any = None, ax: Any = None) -> Plot:
-        """As :meth:`CalibrationError.plot`; the diagram shows all cases pooled and the spread over them."""
+        """Draw as :meth:`CalibrationError.plot`; the diagram shows all cases pooled and the spread over them."""
         if val is not None or not isinstance(self.metric, CalibrationError):
             return cast(Plot, self._plot(val, ax))
         with self.sync_context(
@@ -475,7 +467,7 @@ class PerCase(_ExactMetric):
         return _draw(self.metric, cases.pool(), cases, ax)
 
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        # For a rank without a case torchmetrics makes an empty tensor of a float dtype and one axis.
+        # Replaces the state of a rank without a case, of which torchmetrics makes a float tensor of one axis.
         for name, sums in self.cases._asdict().items():
             setattr(self, name, [sums.to(self.device)])
         super()._sync_dist(*args, **kwargs)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 try:
     import matplotlib.pyplot as plt
@@ -20,13 +19,15 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError("calseg.plots needs matplotlib: pip install 'calseg[plots]'", name="matplotlib") from None
 
-from calseg.calibration import CalibrationBins, calibration_error_from_bins
+from calseg.calibration import CalibrationBins
+from calseg.scores import quiet_calibration_error
 
 __all__ = ["class_reliability_diagrams", "reliability_diagram"]
 
 BAR, GAP, INK = "#9ecae1", "#b2182b", "#222222"
 QUANTILES = (0.05, 0.95)
-LEAST_CASES = 3  # with voxels in a bin, for their spread to be drawn
+LEAST_CASES = 3
+"""Number of cases with voxels in a bin from which on their spread is drawn."""
 
 
 def reliability_diagram(
@@ -168,7 +169,7 @@ def _draw_diagram(ax: Any, bins: CalibrationBins, cases: CalibrationBins | None,
     ax.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=0.9, label="perfect calibration")
     if cases is not None:
         _draw_spread(ax, cases, width)
-    error = float(calibration_error_from_bins(bins._replace(num_nan=torch.zeros_like(bins.num_nan))))
+    error = float(quiet_calibration_error(bins))
     lines = ["ECE -" if math.isnan(error) else f"ECE {error:.4f}", f"{_short(int(bins.count.sum()))} voxels"]
     if cases is not None:
         lines.append(f"{len(cases.count)} cases")
@@ -205,7 +206,7 @@ def _draw_spread(ax: Any, cases: CalibrationBins, width: float) -> None:
 def _draw_histogram(ax: Any, bins: CalibrationBins) -> None:
     count = bins.count.numpy()
     ax.bar(np.arange(len(count)) / len(count), count, width=1 / len(count), align="edge", color="#737373")
-    ax.set_ylim(0.8, max(10.0, 2 * float(count.max())))  # first, for there is no automatic log scale of zeros
+    ax.set_ylim(0.8, max(10.0, 2 * float(count.max())))  # set first: a log scale finds no limits for zeros
     ax.set_yscale("log")
     ax.set_xlabel("Confidence")
     ax.set_ylabel("Voxels")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +23,10 @@ import scores  # noqa: E402
 
 sys.path.remove(str(FOLDER))
 import calseg  # noqa: E402
-from calseg.data import IGNORE_INDEX  # noqa: E402
+from calseg.bootstrap import case_weights  # noqa: E402
+from calseg.calibration import UNIT  # noqa: E402
+from calseg.scores import CaseScores, ClassCounts  # noqa: E402
+from calseg.volumes.datasets import IGNORE_INDEX  # noqa: E402
 
 
 def cases() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -37,9 +40,14 @@ def cases() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     return made
 
 
+def sums() -> list[CaseScores]:
+    return [CaseScores.of(logits.double(), label, truth=truth) for logits, label, truth in cases()]
+
+
 def test_scores_are_those_of_the_pooled_voxels() -> None:
     made = cases()
-    result = scores.summarise([scores.score_case(*case) for case in made])
+    result = scores.summarise(sums())
+    assert list(result) == list(scores.TITLES) == list(scores.DESCRIPTIONS)
     logits, label, truth = (torch.cat(parts, -1) for parts in zip(*made, strict=True))
     x, y = logits[None].double(), label[None]
     for prefix, options in (("", {}), ("fg_", {"include_background": False})):
@@ -49,7 +57,11 @@ def test_scores_are_those_of_the_pooled_voxels() -> None:
         assert result[f"{prefix}ece"] == pytest.approx(float(calseg.calibration_error(x, y, **options)), rel=1e-6)
     classes = float(calseg.calibration_error(x, y, class_wise=True).mean())
     assert result["cw_ece"] == pytest.approx(classes, rel=1e-6)
-    dice = [calseg.training.dice_per_class(a.argmax(0), b, 3) for a, b, _ in made]
+    dice = []
+    for a, b, _ in made:
+        for number in (1, 2):
+            mine, true = (a.argmax(0) == number) & (b != IGNORE_INDEX), b == number
+            dice.append(2 * int((mine & true).sum()) / int(mine.sum() + true.sum()))
     assert result["dice"] == pytest.approx(np.mean(dice))
     # Against the truth, voxel by voxel.
     gaps, disputed, error = np.zeros(15), 0, 0.0
@@ -62,26 +74,36 @@ def test_scores_are_those_of_the_pooled_voxels() -> None:
 
 
 def test_weights_count_cases() -> None:
-    sums = [scores.score_case(*case) for case in cases()]
-    weights = np.array([[1.0, 1, 1], [2, 0, 1]])
-    result = scores.summarise(sums, weights)
-    for row, members in ((0, sums), (1, [sums[0], sums[0], sums[2]])):
+    made = sums()
+    weights = torch.tensor([[1, 1, 1], [2, 0, 1]])
+    result = scores.summarise(made, weights)
+    for row, members in ((0, made), (1, [made[0], made[0], made[2]])):
         for key, value in scores.summarise(members).items():
-            assert result[key][row] == pytest.approx(value, rel=1e-12)
-    drawn = scores.resamples(3, 50)
+            assert float(result[key][row]) == pytest.approx(value, rel=1e-12)
+    drawn = case_weights(3, 50)
     assert drawn.shape == (50, 3)
     assert (drawn.sum(1) == 3).all()
 
 
+def with_dice(case: CaseScores, dice: Sequence[float]) -> CaseScores:
+    """The case with other counts, whose Dice is as given."""
+    total = torch.full((len(dice),), 1000)
+    hits = torch.tensor([round(1000 * value) for value in dice])
+    return case._replace(counts=ClassCounts(hits, total, total))
+
+
 def test_differences_from_cross_entropy_are_paired_over_cases_and_seeds() -> None:
     """A method that is better by the same amount in every case has an interval without width."""
-    base = [[scores.score_case(*case) for case in cases()] for _ in range(2)]
-    base[1][0] = {**base[1][0], "dice": [0.9, 0.1]}
+    base = [[with_dice(case, (0.0, 0.7, 0.4 + 0.1 * number)) for number, case in enumerate(sums())] for _ in range(2)]
+    base[1][0] = with_dice(base[1][0], (0.0, 0.9, 0.1))
 
-    def better(sums: dict[str, Any]) -> dict[str, Any]:
-        return {**sums, "dice": [value + 0.05 for value in sums["dice"]], "nll": sums["nll"] - 0.1 * sums["voxels"]}
+    def better(case: CaseScores) -> CaseScores:
+        bins = case.bins["all"]
+        lower = torch.stack([bins.nll[0], bins.nll[1] - round(0.1 * UNIT) * bins.num_voxels])
+        changed = case._replace(bins={**case.bins, "all": bins._replace(nll=lower)})
+        return with_dice(changed, [value + 0.05 for value in case.counts.dice().tolist()])
 
-    tested = {"cross_entropy": base, "calseg": [[better(sums) for sums in seed] for seed in base]}
+    tested = {"cross_entropy": base, "calseg": [[better(case) for case in seed] for seed in base]}
     result = run.report({"calseg": {"settings": {"alpha": 0.5}}}, tested, {"calseg": [1.25, 1.5]})
     assert "minus_cross_entropy" not in result["cross_entropy"]["scores"]["dice"]
     for key, wanted in (("dice", 0.05), ("nll", -0.1), ("fg_ece", 0.0)):
@@ -97,11 +119,11 @@ def test_differences_from_cross_entropy_are_paired_over_cases_and_seeds() -> Non
 
 
 def test_curves_pool_what_the_error_sums() -> None:
-    seeds = [[scores.score_case(*case) for case in cases()]] * 2
+    seeds = [sums()] * 2
     result = scores.summarise(seeds[0])
     for name, error, voxels in (
-        ("fg_curve", "fg_ece", sum(case["fg_voxels"] for case in seeds[0])),
-        ("disputed_curve", "disputed_ece", sum(case["disputed_voxels"] for case in seeds[0])),
+        ("fg_curve", "fg_ece", sum(int(case.bins["foreground"].num_voxels) for case in seeds[0])),
+        ("disputed_curve", "disputed_ece", sum(int(case.truth["disputed"].num_voxels()) for case in seeds[0])),
     ):
         curve = scores.curves(seeds)[name]
         assert sum(curve["voxels"]) == 2 * voxels

@@ -1,10 +1,13 @@
-"""calseg evaluate and calseg predict: files of every form, values against arithmetic on the arrays, interruption."""
+"""calseg evaluate: files of every form, values against arithmetic on the arrays, interruption, errors."""
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,20 +16,22 @@ import numpy as np
 import pytest
 import torch
 
-for package in ("nibabel", "monai", "rich", "typer", "matplotlib"):
+for package in ("nibabel", "matplotlib"):
     pytest.importorskip(package)
 
 import matplotlib  # noqa: E402
 import nibabel  # noqa: E402
 
-from calseg import calibration_bins, calibration_error, data  # noqa: E402
+from calseg import calibration_bins, calibration_error  # noqa: E402
 from calseg import evaluate as module  # noqa: E402
-from calseg.data import DataError  # noqa: E402
-from calseg.demo import DemoConfig, make_dataset  # noqa: E402
-from calseg.evaluate import DIAGRAMS, REPORT_FILES, EvaluateConfig, evaluate_folders  # noqa: E402
-from calseg.predict import predict_folder  # noqa: E402
-from calseg.probabilities import find_map_cases, read_slabs  # noqa: E402
-from calseg.training import CasesInterruptedError, TrainConfig, TrainingError, train  # noqa: E402
+from calseg import report as report_module  # noqa: E402
+from calseg.evaluate import FOLDER_FILES, EvaluateConfig, evaluate_folders  # noqa: E402
+from calseg.report import DIAGRAMS  # noqa: E402
+from calseg.runs import CasesInterruptedError, RunError  # noqa: E402
+from calseg.scores import REGIONS, STATISTICS  # noqa: E402
+from calseg.volumes import nifti  # noqa: E402
+from calseg.volumes.nifti import DataError  # noqa: E402
+from calseg.volumes.probabilities import find_map_cases, read_slabs  # noqa: E402
 
 matplotlib.use("agg")
 
@@ -51,7 +56,7 @@ def quick_diagrams(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
             for ending in ("png", "pdf"):
                 (out / f"{name}.{ending}").write_text(f"{class_names} {items}")
 
-    monkeypatch.setattr(module, "_draw", write)
+    monkeypatch.setattr(report_module, "draw_diagrams", write)
 
 
 def save(path: Path, voxels: np.ndarray, affine: np.ndarray | None = None) -> None:
@@ -119,7 +124,7 @@ def evaluate(maps: Path, labels: Path, out: Path, config: EvaluateConfig = QUICK
 
 def contents(report: Path) -> dict[str, bytes]:
     """Every file of a report but the store, which holds the paths and times of the files read."""
-    return {name: (report / name).read_bytes() for name in REPORT_FILES if name != "cases.jsonl"}
+    return {name: (report / name).read_bytes() for name in FOLDER_FILES if name != "cases.jsonl"}
 
 
 def flat(cases: Arrays) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,6 +177,36 @@ def test_the_report_is_the_arithmetic_of_the_arrays(tmp_path: Path) -> None:
         assert report["dice"][name]["mean"]["value"] == pytest.approx(np.mean(dice), abs=1e-12)
     saved = json.loads((tmp_path / "out" / "report.json").read_text())
     assert saved == json.loads(json.dumps(report))
+
+
+def test_every_statistic_is_in_the_report_and_the_csv(tmp_path: Path) -> None:
+    cases = arrays()
+    write_nifti(tmp_path / "maps", cases)
+    report = evaluate(tmp_path / "maps", write_labels(tmp_path, cases), tmp_path / "out")
+    header = (tmp_path / "out" / "cases.csv").read_text().splitlines()[0].split(",")
+    assert len(set(header)) == len(header)
+    for region in REGIONS:
+        assert list(report[region]) == [*STATISTICS, "ece_of_class"]
+        for name in STATISTICS:
+            assert set(report[region][name]) == {"pooled", "mean"}
+            assert f"{name}_{region}" in header
+
+
+def test_every_statistic_is_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
+    from calseg.cli.tables import print_report
+
+    cases = arrays()
+    write_nifti(tmp_path / "maps", cases)
+    report = evaluate(tmp_path / "maps", write_labels(tmp_path, cases), tmp_path / "out")
+    capsys.readouterr()
+    print_report(report)
+    lines = capsys.readouterr().out.splitlines()
+    for region in REGIONS:
+        for name, statistic in STATISTICS.items():
+            rows = [line for line in lines if re.search(rf"│ {statistic.title} +│ {region} voxels", line)]
+            assert len(rows) == 1, (region, name)
+            assert f"{report[region][name]['pooled']['value']:.4f}" in rows[0]
 
 
 def test_csv(tmp_path: Path) -> None:
@@ -234,8 +269,8 @@ def test_slabs_and_temporary_files_change_nothing(tmp_path: Path, form: str, mon
     FORMS[form](tmp_path / "maps", cases)
     evaluate(tmp_path / "maps", labels, tmp_path / "whole")
     files = []
-    make = data.tempfile.TemporaryFile
-    monkeypatch.setattr(data.tempfile, "TemporaryFile", lambda: files.append(make()) or files[-1])
+    make = nifti.tempfile.TemporaryFile
+    monkeypatch.setattr(nifti.tempfile, "TemporaryFile", lambda: files.append(make()) or files[-1])
     found, _ = find_map_cases(tmp_path / "maps", labels)
     starts = [slab.start for slab in read_slabs(found[0], 3, None, memory=32 * 2 * 7 * 6 * 3 * 4)]
     assert starts == [0, 2, 4]
@@ -435,31 +470,31 @@ def test_resume_refuses_what_has_changed(tmp_path: Path) -> None:
     cases = arrays(3)
     labels, maps, out = write_labels(tmp_path, cases), tmp_path / "maps", tmp_path / "out"
     write_nifti(maps, cases)
-    with pytest.raises(TrainingError, match=r"config.json: not found; there is no run to resume"):
+    with pytest.raises(RunError, match=r"config.json: not found; there is no run to resume"):
         evaluate(maps, labels, out, resume=True)
     with pytest.raises(CasesInterruptedError):
         evaluate(maps, labels, out, progress=stop_after(2))
-    with pytest.raises(TrainingError, match="not empty"):
+    with pytest.raises(RunError, match="not empty"):
         evaluate(maps, labels, out)
-    with pytest.raises(TrainingError, match="cannot be resumed with other settings: n_bins is 10 but was 15"):
+    with pytest.raises(RunError, match="cannot be resumed with other settings: n_bins is 10 but was 15"):
         evaluate(maps, labels, out, EvaluateConfig(n_bins=10, num_resamples=50), resume=True)
     shutil.move(maps / "case_0.nii.gz", tmp_path)
-    with pytest.raises(TrainingError, match="cannot be resumed; the case 'case_0' is gone"):
+    with pytest.raises(RunError, match="cannot be resumed; the case 'case_0' is gone"):
         evaluate(maps, labels, out, resume=True)
     p, _ = cases["case_0"]
     save(maps / "case_0.nii.gz", p[..., ::-1])
-    with pytest.raises(TrainingError, match=r"cannot be resumed; .*maps.case_0.nii.gz changed since"):
+    with pytest.raises(RunError, match=r"cannot be resumed; .*maps.case_0.nii.gz changed since"):
         evaluate(maps, labels, out, resume=True)
     store = out / "cases.jsonl"
     store.write_bytes(b"{}\n" + store.read_bytes())
-    with pytest.raises(TrainingError, match=r"cases.jsonl: a line is corrupt; give --overwrite"):
+    with pytest.raises(RunError, match=r"cases.jsonl: a line is corrupt; give --overwrite"):
         evaluate(maps, labels, out, resume=True)
     foreign = out / "notes.txt"
     foreign.write_text("mine")
     report = evaluate(maps, labels, out, overwrite=True)
     assert report["cases"] == 3
     assert foreign.read_text() == "mine"
-    with pytest.raises(TrainingError, match="exclude each other"):
+    with pytest.raises(RunError, match="exclude each other"):
         evaluate(maps, labels, out, overwrite=True, resume=True)
 
 
@@ -622,12 +657,12 @@ def test_bad_voxels_are_named(tmp_path: Path, spoil: Callable[[Path, Arrays], No
     ("settings", "message"),
     [
         ({"n_bins": 0}, "n_bins must lie in 1 to 1000; got 0"),
-        ({"num_resamples": 0}, "num_resamples: got 0"),
-        ({"seed": -1}, "seed: got -1"),
+        ({"num_resamples": 0}, "num_resamples must be at least 1; got 0"),
+        ({"seed": -1}, "seed must not be negative; got -1"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(TrainingError, match=message):
+    with pytest.raises(RunError, match=message):
         EvaluateConfig(**settings)
 
 
@@ -636,7 +671,7 @@ def test_an_unknown_preset_and_missing_folders(tmp_path: Path) -> None:
     cases = arrays(2)
     labels = write_labels(tmp_path, cases)
     write_nifti(tmp_path / "maps", cases)
-    with pytest.raises(TrainingError, match="preset must be one of torchmetrics, monai, marginloss; got 'guo'"):
+    with pytest.raises(RunError, match="preset must be one of torchmetrics, monai, marginloss; got 'guo'"):
         evaluate(tmp_path / "maps", labels, tmp_path / "out", EvaluateConfig(presets=("guo",)))
     with pytest.raises(DataError, match="nowhere: no such folder"):
         evaluate(tmp_path / "nowhere", labels, tmp_path / "out")
@@ -645,127 +680,20 @@ def test_an_unknown_preset_and_missing_folders(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-# ---- predict ----
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("trained")
-    make_dataset(root / "data", DemoConfig(cases=6, raters=2, side=16))
-    config = TrainConfig(iterations=3, patch_size=(16, 16, 8), val_fraction=0.5)
-    train(root / "data", root / "run", config)
-    return root
-
-
-def test_predict_then_evaluate_gives_the_scores_of_training(trained: Path, tmp_path: Path) -> None:
-    content = predict_folder(trained / "run", trained / "data", tmp_path / "maps")
-    metrics = json.loads((trained / "run" / "metrics.json").read_text())
-    assert content["cases"] == list(metrics["cases"])
-    assert sorted(path.name for path in (tmp_path / "maps").glob("*.nii.gz")) == [
-        f"{n}.nii.gz" for n in content["cases"]
-    ]
-    for name in content["cases"]:
-        image = nibabel.load(tmp_path / "maps" / f"{name}.nii.gz")
-        label = nibabel.load(trained / "data" / "labelsTr" / f"{name}.nii.gz")
-        assert image.shape == (*label.shape, 3)
-        assert image.get_data_dtype() == np.float32
-        np.testing.assert_array_equal(image.affine, label.affine)
-    report = evaluate(tmp_path / "maps", trained / "data" / "labelsTr", tmp_path / "out")
-    assert report["classes"] == metrics["classes"]
-    for name, value in metrics["dice"].items():
-        assert report["dice"][name]["mean"]["value"] == pytest.approx(value, abs=1e-12)
-    for region in ("all", "foreground"):
-        assert report["voxels"][region] == metrics["voxels"][region]
-        for score in ("nll", "brier", "ece"):
-            assert report[region][score]["pooled"]["value"] == pytest.approx(metrics[region][score], abs=1e-6)
-
-
-def test_predict_resumes(trained: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"cases": "all"}
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    predict_folder(trained / "run", trained / "data", whole, **options)
-    with pytest.raises(CasesInterruptedError, match="interrupted after 2 of 6 cases, which are kept in"):
-        predict_folder(trained / "run", trained / "data", part, progress=stop_after(2), **options)
-    first = {path: path.stat().st_mtime_ns for path in part.glob("*.nii.gz")}
-    assert len(first) == 2
-    with pytest.raises(TrainingError, match="cannot be resumed; the run, its network, the data or the cases changed"):
-        predict_folder(trained / "run", trained / "data", part, resume=True, cases="training")
-    predict_folder(trained / "run", trained / "data", part, resume=True, **options)
-    assert first == {path: path.stat().st_mtime_ns for path in first}
-    names = sorted(path.name for path in whole.iterdir())
-    assert names == sorted(path.name for path in part.iterdir())
-    assert all((whole / name).read_bytes() == (part / name).read_bytes() for name in names)
-
-
-def test_predict_errors(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="cases must be one of validation, training, all; got 'some'"):
-        predict_folder(trained / "run", trained / "data", tmp_path / "out", cases="some")
-    with pytest.raises(TrainingError, match=r"checkpoint.pt: not found"):
-        predict_folder(tmp_path, trained / "data", tmp_path / "out")
-    other = tmp_path / "data"
-    shutil.copytree(trained / "data", other)
-    meta = json.loads((other / "dataset.json").read_text())
-    (other / "dataset.json").write_text(json.dumps({**meta, "labels": {"background": 0, "cyst": 1, "core": 2}}))
-    with pytest.raises(
-        DataError, match=r"the classes are background, cyst, core, but .* was trained on background, lesion"
-    ):
-        predict_folder(trained / "run", other, tmp_path / "out")
-    gone = json.loads((trained / "run" / "split.json").read_text())["validation"][0]
-    meta["training"] = [entry for entry in meta["training"] if gone not in entry["label"]]
-    (other / "dataset.json").write_text(json.dumps(meta))
-    with pytest.raises(DataError, match=f"the validation case '{gone}' of .* is not in it"):
-        predict_folder(trained / "run", other, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-# ---- the commands ----
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
-    from calseg.cli import main
-
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    assert isinstance(caught.value.code, int)
-    return caught.value.code, out, err
-
-
-def test_commands(
-    capsys: pytest.CaptureFixture[str],
-    trained: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    real_diagrams: None,
-) -> None:
-    maps, labels, out = tmp_path / "maps", trained / "data" / "labelsTr", tmp_path / "report"
-    code, text, err = run(capsys, "predict", trained / "run", trained / "data", "--out", maps, "--cases", "all")
-    assert code == 0, err
-    assert f"6 probability maps are in {maps}" in text
-    score = module.score_case
-
-    def interrupted(case: Any, *rest: Any) -> Any:
-        if case.name.endswith("3"):
-            raise KeyboardInterrupt
-        return score(case, *rest)
-
-    monkeypatch.setattr(module, "score_case", interrupted)
-    options = ["--preset", "monai", "--n-bins", "10", "--num-resamples", "50", "--memory", "1"]
-    code, _, err = run(capsys, "evaluate", maps, labels, "--out", out, "--overwrite", *options)
-    assert code == 130
-    assert "interrupted after 3 of 6 cases" in err
-    assert err.rstrip().endswith(f"calseg evaluate {maps} {labels} --out {out} {' '.join(options)} --resume")
-    monkeypatch.undo()
-    code, text, err = run(capsys, "evaluate", maps, labels, "--out", out, *options, "--resume")
-    assert code == 0, err
-    report = json.loads((out / "report.json").read_text())
-    assert report["cases"] == 6
-    pooled = report["foreground"]["ece"]["pooled"]
-    low, high = pooled["interval"]
-    assert f"{pooled['value']:.4f} [{low:.4f}, {high:.4f}]" in text
-    assert "ECE, monai" in text
-    assert all((out / name).stat().st_size for name in REPORT_FILES)
-    code, _, err = run(capsys, "evaluate", maps, labels, "--out", out)
-    assert code == 2
-    assert "not empty" in err
-    assert len(err.strip().splitlines()) == 1
+def test_evaluation_needs_neither_monai_nor_networks(tmp_path: Path) -> None:
+    """Only nibabel and matplotlib are needed; what a command line, training or a network needs is not imported."""
+    cases = arrays(2)
+    labels = write_labels(tmp_path, cases)
+    write_nifti(tmp_path / "maps", cases)
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(("monai", "typer", "rich", "torchmetrics")))
+import matplotlib
+matplotlib.use("agg")
+from calseg.evaluate import EvaluateConfig, evaluate_folders
+evaluate_folders(*sys.argv[1:], EvaluateConfig(num_resamples=10))
+assert not [name for name in sys.modules if name.startswith(("calseg.training", "calseg.nets", "calseg.cli"))]
+"""
+    arguments = [str(path) for path in (tmp_path / "maps", labels, tmp_path / "out")]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True)
+    assert all((tmp_path / "out" / name).stat().st_size for name in FOLDER_FILES)

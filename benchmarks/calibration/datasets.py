@@ -1,6 +1,6 @@
 """The three data sets of the experiment, each as two folders in the Decathlon's layout: development and test.
 
-Development is split again, by ``calseg.training``, into what trains and what tunes; nothing of the test folder is seen
+Development is split again, by ``calseg train``, into what trains and what tunes; nothing of the test folder is seen
 before the settings are chosen. Where the probability of every voxel is known, or the share of many annotators, it lies
 in ``truth/NAME.nii.gz`` ``[x, y, z, classes]`` and the label is one rater's, as it mostly is in practice.
 """
@@ -19,13 +19,13 @@ import numpy as np
 from matplotlib.image import imread
 from numpy.typing import NDArray
 
-from calseg.demo import CLASS_NAMES, DemoConfig, make_case
-from calseg.training import write_json
+from calseg.runs import write_json
+from calseg.simulation import CLASS_NAMES, DemoConfig, make_case
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a data set is used: cases to train on, to tune on and to test on, patches, updates of a network."""
+    """Use of a data set: cases to train on, to tune on and to test on, patches, updates of a network."""
 
     training: int
     tuning: int

@@ -8,9 +8,14 @@ prints a Markdown table per data set and writes benchmarks/results/calibration.p
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from scores import TITLES
 
 RESULTS = Path(__file__).parents[1] / "results"
 DATASETS = ("hippocampus", "multirater", "synthetic")
@@ -26,15 +31,7 @@ NAMES = {
     "calseg": "CALSeg, chosen",
     "calseg_defaults": "CALSeg, default",
 }
-COLUMNS = {
-    "dice": "Dice",
-    "fg_ece": "foreground ECE",
-    "ece": "ECE",
-    "nll": "NLL",
-    "brier": "Brier",
-    "disputed_ece": "ECE to the truth, disputed voxels",
-    "truth_error": "distance to the truth, there",
-}
+COLUMNS = ("dice", "fg_ece", "ece", "nll", "brier", "disputed_ece", "truth_error")
 STYLES = {
     "cross_entropy": ("#222222", "o"),
     "temperature_scaling": ("#777777", "s"),
@@ -49,7 +46,7 @@ STYLES = {
 }
 NLL_TICKS = (-0.1, -0.05, -0.02, -0.01, -0.005, 0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 DRAWN = ("cross_entropy", "temperature_scaling", "svls", "calseg", "calseg_defaults")
-"""Whose reliability is drawn; more lines than these cannot be told apart."""
+"""Methods whose reliability is drawn; more lines than these cannot be told apart."""
 
 
 def _settings(entry: Mapping[str, Any]) -> str:
@@ -60,7 +57,7 @@ def _settings(entry: Mapping[str, Any]) -> str:
 
 
 def _short(value: float, digits: int, *, sign: bool = False) -> str:
-    """Without the 0 before the point."""
+    """Format ``value`` without the 0 before the point."""
     return f"{value:{'+' if sign else ''}.{digits}f}".replace("0.", ".", 1)
 
 
@@ -69,7 +66,7 @@ def table(content: Mapping[str, Any]) -> str:
     test = content["test"]
     keys = [key for key in COLUMNS if key in test["cross_entropy"]["scores"]]
     lines = [
-        "| method | settings | " + " | ".join(COLUMNS[key] for key in keys) + " | Dice - CE's | NLL - CE's |",
+        "| method | settings | " + " | ".join(TITLES[key] for key in keys) + " | Dice - CE's | NLL - CE's |",
         "|---" * (len(keys) + 4) + "|",
     ]
     for method, name in NAMES.items():
@@ -98,7 +95,7 @@ def draw(contents: Mapping[str, Mapping[str, Any]]) -> Any:
     for row, (dataset, content) in zip(axes, contents.items(), strict=True):
         test = content["test"]
         plan, seeds = content["plan"], len(test["cross_entropy"]["scores"]["dice"]["seeds"])
-        # Against many raters where there are some: that is what a probability of one rater's label stands for.
+        # The error is taken against many raters where there are some: a probability stands for their share.
         error = "disputed_ece" if "disputed_ece" in test["cross_entropy"]["scores"] else "fg_ece"
         for ax, key, name in ((row[0], "dice", "Dice"), (row[1], "nll", "NLL")):
             ax.axhline(0, color="#bbbbbb", lw=0.8, zorder=0)
@@ -111,7 +108,7 @@ def draw(contents: Mapping[str, Mapping[str, Any]]) -> Any:
                         x[0], y[0], xerr=_bars(x), yerr=_bars(y), color=colour, marker=marker,
                         ms=11 if marker == "*" else 7, mec="white", mew=0.6, ls="", elinewidth=1, alpha=0.9,
                     )  # fmt: skip
-            if key == "nll":  # some methods double it, and the others would lie on one line
+            if key == "nll":  # some methods double it, and on a linear axis the others would lie on one line
                 ax.set_yscale("symlog", linthresh=0.01)
                 limits = ax.get_ylim()
                 ax.set_yticks(NLL_TICKS, [f"{tick:g}" for tick in NLL_TICKS])

@@ -21,19 +21,26 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import numpy as np
 import torch
 from datasets import MAKERS, PLANS, Plan, prepare
 from figures import table
-from numpy.typing import NDArray
-from scores import SCORES, curves, resamples, score_case, summarise
+from scores import DESCRIPTIONS, curves, summarise
+from torch import Tensor
 
 import calseg
-from calseg import stages
-from calseg.data import CaseCache, find_cases, read_volume
-from calseg.methods import fit_temperature
-from calseg.nets import build_net
-from calseg.training import TrainConfig, load_checkpoint, predict_volume, read_json, write_json
+from calseg.bootstrap import case_weights, percentile_interval
+from calseg.methods import METHODS, fit_temperature
+from calseg.runs import read_json, write_json
+from calseg.scores import CaseScores
+from calseg.training import TrainConfig
+from calseg.training.checkpoint import load_checkpoint
+from calseg.training.inference import predict_volume
+from calseg.training.nets import build_net
+from calseg.training.stage_one import SUMMARY, estimate
+from calseg.training.stage_two import split_names, started, train
+from calseg.volumes.datasets import find_cases
+from calseg.volumes.nifti import read_volume
+from calseg.volumes.patches import CaseCache
 
 RESULTS = Path(__file__).parents[1] / "results"
 GRID: dict[str, tuple[dict[str, float], ...]] = {
@@ -65,7 +72,7 @@ class Experiment:
         self._caches = {part: CaseCache(dataset) for part, dataset in self.data.items()}
 
     def config(self, method: str, settings: Mapping[str, float], seed: int) -> TrainConfig:
-        """What ``stages.train`` is given."""
+        """Settings of one training run."""
         plan = self.plan
         return TrainConfig(
             method=method,
@@ -78,7 +85,7 @@ class Experiment:
         )
 
     def folder(self, config: TrainConfig, settings: Mapping[str, float]) -> Path:
-        """Of a run."""
+        """Folder of a run."""
         words = [config.method, *(f"{key}{value:g}" for key, value in settings.items()), f"seed{config.seed}"]
         return self.root / "runs" / "-".join(words)
 
@@ -89,10 +96,8 @@ class Experiment:
         if not (run / "metrics.json").is_file():
             print(f"{self.name}: {run.name}", flush=True)
             soft_labels = self._soft_labels(run, config) if method == "calseg" else None
-            resume = stages.started(run)
-            stages.train(
-                self.root / "development", run, config, soft_labels=soft_labels, resume=resume, overwrite=not resume
-            )
+            resume = started(run)
+            train(self.root / "development", run, config, soft_labels=soft_labels, resume=resume, overwrite=not resume)
         return run
 
     def _soft_labels(self, run: Path, config: TrainConfig) -> Path:
@@ -100,11 +105,11 @@ class Experiment:
         shared = replace(config, alpha=1.0, temperature=1.0)
         words = [f"{key}{getattr(config, key):g}" for key in ("folds", "latent_size", "beta", "reconstruction", "seed")]
         networks = self.root / "stage1" / "-".join(words)
-        training, _ = calseg.training.split_names(self.data["development"], config)
+        training, _ = split_names(self.data["development"], config)
         for out, settings, source in ((networks, shared, None), (run / "stage1", config, networks)):
-            resume = (out / stages.SUMMARY).is_file()
-            if not (resume and "estimate" in read_json(out / stages.SUMMARY)):
-                stages.estimate(
+            resume = (out / SUMMARY).is_file()
+            if not (resume and "estimate" in read_json(out / SUMMARY)):
+                estimate(
                     self.root / "development", out, settings,
                     names=training, networks=source, resume=resume, overwrite=not resume,
                 )  # fmt: skip
@@ -117,7 +122,7 @@ class Experiment:
         dataset = self.data["test" if part == "test" else "development"]
         net = build_net(
             len(dataset.channel_names), len(dataset.class_names), spatial_dims=config.spatial_dims,
-            dense_head=config.method == "vls", seed=0,
+            dense_head=METHODS[config.method].dense_head, seed=0,
         )  # fmt: skip
         net.load_state_dict(saved["model"])
         net.eval()
@@ -130,22 +135,23 @@ class Experiment:
             result.append((name, logits.clone(), torch.from_numpy(case.label)))
         return result
 
-    def scores(self, run: Path, part: str, temperature: float | None = None) -> dict[str, dict[str, Any]]:
-        """``{case: sums}`` of a finished run on "tuning" or "test", computed now if they are not there."""
-        path = run / f"{part}{'' if temperature is None else '-scaled'}.json"
+    def scores(self, run: Path, part: str, temperature: float | None = None) -> list[CaseScores]:
+        """The cases' sums of a finished run on "tuning" or "test", computed now if they are not there."""
+        path = run / f"scores-{part}{'' if temperature is None else '-scaled'}.json"
         if not path.is_file():
             cases = {}
             for name, logits, label in self.predictions(run, part):
-                cases[name] = score_case(logits / (temperature or 1.0), label, self._truth(name))
+                scaled = (logits / (temperature or 1.0)).double()
+                cases[name] = CaseScores.of(scaled, label, truth=self._truth(name)).to_json()
             write_json(path, cases)
-        return dict(read_json(path))
+        return [CaseScores.from_json(sums) for sums in read_json(path).values()]
 
     def _truth(self, name: str) -> torch.Tensor | None:
         path = self.root / "truth" / f"{name}.nii.gz"
         return torch.from_numpy(read_volume(path)).movedim(-1, 0) if path.is_file() else None
 
     def temperature(self, run: Path) -> float:
-        """Of temperature scaling, fitted on the tuning cases."""
+        """Temperature of temperature scaling, fitted on the tuning cases."""
         path = run / "temperature.json"
         if not path.is_file():
             cases = self.predictions(run, "tuning")
@@ -162,7 +168,7 @@ class Experiment:
             tried = []
             for settings in GRID[method]:
                 run = self.trained(method, settings, 0)
-                summary = summarise(list(self.scores(run, "tuning").values()))
+                summary = summarise(self.scores(run, "tuning"))
                 tried.append({"settings": settings, **summary})
             if method == "cross_entropy":
                 floor = tried[0]["dice"] - 0.01
@@ -173,38 +179,37 @@ class Experiment:
 
     def test(self, chosen: Mapping[str, Any], seeds: int) -> dict[str, Any]:
         """``{method: [the cases' sums of each seed]}``, and the temperatures of those that fit or choose one."""
-        result: dict[str, list[list[dict[str, Any]]]] = {}
+        result: dict[str, list[list[CaseScores]]] = {}
         temperatures: dict[str, list[float]] = {}
         wanted = [(method, method, choice["settings"]) for method, choice in chosen.items()]
         if "calseg" in chosen:
             wanted.append((UNTUNED, "calseg", GRID["calseg"][0]))
         for name, method, settings in wanted:
             runs = [self.trained(method, settings, seed) for seed in range(seeds)]
-            result[name] = [list(self.scores(run, "test").values()) for run in runs]
+            result[name] = [self.scores(run, "test") for run in runs]
             if method == "cross_entropy":
                 temperatures[SCALED] = [self.temperature(run) for run in runs]
                 result[SCALED] = [
-                    list(self.scores(run, "test", t).values())
-                    for run, t in zip(runs, temperatures[SCALED], strict=True)
+                    self.scores(run, "test", t) for run, t in zip(runs, temperatures[SCALED], strict=True)
                 ]
             if method == "calseg" and "temperature" not in settings:
-                temperatures[name] = [float(read_json(run / "stage1" / stages.SUMMARY)["temperature"]) for run in runs]
+                temperatures[name] = [float(read_json(run / "stage1" / SUMMARY)["temperature"]) for run in runs]
         return {"tested": result, "temperatures": temperatures}
 
 
 def report(
     chosen: Mapping[str, Any],
-    tested: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
+    tested: Mapping[str, Sequence[Sequence[CaseScores]]],
     temperatures: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
     """Per method and score the mean over the seeds, each seed and the 95 % interval over cases; and the differences.
 
     ``minus_cross_entropy`` is paired: the same seeds, and in every resample of the bootstrap the same cases.
     """
-    weights = resamples(len(tested["cross_entropy"][0]))
+    weights = case_weights(len(tested["cross_entropy"][0]))
 
-    def interval(values: NDArray[np.float64]) -> list[float]:
-        return [float(value) for value in np.quantile(values, (0.025, 0.975))]
+    def interval(values: Tensor) -> list[float]:
+        return [float(end) for end in percentile_interval(values)]
 
     points = {method: [summarise(cases) for cases in seeds] for method, seeds in tested.items()}
     drawn = {method: [summarise(cases, weights) for cases in seeds] for method, seeds in tested.items()}
@@ -258,7 +263,7 @@ def main() -> None:
         "plan": asdict(plan),
         "machine": {"processor": platform.processor() or platform.machine(), "torch": torch.__version__},
         "calseg": calseg.__version__,
-        "scores": SCORES,
+        "scores": DESCRIPTIONS,
         "tuning": chosen,
         "test": result,
     }

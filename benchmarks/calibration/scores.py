@@ -1,118 +1,120 @@
-"""Scores of a prediction that add up over cases, so that cases can be resampled; and their summary.
+"""The scores of the calibration experiment: a choice of calseg's statistics, and their values over weighted cases.
 
-A case gives sums only: ``{name: number or list}``. :func:`summarise` adds them up, weighted, for one weighting of the
-cases or for many at once.
+A case is a :class:`calseg.scores.CaseScores`. :func:`summarise` adds cases up, each as often as a weight says, for one
+weighting of the cases or for many at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from calseg.calibration import CalibrationBins, calibration_bins
-from calseg.data import IGNORE_INDEX
-from calseg.reference import UNIT
-from calseg.training import dice_per_class
+from calseg.bootstrap import weighted_sums
+from calseg.calibration import UNIT, CalibrationBins
+from calseg.scores import REGIONS, STATISTICS, TRUTH_REGIONS, TRUTH_STATISTICS, CaseScores, TruthBins, stack
 
-BINS = 15
+
+class Score(NamedTuple):
+    """One figure of the experiment: a statistic of a region, of all cases' voxels together.
+
+    Args:
+        statistic: name in ``STATISTICS``, or in ``TRUTH_STATISTICS`` for a score against true probabilities.
+        region: name in ``REGIONS``, or in ``TRUTH_REGIONS``.
+        needs_truth: whether it is a score against true probabilities.
+    """
+
+    statistic: str
+    region: str
+    needs_truth: bool = False
+
+    @property
+    def title(self) -> str:
+        """A short name for tables."""
+        title = (TRUTH_STATISTICS if self.needs_truth else STATISTICS)[self.statistic].title
+        if self.region == "all":
+            return title
+        return f"{title}, {self.region} voxels" if self.needs_truth else f"{self.region} {title}"
+
+    @property
+    def description(self) -> str:
+        """The statistic and its region in words."""
+        if self.needs_truth:
+            return f"{TRUTH_STATISTICS[self.statistic].title}, {TRUTH_REGIONS[self.region]}, pooled"
+        return f"{STATISTICS[self.statistic].title}, {REGIONS[self.region]}, pooled"
+
+    def value(self, together: CaseScores, weights: Tensor) -> Tensor | None:
+        """Float64 ``[B]`` for int64 ``weights[B, cases]``; None where a score needs a truth and there is none."""
+        if self.needs_truth:
+            known = together.truth.get(self.region)
+            statistic = TRUTH_STATISTICS[self.statistic]
+            return None if known is None else statistic.function(weighted_sums(known, weights))
+        key = STATISTICS[self.statistic].key(self.region)
+        return STATISTICS[self.statistic].function(weighted_sums(together.bins[key], weights))
+
+
 SCORES = {
+    "ece": Score("ece", "all"),
+    "fg_ece": Score("ece", "foreground"),
+    "cw_ece": Score("class_wise_ece", "all"),
+    "nll": Score("nll", "all"),
+    "brier": Score("brier", "all"),
+    "fg_nll": Score("nll", "foreground"),
+    "fg_brier": Score("brier", "foreground"),
+    "truth_ece": Score("ece", "all", needs_truth=True),
+    "disputed_ece": Score("ece", "disputed", needs_truth=True),
+    "truth_error": Score("absolute_error", "disputed", needs_truth=True),
+}
+TITLES = {"dice": "Dice", **{name: score.title for name, score in SCORES.items()}}
+DESCRIPTIONS = {
     "dice": "mean over the foreground classes of the mean over the cases",
-    "ece": "top label, all voxels, pooled",
-    "fg_ece": "top label, voxels whose label is not 0, pooled",
-    "cw_ece": "mean over the classes of the class's error, all voxels, pooled",
-    "nll": "all voxels",
-    "fg_nll": "voxels whose label is not 0",
-    "brier": "all voxels",
-    "fg_brier": "voxels whose label is not 0",
-    "truth_ece": "top label, all voxels, against the true probability instead of a label",
-    "disputed_ece": "the same, where the true probability of background is under 0.99",
-    "truth_error": "mean absolute error of the probabilities where that of background is under 0.99",
+    **{name: score.description for name, score in SCORES.items()},
 }
 
 
-def score_case(logits: Tensor, label: Tensor, truth: Tensor | None = None) -> dict[str, Any]:
-    """Sums over the voxels of a case: ``logits`` and ``truth`` ``[C, *S]``, ``label`` ``[*S]``."""
-    dice = dice_per_class(logits.argmax(0), label, len(logits))
-    result: dict[str, Any] = {
-        "dice": [0.0 if value is None else value for value in dice],
-        "dice_cases": [float(value is not None) for value in dice],
-    }
-    x, y = logits[None].double(), label[None]
-    for region, with_background in (("", True), ("fg_", False)):
-        bins = calibration_bins(x, y, n_bins=BINS, include_background=with_background)
-        result[f"{region}voxels"] = float(bins.num_voxels)
-        result[f"{region}nll"] = float(bins.mean_nll() * bins.num_voxels)
-        result[f"{region}brier"] = float(bins.mean_brier() * bins.num_voxels)
-        result[f"{region}gap"] = _gaps(bins)
-        result[f"{region}curve"] = [bins.count.tolist(), (bins.confidence.double() / UNIT).tolist(), bins.hits.tolist()]
-    result["class_gap"] = _gaps(calibration_bins(x, y, n_bins=BINS, class_wise=True))
-    if truth is not None:
-        valid = label != IGNORE_INDEX
-        p, t = torch.softmax(x[0, :, valid], 0), truth[:, valid].double()
-        confidence, top = p.max(0)
-        disputed = t[0] < 0.99
-        share = t.gather(0, top[None])[0]
-        index = (confidence * BINS).long().clamp(max=BINS - 1)
-        for region, inside in (("truth", slice(None)), ("disputed", disputed)):
-            curve = [
-                torch.bincount(index[inside], values[inside], BINS).tolist()
-                for values in (torch.ones_like(share), confidence, share)
-            ]
-            result[f"{region}_gap"] = [sure - right for _, sure, right in zip(*curve, strict=True)]
-            result[f"{region}_curve"] = curve
-        result["disputed_voxels"] = float(disputed.sum())
-        result["truth_error"] = float((p - t)[:, disputed].abs().mean(0).sum())
-    return result
+def summarise(cases: Sequence[CaseScores], weights: Tensor | None = None) -> dict[str, Any]:
+    """Dice and the :data:`SCORES` that the cases allow: float64 ``[B]`` for int64 ``weights[B, cases]``, or floats."""
+    together = stack(cases)
+    counted = torch.ones(1, len(cases), dtype=torch.int64) if weights is None else weights
+    values = {"dice": _mean_dice(together, counted)}
+    for name, score in SCORES.items():
+        value = score.value(together, counted)
+        if value is not None:
+            values[name] = value
+    return {name: float(value[0]) if weights is None else value for name, value in values.items()}
 
 
-def _gaps(bins: CalibrationBins) -> list[Any]:
-    """Per bin the sum of confidence minus hits, ``[..., BINS]``; what the calibration error adds up."""
-    return list((bins.confidence.double() / UNIT - bins.hits).tolist())
+def _mean_dice(together: CaseScores, weights: Tensor) -> Tensor:
+    """The mean over the foreground classes of the weighted mean over the cases where either map holds the class."""
+    dice = together.counts.dice()[:, 1:]
+    total = weights.double() @ dice.nan_to_num(0.0)
+    cases = weights.double() @ (~dice.isnan()).double()
+    return (total / cases).nan_to_num(0.0).mean(-1)
 
 
-def summarise(cases: Sequence[Mapping[str, Any]], weights: NDArray[np.float64] | None = None) -> dict[str, Any]:
-    """The scores of :data:`SCORES` that the cases allow; arrays ``[B]`` for ``weights[B, cases]``, else numbers."""
-    single = weights is None
-    w = np.ones((1, len(cases))) if weights is None else weights
-    total = {key: np.tensordot(w, np.array([case[key] for case in cases], float), 1) for key in cases[0]}
-
-    def error(gap: str, voxels: str) -> NDArray[np.float64]:
-        return np.asarray(np.abs(total[gap]).sum(-1) / np.maximum(total[voxels], 1))
-
-    scores = {
-        "dice": (total["dice"] / np.maximum(total["dice_cases"], 1e-12)).mean(-1),
-        "ece": error("gap", "voxels"),
-        "fg_ece": error("fg_gap", "fg_voxels"),
-        "cw_ece": (np.abs(total["class_gap"]).sum(-1) / total["voxels"][:, None]).mean(-1),
-        **{key: total[key] / total["voxels"] for key in ("nll", "brier")},
-        **{key: total[key] / np.maximum(total["fg_voxels"], 1) for key in ("fg_nll", "fg_brier")},
-    }
-    if "truth_gap" in total:
-        scores["truth_ece"] = error("truth_gap", "voxels")
-        scores["disputed_ece"] = error("disputed_gap", "disputed_voxels")
-        scores["truth_error"] = total["truth_error"] / np.maximum(total["disputed_voxels"], 1)
-    return {key: float(value[0]) if single else value for key, value in scores.items()}
-
-
-def curves(seeds: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+def curves(seeds: Sequence[Sequence[CaseScores]]) -> dict[str, Any]:
     """Reliability diagrams of all seeds' predictions, pooled: per bin voxels, mean confidence, and frequency.
 
     The frequency is how often the top label is right, or against the truth its mean probability. None: an empty bin.
     """
-    result = {}
-    for name in ("fg_curve", "disputed_curve"):
-        if all(name in case for cases in seeds for case in cases):
-            voxels, *sums = np.sum([case[name] for cases in seeds for case in cases], 0)
-            means = [[float(a / b) if b else None for a, b in zip(total, voxels, strict=True)] for total in sums]
-            result[name] = {"voxels": [int(count) for count in voxels], "confidence": means[0], "frequency": means[1]}
+    together = stack([case for cases in seeds for case in cases])
+    result = {"fg_curve": _curve(_pooled(together.bins["foreground"]))}
+    if "disputed" in together.truth:
+        result["disputed_curve"] = _curve(_pooled(together.truth["disputed"]))
     return result
 
 
-def resamples(cases: int, count: int = 2000) -> NDArray[np.float64]:
-    """Weights ``[count, cases]`` of the bootstrap, always the same, so that all methods are compared on the same."""
-    return np.random.default_rng(0).multinomial(cases, np.full(cases, 1 / cases), count).astype(float)
+def _pooled(bins: CalibrationBins | TruthBins) -> Mapping[str, Tensor]:
+    return {name: sums.sum(0).double() for name, sums in bins._asdict().items()}
+
+
+def _curve(sums: Mapping[str, Tensor]) -> dict[str, Any]:
+    count = sums["count"]
+    right = sums["truth"] / UNIT if "truth" in sums else sums["hits"]
+    means = [
+        [None if not voxels else value / voxels for value, voxels in zip(total.tolist(), count.tolist(), strict=True)]
+        for total in (sums["confidence"] / UNIT, right)
+    ]
+    return {"voxels": [int(voxels) for voxels in count], "confidence": means[0], "frequency": means[1]}

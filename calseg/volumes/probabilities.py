@@ -1,4 +1,4 @@
-"""Probability maps on disk beside label maps, read in slabs.
+"""Probability maps on disk beside label maps, read in slabs; files of soft labels.
 
 Three forms are read, each case by the name of its label map:
 
@@ -8,8 +8,7 @@ Three forms are read, each case by the name of its label map:
   axes in the reverse order of nibabel's. The segmentation ``case.nii.gz`` that nnU-Net puts beside it is not read.
 
 In memory everything is ``[C, z, y, x]``, the order of all three files on disk. A slab is a range of ``z``, the slowest
-axis of space. Every problem with the user's files is a :class:`~calseg.data.DataError` that names the file. Needs
-nibabel (the extra ``calseg[train]``).
+axis of space. Every problem with the user's files is a :class:`~calseg.volumes.nifti.DataError` that names the file.
 """
 
 from __future__ import annotations
@@ -26,7 +25,16 @@ import numpy as np
 from nibabel.fileslice import fileslice
 from numpy.typing import NDArray
 
-from calseg.data import DataError, LabelMap, check_label, naming, open_volume, read_class_names, read_header, unpack
+from calseg.volumes.datasets import IGNORE_INDEX, LabelMap, Volume, check_label, read_class_names
+from calseg.volumes.nifti import (
+    DataError,
+    naming,
+    open_volume,
+    read_header,
+    read_volume,
+    unpack,
+    volume_file,
+)
 
 NIFTI = re.compile(r"\.nii(\.gz)?$")
 CHANNEL = re.compile(r"_(\d{4})$")
@@ -111,7 +119,7 @@ class _Header(NamedTuple):
 def check_headers(case: MapCase) -> tuple[int, list[str]]:
     """The number of classes of a case, from the files' headers alone, and what is odd about it.
 
-    Raises :class:`~calseg.data.DataError` where shapes do not fit.
+    Raises :class:`~calseg.volumes.nifti.DataError` where shapes do not fit.
     """
     first = case.maps[0]
     headers = [_read_header(file) for file in case.maps]
@@ -276,3 +284,40 @@ def class_names_of(
         if dataset_json is not None or path.is_file():
             return read_class_names(path)
     return None
+
+
+# ------------------------------------------------------------------------------------------- soft labels
+
+SOFT_LABEL_STEPS = 65535
+"""Soft labels are written as uint16 of this many steps; the NIfTI header's slope makes them probabilities."""
+
+
+def soft_labels_path(folder: Path, name: str) -> Path:
+    """The soft labels of the case of that name."""
+    return folder / f"{name}.nii.gz"
+
+
+def soft_labels_file(soft_labels: Volume, like: Path) -> bytes:
+    """A gzipped 4-D NIfTI file, ``[x, y, z, classes]`` in uint16, placed in space as the file ``like``."""
+    steps = np.rint(np.moveaxis(soft_labels, 0, -1).astype(np.float64) * SOFT_LABEL_STEPS).astype(np.uint16)
+    return volume_file(steps, like, slope=1 / SOFT_LABEL_STEPS)
+
+
+def probabilities_file(probabilities: Volume, like: Path) -> bytes:
+    """A gzipped 4-D NIfTI file of float32 ``[classes, x, y, z]``, unrounded, placed in space as the file ``like``."""
+    return volume_file(np.moveaxis(probabilities, 0, -1), like)
+
+
+def read_soft_labels(path: Path, label: LabelMap, classes: int) -> Volume:
+    """float32 ``[classes, x, y, z]`` that sum to 1 where ``label`` is not ignored, and are 0 where it is."""
+    voxels = read_volume(path)
+    wanted = (*label.shape, classes)
+    if voxels.shape != wanted or voxels.dtype.kind not in "iuf":
+        raise DataError(f"{path}: soft labels of shape {voxels.shape} and type {voxels.dtype}; {wanted} is wanted")
+    soft = np.ascontiguousarray(np.moveaxis(voxels, -1, 0), dtype=np.float32)
+    total = soft.sum(0)
+    counts = label != IGNORE_INDEX
+    # NaN fails both comparisons. Rounding to 8 bits may take half a step off every class.
+    if not ((soft >= 0).all() and (np.abs(total[counts] - 1) < classes / 256).all()):
+        raise DataError(f"{path}: soft labels must be probabilities that sum to 1 in every labelled voxel")
+    return np.asarray(soft * np.where(counts, 1 / np.where(counts, total, 1), 0).astype(np.float32))

@@ -1,13 +1,14 @@
-"""CALSeg's two stages on a folder of cases. Needs the extra ``calseg[train]`` (MONAI, nibabel).
+"""The first stage of CALSeg: networks that estimate a soft label of every case, and the files of soft labels.
 
-A run of the method "calseg" is a folder as :mod:`calseg.training` makes it, with two folders more: ``stage1`` with a
-run per fold, and ``soft_labels`` with ``NAME.nii.gz`` for every training case. Soft labels are cross-fitted: the
-training cases are dealt into folds, and those of a fold get soft labels from networks that did not see them.
+The folder of a run gets two folders more, ``stage1`` with a network per fold, and ``soft_labels`` with ``NAME.nii.gz``
+for every training case, and the file ``soft_labels.json``. Soft labels are cross-fitted: the training cases are dealt
+into folds, and those of a fold get soft labels from a network that did not see them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,58 +18,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calseg import training
-from calseg.data import IGNORE_INDEX, CaseCache, Dataset, LoadedCase, find_cases, soft_labels_file, soft_labels_path
 from calseg.functional import gaussian_kl, vls_cross_entropy
 from calseg.methods import fit_temperature
-from calseg.nets import StageOneNet, build_stage_one
-from calseg.training import Patches, Progress, TrainConfig, TrainingError, no_progress
+from calseg.runs import (
+    CasesInterruptedError,
+    Progress,
+    RunError,
+    RunFolder,
+    as_json,
+    no_progress,
+    read_json,
+    write_atomic,
+    write_json,
+)
+from calseg.scores import count_classes, mean_of
+from calseg.training.checkpoint import RUN_FILES, fingerprint, network_folder
+from calseg.training.config import TrainConfig
+from calseg.training.inference import in_windows
+from calseg.training.loop import Patches, check_device, fit, noise_seed
+from calseg.training.nets import StageOneNet, build_stage_one
+from calseg.volumes.datasets import IGNORE_INDEX, Dataset, find_cases
+from calseg.volumes.patches import CaseCache, LoadedCase
+from calseg.volumes.probabilities import soft_labels_file, soft_labels_path
 
 SUMMARY = "soft_labels.json"
-
-
-def train(
-    data: str | Path,
-    out: str | Path,
-    config: TrainConfig,
-    *,
-    soft_labels: str | Path | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    device: str = "cpu",
-    checkpoint_every: int = 50,
-    progress: Progress = no_progress,
-    also: Callable[[str, Tensor], None] | None = None,
-) -> dict[str, Any]:
-    """:func:`calseg.training.train` with any method; for "calseg" without ``soft_labels`` the first stage comes first.
-
-    The metrics of such a run have an entry ``soft_labels`` more, see :func:`estimate`.
-    """
-    options: dict[str, Any] = {"device": device, "checkpoint_every": checkpoint_every, "progress": progress}
-    if config.method != "calseg" or soft_labels is not None:
-        return training.train(
-            data, out, config, soft_labels=soft_labels, resume=resume, overwrite=overwrite, also=also, **options
-        )
-    dataset = find_cases(data)
-    names, _ = training.split_names(dataset, config)
-    run = Path(out)
-    second = resume and (run / "checkpoint.pt").is_file()
-    if not second:
-        summary = estimate(data, out, config, names=names, resume=resume, overwrite=overwrite, **options)
-    else:  # the second stage checks the settings, and the first is complete
-        summary = training.read_json(run / SUMMARY)
-    metrics = training.train(
-        data, out, config, soft_labels=run / "soft_labels", resume=second, overwrite=not second, also=also, **options
-    )
-    metrics["soft_labels"] = summary["estimate"]
-    metrics["seconds"]["stage1"] = summary["seconds"]
-    training.write_json(run / "metrics.json", metrics)
-    return metrics
-
-
-def started(run: Path) -> bool:
-    """Whether ``run`` holds something to resume."""
-    return (run / "checkpoint.pt").is_file() or (run / SUMMARY).is_file()
 
 
 def estimate(
@@ -87,31 +60,51 @@ def estimate(
     """Train the first stage and write ``out/soft_labels/NAME.nii.gz`` for ``names`` (default: every case of ``data``).
 
     The maps are 4-D NIfTI, ``[x, y, z, classes]``, uint16 with the slope that makes them probabilities; an ignored
-    voxel is 0 in every class. Returns what ``out/soft_labels.json`` holds: under ``estimate`` the mean over the
-    cases of what :func:`_judge` says of the estimate alone (not blended with the label), under ``cases`` the same of
-    each case, and ``temperature``: where ``config`` leaves it to us, it is the one under which the estimates of
-    networks that did not see the cases fit the labels best.
+    voxel is 0 in every class.
 
-    ``networks`` is the folder of another run on the same cases, whose first stage is used instead of training one:
-    ``alpha``, ``temperature`` and ``num_samples`` may then differ. ``resume`` goes on where an interrupted call with
-    the same settings stopped. Raises as :func:`calseg.training.train`, and where Ctrl-C comes between two updates
-    :class:`~calseg.training.CasesInterruptedError`.
+    Args:
+        data: folder in the Medical Segmentation Decathlon's or nnU-Net's raw layout.
+        out: folder of the run.
+        config: the settings. A temperature of None is fitted: the estimates of networks that did not see the cases
+            then fit the labels best.
+        names: the cases. Default: every case of ``data``.
+        networks: folder of another run on the same cases, whose first stage is used instead of training one. The
+            settings ``alpha``, ``temperature`` and ``num_samples`` may then differ.
+        resume: continue the run in ``out``, which must have the same settings and cases.
+        overwrite: replace the run in ``out``.
+        device: a device of PyTorch's.
+        checkpoint_every: updates between checkpoints.
+        progress: told of everything that is done.
+
+    Returns:
+        What ``soft_labels.json`` holds. ``cases`` tells of each case how good its estimate is before it is blended with
+        the label (:func:`_judge`), ``estimate`` is the mean over the cases, ``temperature`` is the one used.
+
+    Raises:
+        CalsegError: what the user can mend: a bad file, a setting, a folder that is not empty.
+        RunInterruptedError: SIGINT or SIGTERM came; what was done is kept on disk.
     """
-    target = training.check_device(device)
+    target = check_device(device)
     dataset = find_cases(data)
     names = [case.name for case in dataset.cases] if names is None else list(names)
     run = Path(out)
-    settings = {"config": asdict(config), "names": names}
-    _prepare(run, data, settings, resume=resume, overwrite=overwrite)
-
+    wanted = as_json({"config": asdict(config), "names": names})
+    folder = stage_one_folder(run, config.folds)
+    if folder.open(resume=resume, overwrite=overwrite):
+        saved = read_json(folder.state_path)
+        folder.check_same_settings(saved.get("config", {}), wanted["config"])
+        folder.check_same_data(saved, wanted, {"names": "the training cases"})
+    else:
+        write_json(run / "config.json", {"data": str(Path(data).resolve()), **wanted["config"]})
+        write_json(folder.state_path, {**wanted, "cases": {}})
     try:
         return _estimate(
             dataset, run, config, names, None if networks is None else Path(networks), target,
             data=data, checkpoint_every=checkpoint_every, progress=progress,
         )  # fmt: skip
     except KeyboardInterrupt:
-        done = len(training.read_json(run / SUMMARY)["cases"])
-        raise training.CasesInterruptedError(run / "soft_labels", done, len(names)) from None
+        done = len(read_json(run / SUMMARY)["cases"])
+        raise CasesInterruptedError(run / "soft_labels", done, len(names)) from None
 
 
 def _estimate(
@@ -126,44 +119,45 @@ def _estimate(
     checkpoint_every: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Networks, temperature, maps; what ``run`` holds of them is not made again."""
+    """Make the networks, the temperature and the maps; what ``run`` holds of them is not made again."""
     cache = CaseCache(dataset)
     folds = split_folds(names, config.folds, config.split_seed)  # no more than there are cases
-    # What the networks do not depend on is left out, so that they can serve other estimates.
+    # Settings that the networks do not depend on get fixed values, so that the networks can serve other estimates.
     stage = replace(config, alpha=1.0, temperature=1.0, num_samples=1)
     nets: list[StageOneNet] = []
     seconds = 0.0
     for number, members in enumerate(folds):
         folder = _fold(networks or run, number)
-        if networks is not None and not (folder / "checkpoint.pt").is_file():
-            raise TrainingError(f"{folder / 'checkpoint.pt'}: not found; there is no first stage of these folds")
-        content = training.fingerprint(dataset, stage, _others(names, members), members)
+        is_trained = network_folder(folder).holds_run
+        if networks is not None and not is_trained:
+            raise RunError(f"{folder / 'checkpoint.pt'}: not found; there is no first stage of these folds")
+        content = fingerprint(dataset, stage, _others(names, members), members)
         nets.append(_build(dataset, config).to(target))
-        seconds += training.fit(
+        seconds += fit(
             nets[-1], _loss_of(nets[-1], config), folder, content, cache, stage,
-            data=data, resume=(folder / "checkpoint.pt").is_file(), checkpoint_every=checkpoint_every,
+            data=data, resume=is_trained, checkpoint_every=checkpoint_every,
             progress=progress, stage=f"fold {number + 1}/{len(folds)}",
         )  # fmt: skip
 
     pairs = [(net, name) for net, members in zip(nets, folds, strict=True) for name in members]
-    content = training.read_json(run / SUMMARY)
+    content = read_json(run / SUMMARY)
     if "temperature" not in content:
         fitted = config.temperature is None
         content["temperature"] = _fit_temperature(pairs, cache, config, progress) if fitted else config.temperature
-        training.write_json(run / SUMMARY, content)
+        write_json(run / SUMMARY, content)
     final = replace(config, temperature=content["temperature"])
     cases: dict[str, dict[str, float]] = content["cases"]
     for done, (net, name) in enumerate(pairs, 1):
         if name not in cases:
             cases[name] = _write(net, dataset, cache.get(name), run / "soft_labels", final)
-            training.write_json(run / SUMMARY, content)
+            write_json(run / SUMMARY, content)
         progress("soft labels", done, len(pairs), None)
     summary: dict[str, Any] = {
         **content,
         "seconds": seconds,
         "estimate": {key: float(np.mean([case[key] for case in cases.values()])) for key in next(iter(cases.values()))},
     }
-    training.write_json(run / SUMMARY, summary)
+    write_json(run / SUMMARY, summary)
     return summary
 
 
@@ -178,40 +172,15 @@ def _fold(run: Path, number: int) -> Path:
 
 
 def _others(names: Sequence[str], members: Sequence[str]) -> list[str]:
-    """What the networks of a fold are trained on: the other folds; all there is where there is but one."""
+    """The cases that the network of a fold is trained on: those of the other folds, or all if there is one fold."""
     return [name for name in names if name not in set(members)] or list(names)
 
 
-def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
-    return {**settings, "config": {k: list(v) if isinstance(v, tuple) else v for k, v in settings["config"].items()}}
-
-
-def _prepare(run: Path, data: str | Path, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-    """Make ``run`` ready for a new first stage, or check that it holds one with these settings."""
-    wanted = _as_json(settings)
-    path = run / SUMMARY
-    if resume and not overwrite:
-        if not path.is_file():
-            raise TrainingError(f"{path}: not found; there is no run to resume in {run}")
-        saved = training.read_json(path)
-        training.check_same_config(path, saved.get("config", {}), wanted["config"])
-        if saved.get("names") != wanted["names"]:
-            raise TrainingError(f"{path}: cannot be resumed on other data: the training cases changed since")
-        for leftover in run.rglob(".*.tmp"):  # of a process that was killed while it wrote
-            leftover.unlink()
-        return
-    training.prepare_run(run, resume=resume, overwrite=overwrite)
-    try:
-        for pattern in (SUMMARY, "stage1/fold_*/*.json", "stage1/fold_*/checkpoint.pt", "soft_labels/*.nii.gz"):
-            for file in run.glob(pattern):
-                file.unlink()
-        for number in range(settings["config"]["folds"]):
-            _fold(run, number).mkdir(parents=True, exist_ok=True)
-        (run / "soft_labels").mkdir(exist_ok=True)
-    except OSError as error:
-        raise TrainingError(f"{run}: cannot be made ready ({error.strerror or error})") from error
-    training.write_json(run / "config.json", {"data": str(Path(data).resolve()), **wanted["config"]})
-    training.write_json(path, {**wanted, "cases": {}})
+def stage_one_folder(run: Path, folds: int) -> RunFolder:
+    """The folder of a first stage, which may later hold the network to deploy as well."""
+    files = (SUMMARY, *RUN_FILES, "stage1/fold_*/*.json", "stage1/fold_*/checkpoint.pt", "soft_labels/*.nii.gz")
+    folders = (*(f"stage1/fold_{number}" for number in range(folds)), "soft_labels")
+    return RunFolder(run, SUMMARY, files, folders)
 
 
 def _build(dataset: Dataset, config: TrainConfig) -> StageOneNet:
@@ -231,7 +200,7 @@ def _loss_of(net: StageOneNet, config: TrainConfig) -> Callable[[Patches, int], 
     """
 
     def loss_of(patches: Patches, iteration: int) -> Tensor:
-        generator = torch.Generator().manual_seed(training.noise_seed(config.seed, iteration, 0))
+        generator = torch.Generator().manual_seed(noise_seed(config.seed, iteration, 0))
         noise = torch.randn(len(patches.image), net.latent_size, generator=generator, device="cpu").to(patches.image)
         logits, image, mu, logvar = net(patches.image, patches.label, noise)
         valid = patches.label != IGNORE_INDEX
@@ -247,10 +216,10 @@ def _loss_of(net: StageOneNet, config: TrainConfig) -> Callable[[Patches, int], 
 
 
 def estimate_case(net: StageOneNet, case: LoadedCase, config: TrainConfig) -> Tensor:
-    """The estimate alone, float32 ``[classes, x, y, z]``, by sliding windows, on the device of ``net``.
+    """The estimate of a case, float32 ``[classes, x, y, z]``, not blended with the label, on the device of ``net``.
 
-    Windows of the training patch's size overlap by half, each with codes of its own posterior, and are averaged with
-    Gaussian weights.
+    Sliding windows of the training patch's size overlap by half, each with codes of its own posterior, and are
+    averaged with Gaussian weights.
     """
     device = next(net.parameters()).device
     seed = int.from_bytes(hashlib.sha256(case.name.encode()).digest()[:4], "big")
@@ -270,14 +239,14 @@ def estimate_case(net: StageOneNet, case: LoadedCase, config: TrainConfig) -> Te
             temperature=config.temperature,
             alpha=1.0,
             ignore_index=IGNORE_INDEX,
-            generator=torch.Generator().manual_seed(training.noise_seed(config.seed, seed, 3)),
+            generator=torch.Generator().manual_seed(noise_seed(config.seed, seed, 3)),
         )
         maps: Tensor = soft[..., None] if is_flat else soft
         return maps
 
     net.eval()
     with torch.inference_mode():
-        return training.in_windows(estimate, volume, config.patch_size)
+        return in_windows(estimate, volume, config.patch_size)
 
 
 def _fit_temperature(
@@ -305,20 +274,19 @@ def _write(net: StageOneNet, dataset: Dataset, case: LoadedCase, folder: Path, c
     onehot = torch.zeros_like(soft).scatter_(0, torch.where(valid, label, 0)[None], valid[None].to(soft))
     blended = (1 - config.alpha) * onehot + config.alpha * soft
     like = next(each.label for each in dataset.cases if each.name == case.name)
-    training.write_atomic(soft_labels_path(folder, case.name), soft_labels_file(blended.numpy(), like))
+    write_atomic(soft_labels_path(folder, case.name), soft_labels_file(blended.numpy(), like))
     return _judge(soft, label, dataset)
 
 
 def _judge(soft: Tensor, label: Tensor, dataset: Dataset) -> dict[str, float]:
     """Dice, and over the foreground the NLL, mean confidence and accuracy: apart, these tell over-confidence."""
-    dice = training.dice_per_class(soft.argmax(0), label, len(dataset.class_names))
+    dice = count_classes(soft.argmax(0), label, len(dataset.class_names)).dice()[1:]
     inside = label > 0
     p, y = soft[:, inside].double(), label[inside]
     confidence, top = p.max(0)
     nll = -p.gather(0, y[None]).clamp(min=1e-12).log()
-    present = [value for value in dice if value is not None]
     return {
-        "dice": sum(present) / max(len(present), 1),
+        "dice": mean_of([value for value in dice.tolist() if not math.isnan(value)]) or 0.0,
         "nll": float(nll.mean()) if len(y) else 0.0,
         "confidence": float(confidence.mean()) if len(y) else 1.0,
         "accuracy": float((top == y).double().mean()) if len(y) else 1.0,

@@ -1,10 +1,8 @@
-"""Probability maps of a trained network, for ``calseg evaluate`` and others: what ``calseg predict`` runs.
-
-Needs the extra ``calseg[train]`` (MONAI, nibabel).
-"""
+"""Probability maps of a trained network, for ``calseg evaluate`` and others: what ``calseg predict`` runs."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,25 +10,37 @@ from typing import Any
 
 import torch
 
-from calseg.data import CaseCache, DataError, Dataset, find_cases, probabilities_file
-from calseg.nets import SegmentationNet, build_net
-from calseg.training import (
+from calseg.methods import METHODS
+from calseg.runs import (
     CasesInterruptedError,
     Progress,
-    TrainConfig,
-    TrainingError,
-    check_device,
-    load_checkpoint,
+    RunError,
+    RunFolder,
     no_progress,
-    predict_volume,
-    prepare_run,
     read_json,
     write_atomic,
     write_json,
 )
+from calseg.training.checkpoint import load_checkpoint
+from calseg.training.config import TrainConfig
+from calseg.training.inference import predict_volume
+from calseg.training.loop import check_device
+from calseg.training.nets import SegmentationNet, build_net
+from calseg.volumes.datasets import Dataset, find_cases
+from calseg.volumes.nifti import DataError
+from calseg.volumes.patches import CaseCache
+from calseg.volumes.probabilities import probabilities_file
 
 CASES = ("validation", "training", "all")
 STATE = "predict.json"
+WORDS = {
+    "run": "the folder RUN",
+    "checkpoint": "the network in RUN",
+    "iteration": "the network in RUN",
+    "data": "the folder DATA",
+    "cases": "the cases to predict",
+}
+"""Words for the entries of ``predict.json`` where one of them forbids to resume."""
 
 
 def predict_folder(
@@ -48,11 +58,11 @@ def predict_folder(
 
     ``cases`` is "validation" or "training", by the split of the run, or "all". ``resume`` goes on after an
     interruption: maps are written whole or not at all. Returns what ``out/predict.json`` holds. Raises
-    :class:`~calseg.data.DataError` or :class:`~calseg.training.TrainingError` for what the user can mend,
-    :class:`~calseg.training.CasesInterruptedError` after Ctrl-C.
+    :class:`~calseg.volumes.nifti.DataError` or :class:`~calseg.runs.RunError` for what the user can mend,
+    :class:`~calseg.runs.CasesInterruptedError` after Ctrl-C.
     """
     if cases not in CASES:
-        raise TrainingError(f"cases must be one of {', '.join(CASES)}; got {cases!r}")
+        raise RunError(f"cases must be one of {', '.join(CASES)}; got {cases!r}")
     target = check_device(device)
     checkpoint = Path(run) / "checkpoint.pt"
     saved = load_checkpoint(checkpoint)
@@ -71,12 +81,10 @@ def predict_folder(
         "cases": names,
     }
     maps = {name: folder / f"{name}.nii.gz" for name in names}
-    prepare_run(
-        folder, resume=resume, overwrite=overwrite, files=(STATE, *(path.name for path in maps.values())), state=STATE
-    )
-    if resume and read_json(folder / STATE) != content:
-        raise TrainingError(f"{folder / STATE}: cannot be resumed; the run, its network, the data or the cases changed")
-    write_json(folder / STATE, content)
+    results = RunFolder(folder, STATE, tuple(glob.escape(path.name) for path in maps.values()))
+    if results.open(resume=resume, overwrite=overwrite):
+        results.check_same_data(read_json(results.state_path), content, WORDS)
+    write_json(results.state_path, content)
 
     cache = CaseCache(dataset)
     labels = {case.name: case.label for case in dataset.cases}
@@ -114,11 +122,11 @@ def _load_net(saved: Mapping[str, Any], config: TrainConfig, checkpoint: Path) -
         len(saved["channels"]),
         len(saved["classes"]),
         spatial_dims=config.spatial_dims,
-        dense_head=config.method == "vls",
+        dense_head=METHODS[config.method].dense_head,
         seed=config.seed,
     )
     try:
         net.load_state_dict(saved["model"])
     except RuntimeError as error:
-        raise TrainingError(f"{checkpoint}: does not fit this version of calseg ({error})") from error
+        raise RunError(f"{checkpoint}: does not fit this version of calseg ({error})") from error
     return net

@@ -1,4 +1,4 @@
-"""The networks that ``calseg train`` trains, in 2-D and 3-D. Needs the extra ``calseg[train]`` (MONAI).
+"""The networks that ``calseg train`` trains, in 2-D and 3-D.
 
 :class:`SegmentationNet` is what is deployed (the paper's ``f_cal``); :class:`StageOneNet` holds the four networks of
 CALSeg's first stage and estimates soft labels.
@@ -16,6 +16,7 @@ from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
 
 from calseg.functional import accumulate_soft_labels
+from calseg.methods import Output
 
 FEATURES = (8, 16, 32, 64, 64)
 """Channels per resolution: ``FEATURES[0]`` at full resolution, halved once for every further entry but the last."""
@@ -23,16 +24,8 @@ FEATURES = (8, 16, 32, 64, 64)
 Net = TypeVar("Net", bound=nn.Module)
 
 
-class Output(NamedTuple):
-    """``logits``, and from a dense head ``mu`` and ``logvar``, all float ``[N, C, *S]``."""
-
-    logits: Tensor
-    mu: Tensor | None
-    logvar: Tensor | None
-
-
 class StageOneOutput(NamedTuple):
-    """Of :class:`StageOneNet`: ``logits`` ``[N, C, *S]``, ``image`` as the input, ``mu`` and ``logvar`` ``[N, L]``."""
+    """Output of :class:`StageOneNet`: ``logits[N, C, *S]``, the image again, ``mu`` and ``logvar`` ``[N, L]``."""
 
     logits: Tensor
     image: Tensor
@@ -124,15 +117,15 @@ class StageOneNet(nn.Module):
     ======== =========== ==============================================================================
 
     Args:
-        in_channels: of the image.
-        num_classes: ``C``.
+        in_channels: number of channels of the image.
+        num_classes: number of classes ``C``.
         spatial_dims: 2 or 3.
         features: channels per resolution of the U-Net and, halved, of the encoder.
-        latent_size: ``L``, of the code.
+        latent_size: number of values ``L`` in the code.
 
     Example:
         >>> import torch
-        >>> from calseg.nets import StageOneNet
+        >>> from calseg.training.nets import StageOneNet
         >>> net = StageOneNet(1, 3, spatial_dims=2)
         >>> image, label = torch.randn(1, 1, 32, 32), torch.zeros(1, 32, 32, dtype=torch.uint8)
         >>> soft = net.estimate_soft_labels(image, label, num_samples=8, temperature=2.0, alpha=0.3)
@@ -208,10 +201,11 @@ class StageOneNet(nn.Module):
             image: float ``[N, in_channels, *S]``.
             label: class indices ``[N, *S]``.
             num_samples: codes drawn from the posterior. ``calseg train`` draws 8.
-            temperature: of the softmax, above 0. ``calseg train`` fits it; 1.1 to 2.0 in benchmarks/README.md.
+            temperature: temperature of the softmax, above 0. ``calseg train`` fits it (1.1 to 2.0 in
+                benchmarks/README.md).
             alpha: share of the estimate, in [0, 1]. ``calseg train`` takes 0.5 (benchmarks/README.md).
             ignore_index: label of voxels whose soft label is 0 in every class. Default -100.
-            generator: of the codes, on the CPU. Default: PyTorch's.
+            generator: generator of the codes, on the CPU. Default: PyTorch's.
 
         Returns:
             Soft labels ``[N, C, *S]``, the dtype of the logits, float32 at least.

@@ -1,0 +1,311 @@
+"""The commands. The docstring of a command is its help text; its options are explained where they are declared."""
+
+# No "from __future__ import annotations" here: typer evaluates the annotations of the commands.
+
+import importlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import calseg
+from calseg.cli.options import Given, with_options
+from calseg.methods import METHODS
+
+if TYPE_CHECKING:
+    from calseg.training.config import TrainConfig
+
+Data = Annotated[
+    Path,
+    typer.Argument(help="Folder of images and labels as the Medical Segmentation Decathlon or nnU-Net lays them out."),
+]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Continue the interrupted run in the folder --out; give the same other options."),
+]
+ResumeTraining = Annotated[
+    bool, typer.Option("--resume", help="Continue the interrupted run in the folder --out, with its own settings.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that the folder --out holds.")]
+Device = Annotated[str, typer.Option(help="Device that the networks run on: cpu, cuda, cuda:1 and so on.")]
+Threads = Annotated[int, typer.Option(min=0, help="Number of CPU threads; 0 leaves the choice to PyTorch.")]
+CheckpointEvery = Annotated[int, typer.Option(min=1, help="Number of updates between two checkpoints.")]
+
+
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show versions, the backends that work here, and the processor's instruction sets."""
+    from calseg.cli.tables import print_info
+
+    print_info(as_json=as_json)
+
+
+def train(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder of the run: checkpoint, split and metrics.")],
+    given: Given,
+    soft_labels: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of soft labels, CASE.nii.gz for every training case, to train on instead of estimating them"
+            " (method calseg)."
+        ),
+    ] = None,
+    resume: ResumeTraining = False,
+    overwrite: Overwrite = False,
+    checkpoint_every: CheckpointEvery = 50,
+    device: Device = "cpu",
+    threads: Threads = 0,
+) -> None:
+    """Train a small U-Net (MONAI's) with one of the methods, and score it on the validation cases.
+
+    The method calseg first trains networks that estimate a soft label of every training case, then the network to
+    deploy on these soft labels.
+
+    Ctrl-C saves a checkpoint. With --resume the run goes on with its own settings, and ends where an uninterrupted run
+    would have ended, bit for bit on the same machine.
+    """
+    from calseg.cli.tables import print_metrics, progress_bars
+    from calseg.training import stage_two
+
+    config = _settings(out, given, resume=resume)
+    with progress_bars() as progress:
+        _set_threads(threads)
+        metrics = stage_two.train(
+            data, out, config, soft_labels=soft_labels, resume=resume, overwrite=overwrite, device=device,
+            checkpoint_every=checkpoint_every, progress=progress,
+        )  # fmt: skip
+    print_metrics({config.method: metrics})
+    print(f"written to {out / 'metrics.json'}")
+
+
+def soft_labels(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder of the networks; the soft labels go to soft_labels in it.")],
+    given: Given,
+    networks: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of another run on the same cases, whose networks are used instead of training new ones; alpha,"
+            " temperature and the number of samples may differ."
+        ),
+    ] = None,
+    resume: ResumeTraining = False,
+    overwrite: Overwrite = False,
+    checkpoint_every: CheckpointEvery = 50,
+    device: Device = "cpu",
+    threads: Threads = 0,
+) -> None:
+    """Estimate a soft label of every case (the first stage of CALSeg), for any trainer to train on.
+
+    The cases are dealt into folds, so that no case is estimated by a network that was trained on it. The folder
+    OUT/soft_labels gets CASE.nii.gz: 4-D, the classes last, 16-bit integers that the header scales to probabilities.
+    """
+    from calseg.cli.tables import print_estimate, progress_bars
+    from calseg.training import stage_one
+
+    config = _settings(out, given, resume=resume, method="calseg")
+    with progress_bars() as progress:
+        _set_threads(threads)
+        summary = stage_one.estimate(
+            data, out, config, networks=networks, resume=resume, overwrite=overwrite, device=device,
+            checkpoint_every=checkpoint_every, progress=progress,
+        )  # fmt: skip
+    print_estimate(summary)
+    print(f"written to {out / 'soft_labels'}")
+
+
+def predict(
+    run: Annotated[Path, typer.Argument(help="Folder of a run of calseg train.")],
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder that the probability maps are written to.")],
+    cases: Annotated[
+        str,
+        typer.Option(
+            help="Cases to predict: validation or training, as the run split them, or all cases of the folder."
+        ),
+    ] = "validation",
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    device: Device = "cpu",
+    threads: Threads = 0,
+) -> None:
+    """Write the class probabilities that a trained network predicts.
+
+    Each case gets a 4-D NIfTI file with the axes x, y, z and classes.
+    """
+    from calseg.cli.tables import progress_bars
+    from calseg.training.predict import predict_folder
+
+    with progress_bars() as progress:
+        _set_threads(threads)
+        content = predict_folder(
+            run, data, out, cases=cases, resume=resume, overwrite=overwrite, device=device, progress=progress
+        )
+    print(f"{len(content['cases'])} probability maps are in {out}")
+
+
+def evaluate(
+    probabilities: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of probability maps: NAME.nii.gz with the classes last, NAME_0000.nii.gz and so on with one"
+            " class each, or NAME.npz of nnU-Net."
+        ),
+    ],
+    labels: Annotated[Path, typer.Argument(help="Folder of label maps, NAME.nii.gz or NAME.nii.")],
+    out: Annotated[Path, typer.Option(help="Folder of the report: JSON, CSV and diagrams.")],
+    given: Given,
+    dataset_json: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with the names of the classes. Default: dataset.json in or above the folder of label maps, or in"
+            " the folder of probability maps."
+        ),
+    ] = None,
+    memory: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Approximate memory to work in, in MiB. Larger volumes are read in slabs, and a compressed file that"
+            " unpacks to more than a quarter of it goes through a temporary file.",
+        ),
+    ] = 512,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    threads: Threads = 0,
+) -> None:
+    """Score probability maps against label maps: Dice, NLL, Brier, calibration errors, reliability diagrams.
+
+    Every score comes with its 95 % confidence interval over the cases (percentile bootstrap). Each case is kept as soon
+    as it is done: after Ctrl-C, or an error in a file, --resume continues with the others.
+    """
+    import matplotlib
+
+    from calseg.cli.tables import print_report, progress_bars
+    from calseg.evaluate import evaluate_folders
+    from calseg.report import DIAGRAMS, EvaluateConfig
+
+    matplotlib.use("agg")
+    with progress_bars() as progress:
+        _set_threads(threads)
+        report = evaluate_folders(
+            probabilities, labels, out, EvaluateConfig(**given.values), dataset_json=dataset_json,
+            resume=resume, overwrite=overwrite, memory=memory << 20, progress=progress,
+        )  # fmt: skip
+    print_report(report)
+    print(f"written to {out}: report.json, cases.csv, {', '.join(f'{name}.png/.pdf' for name in DIAGRAMS)}")
+
+
+def demo(
+    given: Given,
+    out: Annotated[Path, typer.Option(help="Folder for the simulated data and both runs.")] = Path("calseg-demo"),
+    overwrite: Overwrite = False,
+    device: Device = "cpu",
+    threads: Threads = 0,
+) -> None:
+    """Simulate volumes with ambiguous borders and several raters, train with cross-entropy and CALSeg, compare.
+
+    Started again with the same settings it continues an interrupted demo, and shows a finished one.
+    """
+    from calseg.cli.tables import print_metrics, progress_bars
+    from calseg.demo import run_demo
+    from calseg.simulation import DemoConfig
+
+    with progress_bars() as progress:
+        _set_threads(threads)
+        results = run_demo(out, DemoConfig(**given.values), overwrite=overwrite, device=device, progress=progress)
+    print_metrics(results)
+    print(f"written to {out / 'demo.json'}, drawn in {out / 'demo.png'}; the data set is {out / 'data'}")
+
+
+def _settings(out: Path, given: Given, *, resume: bool, **fixed: Any) -> "TrainConfig":
+    """The settings given; with ``resume`` those of the run in ``out``, but for what the user typed.
+
+    What was typed and differs is refused later, when the run is opened.
+    """
+    from calseg.runs import read_json
+    from calseg.training.config import TrainConfig
+
+    config = TrainConfig(**fixed, **given.values)
+    if not resume or not (out / "config.json").is_file():
+        return config
+    saved = {key: value for key, value in read_json(out / "config.json").items() if key != "data"}
+    return replace(TrainConfig.from_json(saved), **{name: getattr(config, name) for name in given.typed})
+
+
+def _set_threads(count: int) -> None:
+    import torch
+
+    if count:
+        torch.set_num_threads(count)
+
+
+# ------------------------------------------------------------------------------------------- the application
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        run: the function.
+        config: "module:name" of the dataclass whose fields become options in place of the parameter ``given``.
+        leave_out: the fields that do not become options.
+        is_resumable: whether the command has the option --resume.
+    """
+
+    run: Callable[..., None]
+    config: str = ""
+    leave_out: Collection[str] = ()
+    is_resumable: bool = False
+
+    def for_typer(self) -> Callable[..., None]:
+        """The function with all its options; only now the dataclass is imported."""
+        if not self.config:
+            return self.run
+        module, _, name = self.config.partition(":")
+        return with_options(self.run, getattr(importlib.import_module(module), name), self.leave_out)
+
+
+def _not_of_stage_one() -> set[str]:
+    """The settings of training that do not bear on the first stage of CALSeg."""
+    of_methods = {name for method in METHODS.values() for name in method.settings}
+    return {"method", "val_fraction", *(of_methods - set(METHODS["calseg"].settings))}
+
+
+TRAINING = "calseg.training.config:TrainConfig"
+COMMANDS = {
+    "info": Command(info),
+    "train": Command(train, TRAINING, is_resumable=True),
+    "soft-labels": Command(soft_labels, TRAINING, _not_of_stage_one(), is_resumable=True),
+    "predict": Command(predict, is_resumable=True),
+    "evaluate": Command(evaluate, "calseg.report:EvaluateConfig", is_resumable=True),
+    "demo": Command(demo, "calseg.simulation:DemoConfig"),
+}
+RESUMABLE = tuple(name for name, command in COMMANDS.items() if command.is_resumable)
+
+
+def build_app(word: str) -> Any:
+    """The typer application that runs the command ``word``.
+
+    Where ``word`` is no command, the application holds all of them, without their options: enough for the help text
+    and for the error message.
+    """
+    app = typer.Typer(add_completion=False, help=calseg.__doc__)
+    app.callback()(lambda: None)  # with a callback typer keeps the command's name even if there is only one
+    for name, command in COMMANDS.items():
+        if name == word:
+            app.command(name, help=_help_of(command))(command.for_typer())
+        elif word not in COMMANDS:
+            app.command(name, help=_help_of(command))(lambda: None)
+    return app
+
+
+def _help_of(command: Command) -> str:
+    """The docstring with each paragraph on one line, for typer to wrap."""
+    paragraphs = (command.run.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)

@@ -1,0 +1,165 @@
+"""What the commands print: tables on stdout, progress bars on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import calseg
+from calseg.scores import MAIN_STATISTICS, N_BINS, REGIONS, STATISTICS, TRUTH_STATISTICS
+
+
+def print_info(*, as_json: bool) -> None:
+    """Print what :func:`calseg.info` returns, as JSON or one line per entry."""
+    content = calseg.info()
+    if as_json:
+        print(json.dumps(content, indent=2, default=str))
+        return
+    rows = list(_flatten(content))
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:{width}}  {value}")
+
+
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, (list, tuple)):
+            yield f"{prefix}{key}", ", ".join(str(item) for item in value) or "-"
+        else:
+            yield f"{prefix}{key}", "-" if value is None else str(value)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Any]:
+    """A progress callback that draws one bar on stderr per stage."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description:>9}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
+    bars = Progress(*columns, console=Console(stderr=True))
+    open_task: list[Any] = []
+
+    def progress(stage: str, done: int, total: int, loss: float | None) -> None:
+        bars.start()  # only now, so that an error before the first stage stays a single line
+        if not open_task or open_task[0] != stage:
+            open_task[:] = [stage, bars.add_task(stage, total=total, loss="")]
+        bars.update(open_task[1], completed=done, loss="" if loss is None else f"loss {loss:.4f}")
+
+    try:
+        yield progress
+    finally:
+        if open_task:
+            bars.stop()
+
+
+def print_estimate(summary: Mapping[str, Any]) -> None:
+    """Print how good the first stage's estimates are, before they are blended with the labels."""
+    estimate = summary["estimate"]
+    print(
+        f"{len(summary['cases'])} cases; the estimate alone, before it is blended with the label, mean over the cases:"
+    )
+    print(f"  Dice {estimate['dice']:.4f}; over the foreground: NLL {estimate['nll']:.4f},")
+    print(
+        f"  confidence {estimate['confidence']:.4f} against an accuracy of {estimate['accuracy']:.4f};"
+        f" temperature {summary['temperature']:.2f}"
+    )
+
+
+def print_metrics(runs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print the scores of training runs in one table with a column per run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    first = next(iter(runs.values()))
+    count = len(first["cases"])
+    table = Table()
+    table.add_column("score")
+    table.add_column("over")
+    for name in runs:
+        table.add_column(name, justify="right")
+
+    def row(score: str, over: str, *path: str, digits: int = 4) -> None:
+        values = []
+        for metrics in runs.values():
+            value: Any = metrics
+            for key in path:
+                value = value[key]
+            values.append("-" if value is None else f"{value:.{digits}f}")
+        table.add_row(score, over, *values)
+
+    for name in first["dice"]:
+        row(f"Dice {name}", "cases", "dice", name)
+    row("Dice mean", "classes", "dice_mean")
+    for region in REGIONS:
+        table.add_section()
+        for name in MAIN_STATISTICS:
+            row(STATISTICS[name].title, region, region, name)
+    if "raters" in first:
+        table.add_section()
+        for name in MAIN_STATISTICS:
+            row(STATISTICS[name].title, "all, other raters", "raters", "all", name)
+        row(TRUTH_STATISTICS["brier"].title, "all, true probability", "truth", "brier")
+    table.add_section()
+    row("training", "seconds", "seconds", "train", digits=0)
+    print(f"{first['dataset']}: {first['iterations']} iterations, {count} validation case{'s' * (count != 1)}")
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    print(f"foreground: voxels whose label is not 0; ECE: {N_BINS} equal bins of the top probability")
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """Print the table of ``calseg evaluate``: each score with its interval over the cases."""
+    from rich.console import Console
+    from rich.table import Table
+
+    def cell(entry: Mapping[str, Any] | None) -> str:
+        if entry is None or entry["value"] is None:
+            return "-"
+        if entry["interval"] is None:
+            return f"{float(entry['value']):.4f}"
+        lower, upper = map(float, entry["interval"])
+        return f"{float(entry['value']):.4f} [{lower:.4f}, {upper:.4f}]"
+
+    table = Table()
+    for name in ("score", "over"):
+        table.add_column(name)
+    for name in ("pooled", "mean over cases"):
+        table.add_column(f"{name} [{report['confidence_level']:.0%}]", justify="right")
+
+    def row(score: str, over: str, entry: Mapping[str, Any]) -> None:
+        table.add_row(score, over, cell(entry.get("pooled")), cell(entry["mean"]))
+
+    for name, entry in report["dice"].items():
+        row("Dice", name, entry)
+    row("Dice", "classes 1 and up", report["dice_foreground_mean"])
+    for region in REGIONS:
+        table.add_section()
+        for name, statistic in STATISTICS.items():
+            row(statistic.title, f"{region} voxels", report[region][name])
+    if report["presets"]:
+        table.add_section()
+    for name, entry in report["presets"].items():
+        row(f"ECE, {name}", "its voxels", entry)
+    voxels = report["voxels"]
+    count = report["cases"]
+    print(f"{count} case{'s' * (count != 1)}, {voxels['all']:,} voxels, {voxels['foreground']:,} of them foreground")
+    Console(width=None if sys.stdout.isatty() else 100).print(table, markup=False)
+    print(f"foreground: label not 0; calibration errors: {report['config']['n_bins']} equal bins of the probability")
+    for number, what in (
+        ("nan_voxels", "a NaN probability; they are left out"),
+        ("infinite_voxels", "a label of probability 0, whose NLL is infinite"),
+    ):
+        if report[number]:
+            print(f"{report[number]:,} voxels have {what}")
+    for note in report["notes"]:
+        print(f"note: {note}", file=sys.stderr)

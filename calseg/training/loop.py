@@ -1,0 +1,192 @@
+"""The training loop, which both stages share: batches, updates, checkpoints, signals.
+
+Every random draw is a pure function of (seed, iteration): a resumed run ends bit for bit where an uninterrupted one on
+the same machine would.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from calseg.runs import Progress, RunError, RunInterruptedError, write_json
+from calseg.training.checkpoint import check_same_run, load_checkpoint, network_folder, save_checkpoint
+from calseg.training.config import TrainConfig
+from calseg.volumes.patches import Batch, CaseCache, PatchSampler
+
+
+class Patches(NamedTuple):
+    """A batch on the device: ``image[N, channels, *S]``, ``label[N, *S]``, ``soft_labels[N, C, *S]``."""
+
+    image: Tensor
+    label: Tensor
+    soft_labels: Tensor | None
+
+
+def _patches(batch: Batch, device: torch.device) -> Patches:
+    image, label, soft_labels = (None if part is None else torch.from_numpy(part).to(device) for part in batch)
+    assert image is not None
+    assert label is not None
+    if label.shape[-1] == 1:  # patches of one slice are for networks of two dimensions
+        return Patches(image[..., 0], label[..., 0], None if soft_labels is None else soft_labels[..., 0])
+    return Patches(image, label, soft_labels)
+
+
+def fit(
+    net: nn.Module,
+    loss_of: Callable[[Patches, int], Tensor],
+    run: Path,
+    content: dict[str, Any],
+    cache: CaseCache,
+    config: TrainConfig,
+    *,
+    data: str | Path,
+    resume: bool,
+    checkpoint_every: int,
+    progress: Progress,
+    stage: str = "train",
+) -> float:
+    """Train ``net`` in place; returns the seconds that it took, with those before a resumption.
+
+    Args:
+        net: the network.
+        loss_of: called as ``loss_of(patches, iteration)``; the loss of a batch, a 0-d tensor.
+        run: folder of the checkpoints, which exists.
+        content: the :func:`~calseg.training.checkpoint.fingerprint`.
+        cache: the cases.
+        config: the settings.
+        data: the folder that the cases came from, for ``config.json``.
+        resume: go on from the checkpoint in ``run``.
+        checkpoint_every: updates between checkpoints.
+        progress: told of every update.
+        stage: name of this training for ``progress``.
+    """
+    folder = network_folder(run)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=1e-4)
+    iteration, seconds = 0, 0.0
+    if resume:
+        saved = load_checkpoint(folder.state_path)
+        check_same_run(folder, saved, content)
+        try:
+            net.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            iteration, seconds = int(saved["iteration"]), float(saved["seconds"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise RunError(f"{folder.state_path}: does not fit this version of calseg ({error})") from error
+    write_json(run / "config.json", {"data": str(Path(data).resolve()), **content["config"]})
+    write_json(run / "split.json", content["split"])
+
+    names = tuple(content["split"]["training"])
+    read_all(cache, (*names, *content["split"]["validation"]), progress)
+    sampler = PatchSampler(
+        names, config.patch_size, config.batch_size, config.seed, config.foreground, config.flip_axes
+    )
+    if not resume:
+        save_checkpoint(folder.state_path, content, net, optimizer, iteration, seconds)
+    device = next(net.parameters()).device
+    net.train()
+    begun = time.perf_counter() - seconds
+    with _signals() as received:
+        while iteration < config.iterations:
+            patches = _patches(sampler.batch(cache, iteration), device)
+            loss = _step(net, optimizer, loss_of, patches, config, iteration)
+            iteration += 1
+            seconds = time.perf_counter() - begun
+            progress(stage, iteration, config.iterations, loss)
+            if iteration % checkpoint_every == 0 or iteration == config.iterations or received:
+                save_checkpoint(folder.state_path, content, net, optimizer, iteration, seconds)
+            if received:
+                raise RunInterruptedError(
+                    f"interrupted after iteration {iteration}, which is saved in {folder.state_path}", received[0]
+                )
+    return seconds
+
+
+def read_all(cache: CaseCache, names: Sequence[str], progress: Progress) -> None:
+    """Read every case once, so that a bad file stops the run now and not after an hour."""
+    for done, name in enumerate(names, 1):
+        cache.get(name)
+        progress("read", done, len(names), None)
+
+
+def _step(
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[Patches, int], Tensor],
+    patches: Patches,
+    config: TrainConfig,
+    iteration: int,
+) -> float:
+    """One update in place; returns the loss."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, iteration)
+    loss = loss_of(patches, iteration)
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise RunError(
+            f"the loss is {value} at iteration {iteration + 1}; a smaller --learning-rate may help "
+            "(the last checkpoint is kept)"
+        )
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 12.0)
+    optimizer.step()
+    return value
+
+
+def learning_rate(config: TrainConfig, iteration: int) -> float:
+    """Linear warm-up over the first 5 %, then polynomial decay with exponent 0.9 (as nnU-Net's)."""
+    warm = max(config.iterations // 20, 1)
+    decay = (1 - iteration / config.iterations) ** 0.9
+    return config.learning_rate * min((iteration + 1) / warm, 1.0) * float(decay)
+
+
+def noise_seed(seed: int, iteration: int, stream: int) -> int:
+    """A 63-bit seed for the noise of one loss call, a pure function of its arguments."""
+    high, low = np.random.SeedSequence((seed, 2, iteration, stream)).generate_state(2)
+    return (int(high) << 31) ^ int(low)
+
+
+def check_device(name: str) -> torch.device:
+    """The device of that name, or a :class:`RunError`."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"device {name!r} cannot be used ({reason})") from error
+    return device
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM, so that the iteration in progress can end; a second one acts at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # Python delivers signals to the main thread only
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    for number in previous:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,179 @@
+"""The network to deploy: its training with any method, and its scores on the validation cases.
+
+For the method "calseg" the first stage (:mod:`calseg.training.stage_one`) comes first, in the same folder.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calseg.methods import METHODS, Output, Target
+from calseg.runs import Progress, RunError, no_progress, read_json, write_json
+from calseg.scores import CaseScores, summarise
+from calseg.training.checkpoint import fingerprint, network_folder
+from calseg.training.config import TrainConfig
+from calseg.training.inference import predict_volume
+from calseg.training.loop import Patches, check_device, fit, noise_seed
+from calseg.training.nets import SegmentationNet, build_net
+from calseg.training.stage_one import SUMMARY, estimate
+from calseg.volumes.datasets import IGNORE_INDEX, Dataset, find_cases, split_cases
+from calseg.volumes.patches import CaseCache
+from calseg.volumes.probabilities import soft_labels_path
+
+
+def train(
+    data: str | Path,
+    out: str | Path,
+    config: TrainConfig,
+    *,
+    soft_labels: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "cpu",
+    checkpoint_every: int = 50,
+    progress: Progress = no_progress,
+    also: Callable[[str, Tensor], None] | None = None,
+) -> dict[str, Any]:
+    """Train the network to deploy on the cases of ``data`` and score the validation cases.
+
+    For the method "calseg" the first stage comes first, unless ``soft_labels`` names a folder of soft labels.
+
+    Args:
+        data: folder in the Medical Segmentation Decathlon's or nnU-Net's raw layout.
+        out: folder of the run.
+        config: the settings.
+        soft_labels: folder with ``NAME.nii.gz`` for every training case, for the method "calseg" only.
+        resume: continue the run in ``out``, which must have the same settings and data.
+        overwrite: replace the run in ``out``.
+        device: a device of PyTorch's.
+        checkpoint_every: updates between checkpoints.
+        progress: told of everything that is done.
+        also: called as ``also(name, logits)`` with the prediction of every validation case.
+
+    Returns:
+        What ``metrics.json`` holds. Where the first stage was run, an entry ``soft_labels`` tells of its estimates
+        (:func:`~calseg.training.stage_one.estimate`).
+
+    Raises:
+        CalsegError: what the user can mend: a bad file, a setting, a folder that is not empty.
+        RunInterruptedError: SIGINT or SIGTERM came; what was done is kept on disk.
+    """
+    makes_soft_labels = METHODS[config.method].soft_labels
+    if soft_labels is not None and not makes_soft_labels:
+        raise RunError(f"soft labels go with the method calseg, and only with it; got {config.method!r}")
+    options: dict[str, Any] = {"device": device, "checkpoint_every": checkpoint_every, "progress": progress}
+    run = Path(out)
+    if not makes_soft_labels or soft_labels is not None:
+        return _train_network(data, run, config, soft_labels, resume, overwrite, also, **options)
+    is_second = resume and network_folder(run).holds_run
+    if is_second:  # the training of the network checks the settings, and the first stage is complete
+        summary = read_json(run / SUMMARY)
+    else:
+        names, _ = split_names(find_cases(data), config)
+        summary = estimate(data, run, config, names=names, resume=resume, overwrite=overwrite, **options)
+    metrics = _train_network(data, run, config, run / "soft_labels", is_second, not is_second, also, **options)
+    metrics["soft_labels"] = summary["estimate"]
+    metrics["seconds"]["stage1"] = summary["seconds"]
+    write_json(run / "metrics.json", metrics)
+    return metrics
+
+
+def started(run: Path) -> bool:
+    """Whether the folder ``run`` of :func:`train` holds a run to resume, in either stage."""
+    return network_folder(run).holds_run or (run / SUMMARY).is_file()
+
+
+def split_names(dataset: Dataset, config: TrainConfig) -> tuple[list[str], list[str]]:
+    """The cases to train on and to validate on."""
+    return split_cases([case.name for case in dataset.cases], config.val_fraction, config.split_seed)
+
+
+def _train_network(
+    data: str | Path,
+    run: Path,
+    config: TrainConfig,
+    soft_labels: str | Path | None,
+    resume: bool,
+    overwrite: bool,
+    also: Callable[[str, Tensor], None] | None,
+    *,
+    device: str,
+    checkpoint_every: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The second stage alone, on soft labels that exist; see :func:`train`."""
+    target = check_device(device)
+    dataset = find_cases(data)
+    training, validation = split_names(dataset, config)
+    content = fingerprint(dataset, config, training, validation)
+    network_folder(run).open(resume=resume, overwrite=overwrite)
+    net = build_net(
+        len(dataset.channel_names),
+        len(dataset.class_names),
+        spatial_dims=config.spatial_dims,
+        dense_head=METHODS[config.method].dense_head,
+        seed=config.seed,
+    ).to(target)
+    files = {} if soft_labels is None else {name: soft_labels_path(Path(soft_labels), name) for name in training}
+    cache = CaseCache(dataset, soft_labels=files)
+
+    def loss_of(patches: Patches, iteration: int) -> Tensor:
+        return objective(net(patches.image), patches.label, config, iteration, patches.soft_labels)
+
+    seconds = fit(
+        net, loss_of, run, content, cache, config,
+        data=data, resume=resume, checkpoint_every=checkpoint_every, progress=progress,
+    )  # fmt: skip
+    begun = time.perf_counter()
+    scores = score_cases(net, cache, validation, config.patch_size, progress, also)
+    metrics = {
+        "dataset": dataset.name,
+        "method": config.method,
+        "iterations": config.iterations,
+        "classes": list(dataset.class_names),
+        **summarise(scores, dataset.class_names),
+        "seconds": {"train": seconds, "evaluate": time.perf_counter() - begun},
+        "config": content["config"],
+    }
+    write_json(run / "metrics.json", metrics)
+    return metrics
+
+
+def objective(
+    output: Output, label: Tensor, config: TrainConfig, iteration: int, soft_labels: Tensor | None = None
+) -> Tensor:
+    """The loss of the run's method, a 0-d tensor: the mean over the labelled voxels of ``label[N, *S]``.
+
+    The method's sum is divided here, so that a batch without a labelled voxel gives 0 and not NaN.
+    """
+    seeds = noise_seed(config.seed, iteration, 0), noise_seed(config.seed, iteration, 1)
+    loss = METHODS[config.method].loss(output, Target(label, soft_labels, seeds), **config.method_settings)
+    return loss / (label != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def score_cases(
+    net: SegmentationNet,
+    cache: CaseCache,
+    names: Sequence[str],
+    patch_size: Sequence[int],
+    progress: Progress,
+    also: Callable[[str, Tensor], None] | None = None,
+) -> Mapping[str, CaseScores]:
+    """Predict whole volumes and score them; ``also(name, logits)`` sees every prediction."""
+    net.eval()
+    cases: dict[str, CaseScores] = {}
+    for done, name in enumerate(names, 1):
+        case = cache.get(name)
+        logits = predict_volume(net, case.image, patch_size)
+        label = torch.from_numpy(case.label).to(logits.device)
+        cases[name] = CaseScores.of(logits, label, class_wise=False)
+        if also is not None:
+            also(name, logits)
+        progress("evaluate", done, len(names), None)
+    return cases

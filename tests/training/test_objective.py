@@ -1,0 +1,89 @@
+"""The loss of a run, its noise seeds and its learning rate."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from boxes import TINY, config
+
+from calseg.functional import vls_cross_entropy, vls_elbo
+from calseg.methods import Output
+from calseg.training.loop import learning_rate, noise_seed
+from calseg.training.stage_two import objective
+from calseg.volumes.datasets import IGNORE_INDEX
+
+
+def random_output(classes: int = 3) -> tuple[Output, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits, mu, logvar = torch.randn(3, 2, classes, 4, 5, 6, generator=generator).unbind()
+    label = torch.randint(0, classes, (2, 4, 5, 6), generator=generator, dtype=torch.int16)
+    label[0, :2] = IGNORE_INDEX
+    return Output(logits.requires_grad_(), mu.requires_grad_(), logvar.requires_grad_()), label
+
+
+def test_cross_entropy_objective_is_pytorchs() -> None:
+    output, label = random_output()
+    loss = objective(Output(output.logits, None, None), label, TINY, 0)
+    expected = F.cross_entropy(output.logits, label.long(), ignore_index=IGNORE_INDEX)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, output.logits), torch.autograd.grad(expected, output.logits))
+
+
+def test_vls_objective_is_elbo_plus_soft_cross_entropy() -> None:
+    output, label = random_output()
+    assert output.mu is not None
+    assert output.logvar is not None
+    settings = config(method="vls", alpha=0.3, beta=0.2, temperature=1.5, num_samples=3, seed=5)
+    loss = objective(output, label, settings, 7)
+    elbo = vls_elbo(
+        output.mu,
+        output.logvar,
+        label,
+        num_samples=3,
+        beta=0.2,
+        ignore_index=IGNORE_INDEX,
+        seed=noise_seed(5, 7, 0),
+    )
+    soft = vls_cross_entropy(
+        output.logits,
+        label,
+        mu=output.mu.detach(),
+        logvar=output.logvar.detach(),
+        alpha=0.3,
+        temperature=1.5,
+        num_samples=3,
+        beta=0.0,
+        ignore_index=IGNORE_INDEX,
+        seed=noise_seed(5, 7, 1),
+    )
+    torch.testing.assert_close(loss, elbo + soft)
+    # Each term has its own parameters: the soft labels are held fixed.
+    gradients = torch.autograd.grad(loss, list(output))
+    torch.testing.assert_close(gradients[:1], torch.autograd.grad(soft, [output.logits]))
+    torch.testing.assert_close(gradients[1:], torch.autograd.grad(elbo, [output.mu, output.logvar]))
+
+
+def test_objective_without_a_labelled_voxel_is_zero() -> None:
+    output, label = random_output()
+    label.fill_(IGNORE_INDEX)
+    for method, each in (("vls", output), ("cross_entropy", Output(output.logits, None, None))):
+        loss = objective(each, label, config(method=method), 0)
+        assert loss.item() == 0
+        loss.backward()
+    assert output.logits.grad is not None
+    assert not output.logits.grad.any()
+
+
+def test_noise_seeds_and_learning_rate() -> None:
+    seeds = {noise_seed(s, i, k) for s in range(3) for i in range(20) for k in range(2)}
+    assert len(seeds) == 120
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert noise_seed(1, 2, 0) == noise_seed(1, 2, 0)
+    settings = config(iterations=100, learning_rate=1.0)
+    rates = [learning_rate(settings, iteration) for iteration in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert int(np.argmax(rates)) == 4
+    assert rates[50] == pytest.approx(0.5**0.9)
+    assert 0 < rates[-1] < 0.02

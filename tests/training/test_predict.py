@@ -1,0 +1,104 @@
+"""Probability maps of a run: what they hold, interruption, errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+nibabel = pytest.importorskip("nibabel")
+matplotlib = pytest.importorskip("matplotlib")
+
+from calseg.evaluate import EvaluateConfig, evaluate_folders  # noqa: E402
+from calseg.runs import CasesInterruptedError  # noqa: E402
+from calseg.simulation import DemoConfig, make_dataset  # noqa: E402
+from calseg.training import TrainConfig, TrainingError, train  # noqa: E402
+from calseg.training.predict import predict_folder  # noqa: E402
+from calseg.volumes.nifti import DataError  # noqa: E402
+
+matplotlib.use("agg")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("trained")
+    make_dataset(root / "data", DemoConfig(cases=6, raters=2, side=16))
+    config = TrainConfig(iterations=3, patch_size=(16, 16, 8), val_fraction=0.5)
+    train(root / "data", root / "run", config)
+    return root
+
+
+def stop_after(count: int) -> Callable[[str, int, int, float | None], None]:
+    def progress(stage: str, done: int, total: int, loss: float | None) -> None:
+        if done == count:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_predict_then_evaluate_gives_the_scores_of_training(trained: Path, tmp_path: Path) -> None:
+    content = predict_folder(trained / "run", trained / "data", tmp_path / "maps")
+    metrics = json.loads((trained / "run" / "metrics.json").read_text())
+    assert content["cases"] == list(metrics["cases"])
+    assert sorted(path.name for path in (tmp_path / "maps").glob("*.nii.gz")) == [
+        f"{n}.nii.gz" for n in content["cases"]
+    ]
+    for name in content["cases"]:
+        image = nibabel.load(tmp_path / "maps" / f"{name}.nii.gz")
+        label = nibabel.load(trained / "data" / "labelsTr" / f"{name}.nii.gz")
+        assert image.shape == (*label.shape, 3)
+        assert image.get_data_dtype() == np.float32
+        np.testing.assert_array_equal(image.affine, label.affine)
+    report = evaluate_folders(
+        tmp_path / "maps", trained / "data" / "labelsTr", tmp_path / "out", EvaluateConfig(num_resamples=50)
+    )
+    assert report["classes"] == metrics["classes"]
+    for name, value in metrics["dice"].items():
+        assert report["dice"][name]["mean"]["value"] == pytest.approx(value, abs=1e-12)
+    for region in ("all", "foreground"):
+        assert report["voxels"][region] == metrics["voxels"][region]
+        for score in ("nll", "brier", "ece"):
+            assert report[region][score]["pooled"]["value"] == pytest.approx(metrics[region][score], abs=1e-6)
+
+
+def test_predict_resumes(trained: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"cases": "all"}
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    predict_folder(trained / "run", trained / "data", whole, **options)
+    with pytest.raises(CasesInterruptedError, match="interrupted after 2 of 6 cases, which are kept in"):
+        predict_folder(trained / "run", trained / "data", part, progress=stop_after(2), **options)
+    first = {path: path.stat().st_mtime_ns for path in part.glob("*.nii.gz")}
+    assert len(first) == 2
+    with pytest.raises(TrainingError, match="cannot be resumed on other data: the cases to predict changed since"):
+        predict_folder(trained / "run", trained / "data", part, resume=True, cases="training")
+    predict_folder(trained / "run", trained / "data", part, resume=True, **options)
+    assert first == {path: path.stat().st_mtime_ns for path in first}
+    names = sorted(path.name for path in whole.iterdir())
+    assert names == sorted(path.name for path in part.iterdir())
+    assert all((whole / name).read_bytes() == (part / name).read_bytes() for name in names)
+
+
+def test_predict_errors(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="cases must be one of validation, training, all; got 'some'"):
+        predict_folder(trained / "run", trained / "data", tmp_path / "out", cases="some")
+    with pytest.raises(TrainingError, match=r"checkpoint.pt: not found"):
+        predict_folder(tmp_path, trained / "data", tmp_path / "out")
+    other = tmp_path / "data"
+    shutil.copytree(trained / "data", other)
+    meta = json.loads((other / "dataset.json").read_text())
+    (other / "dataset.json").write_text(json.dumps({**meta, "labels": {"background": 0, "cyst": 1, "core": 2}}))
+    with pytest.raises(
+        DataError, match=r"the classes are background, cyst, core, but .* was trained on background, lesion"
+    ):
+        predict_folder(trained / "run", other, tmp_path / "out")
+    gone = json.loads((trained / "run" / "split.json").read_text())["validation"][0]
+    meta["training"] = [entry for entry in meta["training"] if gone not in entry["label"]]
+    (other / "dataset.json").write_text(json.dumps(meta))
+    with pytest.raises(DataError, match=f"the validation case '{gone}' of .* is not in it"):
+        predict_folder(trained / "run", other, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,56 @@
+"""The settings of a run: bounds, and the defaults of the methods."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from boxes import config
+
+from calseg.methods import METHODS
+from calseg.training import TrainConfig, TrainingError
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "dice"}, "method must be one of cross_entropy, .*, calseg; got 'dice'"),
+        ({"iterations": 0}, "iterations must be at least 1"),
+        ({"learning_rate": math.nan}, "learning_rate must be positive"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"alpha": 1.5}, r"alpha must lie in \[0, 1\]"),
+        ({"val_fraction": 1.0}, "val_fraction must lie strictly"),
+        ({"beta": -1.0}, "beta must be finite"),
+        ({"gamma": 0.5}, "gamma must be 0 or at least 1"),
+        ({"sigma": 0.0}, "sigma must be positive"),
+        ({"margin": math.nan}, "margin must be finite"),
+        ({"folds": 0}, "folds must be at least 1"),
+        ({"patch_size": (16, 12, 1)}, "two and 1 for slices"),
+        ({"seed": -1}, "must not be negative"),
+        ({"patch_size": (16, 16, 12)}, "multiples of 8"),
+        ({"patch_size": (8, 8, 8)}, "enlarge a side"),
+        ({"flip_axes": (3,)}, "flip_axes must be among"),
+    ],
+)
+def test_settings_are_checked(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        config(**changes)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_brings_its_own_defaults(method: str) -> None:
+    settings = TrainConfig(method=method)
+    assert settings.method_settings == dict(METHODS[method].settings)
+    assert TrainConfig.from_json(settings.__dict__) == settings
+
+
+def test_published_defaults() -> None:
+    """The values that runs were made with; ``config.json`` holds one for every setting, also for unused ones."""
+    names = ("alpha", "sigma", "gamma", "margin", "temperature", "num_samples", "beta", "latent_size", "reconstruction")
+    for method in METHODS:
+        settings = TrainConfig(method=method)
+        of_calseg = (0.5, 1.0, 3.0, 5.0, None, 8, 0.001, 4, 0.1)
+        wanted = of_calseg if method == "calseg" else (0.1, 1.0, 3.0, 5.0, 1.0, 4, 0.001, 4, 0.1)
+        assert tuple(getattr(settings, name) for name in names) == wanted
+        assert settings.folds == 4
