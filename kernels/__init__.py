@@ -1,27 +1,8 @@
-"""GPU kernels: one file per operation, in Triton, and what :mod:`calseg.ops` calls of them.
+"""GPU kernels: one file for each operation, with its Triton kernel and the launch of it.
 
-``engine`` is the host's side, ``launch`` cuts work into tiles; ``common``, ``noise`` and ``gaussian`` are what kernels
-share. Importing this imports Triton. ``calibration.cu``, in CUDA C++, is called through the native module instead.
+``launch`` cuts work into tiles, and ``tile``, ``labels``, ``softmax``, ``noise``, ``gaussian``, ``reductions`` and
+``sample_statistics`` are what the operations share. :mod:`calseg.backends.triton` calls the launches. Kernels import
+PyTorch, Triton and each other, and take the specs of :mod:`calseg.operations` as they are. A loss is the file of its
+name: its ``kind`` says what the tiles must be, its ``launch`` runs it. ``calibration_bins.cu`` is the same operation in
+CUDA C++, which the native module calls.
 """
-
-from calseg.kernels.engine import (
-    accumulate_softmax,
-    accumulate_softmax_backward,
-    blend_soft_labels,
-    calibration_bins,
-    loss,
-    sample_soft_labels,
-    sample_soft_labels_backward,
-    scale_gradients,
-)
-
-__all__ = [
-    "accumulate_softmax",
-    "accumulate_softmax_backward",
-    "blend_soft_labels",
-    "calibration_bins",
-    "loss",
-    "sample_soft_labels",
-    "sample_soft_labels_backward",
-    "scale_gradients",
-]

@@ -1,35 +1,25 @@
 """Cross-entropy on one-hot or given soft labels: loss and gradients in one pass.
 
-Floor: one read of the logits (and soft labels), one write of each gradient. A tile stays in registers between the two;
-of more classes than fit there a block at a time is read, twice.
+Floor: one read of the logits (and soft labels), one write of each gradient. A tile stays in registers between the two.
+Where there are more classes than fit there, blocks of them are read one after another, twice.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
-from calseg.kernels.common import (
-    INF,
-    class_weights,
-    classes,
-    exp_of,
-    label_weights,
-    load,
-    load_labels,
-    load_upstream,
-    locate,
-    online_top_and_sum,
-    reciprocal,
-    store,
-    store_sum,
-    store_voxels,
-    top_and_sum,
-)
+from calseg.kernels.labels import class_weights, label_weights, load_labels
+from calseg.kernels.launch import HARD, SOFT, WEIGHTED, Call, Kind
+from calseg.kernels.reductions import LossArguments, load_upstream, store_sum
+from calseg.kernels.softmax import INF, exp_of, online_top_and_sum, reciprocal, top_and_sum
+from calseg.kernels.tile import classes, load, locate, store, store_voxels
 
 
 @triton.jit
 def _log_of_product(total, tile: tl.constexpr):
-    """Logarithms whose sum is that of ``log(total)``: one for the up to four adjacent voxels of a thread.
+    """Return logarithms whose sum is that of ``log(total)``: one for up to four adjacent voxels of a thread.
 
     A total is in [1, C], so a product of four cannot overflow.
     """
@@ -46,7 +36,7 @@ def _log_of_product(total, tile: tl.constexpr):
 
 @triton.jit
 def _hard_terms(x, c, label, weight, top, SMOOTHED: tl.constexpr, C: tl.constexpr):
-    """Of a block of classes: ``d[label]`` and ``sum_c w[c] d[c]``, d = x - top."""
+    """Return ``d[label]`` and ``sum_c w[c] d[c]`` of a block of classes, where d = x - top."""
     d = x - top[None, :]
     label_d = tl.sum(tl.where(c[:, None] == label[None, :], d, 0.0), 0)
     weighted_d = label_d
@@ -59,8 +49,9 @@ def _hard_terms(x, c, label, weight, top, SMOOTHED: tl.constexpr, C: tl.constexp
 def _hard_gradient(
     x, c, label, weight, top, scale_e, scale_label, scale_weight, SMOOTHED: tl.constexpr, C: tl.constexpr
 ):
-    # Compared with what the compiler must take for another label than _hard_terms has: the comparisons would be kept
-    # from there, packed into registers bit by bit, which costs three times as much.
+    """Return the gradient of a block of classes."""
+    # Make the compiler believe that this label differs from the one in _hard_terms. Else it keeps the comparisons from
+    # there, packed into registers bit by bit, which costs three times as much.
     label = tl.where(scale_e == scale_e, label, -1)
     g = exp_of(x - top[None, :]) * scale_e[None, :]
     g = tl.where(c[:, None] == label[None, :], g - scale_label[None, :], g)
@@ -84,7 +75,7 @@ def hard_cross_entropy(
     NUM_SUMS: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """``-log softmax(x)[label]`` with weights and smoothing, and its gradient."""
+    """Compute ``-log softmax(x)[label]`` with weights and smoothing, and its gradient."""
     BLOCK_C: tl.constexpr = tile.BLOCK_C
     SMOOTHED: tl.constexpr = smoothing is not None
     n, first, inside = locate(tl.program_id(0), S, tile)
@@ -167,17 +158,17 @@ def _soft_block(
     x, y, c, weight, top, log_total, scale_p, up, keep, spread, grad, grad_soft, n, first, inside,
     C: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of classes: ``- sum_c w[c] Y[c] log p[c]``; the gradients are stored."""
+    """Return ``- sum_c w[c] Y[c] log p[c]`` of a block of classes, and store its gradients."""
     log_p = (x - top[None, :]) - log_total[None, :]
     w = class_weights(weight, c, C)[:, None]
     smoothed = keep * y + spread
-    # the limit of t log t is 0, also where log p is -inf
+    # t log t has the limit 0, also where log p is -inf
     value = -tl.sum(tl.where((smoothed == 0.0) | (c >= C)[:, None], 0.0, w * smoothed * log_p), 0)
     if grad is not None:
         g = exp_of(log_p) * scale_p[None, :] - up[None, :] * (w * smoothed)
         store(grad, n, first, inside, c, g, C, tile)
     if grad_soft is not None:
-        # an impossible class without mass: as the loss takes it, nothing to change
+        # an impossible class without mass adds nothing to the loss, and so nothing to the gradient
         finite = tl.where((log_p == -INF) & (y == 0.0), 0.0, log_p)
         g = tl.where((up == 0.0)[None, :], 0.0, -(keep * up)[None, :] * w * finite)
         store(grad_soft, n, first, inside, c, g, C, tile)
@@ -188,7 +179,7 @@ def _soft_block(
 def soft_cross_entropy(
     logits,  # [N, C, S]
     soft,  # [N, C, S]
-    labels,  # [N, S]: a mask, class indices that only say what is ignored, or None
+    labels,  # [N, S] or none: a mask, or class indices that only say which voxels are ignored
     weight,  # [C] or None
     upstream,
     loss,  # out [N, S] or None
@@ -202,7 +193,7 @@ def soft_cross_entropy(
     IS_MASK: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """``- sum_c w[c] Y[c] log softmax(x)[c]``, and its gradients."""
+    """Compute ``- sum_c w[c] Y[c] log softmax(x)[c]``, and its gradients."""
     BLOCK_C: tl.constexpr = tile.BLOCK_C
     n, first, inside = locate(tl.program_id(0), S, tile)
     if labels.ptr is None:
@@ -251,3 +242,27 @@ def soft_cross_entropy(
         store_voxels(loss, n, first, inside, value, tile)
     if partials is not None:
         store_sum(partials, 0, value)
+
+
+def kind(spec: Any, tensors: Any) -> Kind:
+    """Return the demands of the kernel on its tiles."""
+    if tensors.soft_labels is not None:
+        return SOFT
+    return WEIGHTED if spec.weight is not None and spec.label_smoothing else HARD
+
+
+def launch(call: Call, spec: Any, given: LossArguments) -> None:
+    """Launch the kernel for hard labels, or the one for soft labels where they are among the tensors."""
+    tensors, gradients = given.tensors, given.gradients
+    outputs = given.upstream, given.loss, given.partials
+    if tensors.soft_labels is None:
+        call.launch(
+            hard_cross_entropy, tensors.logits, given.labels, spec.weight, *outputs, gradients.logits, call.S,
+            spec.label_smoothing or None, call.C, given.num_sums,
+        )  # fmt: skip
+    else:
+        is_mask = spec.labels is not None and spec.labels.is_mask
+        call.launch(
+            soft_cross_entropy, tensors.logits, tensors.soft_labels, given.labels, spec.weight, *outputs,
+            gradients.logits, gradients.soft_labels, call.S, spec.label_smoothing, call.C, given.num_sums, is_mask,
+        )  # fmt: skip

@@ -1,17 +1,20 @@
-"""The Gaussian over the logits on the device: its KL term, its samples, and the softmax of a sample."""
+"""The Gaussian over the logits: its KL term, its samples, and the softmax of a sample."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
-from calseg.kernels.common import INF, exp_of
 from calseg.kernels.noise import normals
+from calseg.kernels.softmax import INF, exp_of
+from torch import Tensor
 
 
 class Gaussian(NamedTuple):
-    """How the Gaussian is sampled, and its KL term. ``seed`` is a 0-d int64 tensor, or None."""
+    """The sampling of the Gaussian, and the prior of its KL term; ``seed`` is a 0-d int64 tensor, or None."""
 
     temperature: float
     beta: float
@@ -21,19 +24,34 @@ class Gaussian(NamedTuple):
     seed: Any
 
 
+def sampling_arguments(sampling: Any, device: torch.device) -> tuple[Gaussian, int, int]:
+    """Return ``(gaussian, seed, num_samples)``, as kernels that draw samples take a spec's sampling.
+
+    A seed tensor on the device stays in ``gaussian``, and the number is 0. Any other seed becomes a signed number.
+    """
+    given = sampling.seed
+    tensor = given if isinstance(given, Tensor) and given.device == device else None
+    seed = 0 if tensor is not None else (int(given) + 2**63) % 2**64 - 2**63
+    gaussian = Gaussian(
+        sampling.temperature, sampling.beta, sampling.prior_mu, sampling.prior_logvar,
+        math.exp(-sampling.prior_logvar), tensor,
+    )  # fmt: skip
+    return gaussian, seed, sampling.num_samples
+
+
 # ---- the KL term ----
 
 
 @triton.jit
 def kl_terms(gaussian, mu, logvar, sigma):
-    """The divergence of every class."""
+    """Return the divergence of every class."""
     gap = mu - gaussian.prior_mu
     return 0.5 * ((gaussian.prior_logvar - logvar) + ((sigma * sigma + gap * gap) * gaussian.prior_precision - 1.0))
 
 
 @triton.jit
 def kl_gradients(gaussian, mu, sigma, up):
-    """dK/dmu and dK/dlogvar times ``up`` ``[TILE]``; exactly 0 where that is 0, whatever the variance."""
+    """Return dK/dmu and dK/dlogvar times ``up`` ``[TILE]``: exactly 0 where that is 0, whatever the variance."""
     off = (up == 0.0)[None, :]
     to_mu = up[None, :] * ((mu - gaussian.prior_mu) * gaussian.prior_precision)
     to_logvar = up[None, :] * (0.5 * (sigma * sigma * gaussian.prior_precision - 1.0))
@@ -45,8 +63,9 @@ def kl_gradients(gaussian, mu, sigma, up):
 
 @triton.jit
 def noise(k, start, voxel, k0, k1, C: tl.constexpr, tile: tl.constexpr):
-    """Normals ``[P, BLOCK_C, TILE]`` of the classes from ``start`` on, for the P = 4 / C samples from k on with C <= 2,
-    else for sample k.
+    """Return the normals ``[P, BLOCK_C, TILE]`` of the classes from ``start`` on, for the P samples from k on.
+
+    P is 4 / C with C <= 2 classes, else 1.
     """
     BLOCK_C: tl.constexpr = tile.BLOCK_C
     TILE: tl.constexpr = tile.TILE
@@ -61,13 +80,13 @@ def noise(k, start, voxel, k0, k1, C: tl.constexpr, tile: tl.constexpr):
 
 @triton.jit
 def samples_at_once(C: tl.constexpr):
-    """P of :func:`noise`."""
+    """Return P of :func:`noise`."""
     return 4 // C if C <= 2 else 1
 
 
 @triton.jit
 def exists(k, num_samples, C: tl.constexpr):
-    """Which of the samples from k on there are, ``[P, 1, 1]``."""
+    """Return which of the samples from k on exist, ``[P, 1, 1]``."""
     P: tl.constexpr = 4 // C if C <= 2 else 1
     return (k + tl.arange(0, P) < num_samples)[:, None, None]
 
@@ -76,8 +95,9 @@ def exists(k, num_samples, C: tl.constexpr):
 
 
 class Statistics(NamedTuple):
-    """What a block of classes must know of all others, float32 ``[3 + 3 * num_samples, voxels]``; see
-    :func:`sample_statistics`.
+    """The sums over all classes that a block of classes needs, float32 ``[3 + 3 * num_samples, voxels]``.
+
+    The rows are those of :func:`calseg.kernels.sample_statistics.sample_statistics`.
     """
 
     ptr: Any
@@ -86,13 +106,13 @@ class Statistics(NamedTuple):
 
 @triton.jit
 def statistic(statistics, row, voxel, inside):
-    """A row for the tile's voxels, ``[TILE]``."""
+    """Load a row for the tile's voxels, ``[TILE]``."""
     return tl.load(statistics.ptr + row * statistics.num_voxels + voxel, mask=inside, other=1.0)
 
 
 @triton.jit
 def softmax_of_sample(mean, deviation, z, c, k, statistics, voxel, inside, C: tl.constexpr):
-    """``(top, e, total)`` of nu = mean + deviation * z: its maximum, exp(nu - top), and their sum over all classes."""
+    """Return ``(top, e, total)`` of nu = mean + deviation * z: its maximum, exp(nu - top), and the sum over classes."""
     valid = (c < C)[None, :, None]
     nu = tl.where(valid, mean[None, :, :] + deviation[None, :, :] * z, -INF)
     top = tl.max(nu, 1) if statistics is None else statistic(statistics, 3 + 3 * k, voxel, inside)[None, :]
@@ -103,7 +123,7 @@ def softmax_of_sample(mean, deviation, z, c, k, statistics, voxel, inside, C: tl
 
 @triton.jit
 def slope(a, s, k, statistics, voxel, inside):
-    """``s * (a - sum_c a s)``: dLoss/dnu of dLoss/dsoftmax."""
+    """Return ``s * (a - sum_c a s)``: dLoss/dnu, where ``a`` is dLoss/dsoftmax."""
     if statistics is None:
         dot = tl.sum(a[None, :, :] * s, 1)
     else:

@@ -1,14 +1,19 @@
 """KL(N(mu, exp(logvar)) || prior), summed over classes: loss and gradients in one pass.
 
-Floor: two reads, two writes.
+Floor: two reads and two writes.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
-from calseg.kernels.common import classes, exp_any, load, load_upstream, locate, store, store_sum, store_voxels
-from calseg.kernels.gaussian import kl_gradients, kl_terms
+from calseg.kernels.gaussian import kl_gradients, kl_terms, sampling_arguments
+from calseg.kernels.launch import SOFT, Call, Kind
+from calseg.kernels.reductions import LossArguments, load_upstream, store_sum
+from calseg.kernels.softmax import exp_any
+from calseg.kernels.tile import classes, load, locate, store, store_voxels
 
 
 @triton.jit
@@ -25,7 +30,7 @@ def gaussian_kl(
     C: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """The divergence, and its gradients."""
+    """Compute the divergence, and its gradients."""
     n, first, inside = locate(tl.program_id(0), S, tile)
     _, up = load_upstream(upstream, n, first, inside, inside, 1, tile)
     value = tl.full([tile.TILE], 0.0, tl.float32)
@@ -45,3 +50,17 @@ def gaussian_kl(
         store_voxels(loss, n, first, inside, value, tile)
     if partials is not None:
         store_sum(partials, 0, value)
+
+
+def kind(spec: Any, tensors: Any) -> Kind:
+    """Return the demands of the kernel on its tiles."""
+    return SOFT
+
+
+def launch(call: Call, spec: Any, given: LossArguments) -> None:
+    """Launch the kernel."""
+    gaussian, _, _ = sampling_arguments(spec.sampling, call.like.device)
+    call.launch(
+        gaussian_kl, given.tensors.mu, given.tensors.logvar, gaussian, given.upstream, given.loss,
+        given.partials, given.gradients.mu, given.gradients.logvar, call.S, call.C,
+    )  # fmt: skip

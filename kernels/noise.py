@@ -1,8 +1,9 @@
-"""The noise contract (calseg/rng.py) on the device: Philox4x32-7, and Box-Muller to a few ulp.
+"""The noise contract on the device (calseg/backends/rng.py): Philox4x32-7, and Box-Muller to a few ulp.
 
-A call of Philox makes four words for one quad of one voxel: normals of four classes of one sample, or with C <= 2
-classes of 4 / C samples. What depends on the voxel alone or on the quad alone stays ``[1, TILE]`` or ``[Q, 1]`` as long
-as it can, so the compiler keeps it out of the loop over samples: of 14 products a quad costs 11.
+A call of Philox makes four words for one quad of one voxel. They become the normals of four classes of one sample or,
+with C <= 2 classes, of 4 / C samples. Values that depend on the voxel alone or on the quad alone stay ``[1, TILE]`` or
+``[Q, 1]`` as long as possible. So the compiler keeps them out of the loop over samples: a quad costs 11 products, not
+14.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ ROUNDS = tl.constexpr(7)
 
 @triton.jit
 def load_seed(seed, seed_tensor):
-    """The two words of the key: of a number, or of a 0-d int64 tensor, which a captured graph reads at every replay."""
+    """Return the key's two words of a number or of a 0-d int64 tensor, which a captured graph reads at every replay."""
     if seed_tensor is not None:
         seed = tl.load(seed_tensor)
     seed = seed.to(tl.int64)
@@ -26,7 +27,7 @@ def load_seed(seed, seed_tensor):
 
 @triton.jit
 def philox4x32(c0, c1, c2, c3, k0, k1):
-    """Four words; counters of any shapes that broadcast."""
+    """Return four words; the counters may have any shapes that broadcast."""
     for _ in tl.static_range(ROUNDS):
         p0, p1 = c0.to(tl.uint64) * M0, c2.to(tl.uint64) * M1  # one wide multiplication each
         c0, c1, c2, c3 = (
@@ -41,18 +42,21 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def box_muller(a, b):
-    """Two normals of two words: ``sqrt(-2 ln u1)`` times cos and sin of ``2 pi u2``.
+    """Return two normals of two words: ``sqrt(-2 ln u1)`` times cos and sin of ``2 pi u2``.
 
-    u1 = ((a >> 8) + 0.5) / 2^24, u2 = (b >> 8) / 2^24. Polynomials, as in csrc/cpu/vector_math.h: the hardware's own
-    logarithm and sine are good to 2^-21, the library's take a slow path through local memory.
+    Here u1 = ((a >> 8) + 0.5) / 2^24 and u2 = (b >> 8) / 2^24. Polynomials compute them, as in csrc/cpu/vector_math.h.
+    The hardware's own logarithm and sine are good to 2^-21 only, and the library's take a slow path through local
+    memory.
     """
     # -2 ln u1 = -2 ln(2) e - 2 f + f^2 (1 - 2 f P(f)), with u1 = (1 + f) 2^e
     n = (a >> 8).to(tl.int32).to(tl.float32)
     u = n + 0.5
-    bits = u.to(tl.int32, bitcast=True) - 0x4B3504F3  # that of 2^24 sqrt(1/2)
+    bits = u.to(tl.int32, bitcast=True) - 0x4B3504F3  # less the bits of 2^24 sqrt(1/2)
     e = (bits >> 23).to(tl.float32)
     f = ((bits & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
-    f += ((n - u) + 0.5) * 5.9604644775390625e-08  # n + 0.5 is rounded from 2^23 on: near u1 = 1 that bit counts
+    f += (
+        (n - u) + 0.5
+    ) * 5.9604644775390625e-08  # restores the bit that n + 0.5 loses from 2^23 on: it counts near u1 = 1
     p = f * -1.740071989e-1 + 2.853495264e-1
     p = p * f - 2.982957404e-1
     p = p * f + 3.315517202e-1
@@ -62,8 +66,8 @@ def box_muller(a, b):
     p = p * f + 1.0
     radius = tl.sqrt(p * (f * f) + (f * -2.0 + e * -1.38629436))
 
-    # The word counts turns. Its two upper bits, rounded, are the quadrant; the rest, signed, is an angle in
-    # [-1/8, 1/8] of a turn: exact.
+    # The word counts turns. Its two upper bits, rounded, are the quadrant. The rest, signed, is an exact angle in
+    # [-1/8, 1/8] of a turn.
     t = ((b << 2) & 0xFFFFFC00).to(tl.int32, bitcast=True).to(tl.float32) * 3.657295198e-10  # (pi / 2) / 2^32
     turns = b + 0x20000000
     z = t * t
@@ -83,8 +87,9 @@ def box_muller(a, b):
 
 @triton.jit
 def normals(k0, k1, voxel, quad, LANE_MAJOR: tl.constexpr):
-    """Normals ``[4 * Q, TILE]`` of ``quad`` ``[Q]`` for ``voxel`` ``[TILE]``, in rows ``lane * Q + q`` or
-    ``4 * q + lane``.
+    """Return the normals ``[4 * Q, TILE]`` of the quads ``[Q]`` for the voxels ``[TILE]``.
+
+    A normal's row is ``lane * Q + q`` with LANE_MAJOR, else ``4 * q + lane``.
     """
     voxel, quad = voxel[None, :], quad.to(tl.uint32)[:, None]
     r0, r1, r2, r3 = philox4x32(

@@ -1,20 +1,90 @@
-"""The small kernels around a loss: the mean's divisors before it, its sum after it, the upstream factor in backward.
+"""The reduction of a loss over voxels: the mean's divisors before it, its sum after it, the gradient that comes in.
 
-Sums are made in a fixed order, of a program and then over programs: no atomics, and nothing waits for the host.
+Sums are made in a fixed order: within a program, then over programs. No kernel uses atomics, and the host waits for
+nothing.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
-from calseg.kernels.common import divisors, label_weights, load_labels, locate
+from calseg.kernels import launch as host
+from calseg.kernels.labels import Labels, label_weights, load_labels
+from calseg.kernels.launch import Call
+from calseg.kernels.tile import Tile, View, locate, voxel_pointers
+from torch import Tensor
+
+SCAN_TILE = Tile(1, 1024)
+MAX_SUMS = 256
+FINISH_BLOCK = 4096
+
+
+class Upstream(NamedTuple):
+    """The gradient that comes in: ``scale`` over the mean's divisors, times a tensor ``[N, S]``.
+
+    ``sums`` ``[2, NUM_SUMS]`` adds up to the divisors of the loss and of the KL term. It is None where ``scale`` holds
+    them. ``ptr`` is None where the tensor is 1 everywhere.
+    """
+
+    scale: float
+    sums: Any = None
+    ptr: Any = None
+    stride_n: int | None = None
+    stride_s: int | None = None
+
+
+class LossArguments(NamedTuple):
+    """The arguments that the kernels of all losses share; the host passes them to the launch of a loss.
+
+    ``tensors`` and ``gradients`` hold views under the names of the spec's tensors. Of ``loss`` and ``partials`` at most
+    one is there: the loss of every voxel, or the sums of every program over its voxels.
+    """
+
+    tensors: Any
+    gradients: Any
+    labels: Labels
+    upstream: Upstream
+    loss: View | None
+    partials: Tensor | None
+    num_sums: int  # length of ``upstream.sums``
+    with_kl: bool  # there is a KL term beside the loss
+
+
+# ---- the gradient that comes in ----
+
+
+@triton.jit
+def divisors(sums, NUM_SUMS: tl.constexpr):
+    """Return the mean's divisors: of the loss, and of the KL term."""
+    i = tl.arange(0, NUM_SUMS)
+    return tl.sum(tl.load(sums + i), 0), tl.sum(tl.load(sums + NUM_SUMS + i), 0)
+
+
+@triton.jit
+def load_upstream(upstream, n, first, inside, ok, NUM_SUMS: tl.constexpr, tile: tl.constexpr):
+    """Return dLoss/dl and dLoss/dK of every voxel, by its loss and by its KL term; 0 where it does not count."""
+    of_loss = tl.full([tile.TILE], 0.0, tl.float32) + upstream.scale
+    of_kl = of_loss
+    if upstream.sums is not None:
+        loss_divisor, kl_divisor = divisors(upstream.sums, NUM_SUMS)
+        of_loss, of_kl = of_loss / loss_divisor, of_kl / kl_divisor
+    if upstream.ptr is not None:
+        factor = tl.load(voxel_pointers(upstream, n, first, tile), mask=inside, other=0.0).to(tl.float32)
+        of_loss, of_kl = of_loss * factor, of_kl * factor
+    return tl.where(ok, of_loss, 0.0), tl.where(ok, of_kl, 0.0)
+
+
+# ---- the mean's divisors ----
 
 
 @triton.jit
 def scan_labels(
     labels,  # [N, S]
     weight,  # [C] or None
-    sums,  # out [2, NUM_SUMS]: weights of the labels, voxels that count
+    sums,  # out [2, NUM_SUMS]: the weights of the labels, the number of voxels that count
     N,
     S,
     C: tl.constexpr,
@@ -22,7 +92,7 @@ def scan_labels(
     IS_MASK: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """The mean's divisors, as one share a program."""
+    """Sum the mean's divisors, one share for every program."""
     steps = N * tl.cdiv(S, tile.TILE).to(tl.int32)
     weights = tl.full([tile.TILE], 0.0, tl.float32)
     counts = tl.full([tile.TILE], 0, tl.int32)
@@ -37,6 +107,26 @@ def scan_labels(
     tl.store(sums + tl.program_id(0), tl.sum(weights, 0) if weight is not None else count)
 
 
+def mean_divisors(call: Call, labels: Labels, is_mask: bool, weight: Tensor | None) -> tuple[Tensor, int]:
+    """Return the mean's divisors of the loss and of the KL term as ``[2, NUM_SUMS]``, and NUM_SUMS."""
+    geometry, like = call.geometry, call.like
+    steps = geometry.N * triton.cdiv(geometry.S, SCAN_TILE.TILE)
+    num_sums = host.power_of_two(min(steps, MAX_SUMS))
+    sums = torch.empty((2, num_sums), dtype=torch.float32, device=like.device)
+    arguments = (labels, weight, sums, geometry.N, geometry.S, geometry.C, num_sums, is_mask, SCAN_TILE)
+    host.launch_kernel(scan_labels, num_sums, like, arguments, 4)
+    return sums, num_sums
+
+
+# ---- the sum over voxels ----
+
+
+@triton.jit
+def store_sum(partials, row: tl.constexpr, values):
+    """Store this program's share of a sum over all voxels: row 0 of the loss, row 1 of the KL term."""
+    tl.store(partials + row * tl.num_programs(0).to(tl.int64) + tl.program_id(0), tl.sum(values, 0))
+
+
 @triton.jit
 def finish_loss(
     partials,  # [1 or 2, num_partials]: the loss and the KL term
@@ -49,7 +139,7 @@ def finish_loss(
     NUM_SUMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The loss of all voxels, by one program."""
+    """Compute the reduced loss from the partial sums, in one program."""
     i = tl.arange(0, BLOCK)
     loss = tl.full([BLOCK], 0.0, tl.float32)
     kl = loss
@@ -67,18 +157,12 @@ def finish_loss(
     tl.store(out, value.to(out.dtype.element_ty))
 
 
-@triton.jit
-def scale_gradient(
-    gradient,  # in and out: contiguous memory
-    factor,  # []
-    size,
-    BLOCK: tl.constexpr,
-):
-    """``gradient *= factor``; where that is 1, as in most backward passes, no memory is touched."""
-    by = tl.load(factor).to(tl.float32)
-    if by != 1.0:
-        step = tl.num_programs(0).to(tl.int64) * BLOCK
-        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, step):
-            i = start + tl.arange(0, BLOCK)
-            values = tl.load(gradient + i, mask=i < size).to(tl.float32)
-            tl.store(gradient + i, (values * by).to(gradient.dtype.element_ty), mask=i < size)
+def reduced_loss(call: Call, spec: Any, given: LossArguments) -> Tensor:
+    """Return the reduced loss from the partial sums."""
+    value = torch.empty((), dtype=spec.dtype, device=call.like.device)
+    block = min(FINISH_BLOCK, host.power_of_two(call.programs))
+    beta = spec.sampling.beta if given.with_kl else 0.0
+    scale, sums = given.upstream.scale, given.upstream.sums
+    arguments = (given.partials, sums, value, call.programs, scale, beta, given.with_kl, given.num_sums, block)
+    host.launch_kernel(finish_loss, 1, call.like, arguments, 8)
+    return value

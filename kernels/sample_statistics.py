@@ -1,32 +1,25 @@
-"""What a block of classes must know of all others, where a kernel of samples cannot hold all classes at once.
+"""Sums over all classes for kernels of samples that take the classes in blocks.
 
-Memory: ``3 + 3 * num_samples`` floats a voxel, which is little where there are hundreds of classes.
+They take ``3 + 3 * num_samples`` floats a voxel, which is little beside hundreds of classes.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
-from calseg.kernels.common import (
-    INF,
-    class_weights,
-    classes,
-    exp_any,
-    exp_of,
-    label_weights,
-    load,
-    load_labels,
-    locate,
-    online_top_and_sum,
-)
-from calseg.kernels.gaussian import noise
+from calseg.kernels.gaussian import Gaussian, Statistics, noise
+from calseg.kernels.labels import Labels, class_weights, label_weights, load_labels
+from calseg.kernels.launch import Call
 from calseg.kernels.noise import load_seed
-
-LOWEST = tl.constexpr(-3.4028234663852886e38)
+from calseg.kernels.softmax import INF, LOWEST, exp_any, exp_of, online_top_and_sum
+from calseg.kernels.tile import View, classes, load, locate
+from torch import Tensor
 
 
 @triton.jit
 def _store_row(statistics, row, voxel, inside, values):
+    """Store what :func:`calseg.kernels.gaussian.statistic` loads."""
     tl.store(statistics.ptr + row * statistics.num_voxels + voxel, values, mask=inside)
 
 
@@ -48,9 +41,11 @@ def sample_statistics(
     C: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """Rows 0 and 1: max and sum of exp of the logits. Row 2: sum of the weighted soft labels (with logits). Then of
-    every sample, max and sum of exp of nu, and the dot product of its softmax with dl/dy_hat: ``w log p`` with logits,
-    else ``grad_output``.
+    """Compute the rows of the statistics.
+
+    With logits, rows 0 and 1 are their max and their sum of exp, and row 2 is the sum of the weighted soft labels.
+    Every sample adds three rows: max and sum of exp of nu, and the dot product of its softmax with dl/dy_hat, which is
+    ``w log p`` with logits and else ``grad_output``.
     """
     BLOCK_C: tl.constexpr = tile.BLOCK_C
     n, first, inside = locate(tl.program_id(0), S, tile)
@@ -105,3 +100,29 @@ def sample_statistics(
         on_label = 1.0 if weight is None else label_weights(weight, label, C)
         mass = (1.0 - alpha) * on_label + (alpha / num_samples) * estimated
         _store_row(statistics, 2, voxel, inside, (1.0 - smoothing) * mass + smoothing / C * weight_sum)
+
+
+def launch_sample_statistics(
+    call: Call,
+    mu: View,
+    logvar: View,
+    sampling: tuple[Gaussian, int, int],
+    labels: Labels,
+    *,
+    logits: View | None = None,
+    grad_output: View | None = None,
+    weight: Tensor | None = None,
+    smoothing: float = 0.0,
+    alpha: float = 0.0,
+) -> Statistics | None:
+    """Return the statistics, or None where one block holds all classes."""
+    if call.C <= call.tile.BLOCK_C:
+        return None
+    voxels, (_, _, num_samples) = call.geometry.N * call.S, sampling
+    rows = torch.empty((3 + 3 * num_samples, voxels), dtype=torch.float32, device=call.like.device)
+    statistics = Statistics(rows, voxels)
+    call.launch(
+        sample_statistics, logits, mu, logvar, grad_output, *sampling, labels, weight, statistics, call.S,
+        smoothing, alpha, call.C,
+    )  # fmt: skip
+    return statistics

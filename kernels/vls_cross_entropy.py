@@ -1,42 +1,33 @@
 """Cross-entropy on sampled soft labels plus KL: the loss and the gradients of logits, mu and logvar in one pass.
 
-Floor: one read of each input, one write of each gradient; ``num_samples * C`` normals a voxel. See benchmarks/notes.md
-for which of the two rules.
+Floor: one read of each input and one write of each gradient, or ``num_samples * C`` normals a voxel, whichever takes
+longer: see benchmarks/notes.md.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
-from calseg.kernels.common import (
-    INF,
-    class_weights,
-    classes,
-    exp_any,
-    exp_of,
-    load,
-    load_labels,
-    load_upstream,
-    locate,
-    reciprocal,
-    store,
-    store_sum,
-    store_voxels,
-    top_and_sum,
-)
 from calseg.kernels.gaussian import (
     exists,
     kl_gradients,
     kl_terms,
     noise,
     samples_at_once,
+    sampling_arguments,
     slope,
     softmax_of_sample,
     statistic,
 )
+from calseg.kernels.labels import class_weights, load_labels
+from calseg.kernels.launch import SAMPLED, Call, Kind
 from calseg.kernels.noise import load_seed
-
-LOWEST = tl.constexpr(-3.4028234663852886e38)
+from calseg.kernels.reductions import LossArguments, load_upstream, store_sum
+from calseg.kernels.sample_statistics import launch_sample_statistics
+from calseg.kernels.softmax import INF, LOWEST, exp_any, exp_of, reciprocal, top_and_sum
+from calseg.kernels.tile import classes, load, locate, store, store_voxels
 
 
 @triton.jit
@@ -45,7 +36,7 @@ def _block(
     grad_logits, grad_mu, grad_logvar, S, n, first, inside, smoothing, alpha, SAMPLED: tl.constexpr,
     WITH_KL: tl.constexpr, C: tl.constexpr, NUM_SUMS: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of classes: its share of the loss and of the KL term; the gradients are stored."""
+    """Return the share of a block of classes in the loss and in the KL term, and store its gradients."""
     GRADIENT: tl.constexpr = grad_mu is not None or grad_logvar is not None
     c = classes(start, tile)
     valid = (c < C)[:, None]
@@ -71,8 +62,8 @@ def _block(
     estimate = tl.full([tile.BLOCK_C, tile.TILE], 0.0, tl.float32)
     to_mu, to_logvar = estimate, estimate
     if SAMPLED:
-        # dl/dy_hat = -(1 - ls) alpha w log p needs no sample. An impossible class (log p = -inf) stays finite here: no
-        # mass on it must be no NaN.
+        # dl/dy_hat = -(1 - ls) alpha w log p needs no sample. Keep log p of an impossible class finite here: times a
+        # mass of 0, -inf would make NaN.
         log_p = tl.where(log_p < LOWEST, LOWEST, log_p)
         a = log_p if weight is None else w * log_p
         for k in range(0, num_samples, samples_at_once(C)):
@@ -86,11 +77,13 @@ def _block(
                 to_logvar = tl.where(valid, to_logvar + tl.sum(g * z, 0), 0.0)
         log_p = tl.where(log_p == LOWEST, -INF, log_p)
 
-    up, kl_up = load_upstream(upstream, n, first, inside, ok, NUM_SUMS, tile)  # here: no registers in the loop
+    up, kl_up = load_upstream(
+        upstream, n, first, inside, ok, NUM_SUMS, tile
+    )  # loaded here, it takes no registers in the loop
     hard = tl.where(c[:, None] == label[None, :], 1.0 - alpha, 0.0)
     smoothed = keep * (hard + estimate * (alpha / num_samples)) + smoothing / C
     y = w * smoothed
-    # the limit of t log t is 0, also where log p is -inf
+    # t log t has the limit 0, also where log p is -inf
     value = -tl.sum(tl.where((smoothed == 0.0) | (c >= C)[:, None], 0.0, y * log_p), 0)
     if grad_logits is not None:
         mass = tl.sum(y, 0) if statistics is None else statistic(statistics, 2, voxel, inside)
@@ -138,7 +131,7 @@ def vls_cross_entropy(
     NUM_SUMS: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """The loss of every voxel, and its gradients."""
+    """Compute the loss of every voxel, and its gradients."""
     n, first, inside = locate(tl.program_id(0), S, tile)
     label, ok, bad = load_labels(labels, n, first, inside, C, False, tile)
     counted = None if labels.ignore is None else ok
@@ -161,3 +154,23 @@ def vls_cross_entropy(
         store_sum(partials, 0, value)
         if WITH_KL:
             store_sum(partials, 1, kl)
+
+
+def kind(spec: Any, tensors: Any) -> Kind:
+    """Return the demands of the kernel on its tiles."""
+    return SAMPLED
+
+
+def launch(call: Call, spec: Any, given: LossArguments) -> None:
+    """Launch the kernel, after the statistics of the samples where classes are taken in blocks."""
+    logits, mu, logvar, gradients = given.tensors.logits, given.tensors.mu, given.tensors.logvar, given.gradients
+    sampling = sampling_arguments(spec.sampling, call.like.device)
+    smoothing, alpha = spec.label_smoothing, spec.alpha
+    statistics = launch_sample_statistics(
+        call, mu, logvar, sampling, given.labels, logits=logits, weight=spec.weight, smoothing=smoothing, alpha=alpha
+    )
+    call.launch(
+        vls_cross_entropy, logits, mu, logvar, *sampling, statistics, given.labels, spec.weight, given.upstream,
+        given.loss, given.partials, gradients.logits, gradients.mu, gradients.logvar, call.S, smoothing, alpha,
+        alpha != 0, given.with_kl, call.C, given.num_sums,
+    )  # fmt: skip

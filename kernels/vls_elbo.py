@@ -1,27 +1,30 @@
-"""The stage-1 objective in dense form: the expected cross-entropy of the logit samples, plus KL; loss and gradients.
+"""The objective of stage 1: the expected cross-entropy of the logit samples, plus KL; loss and gradients in one pass.
 
-Floor: two reads, two writes; ``num_samples * C`` normals a voxel.
+Floor: two reads, two writes and ``num_samples * C`` normals a voxel.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
-from calseg.kernels.common import (
-    classes,
-    exp_any,
-    label_weights,
-    load,
-    load_labels,
-    load_upstream,
-    locate,
-    reciprocal,
-    store,
-    store_sum,
-    store_voxels,
+from calseg.kernels.gaussian import (
+    exists,
+    kl_gradients,
+    kl_terms,
+    noise,
+    samples_at_once,
+    sampling_arguments,
+    softmax_of_sample,
 )
-from calseg.kernels.gaussian import exists, kl_gradients, kl_terms, noise, samples_at_once, softmax_of_sample
+from calseg.kernels.labels import label_weights, load_labels
+from calseg.kernels.launch import SAMPLED, Call, Kind
 from calseg.kernels.noise import load_seed
+from calseg.kernels.reductions import LossArguments, load_upstream, store_sum
+from calseg.kernels.sample_statistics import launch_sample_statistics
+from calseg.kernels.softmax import exp_any, reciprocal
+from calseg.kernels.tile import classes, load, locate, store, store_voxels
 
 
 @triton.jit
@@ -29,7 +32,7 @@ def _block(
     start, mu, logvar, gaussian, k0, k1, num_samples, statistics, label, counted, up, kl_up, grad_mu, grad_logvar, S, n,
     first, inside, WITH_KL: tl.constexpr, C: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of classes: its share of ``- sum_k log softmax(nu_k)[y]`` and of the KL term; gradients are stored."""
+    """Return a block of classes' share in ``- sum_k log softmax(nu_k)[y]`` and in the KL term; store its gradients."""
     GRADIENT: tl.constexpr = grad_mu is not None or grad_logvar is not None
     c = classes(start, tile)
     valid = (c < C)[:, None]
@@ -43,7 +46,7 @@ def _block(
     value = tl.full([tile.TILE], 0.0, tl.float32)
     to_mu = tl.full([tile.BLOCK_C, tile.TILE], 0.0, tl.float32)
     to_logvar = to_mu
-    # the label's own mean and deviation: then a sample asks for its noise alone
+    # the label's own mean and deviation: a sample then needs its noise alone
     hit = c[:, None] == label[None, :]
     here = (label >= start) & (label < start + tile.BLOCK_C)
     label_mean, label_sigma = tl.sum(tl.where(hit, mean, 0.0), 0), tl.sum(tl.where(hit, sigma, 0.0), 0)
@@ -100,7 +103,7 @@ def vls_elbo(
     NUM_SUMS: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """``- (1/m) sum_k w[y] log softmax(nu_k)[y]`` and the KL term, and their gradients."""
+    """Compute ``- (1/m) sum_k w[y] log softmax(nu_k)[y]`` and the KL term, and their gradients."""
     n, first, inside = locate(tl.program_id(0), S, tile)
     label, ok, bad = load_labels(labels, n, first, inside, C, False, tile)
     counted = None if labels.ignore is None else ok
@@ -127,3 +130,19 @@ def vls_elbo(
         store_sum(partials, 0, value)
         if WITH_KL:
             store_sum(partials, 1, kl)
+
+
+def kind(spec: Any, tensors: Any) -> Kind:
+    """Return the demands of the kernel on its tiles."""
+    return SAMPLED
+
+
+def launch(call: Call, spec: Any, given: LossArguments) -> None:
+    """Launch the kernel, after the statistics of the samples where classes are taken in blocks."""
+    mu, logvar, gradients = given.tensors.mu, given.tensors.logvar, given.gradients
+    sampling = sampling_arguments(spec.sampling, call.like.device)
+    statistics = launch_sample_statistics(call, mu, logvar, sampling, given.labels, weight=spec.weight)
+    call.launch(
+        vls_elbo, mu, logvar, *sampling, statistics, given.labels, spec.weight, given.upstream, given.loss,
+        given.partials, gradients.mu, gradients.logvar, call.S, given.with_kl, call.C, given.num_sums,
+    )  # fmt: skip

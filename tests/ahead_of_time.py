@@ -1,8 +1,8 @@
-"""Compiles what the Triton engine would launch, without a GPU: ``python ahead_of_time.py`` prints a JSON row a kernel.
+"""Compile the kernels of the Triton backend without a GPU: ``python ahead_of_time.py`` prints a JSON row a kernel.
 
-The engine runs as it is, on CPU tensors whose memory nobody touches; only the launch is replaced by a compilation for
-a GPU of each architecture, through the same just-in-time path, with a driver that is not there. Registers, stack (what
-the compiler could not keep in registers) and shared memory are read from the machine code's resource report.
+The backend runs as it is, on CPU tensors whose memory nobody touches. Only the launch is replaced: by a compilation for
+a GPU of each architecture, through the same just-in-time path, with a driver that is not there. Registers, stack (the
+values that did not fit into registers) and shared memory are read from the machine code's resource report.
 """
 
 from __future__ import annotations
@@ -17,17 +17,30 @@ from typing import Any
 
 import torch
 import triton
-from calseg.kernels import engine
+from calseg.kernels import launch
 from triton.backends.compiler import GPUTarget
 
-from calseg import ops
+from calseg.backends import triton as engine
+from calseg.checks import probability_tolerance
+from calseg.operations import (
+    AccumulateSpec,
+    BinsSpec,
+    BlendSpec,
+    GaussianTensors,
+    Labels,
+    LossSpec,
+    LossTensors,
+    SampleSpec,
+    Sampling,
+)
+from calseg.tensors import voxel_shape
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 EDGES = {1: 128, 2: 128, 4: 128, 8: 128, 14: 128, 33: 96, 64: 64, 117: 64, 600: 32, 3000: 16}
 
 
 class Driver:
-    """What the just-in-time path asks of one, for a GPU that is not there."""
+    """The parts of a driver that the just-in-time path asks for, for a GPU that is not there."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -58,7 +71,7 @@ def compiled(architectures: tuple[int, ...], run: Any) -> list[dict[str, Any]]:
     """A row for every kernel that ``run`` launches, on every architecture."""
     rows = []
 
-    def launch(kernel: Any, programs: int, like: Any, arguments: Any, num_warps: int) -> None:
+    def compile_kernel(kernel: Any, programs: int, like: Any, arguments: Any, num_warps: int) -> None:
         for architecture in architectures:
             triton.runtime.driver.set_active(Driver(architecture))
             binary = kernel.warmup(*arguments, grid=(programs,), num_warps=num_warps, enable_fp_fusion=True)
@@ -69,7 +82,7 @@ def compiled(architectures: tuple[int, ...], run: Any) -> list[dict[str, Any]]:
                  **resources(binary.asm["cubin"])}
             )  # fmt: skip
 
-    engine.launch = launch
+    launch.launch_kernel = compile_kernel
     run()
     return rows
 
@@ -88,37 +101,41 @@ def call(
 ) -> None:  # fmt: skip
     """One operation as training calls it: mean, uint8 labels, gradients to all inputs."""
     x = scores(C, getattr(torch, dtype), EDGES[C], layout)
-    labels = ops.Labels(torch.empty(ops.voxel_shape(x), dtype=torch.uint8), ignore_index)
-    sampling = ops.Sampling(4, 1.0, 1.0, 0.0, 0.0, 7)
-    spec = ops.Loss(labels, None, "mean", x.dtype, backend="triton")
+    labels = Labels(torch.empty(voxel_shape(x), dtype=torch.uint8), ignore_index)
+    sampling = Sampling(num_samples=4, beta=1.0, seed=7)
+    spec = LossSpec(operation, labels, None, "mean", x.dtype)
     g = x if gradient else None
     if operation == "cross_entropy":
-        engine.loss(spec, x, None, None, None, (g, None, None, None))
+        engine.loss(spec, LossTensors(x), LossTensors(g))
     elif operation == "weighted_cross_entropy":
-        weighted = spec._replace(weight=torch.empty(C), label_smoothing=0.1)
-        engine.loss(weighted, x, None, None, None, (g, None, None, None))
+        weighted = spec._replace(operation="cross_entropy", weight=torch.empty(C), label_smoothing=0.1)
+        engine.loss(weighted, LossTensors(x), LossTensors(g))
     elif operation == "soft_cross_entropy":
-        engine.loss(spec, x, x, None, None, (g, g, None, None))
+        engine.loss(spec._replace(operation="cross_entropy"), LossTensors(x, x), LossTensors(g, g))
     elif operation == "vls_cross_entropy":
-        engine.loss(spec._replace(alpha=0.1, sampling=sampling), x, None, x, x, (g, None, g, g))
-    elif operation == "vls_elbo":
-        engine.loss(spec._replace(sampling=sampling), None, None, x, x, (None, None, g, g))
-    elif operation == "gaussian_kl":
-        engine.loss(spec._replace(labels=None, sampling=sampling), None, None, x, x, (None, None, g, g))
+        spec = spec._replace(alpha=0.1, sampling=sampling)
+        engine.loss(spec, LossTensors(x, mu=x, logvar=x), LossTensors(g, mu=g, logvar=g))
+    elif operation in ("vls_elbo", "gaussian_kl"):
+        spec = spec._replace(labels=labels if operation == "vls_elbo" else None, sampling=sampling)
+        engine.loss(spec, LossTensors(mu=x, logvar=x), LossTensors(mu=g, logvar=g))
     elif operation == "sample_soft_labels":
-        engine.sample_soft_labels(x, x, labels, sampling, 0.1)
+        sample, tensors = SampleSpec(labels, 0.1, sampling), GaussianTensors(x, x)
+        engine.sample_soft_labels(sample, tensors)
         if gradient:
-            engine.sample_soft_labels_backward(x, x, labels, sampling, 0.1, x, (x, x))
+            engine.sample_soft_labels_backward(sample, tensors, x, tensors)
     elif operation == "accumulate_soft_labels":
-        engine.accumulate_softmax(x, x, 1.0)
-        engine.accumulate_softmax_backward(x, x, 1.0)
-        engine.blend_soft_labels(x, labels, 0.1, 0.5)
+        engine.accumulate_softmax(AccumulateSpec(1.0), x, x)
+        engine.accumulate_softmax_backward(AccumulateSpec(1.0), x, x)
+        engine.blend_soft_labels(BlendSpec(labels, 0.1, 0.5), x)
     elif operation == "calibration_bins":
-        for first_class, n_bins, from_logits in ((None, 15, True), (None, 15, False), (0, 15, True), (0, 4096, True)):
-            engine.calibration_bins(
-                x, labels, None, n_bins=n_bins, from_logits=from_logits, first_class=first_class,
-                skip_background=False, per_item=False, right_closed=False,
+        for class_wise, n_bins, from_logits in (
+            (False, 15, True), (False, 15, False), (True, 15, True), (True, 4096, True)
+        ):  # fmt: skip
+            bins = BinsSpec(
+                labels, None, n_bins=n_bins, first_class=0, from_logits=from_logits, class_wise=class_wise,
+                skip_background=False, per_item=False, right_closed=False, tolerance=probability_tolerance(x.dtype),
             )  # fmt: skip
+            engine.calibration_bins(bins, x)
     elif operation == "scale_gradients":
         engine.scale_gradients([x], torch.empty(()))
 

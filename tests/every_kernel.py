@@ -1,4 +1,4 @@
-"""Every operation on both engines of a GPU, small and odd: what test_gpu.py runs under compute-sanitizer."""
+"""Run every operation on both backends of a GPU, small and odd: test_gpu.py runs this under compute-sanitizer."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Triton's interpreter (TRITON_INTERPRET=1), made fit for a test suite: ``install()`` before the first kernel runs.
+"""Changes that make Triton's interpreter (TRITON_INTERPRET=1) fit for tests: ``install()`` before a kernel runs.
 
-It patches ``triton.language`` again at every call of a device function, which is most of its time: here once. It copies
-all arguments to the host and back, a tensor's whole storage each: here they are on the host. It truncates float32 to
-bfloat16, where a GPU rounds to nearest. Triton 3.6's makes an int of an array of one element, which NumPy 2.4 refuses.
-NumPy warns of every NaN and overflow, which a GPU does not.
+- It patches ``triton.language`` at every call of a device function, which takes most of its time. Here it does so once.
+- It copies the whole storage of every tensor to the host and back. Here tensors are on the host already.
+- It truncates float32 to bfloat16. Here it rounds to the nearest, as a GPU does.
+- In Triton 3.6 it makes an int of an array of one element, which NumPy 2.4 refuses. Here it asks for the item.
+- NumPy warns of every NaN and overflow, which a GPU does not. Here it is quiet.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from triton.runtime import interpreter
 
 class _Patched:
     def restore(self) -> None:
-        """What is patched stays so."""
+        """Do nothing: what is patched stays patched."""
 
 
 def install() -> None:
@@ -59,7 +60,7 @@ def install() -> None:
 
 
 def run_program(kernel: Any, programs: int, program: int, arguments: Sequence[Any]) -> None:
-    """One of a launch's programs alone."""
+    """Run one of a launch's programs."""
     executor = interpreter.GridExecutor(kernel.rewrite(), kernel.arg_names, (1,))
     given = inspect.getcallargs(executor.fn, *arguments)
     given = {k: v if k in executor.constexprs else interpreter._implicit_cvt(v) for k, v in given.items()}

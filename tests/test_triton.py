@@ -1,7 +1,7 @@
-"""The Triton engine without a GPU: its numbers in Triton's interpreter, and what its kernels compile to.
+"""The Triton backend without a GPU: its numbers in Triton's interpreter, and the machine code of its kernels.
 
-Through the cases of the other backends, as many as the interpreter has time for; with CALSEG_TEST_TRITON=1 the files of
-the operations take all of them. test_gpu.py has what only a GPU can show.
+The interpreter is slow, so these tests choose some of the other backends' cases. With CALSEG_TEST_TRITON=1 the files of
+the operations run all of them. test_gpu.py tests what only a GPU can show.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from test_vls_elbo import elbo
 
 import calseg
 from calseg import ops, rng
+from calseg.operations import Labels, LossSpec, LossTensors, Sampling
 
 pytestmark = [
     pytest.mark.skipif(ops.TRITON_ERROR is not None, reason=str(ops.TRITON_ERROR)),
@@ -50,10 +51,13 @@ if ops.TRITON_ERROR is None:
     import interpreter
     import triton
     import triton.language as tl
-    from calseg.kernels import engine, launch
-    from calseg.kernels.common import Tile
+    from calseg.kernels import launch
     from calseg.kernels.launch import HARD, SAMPLED, SOFT, WEIGHTED, Geometry
     from calseg.kernels.noise import normals, philox4x32
+    from calseg.kernels.tile import Tile
+    from calseg.kernels.vls_elbo import vls_elbo
+
+    from calseg.backends import triton as engine
 
 REDUCTIONS = ("none", "mean", "sum")
 LOW = (torch.bfloat16, torch.float16)
@@ -586,7 +590,7 @@ def test_a_label_out_of_range_raises_if_asked_to(monkeypatch):
 
 
 def test_the_switch_in_the_environment():
-    code = "from calseg.kernels import engine; print(engine.CHECK_LABELS)"
+    code = "from calseg.backends import triton; print(triton.CHECK_LABELS)"
     for value, wanted in (("1", "True"), ("0", "False"), ("", "False")):
         done = subprocess.run(
             [sys.executable, "-c", code], env={**os.environ, "CALSEG_CHECK_LABELS": value}, capture_output=True,
@@ -614,16 +618,15 @@ def test_offsets_past_two_to_the_31(strides):
     shape = (2, 4, 40)
     x, y = scores(*shape, dtype=torch.bfloat16), torch.softmax(scores(*shape, seed=3), 1).bfloat16()
     target = labels(shape, dtype=torch.uint8, ignore_index=3)
-    spec = ops.Loss(ops.Labels(target, 3), None, "none", torch.float32, backend="triton")
-    to = [torch.full_like(x, torch.nan) for _ in range(4)]
-    wanted = engine.loss(spec, x, y, None, None, (to[0], to[1], None, None))
-    far_to = [far_apart(torch.full_like(x, torch.nan), strides) for _ in range(2)]
-    far_target = far_apart(target, (strides[0], strides[2]))
-    far_spec = spec._replace(labels=ops.Labels(far_target, 3))
-    got = engine.loss(far_spec, far_apart(x, strides), far_apart(y, strides), None, None, (*far_to, None, None))
+    spec = LossSpec("cross_entropy", Labels(target, 3), None, "none", torch.float32)
+    to = LossTensors(torch.full_like(x, torch.nan), torch.full_like(x, torch.nan))
+    wanted = engine.loss(spec, LossTensors(x, y), to)
+    far_to = LossTensors(*(far_apart(torch.full_like(x, torch.nan), strides) for _ in range(2)))
+    far_spec = spec._replace(labels=Labels(far_apart(target, (strides[0], strides[2])), 3))
+    got = engine.loss(far_spec, LossTensors(far_apart(x, strides), far_apart(y, strides)), far_to)
     assert_accurate(got, wanted, ulps=2)
-    assert torch.equal(far_to[0], to[0])
-    assert torch.equal(far_to[1], to[1])
+    assert torch.equal(far_to.logits, to.logits)
+    assert torch.equal(far_to.soft_labels, to.soft_labels)
 
 
 def test_voxels_past_two_to_the_32(monkeypatch):
@@ -633,7 +636,7 @@ def test_voxels_past_two_to_the_32(monkeypatch):
     target = torch.ones(1, 1, dtype=torch.uint8).expand(1, size)
 
     def some_programs(kernel, programs, like, arguments, num_warps):
-        if kernel is engine.vls_elbo:
+        if kernel is vls_elbo:
             tile = arguments[-1].TILE
             assert programs == -(-size // tile)
             partials = next(a for a in arguments if isinstance(a, torch.Tensor) and a.shape == (1, programs))
@@ -641,10 +644,10 @@ def test_voxels_past_two_to_the_32(monkeypatch):
                 interpreter.run_program(kernel, programs, program, arguments)
                 sums[program * tile, min(size, (program + 1) * tile)] = float(partials[0, program])
 
-    monkeypatch.setattr(engine, "launch", some_programs)
-    sampling = ops.Sampling(3, 1.0, 0.0, 0.0, 0.0, 99)
-    spec = ops.Loss(ops.Labels(target, 255), None, "sum", torch.float32, sampling=sampling, backend="triton")
-    engine.loss(spec, None, None, mu, logvar)
+    monkeypatch.setattr(launch, "launch_kernel", some_programs)
+    sampling = Sampling(num_samples=3, seed=99)
+    spec = LossSpec("vls_elbo", Labels(target, 255), None, "sum", torch.float32, sampling=sampling)
+    engine.loss(spec, LossTensors(mu=mu, logvar=logvar))
     assert len(sums) == 3
     for (start, stop), got in sums.items():
         wanted = 0.0
@@ -820,7 +823,7 @@ def test_tiles(name, layout):
 
 def test_merged_items():
     """Contiguous channels-last items and rows [N, C] are one item; channel-first items are not; S = 1 turns around."""
-    merge = lambda *a: launch.merge_items(Geometry(*a))  # noqa: E731
+    merge = lambda *a: engine.merge_items(Geometry(*a))  # noqa: E731
     assert merge(3, 5, 7, [(35, 1, 5)], [(7, 0, 1)]) == (1, 5, 21, [(0, 1, 5)], [(0, 0, 1)])
     assert merge(3, 5, 7, [(35, 7, 1)], [(7, 0, 1)]) == (3, 5, 7, [(35, 7, 1)], [(7, 0, 1)])
     assert merge(3, 5, 7, [(35, 1, 5), (35, 7, 1)], []) == (3, 5, 7, [(35, 1, 5), (35, 7, 1)], [])
@@ -837,7 +840,7 @@ def test_alignment():
 
 # ---- machine code ----
 
-# operation -> registers a thread at most, over all classes and layouts here: benchmarks/notes.md says what they mean
+# The registers a thread may take, by operation, over all classes and layouts here: see benchmarks/notes.md.
 REGISTERS = {
     "cross_entropy": 144, "weighted_cross_entropy": 128, "soft_cross_entropy": 168, "vls_cross_entropy": 240,
     "vls_elbo": 184, "gaussian_kl": 128, "sample_soft_labels": 136, "accumulate_soft_labels": 96, "scale_gradients": 64,
@@ -868,7 +871,7 @@ COMPILED = [
     {"operation": "scale_gradients", "C": 4, "dtype": "bfloat16"},
 ]
 OPTIONS = {"dtype", "layout", "gradient", "ignore_index"}
-# Bytes of stack a thread over the kernels of a case: (Triton, kernel, C, layout, architecture). No other has any.
+# Bytes of stack a thread, by (Triton, kernel, C, layout, architecture), summed over a case. All others have none.
 SPILLS = {
     ("3.7", "sample_statistics", 600, None, 90): 16,
     ("3.7", "calibration_bins", 14, "channels_last", 80): 8,
@@ -878,7 +881,7 @@ SPILLS = {
 
 @pytest.fixture(scope="module")
 def machine_code():
-    """What ahead_of_time.py compiles, in a process in which Triton compiles (here it interprets)."""
+    """The rows of ahead_of_time.py, from a process in which Triton compiles; in this one it interprets."""
     here = Path(__file__).parent
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(

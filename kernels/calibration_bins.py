@@ -1,21 +1,33 @@
 """Calibration bins: softmax, arg max, bins, negative log-likelihood and Brier score in one pass.
 
-Floor: one read of the scores and of the labels. Every sum is an integer, as in csrc/cpu/calibration.cpp: confidences,
-scores and rests of a nat in units of 2^-24. So the order of the atomic additions does not show. A voxel is one word,
-``[count | hits | confidence]``; a program adds up the words of its tile bin by bin, and then once to memory. With many
-bins voxels are added one by one, but for those in the tile's highest and lowest: most of a segmentation's.
+Floor: one read of the scores and of the labels.
+
+Every sum is an integer, as in csrc/voxel/calibration.h: confidences, Brier scores and fractions of a nat count in units
+of 2^-24. So the order of the atomic additions does not show in the result. A voxel is one word,
+``[count | hits | confidence]``. A program adds up the words of its tile bin by bin, and adds each sum to memory once.
+With many bins it adds voxels one by one, except those in the highest and the lowest bin of the tile, which are most of
+a segmentation.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
-from calseg.kernels.common import INF, classes, exp_of, load, load_labels, locate, voxel_pointers
+from calseg.kernels.labels import Labels, load_labels
+from calseg.kernels.launch import Call
+from calseg.kernels.softmax import INF, exp_of
+from calseg.kernels.tile import View, classes, load, locate, voxel_pointers
+from torch import Tensor
+
+BINS_AT_ONCE = 16  # of the top label; class-wise 1, for a thread holds the sums of many classes
+MOST_BINS_AT_ONCE = 64  # with more bins, voxels are added one by one
 
 UNIT = tl.constexpr(16777216.0)  # 1 in the fixed-point sums
-HALF_UNIT = tl.constexpr(8388608.0)  # from here on a float32 is an integer
+HALF_UNIT = tl.constexpr(8388608.0)  # every float32 from here on is an integer
 MAX_NLL = tl.constexpr(33554432.0)  # above, a negative log-likelihood is infinite
-# A word of up to 2^12 voxels: 13 bits for the count and for the hits, 37 for the confidence.
+# A word holds up to 2^12 voxels: 13 bits of count, 13 of hits and 37 of confidence.
 HIT_SHIFT, COUNT_SHIFT = tl.constexpr(37), tl.constexpr(50)
 ONE, ONE_HIT = tl.constexpr(1 << 50), tl.constexpr(1 << 37)
 CONFIDENCE_BITS, HIT_BITS = tl.constexpr((1 << 37) - 1), tl.constexpr((1 << 13) - 1)
@@ -24,14 +36,17 @@ NO_FAULT = tl.constexpr(2**63 - 1)
 
 @triton.jit
 def to_units(x):
-    """``x`` in [0, 2^7) in units of 2^-24, to the nearest, ties to even."""
+    """Return ``x`` in [0, 2^7) in units of 2^-24, rounded to the nearest, ties to even."""
     x = x * UNIT
     return tl.where(x < HALF_UNIT, (x + HALF_UNIT) - HALF_UNIT, x).to(tl.int32)
 
 
 @triton.jit
 def bin_of(confidence, n_bins, RIGHT_CLOSED: tl.constexpr):
-    """The bin of a confidence in [0, 1]; an edge is k / n_bins, rounded. Only the nearest can be on the wrong side."""
+    """Return the bin of a confidence in [0, 1].
+
+    Edge k is k / n_bins, rounded. Rounding can put only the nearest edge on the wrong side, so that one is compared.
+    """
     bins = n_bins.to(tl.float32)
     nearest = tl.floor(confidence * bins + 0.5)
     edge = tl.div_rn(nearest, bins)
@@ -44,7 +59,7 @@ def bin_of(confidence, n_bins, RIGHT_CLOSED: tl.constexpr):
 
 @triton.jit
 def add_words(sums, kind, bin, n_bins, word):
-    """Add words to their bins, ``[kinds, n_bins, 3]``; nothing is written for an empty one."""
+    """Add words to their bins ``[kinds, n_bins, 3]``. An empty word writes nothing."""
     to = sums + (kind.to(tl.int64) * n_bins + bin) * 3
     some = word != 0
     tl.atomic_add(to, word >> COUNT_SHIFT, mask=some, sem="relaxed")
@@ -57,9 +72,9 @@ def add_to_bins(
     sums, kind, confidence, hit, counted, n_bins,
     RIGHT_CLOSED: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Rows of confidences ``[R, TILE]`` into the bins of ``kind`` ``[R]``: AT_ONCE bins at a time, or (0) by voxel.
+    """Add rows of confidences ``[R, TILE]`` to the bins of ``kind`` ``[R]``: AT_ONCE bins at a time, or by voxel if 0.
 
-    Not ``counted``: in no bin.
+    A voxel that is not ``counted`` is in no bin.
     """
     confidence = tl.where(counted, tl.minimum(tl.maximum(confidence, 0.0), 1.0), 0.0)
     bin = bin_of(confidence, n_bins, RIGHT_CLOSED)
@@ -77,13 +92,13 @@ def add_to_bins(
         lowest = tl.min(bin, 1)
         add_words(sums, kind, lowest, n_bins, tl.sum(tl.where(bin == lowest[:, None], word, 0), 1))
         word = tl.where(bin == lowest[:, None], 0, word)
-        # One axis: of two, neither contiguous, Triton 3.6 spreads the classes over a warp.
+        # Flatten to one axis: of two axes, neither contiguous, Triton 3.6 spreads the classes over a warp.
         add_words(sums, tl.ravel(tl.broadcast_to(kind[:, None], bin.shape)), tl.ravel(bin), n_bins, tl.ravel(word))
 
 
 @triton.jit
 def report_first(fault, positions, bad):
-    """The lowest of the positions that are bad, over all programs."""
+    """Lower ``fault`` to the first position that is bad, over all programs."""
     first = tl.min(tl.where(bad, positions, NO_FAULT), 0)
     if first != NO_FAULT:
         tl.atomic_min(fault, first, sem="relaxed")
@@ -91,7 +106,7 @@ def report_first(fault, positions, bad):
 
 @triton.jit
 def fold_logits(top, top_class, total, squares, on_label, x, c, label, C: tl.constexpr):
-    """Another block of logits: the largest, its first class, ``sum exp(x - top)``, that of the squares, the label's."""
+    """Fold in a block of logits: the largest, its first class, ``sum exp(x - top)``, that of squares, the label's."""
     x = tl.where((c < C)[:, None], x, -INF)
     block_top = tl.max(x, 0)
     block_class = tl.min(tl.where((x == block_top[None, :]) & (c < C)[:, None], c[:, None], C), 0)
@@ -108,7 +123,7 @@ def fold_logits(top, top_class, total, squares, on_label, x, c, label, C: tl.con
 
 @triton.jit
 def fold_probabilities(top, top_class, total, squares, on_label, least, p, c, label, C: tl.constexpr):
-    """Another block of probabilities: the same, with the squared errors and the smallest."""
+    """Fold in a block of probabilities: as :func:`fold_logits`, with the squared errors and the smallest."""
     valid = (c < C)[:, None]
     p = tl.where(valid, p, 0.0)
     block_top = tl.max(p, 0)
@@ -124,7 +139,7 @@ def fold_probabilities(top, top_class, total, squares, on_label, least, p, c, la
 
 @triton.jit
 def class_confidences(x, top, per_total, FROM_LOGITS: tl.constexpr):
-    """Probabilities of a block of classes."""
+    """Return the probabilities of a block of classes."""
     return exp_of(x - top[None, :]) * per_total[None, :] if FROM_LOGITS else x
 
 
@@ -134,21 +149,21 @@ def calibration_bins(
     labels,  # [N, S]
     mask,  # [N, S]: 0 where a voxel does not count; or None
     sums,  # in and out [kinds, n_bins, 3]: count, confidence, hits
-    totals,  # in and out [6]: whole nats, their rest, Brier score, voxels that count, with NaN, with infinite NLL
-    faults,  # in and out [2]: the first voxel whose label is no class, and whose scores are no probabilities
+    totals,  # in and out [6]: whole nats, parts of a nat, Brier score, voxels that count, with NaN, with infinite NLL
+    faults,  # in and out [2]: the first voxel whose label is not a class, the first whose scores are not probabilities
     S,
     n_bins,
-    first_class,  # class-wise: the first with bins of its own
-    tolerance,  # of the sum of probabilities, and of negative ones
+    first_class,  # the first class with bins of its own, where CLASS_WISE
+    tolerance,  # by how much the sum of probabilities may miss 1, and one of them 0
     FROM_LOGITS: tl.constexpr,
     CLASS_WISE: tl.constexpr,
     SKIP_BACKGROUND: tl.constexpr,
     RIGHT_CLOSED: tl.constexpr,
-    AT_ONCE: tl.constexpr,  # bins; 0: there are too many
+    AT_ONCE: tl.constexpr,  # bins that are summed at once, or 0 where there are too many
     C: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """Sums per bin and over all voxels."""
+    """Add to the sums per bin and over all voxels."""
     BLOCK_C: tl.constexpr = tile.BLOCK_C
     n, first, inside = locate(tl.program_id(0), S, tile)
     if mask is not None:
@@ -174,7 +189,7 @@ def calibration_bins(
             top, top_class, total, squares, on_label = fold_logits(
                 top, top_class, total, squares, on_label, x, start + c, label, C
             )  # fmt: skip
-        total = tl.where(top == -INF, float("nan"), total)  # no distribution at all
+        total = tl.where(top == -INF, float("nan"), total)  # such logits are no distribution
     else:
         top, top_class, total, squares, on_label, least = fold_probabilities(
             top, top_class, total, squares, on_label, least, x, c, label, C
@@ -228,3 +243,16 @@ def calibration_bins(
             sums, tl.arange(0, 1), p[None, :], (label == top_class)[None, :], binned[None, :], n_bins, RIGHT_CLOSED,
             AT_ONCE,
         )  # fmt: skip
+
+
+def launch(
+    call: Call, spec: Any, scores: View, labels: Labels, mask: View | None, sums: Tensor, totals: Tensor, faults: Tensor
+) -> None:
+    """Launch the kernel."""
+    at_once = 1 if spec.class_wise else BINS_AT_ONCE
+    if spec.n_bins > MOST_BINS_AT_ONCE:
+        at_once = 0
+    call.launch(
+        calibration_bins, scores, labels, mask, sums, totals, faults, call.S, spec.n_bins, spec.first_class,
+        spec.tolerance, spec.from_logits, spec.class_wise, spec.skip_background, spec.right_closed, at_once, call.C,
+    )  # fmt: skip

@@ -1,0 +1,320 @@
+"""The Triton backend: operations on a GPU, or in Triton's interpreter.
+
+Nothing waits for the host but :func:`calibration_bins`. The mean's divisor is made by one kernel and read by the next,
+a loss is a tensor, and an upstream factor or a seed tensor is read on the device. So every other call can be captured
+into a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from importlib import import_module
+
+import torch
+from calseg.kernels.accumulate_softmax import launch as launch_accumulate_softmax
+from calseg.kernels.blend_soft_labels import launch as launch_blend_soft_labels
+from calseg.kernels.calibration_bins import NO_FAULT
+from calseg.kernels.calibration_bins import launch as launch_calibration_bins
+from calseg.kernels.labels import labels_argument
+from calseg.kernels.launch import BINS, SAMPLED, SOFT, Call, Geometry, Kind, Strides
+from calseg.kernels.reductions import LossArguments, Upstream, mean_divisors, reduced_loss
+from calseg.kernels.sample_soft_labels import launch as launch_sample_soft_labels
+from calseg.kernels.scale_gradients import launch as launch_scale_gradient
+from torch import Tensor
+
+from calseg import checks, native
+from calseg.operations import (
+    AccumulateSpec,
+    BinsSpec,
+    BlendSpec,
+    GaussianTensors,
+    Labels,
+    LossSpec,
+    LossTensors,
+    SampleSpec,
+    num_kinds,
+)
+from calseg.tensors import is_walkable, one_stride, shape_of, voxel_shape
+
+CHECK_LABELS = os.environ.get("CALSEG_CHECK_LABELS", "0") not in ("", "0")
+NO_GRADIENTS = LossTensors()
+
+
+# ---- losses ----
+
+
+def loss(
+    spec: LossSpec,
+    tensors: LossTensors,
+    gradients: LossTensors = NO_GRADIENTS,
+    grad_output: Tensor | None = None,
+) -> Tensor:
+    """Compute a loss, and write the gradients that are wanted.
+
+    The kernel is in the file of ``calseg.kernels`` that has the name of the operation.
+
+    Args:
+        spec: which loss.
+        tensors: its tensors.
+        gradients: for each of them, the tensor to write its gradient to, or None.
+        grad_output: the upstream gradient ``[N, *S]``, where it is not 1. Then no loss is made.
+    """
+    operation = import_module(f"calseg.kernels.{spec.operation}")
+    tensors = LossTensors._make(_readable_or_none(tensor) for tensor in tensors)
+    weight = None if spec.weight is None else spec.weight.detach().resolve_neg().contiguous()
+    spec = spec._replace(labels=_readable_labels(spec.labels), weight=weight)
+    like = next(tensor for tensor in tensors if tensor is not None)
+    per_voxel = None
+    if grad_output is None and spec.reduction == "none":
+        per_voxel = native.empty_voxels(like, spec.dtype)
+    upstream = None if grad_output is None else _readable_voxels(grad_output)
+    label_tensor = None if spec.labels is None else spec.labels.tensor
+    call = _call(operation.kind(spec, tensors), (*tensors, *gradients), (label_tensor, upstream, per_voxel))
+    voxels = call.geometry.N * call.S
+    if voxels == 0:
+        value = math.nan if spec.reduction == "mean" else 0.0
+        return per_voxel if per_voxel is not None else torch.full((), value, dtype=spec.dtype, device=like.device)
+    _check_labels(spec.labels, call.C)
+    given = _loss_arguments(call, spec)
+    operation.launch(call, spec, given)
+    if per_voxel is not None:
+        return per_voxel
+    if given.partials is None:  # in backward nobody reads the loss
+        return torch.zeros((), dtype=spec.dtype, device=like.device)
+    reduced: Tensor = reduced_loss(call, spec, given)
+    return reduced
+
+
+def _loss_arguments(call: Call, spec: LossSpec) -> LossArguments:
+    """Return the arguments that all losses share, and sum the mean's divisors where they depend on the labels."""
+    tensors = LossTensors._make(call.scores[: len(LossTensors._fields)])
+    gradients = LossTensors._make(call.scores[len(LossTensors._fields) :])
+    label_view, upstream_view, loss_view = call.voxels
+    labels = labels_argument(label_view, spec.labels)
+    sums, num_sums, scale = None, 1, 1.0
+    if spec.reduction == "mean":
+        weight = None if spec.labels is None or spec.labels.is_mask else spec.weight
+        if spec.labels is None or (labels.ignore is None and weight is None):
+            scale = 1.0 / (call.geometry.N * call.S)
+        else:
+            sums, num_sums = mean_divisors(call, labels, spec.labels.is_mask, weight)
+    upstream = Upstream(scale, sums)
+    if upstream_view is not None:
+        upstream = Upstream(scale, sums, upstream_view.ptr, upstream_view.stride_n, upstream_view.stride_s)
+    with_kl = tensors.mu is not None and spec.labels is not None and spec.sampling.beta != 0
+    partials = None
+    if upstream_view is None and loss_view is None:
+        partials = torch.empty((1 + with_kl, call.programs), dtype=torch.float32, device=call.like.device)
+    return LossArguments(tensors, gradients, labels, upstream, loss_view, partials, num_sums, with_kl)
+
+
+def scale_gradients(gradients: Sequence[Tensor | None], factor: Tensor) -> None:
+    """Multiply gradients in place by a 0-d tensor. Where it is 1, no memory is touched."""
+    for gradient in gradients:
+        if gradient is not None:
+            launch_scale_gradient(gradient, factor)
+
+
+# ---- soft labels ----
+
+
+def sample_soft_labels(spec: SampleSpec, tensors: GaussianTensors) -> Tensor:
+    """Return soft labels sampled from a Gaussian, blended with labels where they are given; the dtype of ``mu``."""
+    assert tensors.mu is not None
+    soft_labels = native.empty_like(tensors.mu)
+    _sample_soft_labels(spec, tensors, soft_labels, None, GaussianTensors())
+    return soft_labels
+
+
+def sample_soft_labels_backward(
+    spec: SampleSpec, tensors: GaussianTensors, grad_output: Tensor, gradients: GaussianTensors
+) -> None:
+    """Write the gradients of :func:`sample_soft_labels` that are wanted."""
+    _sample_soft_labels(spec, tensors, None, _readable(grad_output), gradients)
+
+
+def _sample_soft_labels(
+    spec: SampleSpec,
+    tensors: GaussianTensors,
+    soft_labels: Tensor | None,
+    grad_output: Tensor | None,
+    gradients: GaussianTensors,
+) -> None:
+    """Launch either direction."""
+    spec = spec._replace(labels=_readable_labels(spec.labels))
+    readable = map(_readable_or_none, tensors)
+    label_tensor = None if spec.labels is None else spec.labels.tensor
+    call = _call(SAMPLED, (*readable, soft_labels, grad_output, *gradients), (label_tensor,))
+    _check_labels(spec.labels, call.C)
+    mu, logvar, to, upstream, *to_gradients = call.scores
+    launch_sample_soft_labels(
+        call, spec, labels_argument(call.voxels[0], spec.labels), GaussianTensors._make((mu, logvar)),
+        GaussianTensors._make(to_gradients), soft_labels=to, grad_output=upstream,
+    )  # fmt: skip
+
+
+def accumulate_softmax(spec: AccumulateSpec, total: Tensor, logits: Tensor) -> None:
+    """Compute ``total += softmax(logits / temperature)``."""
+    call = _call(SOFT, (_readable(logits), total, total))
+    launch_accumulate_softmax(call, spec, *call.scores, backward=False)
+
+
+def accumulate_softmax_backward(spec: AccumulateSpec, logits: Tensor, grad_output: Tensor) -> Tensor:
+    """Return the gradient of the logits of :func:`accumulate_softmax`."""
+    grad_logits = native.empty_like(logits)
+    call = _call(SOFT, (_readable(logits), _readable(grad_output), grad_logits))
+    launch_accumulate_softmax(call, spec, *call.scores, backward=True)
+    return grad_logits
+
+
+def blend_soft_labels(spec: BlendSpec, estimate: Tensor) -> None:
+    """Compute ``estimate = (1 - alpha) * onehot(labels) + alpha * scale * estimate`` in place, 0 where ignored."""
+    spec = spec._replace(labels=_readable_labels(spec.labels))
+    call = _call(SOFT, (estimate,), (None if spec.labels is None else spec.labels.tensor,))
+    _check_labels(spec.labels, call.C)
+    launch_blend_soft_labels(call, spec, labels_argument(call.voxels[0], spec.labels), call.scores[0])
+
+
+# ---- calibration ----
+
+
+def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums per bin and over all voxels, int64 ``[items, kinds, n_bins, 3]`` and ``[items, 6]`` on the CPU.
+
+    Waits for the GPU once, and raises at the first label that is not a class and the first scores that are not
+    probabilities.
+    """
+    N, C, S = shape_of(scores)
+    items, kinds = N if spec.per_item else 1, num_kinds(spec, C)
+    sizes = [2, 6, kinds * spec.n_bins * 3]
+    results = torch.zeros(items, sum(sizes), dtype=torch.int64, device=scores.device)
+    results[:, :2] = NO_FAULT.value
+    readable, labels = _readable(scores), _readable_voxels(spec.labels.tensor)
+    mask = None if spec.mask is None else _readable_voxels(spec.mask)
+    of_item = lambda t, n: t if t is None or items == 1 else t[n : n + 1]  # noqa: E731
+    for item, result in enumerate(results):
+        call = _call(BINS, (of_item(readable, item),), (of_item(labels, item), of_item(mask, item)))
+        faults, totals, sums = result.split(sizes)
+        label_view, mask_view = call.voxels
+        launch_calibration_bins(
+            call, spec, call.scores[0], labels_argument(label_view, spec.labels), mask_view, sums, totals, faults
+        )
+    faults, totals, sums = results.cpu().split(sizes, 1)
+    positions = faults + torch.arange(items, device="cpu")[:, None] * S
+    for column, raise_fault in enumerate((_raise_label_fault, _raise_score_fault)):
+        found = faults[:, column] != NO_FAULT.value
+        if bool(found.any()):
+            raise_fault(spec, scores, int(positions[found, column].min()))
+    return sums.view(items, kinds, spec.n_bins, 3), totals
+
+
+def _raise_label_fault(spec: BinsSpec, scores: Tensor, position: int) -> None:
+    """Raise for the label at a linear position."""
+    labels, ignore_index, _ = spec.labels
+    shape = tuple(labels.shape)
+    label = int(labels[tuple(checks.place_of(position, shape))])
+    raise checks.label_error(label, position, shape, shape_of(scores)[1], ignore_index)
+
+
+def _raise_score_fault(spec: BinsSpec, scores: Tensor, position: int) -> None:
+    """Raise for the scores of the voxel at a linear position."""
+    shape = voxel_shape(scores)
+    probabilities = scores.movedim(min(1, scores.dim() - 1), -1)[tuple(checks.place_of(position, shape))]
+    total, least = float(probabilities.float().sum()), float(probabilities.min())
+    raise checks.probability_error(total, least, position, shape)
+
+
+# ---- tensors as kernels read them ----
+
+
+def _readable(scores: Tensor) -> Tensor:
+    """Return scores that kernels can walk: themselves, or a copy."""
+    scores = scores.resolve_neg()
+    return scores if is_walkable(scores) else scores.contiguous()
+
+
+def _readable_or_none(scores: Tensor | None) -> Tensor | None:
+    """Do as :func:`_readable` where there are scores."""
+    return None if scores is None else _readable(scores)
+
+
+def _readable_voxels(voxels: Tensor) -> Tensor:
+    """Return a tensor without class axis that kernels can walk: itself, or a copy."""
+    voxels = voxels.resolve_neg()
+    walkable = voxels.is_contiguous() or one_stride(voxels.shape[1:], voxels.stride()[1:]) is not None
+    return voxels if walkable else voxels.contiguous()
+
+
+def _readable_labels(labels: Labels | None) -> Labels | None:
+    """Return labels that kernels can walk."""
+    return None if labels is None else labels._replace(tensor=_readable_voxels(labels.tensor))
+
+
+def _check_labels(labels: Labels | None, num_classes: int) -> None:
+    """With CALSEG_CHECK_LABELS=1, wait for the GPU and raise IndexError at the first label that is not a class."""
+    if CHECK_LABELS and labels is not None and not labels.is_mask:
+        checks.check_classes(labels.tensor.long(), num_classes, labels.ignore_index)
+
+
+def _call(kind: Kind, scores: Sequence[Tensor | None], voxels: Sequence[Tensor | None] = ()) -> Call:
+    """Return the call of a kernel on these tensors."""
+    return Call(kind, geometry_of(scores, voxels), scores, voxels)
+
+
+def geometry_of(scores: Sequence[Tensor | None], voxels: Sequence[Tensor | None]) -> Geometry:
+    """Return the shape and the strides of the tensors of a call, in the form with the fewest batch items.
+
+    Args:
+        scores: the tensors with a class axis that kernels can walk, None where one is absent.
+        voxels: the tensors without a class axis, likewise.
+    """
+    given_scores = [tensor for tensor in scores if tensor is not None]
+    given_voxels = [tensor for tensor in voxels if tensor is not None]
+    return merge_items(
+        Geometry(
+            *shape_of(given_scores[0]), list(map(_score_strides, given_scores)), list(map(_voxel_strides, given_voxels))
+        )
+    )
+
+
+def _score_strides(scores: Tensor) -> Strides:
+    """Return the strides ``(n, c, s)`` of ``[C]``, ``[N, C]`` or ``[N, C, *S]``."""
+    strides = scores.stride()
+    if scores.dim() == 1:
+        return 0, strides[0], 1
+    if scores.dim() == 2:
+        return 0, strides[1], strides[0]
+    return strides[0], strides[1], _space_stride(scores, 2)
+
+
+def _voxel_strides(voxels: Tensor) -> Strides:
+    """Return the strides ``(n, 0, s)`` of ``[]``, ``[N]`` or ``[N, *S]``."""
+    strides = voxels.stride()
+    if voxels.dim() == 0:
+        return 0, 0, 1
+    if voxels.dim() == 1:
+        return 0, 0, strides[0]
+    return strides[0], 0, _space_stride(voxels, 1)
+
+
+def _space_stride(tensor: Tensor, first: int) -> int:
+    """Return the stride that walks the axes from ``first`` on."""
+    if tensor.dim() == first + 1:
+        return tensor.stride(first)
+    step = 1 if tensor.is_contiguous() else one_stride(tensor.shape[first:], tensor.stride()[first:])
+    assert step is not None
+    return step
+
+
+def merge_items(geometry: Geometry) -> Geometry:
+    """Merge batch items that follow one another in every tensor into one item. The numbers of voxels stay the same."""
+    N, C, S, scores, voxels = geometry
+    if S == 1:
+        turn = lambda strides: [(0, c, n) for n, c, _ in strides]  # noqa: E731
+        return Geometry(1, C, N, turn(scores), turn(voxels))
+    if N == 1 or all(n == S * s for n, _, s in scores + voxels):
+        keep = lambda strides: [(0, c, s) for _, c, s in strides]  # noqa: E731
+        return Geometry(1, C, N * S, keep(scores), keep(voxels))
+    return geometry
