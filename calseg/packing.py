@@ -51,7 +51,7 @@ def _pack(kind: type, structure: Any, lists: Lists) -> None:
         elif form == "seed":
             is_tensor = isinstance(value, Tensor)
             tensors.append(value if is_tensor else None)
-            integers.append(0 if is_tensor else (value + 2**63) % 2**64 - 2**63)  # as an int64 holds it
+            integers.append(0 if is_tensor else value if value < 2**63 else value - 2**64)  # as an int64 holds it
         elif form == "integer":
             integers.append(int(value))
         elif form == "number":

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from calseg.calibration import UNIT, CalibrationBins, calibration_bins, calibration_error_from_bins
+from calseg.calibration import CalibrationBins, calibration_bins, calibration_error_from_bins
+from calseg.operations import UNIT
 
 N_BINS = 15
 BLOCK_BYTES = 1 << 22

@@ -36,4 +36,4 @@ def blend_soft_labels(
 def launch(call: Call, spec: Any, labels: Labels, estimate: View) -> None:
     """Launch the kernel."""
     alpha = 1.0 if spec.labels is None else spec.alpha
-    call.launch(blend_soft_labels, estimate, labels, call.S, alpha, alpha * spec.scale, call.C)
+    call.launch(blend_soft_labels, estimate, labels, call.S, alpha, alpha * (1 / spec.num_maps), call.C)

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from calseg.reference import UNIT
 from cases import CLASSES, FLOATS, LABELS, LAYOUTS, SHAPES, SIZES, id_of, labels, scores, voxels_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,6 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 import calseg
 from calseg import ops
 from calseg.calibration import NORMS
-from calseg.reference import UNIT
 
 KINDS = [{}, {"class_wise": True}, {"include_background": False}, {"class_wise": True, "include_background": False}]
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=["top", "classes", "top-foreground", "classes-foreground"])

@@ -18,13 +18,13 @@ from typing import NamedTuple
 import pytest
 import test_calibration as calibration
 import torch
+from calseg.reference import UNIT
 from cases import LABELS, LAYOUTS, SHAPES, labels, scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import calseg
 from calseg import ops
-from calseg.reference import UNIT
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

@@ -86,7 +86,9 @@ def face(backend: str) -> dict[str, inspect.Signature]:
 def test_the_reference_has_what_the_backends_have(backend):
     """The same functions of a spec and tensors, but for gradients, which PyTorch makes of the reference."""
     reference, mine = face("reference"), face(backend)
-    shared = {name for name in mine if not name.endswith("_backward") and name not in ("ace_moments", "bins_of_moments")}
+    shared = {
+        name for name in mine if not name.endswith("_backward") and name not in ("ace_moments", "bins_of_moments")
+    }
     assert shared <= reference.keys()
     assert {"loss", "sample_soft_labels", "accumulate_softmax", "blend_soft_labels", "calibration_bins"} <= shared
     for name in shared:

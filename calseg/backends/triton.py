@@ -18,7 +18,7 @@ from calseg.kernels.blend_soft_labels import launch as launch_blend_soft_labels
 from calseg.kernels.calibration_bins import NO_FAULT
 from calseg.kernels.calibration_bins import launch as launch_calibration_bins
 from calseg.kernels.labels import labels_argument
-from calseg.kernels.launch import BINS, SAMPLED, SOFT, Call, Geometry, Kind, Strides
+from calseg.kernels.launch import BINS, SAMPLED, SOFT, Call, Geometry, Kind
 from calseg.kernels.reductions import LossArguments, Upstream, mean_divisors, reduced_loss
 from calseg.kernels.sample_soft_labels import launch as launch_sample_soft_labels
 from calseg.kernels.scale_gradients import launch as launch_scale_gradient
@@ -36,7 +36,7 @@ from calseg.operations import (
     SampleSpec,
     num_kinds,
 )
-from calseg.tensors import is_walkable, one_stride, shape_of, voxel_shape
+from calseg.tensors import is_walkable, one_stride, shape_of
 
 CHECK_LABELS = os.environ.get("CALSEG_CHECK_LABELS", "0") not in ("", "0")
 NO_GRADIENTS = LossTensors()
@@ -65,7 +65,7 @@ def loss(
     tensors = LossTensors._make(_readable_or_none(tensor) for tensor in tensors)
     weight = None if spec.weight is None else spec.weight.detach().resolve_neg().contiguous()
     spec = spec._replace(labels=_readable_labels(spec.labels), weight=weight)
-    like = next(tensor for tensor in tensors if tensor is not None)
+    like = tensors.like()
     per_voxel = None
     if grad_output is None and spec.reduction == "none":
         per_voxel = native.empty_voxels(like, spec.dtype)
@@ -122,8 +122,8 @@ def scale_gradients(gradients: Sequence[Tensor | None], factor: Tensor) -> None:
 
 def sample_soft_labels(spec: SampleSpec, tensors: GaussianTensors) -> Tensor:
     """Return soft labels sampled from a Gaussian, blended with labels where they are given; the dtype of ``mu``."""
-    assert tensors.mu is not None
-    soft_labels = native.empty_like(tensors.mu)
+    mu, _ = tensors.both()
+    soft_labels = native.empty_like(mu)
     _sample_soft_labels(spec, tensors, soft_labels, None, GaussianTensors())
     return soft_labels
 
@@ -155,10 +155,11 @@ def _sample_soft_labels(
     )  # fmt: skip
 
 
-def accumulate_softmax(spec: AccumulateSpec, total: Tensor, logits: Tensor) -> None:
-    """Compute ``total += softmax(logits / temperature)``."""
+def accumulate_softmax(spec: AccumulateSpec, total: Tensor, logits: Tensor) -> Tensor:
+    """Compute ``total += softmax(logits / temperature)``, in place."""
     call = _call(SOFT, (_readable(logits), total, total))
     launch_accumulate_softmax(call, spec, *call.scores, backward=False)
+    return total
 
 
 def accumulate_softmax_backward(spec: AccumulateSpec, logits: Tensor, grad_output: Tensor) -> Tensor:
@@ -169,12 +170,13 @@ def accumulate_softmax_backward(spec: AccumulateSpec, logits: Tensor, grad_outpu
     return grad_logits
 
 
-def blend_soft_labels(spec: BlendSpec, estimate: Tensor) -> None:
-    """Compute ``estimate = (1 - alpha) * onehot(labels) + alpha * scale * estimate`` in place, 0 where ignored."""
+def blend_soft_labels(spec: BlendSpec, total: Tensor) -> Tensor:
+    """Compute ``(1 - alpha) * onehot(labels) + alpha * total / num_maps`` in place of the total, 0 where ignored."""
     spec = spec._replace(labels=_readable_labels(spec.labels))
-    call = _call(SOFT, (estimate,), (None if spec.labels is None else spec.labels.tensor,))
+    call = _call(SOFT, (total,), (None if spec.labels is None else spec.labels.tensor,))
     _check_labels(spec.labels, call.C)
     launch_blend_soft_labels(call, spec, labels_argument(call.voxels[0], spec.labels), call.scores[0])
+    return total
 
 
 # ---- calibration ----
@@ -203,27 +205,12 @@ def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
         )
     faults, totals, sums = results.cpu().split(sizes, 1)
     positions = faults + torch.arange(items, device="cpu")[:, None] * S
-    for column, raise_fault in enumerate((_raise_label_fault, _raise_score_fault)):
-        found = faults[:, column] != NO_FAULT.value
-        if bool(found.any()):
-            raise_fault(spec, scores, int(positions[found, column].min()))
+    first = [int(column.min()) for column in torch.where(faults == NO_FAULT.value, faults, positions).unbind(1)]
+    if first[0] != NO_FAULT.value:
+        raise checks.label_at(first[0], spec.labels.tensor, C, spec.labels.ignore_index)
+    if first[1] != NO_FAULT.value:
+        raise checks.probabilities_at(first[1], scores)
     return sums.view(items, kinds, spec.n_bins, 3), totals
-
-
-def _raise_label_fault(spec: BinsSpec, scores: Tensor, position: int) -> None:
-    """Raise for the label at a linear position."""
-    labels, ignore_index, _ = spec.labels
-    shape = tuple(labels.shape)
-    label = int(labels[tuple(checks.place_of(position, shape))])
-    raise checks.label_error(label, position, shape, shape_of(scores)[1], ignore_index)
-
-
-def _raise_score_fault(spec: BinsSpec, scores: Tensor, position: int) -> None:
-    """Raise for the scores of the voxel at a linear position."""
-    shape = voxel_shape(scores)
-    probabilities = scores.movedim(min(1, scores.dim() - 1), -1)[tuple(checks.place_of(position, shape))]
-    total, least = float(probabilities.float().sum()), float(probabilities.min())
-    raise checks.probability_error(total, least, position, shape)
 
 
 # ---- tensors as kernels read them ----
@@ -272,49 +259,4 @@ def geometry_of(scores: Sequence[Tensor | None], voxels: Sequence[Tensor | None]
     """
     given_scores = [tensor for tensor in scores if tensor is not None]
     given_voxels = [tensor for tensor in voxels if tensor is not None]
-    return merge_items(
-        Geometry(
-            *shape_of(given_scores[0]), list(map(_score_strides, given_scores)), list(map(_voxel_strides, given_voxels))
-        )
-    )
-
-
-def _score_strides(scores: Tensor) -> Strides:
-    """Return the strides ``(n, c, s)`` of ``[C]``, ``[N, C]`` or ``[N, C, *S]``."""
-    strides = scores.stride()
-    if scores.dim() == 1:
-        return 0, strides[0], 1
-    if scores.dim() == 2:
-        return 0, strides[1], strides[0]
-    return strides[0], strides[1], _space_stride(scores, 2)
-
-
-def _voxel_strides(voxels: Tensor) -> Strides:
-    """Return the strides ``(n, 0, s)`` of ``[]``, ``[N]`` or ``[N, *S]``."""
-    strides = voxels.stride()
-    if voxels.dim() == 0:
-        return 0, 0, 1
-    if voxels.dim() == 1:
-        return 0, 0, strides[0]
-    return strides[0], 0, _space_stride(voxels, 1)
-
-
-def _space_stride(tensor: Tensor, first: int) -> int:
-    """Return the stride that walks the axes from ``first`` on."""
-    if tensor.dim() == first + 1:
-        return tensor.stride(first)
-    step = 1 if tensor.is_contiguous() else one_stride(tensor.shape[first:], tensor.stride()[first:])
-    assert step is not None
-    return step
-
-
-def merge_items(geometry: Geometry) -> Geometry:
-    """Merge batch items that follow one another in every tensor into one item. The numbers of voxels stay the same."""
-    N, C, S, scores, voxels = geometry
-    if S == 1:
-        turn = lambda strides: [(0, c, n) for n, c, _ in strides]  # noqa: E731
-        return Geometry(1, C, N, turn(scores), turn(voxels))
-    if N == 1 or all(n == S * s for n, _, s in scores + voxels):
-        keep = lambda strides: [(0, c, s) for _, c, s in strides]  # noqa: E731
-        return Geometry(1, C, N * S, keep(scores), keep(voxels))
-    return geometry
+    return Geometry(*native.extension.geometry(given_scores, given_voxels))

@@ -91,13 +91,9 @@ Divisors divisors(const LabelSums& sums, const LossSpec& spec) {
     return {spec.weight.data && spec.labels.tensor && !spec.labels.is_mask ? sums.weight : voxels, voxels};
 }
 
-bool has_gradient(const LossTensors& gradients) {
-    return gradients.logits || gradients.soft_labels || gradients.mu || gradients.logvar;
-}
+bool has_gradient(const LossTensors& gradients) { return gradients.logits || gradients.soft_labels || gradients.mu || gradients.logvar; }
 
-bool writes_over_logits(const LossArgs& args) {
-    return args.gradients.logits && args.gradients.logits.data == args.tensors.logits.data;
-}
+bool writes_over_logits(const LossArgs& args) { return args.gradients.logits && args.gradients.logits.data == args.tensors.logits.data; }
 
 // The chunks' sums in the order of the chunks: the same for any number of threads. If only_if_all_count, the work ends
 // soon after a voxel that does not.
@@ -166,9 +162,7 @@ Outcome sample_soft_labels(const SampleArgs& args, int num_threads) {
     return {};
 }
 
-void sample_soft_labels_backward(const SampleArgs& args, int num_threads) {
-    run(kernels().sample_soft_labels_backward, args, num_threads);
-}
+void sample_soft_labels_backward(const SampleArgs& args, int num_threads) { run(kernels().sample_soft_labels_backward, args, num_threads); }
 
 Outcome blend_soft_labels(const BlendArgs& args, int num_threads) {
     const LabelSums labels = scan(args.spec.labels, args.shape, nullptr, num_threads);

@@ -5,6 +5,7 @@
 #include "cuda/plan.h"
 #include "host/buffer_pool.h"
 #include "host/dispatch.h"
+#include "host/geometry.h"
 #include "host/operations.h"
 #include "host/parallel.h"
 #include "python/pooled_tensor.h"
@@ -27,7 +28,7 @@ py::tuple to_python(const BinsFault& fault) {
     return py::make_tuple(fault.label_position, fault.label, fault.score_position, fault.total, fault.least);
 }
 
-template <Kernel<LossArgs> KernelTable::*kernel>
+template <Kernel<LossArgs> KernelTable::* kernel>
 py::tuple call_loss(py::handle spec, py::handle tensors, py::handle gradients, py::handle grad_output, py::handle value, int num_threads) {
     Reader reader;
     LossArgs args;
@@ -169,6 +170,26 @@ void call_ace_moments_backward(py::handle spec, py::handle logits, py::handle sl
     ace_moments_backward(args, num_threads);
 }
 
+// (N, C, S, [(n, c, s) of the scores], [(n, 0, s) of the voxels]): how a GPU's kernels walk these tensors, merged items first.
+py::tuple geometry(const py::list& scores, const py::list& voxels) {
+    Reader reader(Device::any);
+    std::vector<TensorView> views;
+    const auto add = [&](py::handle tensor, auto view) {
+        reader.write(tensor, view);
+        views.push_back(view);
+    };
+    for (const py::handle tensor : scores) add(tensor, Scores());
+    for (const py::handle tensor : voxels) add(tensor, Voxels());
+    std::vector<TensorView*> places;
+    for (TensorView& view : views) places.push_back(&view);
+    Shape shape = reader.shape();
+    merge_items(shape, places.data(), static_cast<int>(places.size()));
+    py::list strides[2];
+    for (std::size_t i = 0; i < views.size(); ++i)
+        strides[i >= scores.size()].append(py::make_tuple(views[i].stride_n, views[i].stride_c, views[i].stride_s));
+    return py::make_tuple(shape.N, shape.C, shape.S, strides[0], strides[1]);
+}
+
 // The fields of every structure that came from calseg/operations.py, by its name.
 template <class... Structures>
 py::dict fields_of(std::tuple<Structures...>*) {
@@ -207,6 +228,8 @@ PYBIND11_MODULE(_native, m) {
 #else
     m.attr("CUDA_ARCHITECTURES") = py::list();
 #endif
+
+    m.def("geometry", &geometry);
 
     m.def("empty_pooled", &empty_pooled);
     m.def("pool_trim", &pool_trim);

@@ -3,7 +3,6 @@
 
 #include <pybind11/pybind11.h>
 
-
 namespace calseg {
 
 // An uninitialised CPU tensor of a floating dtype; None where the memory is not to be had from the pool.

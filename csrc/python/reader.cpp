@@ -36,10 +36,10 @@ struct Torch {
         tensor = get(torch, "Tensor");
         parameter = get(py::module_::import("torch.nn"), "Parameter");
         float64 = get(torch, "float64");
-        const std::pair<const char*, DType> known[] = {
-            {"float32", DType::f32}, {"int64", DType::i64}, {"uint8", DType::u8},   {"bfloat16", DType::bf16},
-            {"float16", DType::f16}, {"int32", DType::i32}, {"int16", DType::i16},  {"int8", DType::i8},
-            {"float64", DType::f64}, {"uint16", DType::u16}, {"uint32", DType::u32}, {"uint64", DType::u64}};
+        const std::pair<const char*, DType> known[] = {{"float32", DType::f32},   {"int64", DType::i64},   {"uint8", DType::u8},
+                                                       {"bfloat16", DType::bf16}, {"float16", DType::f16}, {"int32", DType::i32},
+                                                       {"int16", DType::i16},     {"int8", DType::i8},     {"float64", DType::f64},
+                                                       {"uint16", DType::u16},    {"uint32", DType::u32},  {"uint64", DType::u64}};
         for (const auto& [name, code] : known) dtypes.emplace_back(get(torch, name), code);
     }
 
@@ -83,9 +83,9 @@ void Reader::check_names(py::handle from, const char* structure, const std::vect
     const py::object fields = py::getattr(from, "_fields", py::none());
     bool same = PyTuple_Check(from.ptr()) && PyTuple_Check(fields.ptr());
     for (std::size_t i = 0; same && i < names.size(); ++i)
-        same = names[i].empty() || (static_cast<Py_ssize_t>(i) < PyTuple_GET_SIZE(fields.ptr()) &&
-                                    PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(fields.ptr(), static_cast<Py_ssize_t>(i)),
-                                                                     names[i].c_str()) == 0);
+        same = names[i].empty() ||
+               (static_cast<Py_ssize_t>(i) < PyTuple_GET_SIZE(fields.ptr()) &&
+                PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(fields.ptr(), static_cast<Py_ssize_t>(i)), names[i].c_str()) == 0);
     if (!same)
         throw py::type_error(std::string("calseg._native was built from another calseg/operations.py: the fields of ") + structure +
                              " differ; build it again");

@@ -1,0 +1,21 @@
+// The form of a call with the fewest batch items.
+#pragma once
+
+#include "host/tensor_view.h"
+
+namespace calseg {
+
+// Merges batch items that follow one another in every tensor into one long item. The numbers of the voxels stay the same.
+inline void merge_items(Shape& shape, TensorView* const* views, int count) {
+    if (shape.S == 1) {
+        for (int i = 0; i < count; ++i) views[i]->stride_s = views[i]->stride_n;
+    } else if (shape.N != 1) {
+        for (int i = 0; i < count; ++i)
+            if (*views[i] && views[i]->stride_n != shape.S * views[i]->stride_s) return;
+    }
+    for (int i = 0; i < count; ++i) views[i]->stride_n = 0;
+    shape.S *= shape.N;
+    shape.N = 1;
+}
+
+}  // namespace calseg
