@@ -12,7 +12,7 @@ needs no Function, since PyTorch differentiates it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,12 +70,12 @@ class _OnceDifferentiable(Function):
         )
 
 
-def _guarded(gradients: Sequence[Tensor | None], *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+def _guarded(gradients: Sequence[Tensor | None], *inputs: Tensor | None) -> Sequence[Tensor | None]:
     """In a pass with ``create_graph=True``, gradients that refuse to be differentiated again."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return tuple(gradients)
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return gradients
     given = [tensor for tensor in inputs if tensor is not None]
-    return tuple(None if g is None else _OnceDifferentiable.apply(g.detach(), *given) for g in gradients)
+    return [None if g is None else _OnceDifferentiable.apply(g.detach(), *given) for g in gradients]
 
 
 def _save(ctx: Any, *structures: Any) -> None:
@@ -113,6 +113,7 @@ def _placed(needed: Sequence[bool], present: Sequence[Tensor]) -> list[Tensor | 
 # ---- losses ----
 
 NO_GRADIENTS = LossTensors()
+NONE_NEEDED = (False,) * len(NO_GRADIENTS)
 
 
 @custom_op("calseg::loss", mutates_args=())
@@ -137,20 +138,14 @@ def _(backend, tensors, integers, numbers, words, needed, grad_output):  # type:
 
 
 def _run_loss(
-    backend: str,
-    spec: LossSpec,
-    tensors: LossTensors,
-    needed: Sequence[bool] | None = None,
+    backend: str, spec: LossSpec, tensors: LossTensors, needed: Sequence[bool], traced: bool,
     grad_output: Tensor | None = None,
-    *,
-    traced: bool,
-) -> tuple[Tensor, LossTensors]:
+) -> tuple[Tensor, LossTensors]:  # fmt: skip
     """The loss and the gradients that are needed, by the engine, or where PyTorch is to see it by the operator."""
     if traced:
-        needed = [False] * len(tensors) if needed is None else list(needed)
-        value, *present = loss_operator(backend, *pack(spec, tensors), needed, grad_output)
+        value, *present = loss_operator(backend, *pack(spec, tensors), list(needed), grad_output)
         return value, LossTensors(*_placed(needed, present))
-    gradients = NO_GRADIENTS if needed is None else LossTensors(*_empty_if(needed, tensors))
+    gradients = LossTensors(*_empty_if(needed, tensors)) if True in needed else NO_GRADIENTS
     return engine(backend).loss(spec, tensors, gradients, grad_output), gradients
 
 
@@ -163,26 +158,35 @@ def _needs_upstream_first(backend: str, spec: LossSpec, tensors: LossTensors) ->
     return backend == "triton" and any(t is not None and t.dtype == torch.float16 for t in tensors)
 
 
+class LossCall(NamedTuple):
+    """What a loss is asked for, beside its tensors. ``traced``: by the operator, which PyTorch sees."""
+
+    backend: str
+    spec: LossSpec
+    reuse_logits: bool
+    traced: bool
+
+
 class Loss(Function):
-    """``(backend, spec, reuse_logits, *tensors) -> loss``, with the four tensors of :class:`LossTensors`."""
+    """``(call, *tensors) -> loss``, with the four tensors of :class:`LossTensors`."""
 
     @staticmethod
-    def forward(ctx: Any, backend: str, spec: LossSpec, reuse_logits: bool, *given: Tensor | None) -> Tensor:
+    def forward(ctx: Any, call: LossCall, *given: Tensor | None) -> Tensor:
+        backend, spec, reuse_logits, traced = call
         tensors = LossTensors(*given)
-        traced = is_traced(*given)
-        ctx.backend, ctx.reuse_logits = backend, reuse_logits
         ctx.later = reuse_logits or _needs_upstream_first(backend, spec, tensors)
         if ctx.later:
             _save(ctx, spec, tensors)
-            return _run_loss(backend, spec, tensors, traced=traced)[0]
-        value, gradients = _run_loss(backend, spec, tensors, ctx.needs_input_grad[3:], traced=traced)
+            ctx.backend, ctx.reuse_logits = backend, reuse_logits
+            return _run_loss(backend, spec, tensors, NONE_NEEDED, traced)[0]
+        value, gradients = _run_loss(backend, spec, tensors, ctx.needs_input_grad[1:], traced)
         ctx.traced = traced
         if traced:
             ctx.save_for_backward(*gradients)
         else:
             # Not saved, which takes time and would copy gradients in backward: nobody else sees these, so they are
             # handed over; and of the inputs only their place in the graph is wanted, for create_graph.
-            ctx.gradients, ctx.inputs = gradients, tensors
+            ctx.made = backend, gradients, given
         return value
 
     @staticmethod
@@ -191,61 +195,65 @@ class Loss(Function):
         if ctx.later:
             gradients, inputs = _gradients_in_backward(ctx, grad_output)
         elif ctx.traced:
-            return None, None, None, *(None if g is None else g * grad_output for g in ctx.saved_tensors)
+            return None, *(None if g is None else g * grad_output for g in ctx.saved_tensors)
         else:
             gradients, inputs = _gradients_of_forward(ctx, grad_output)
-        return None, None, None, *_guarded(gradients, grad_output, *inputs)
+        return None, *_guarded(gradients, grad_output, *inputs)
 
 
-def _gradients_of_forward(ctx: Any, grad_output: Tensor) -> tuple[Sequence[Tensor | None], LossTensors]:
+def _gradients_of_forward(ctx: Any, grad_output: Tensor) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
     """What the forward pass made, times the gradient that comes in."""
-    gradients, inputs = ctx.gradients, ctx.inputs
-    if not gradients:
+    if ctx.made is None:
         raise RuntimeError(
             "Trying to backward through the graph a second time (or directly access saved tensors after they have "
             "already been freed). Specify retain_graph=True if you need to backward through the graph a second "
             "time."
         )
+    backend, gradients, inputs = ctx.made
     if _graph_is_kept() or _is_batched(grad_output):
         return [None if g is None else g.mul(grad_output) for g in gradients], inputs
-    ctx.gradients = ctx.inputs = ()
-    # in place: nobody wants the unscaled ones again
-    engine(ctx.backend).scale_gradients(gradients, grad_output)
+    ctx.made = None
+    engine(backend).scale_gradients(gradients, grad_output)  # in place: nobody wants the unscaled ones again
     return gradients, inputs
 
 
 def _gradients_in_backward(ctx: Any, grad_output: Tensor) -> tuple[Sequence[Tensor | None], LossTensors]:
     """The kernel again, with the gradient that comes in."""
     spec, inputs = _saved(ctx)
-    needed, logits, traced = ctx.needs_input_grad[3:], inputs.logits, is_traced(*inputs)
+    needed, logits, traced = ctx.needs_input_grad[1:], inputs.logits, is_traced(*inputs)
     if not traced and _is_batched(grad_output):
         again = lambda *t: reference.loss(spec, LossTensors(*t))  # noqa: E731
         return reference.gradients(again, inputs, needed, grad_output), inputs
     upstream = grad_output.expand(voxel_shape(inputs.like()))
     if ctx.reuse_logits and not _graph_is_kept():
-        gradients = LossTensors(logits.detach(), *_empty_if(needed[1:], inputs[1:]))
-        engine(ctx.backend).loss(spec, inputs, gradients, upstream)
+        to = LossTensors(logits.detach(), *_empty_if(needed[1:], inputs[1:]))
+        engine(ctx.backend).loss(spec, inputs, to, upstream)
         # whoever saved the logits for its own backward is told, as by any in-place operation
         torch.autograd.graph.increment_version(logits)
-        return gradients, inputs
-    return _run_loss(ctx.backend, spec, inputs, needed, upstream, traced=traced)[1], inputs
+        return to, inputs
+    return _run_loss(ctx.backend, spec, inputs, needed, traced, upstream)[1], inputs
 
 
 # Function.apply less its detour for torch.func, whose calls never come here: it takes 2 of a small loss's 35 us.
 _attach_loss = super(Function, Loss).apply
 
 
-def loss(backend: str, spec: LossSpec, tensors: LossTensors, reuse_logits: bool = False) -> Tensor:
-    """The loss of a spec and its tensors by a backend, with what of autograd the call needs."""
+def loss(
+    backend: str, spec: LossSpec, tensors: LossTensors, reuse_logits: bool = False, traced: bool | None = None
+) -> Tensor:
+    """The loss of a spec and its tensors by a backend, with what of autograd the call needs.
+
+    ``traced`` is what :func:`calseg.backends.choice.is_traced` says of the tensors, where that is known already.
+    """
     value: Tensor
     if backend == "reference":
-        value = reference.loss(spec, tensors)
-    elif not needs_gradient(*tensors):
-        value = _run_loss(backend, spec, tensors, traced=is_traced(*tensors))[0]
-    elif torch.compiler.is_compiling():
-        value = Loss.apply(backend, spec, reuse_logits, *tensors)
+        return reference.loss(spec, tensors)
+    traced = is_traced(*tensors) if traced is None else traced
+    if not needs_gradient(*tensors):
+        value, _ = _run_loss(backend, spec, tensors, NONE_NEEDED, traced)
     else:
-        value = _attach_loss(backend, spec, reuse_logits, *tensors)
+        attach = Loss.apply if torch.compiler.is_compiling() else _attach_loss
+        value = attach(LossCall(backend, spec, reuse_logits, traced), *tensors)
     return value
 
 

@@ -73,7 +73,7 @@ def _unchecked_cross_entropy(
         return None
     spec = LossSpec("cross_entropy", Labels(target, ignore_index), None, reduction, _loss_dtype(input), label_smoothing)
     try:
-        return autograd.loss("cpu", spec, LossTensors(input))
+        return autograd.loss("cpu", spec, LossTensors(input), traced=False)
     except native.Unreadable:
         return None
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 Scores = Tensor  # a number for every voxel and class: [C], [N, C] or [N, C, *S]
-Voxels = Tensor  # a number for every voxel: [], [N] or [N, *S]
+Indices = Tensor  # an integer for every voxel: [], [N] or [N, *S]
 Classes = Tensor  # a number for every class: [C]
 Seed = int | Tensor  # a 64-bit number, or a 0-d int64 tensor on the device of the scores
 Reduction = str  # "none", "mean" or "sum"
@@ -25,7 +25,7 @@ class Labels(NamedTuple):
     A voxel is ignored where ``tensor`` equals ``ignore_index``. With ``is_mask`` the other values are no classes.
     """
 
-    tensor: Voxels
+    tensor: Indices
     ignore_index: int
     is_mask: bool = False
 
@@ -128,7 +128,7 @@ class BinsSpec(NamedTuple):
     """
 
     labels: Labels
-    mask: Voxels | None
+    mask: Indices | None
     n_bins: int
     first_class: int
     from_logits: bool

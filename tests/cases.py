@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-from calseg.ops import LABEL_DTYPES
 from torch import Tensor
+
+from calseg.tensors import LABEL_DTYPES
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LABELS = LABEL_DTYPES

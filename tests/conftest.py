@@ -13,15 +13,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from calseg import ops
+from calseg import native
+from calseg.backends import choice
 
-native = ops._native
-ISAS = [] if native is None else native.available_isas()
+extension = native.extension
+ISAS = [] if extension is None else extension.available_isas()
 # Without a GPU the Triton kernels run in Triton's interpreter: set before anything imports Triton. It is slow, so
 # test_triton.py has a choice of cases; CALSEG_TEST_TRITON=1 takes all that the other backends go through (an hour).
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    if ops.TRITON_ERROR is None:
+    if choice.TRITON_ERROR is None:
         import interpreter
 
         interpreter.install()
@@ -52,21 +53,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results are made in memory full of NaN: an element that is never written is seen."""
-    for name in ("empty_like", "empty_loss"):
-        make = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *args, make=make: make(*args).fill_(torch.nan))
+    for name in ("empty_like", "empty_voxels"):
+        make = getattr(native, name)
+        monkeypatch.setattr(native, name, lambda *args, make=make: make(*args).fill_(torch.nan))
 
 
 @contextmanager
 def engine(isa: str) -> Iterator[str]:
     """The backend's name, under an instruction set; one thread, as there are thousands of tiny calls."""
-    threads, before = torch.get_num_threads(), None if native is None else native.isa()
+    threads, before = torch.get_num_threads(), None if extension is None else extension.isa()
     torch.set_num_threads(1)
     if isa in ISAS:
-        native.set_isa(isa)
+        extension.set_isa(isa)
     yield "cpu" if isa in ISAS else isa
     if before is not None:
-        native.set_isa(before)
+        extension.set_isa(before)
     torch.set_num_threads(threads)
 
 

@@ -21,7 +21,7 @@ from cases import (
 from naive import average_calibration_error, softmax
 
 import calseg
-from calseg import ops
+from calseg import native
 
 BINNINGS = ("hard", "soft")
 every_binning = pytest.mark.parametrize("binning", BINNINGS)
@@ -205,7 +205,7 @@ def test_low_precision(cpu, binning, dtype):
     assert value.dtype == (dtype if dtype == torch.float64 else torch.float32)
 
 
-@pytest.mark.skipif(ops._native is None, reason="no native engine")
+@pytest.mark.skipif(native.extension is None, reason="no native engine")
 @every_binning
 def test_memory(peak_growth, binning):
     """Nothing of the volume's size but the gradient."""

@@ -9,7 +9,7 @@ import torch
 from cases import assert_accurate, class_weights, evaluate, labels, scores
 
 import calseg
-from calseg import ops
+from calseg import native
 
 SHAPE = (2, 3, 4, 5)
 TARGET = labels(SHAPE, ignore_index=-100)
@@ -112,8 +112,8 @@ def test_only_some_inputs_need_gradients(backend, function, tensors):
 @every_operation
 def test_no_gradient_buffers_without_gradients(cpu, function, tensors, monkeypatch):
     """Under no_grad, and for inputs that need none, the engine asks for no memory but the soft labels' own."""
-    asked, empty_like = [], ops.empty_like
-    monkeypatch.setattr(ops, "empty_like", lambda tensor: asked.append(tensor) or empty_like(tensor))
+    asked, empty_like = [], native.empty_like
+    monkeypatch.setattr(native, "empty_like", lambda tensor: asked.append(tensor) or empty_like(tensor))
     with torch.no_grad():
         value = function(cpu, **leaves_of(tensors))
     assert not value.requires_grad

@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-from calseg.reference import UNIT
 from cases import CLASSES, FLOATS, LABELS, LAYOUTS, SHAPES, SIZES, id_of, labels, scores, voxels_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,8 +15,9 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 import calseg
-from calseg import ops
+from calseg import native
 from calseg.calibration import NORMS
+from calseg.operations import UNIT
 
 KINDS = [{}, {"class_wise": True}, {"include_background": False}, {"class_wise": True, "include_background": False}]
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=["top", "classes", "top-foreground", "classes-foreground"])
@@ -415,7 +415,7 @@ def test_low_precision_is_widened(backend):
 # ---- exact at any size, in any order ----
 
 
-@pytest.mark.skipif(ops._native is None, reason="no native engine")
+@pytest.mark.skipif(native.extension is None, reason="no native engine")
 def test_more_than_two_to_the_24_in_one_bin():
     """Where float32 counters stop; the sums are the exact multiples of those of one voxel."""
     size = 2**24 + 2**23 + 12345
@@ -471,7 +471,7 @@ def test_merge_is_not_concatenation(backend):
         bins.merge(1)
 
 
-@pytest.mark.skipif(ops._native is None, reason="no native engine")
+@pytest.mark.skipif(native.extension is None, reason="no native engine")
 def test_memory_does_not_grow_with_the_volume(peak_growth):
     x, target = torch.zeros(1, 4, 2**21), torch.zeros(1, 2**21, dtype=torch.uint8)
     calseg.calibration_bins(x, target)

@@ -8,10 +8,12 @@ from cases import assert_accurate, labels, scores
 from test_autograd import LOSSES, MAPS, SHAPE, TARGET
 
 import calseg
-from calseg import compiled, ops
+from calseg import autograd, native
+from calseg.operations import AceSpec, BlendSpec, GaussianTensors, Labels, LossSpec, LossTensors, SampleSpec, Sampling
+from calseg.packing import pack
 
 pytestmark = [
-    pytest.mark.skipif(ops._native is None, reason="no native engine"),
+    pytest.mark.skipif(native.extension is None, reason="no native engine"),
     pytest.mark.timeout(300),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch.compile's own, on some Python versions
 ]
@@ -132,40 +134,47 @@ def test_errors_come_through():
         quick(scores(1, 3, 4), torch.tensor([[0, 7, 1, 2]]))
 
 
-def _loss_arguments(reduction, *, mu=False, soft=False, hard=True, requires_grad=True):
-    leaf = lambda seed: scores(*SHAPE, seed=seed).requires_grad_(requires_grad)  # noqa: E731
-    x, y = leaf(0), torch.softmax(scores(*SHAPE, seed=3), 1).requires_grad_(requires_grad) if soft else None
-    m, v = (leaf(1), leaf(2)) if mu else (None, None)
-    needed = [reduction != "none" and requires_grad and t is not None for t in (x, y, m, v)]
-    return (x, y, m, v, TARGET if hard else None, None, torch.tensor(5), None, needed, -100, False, reduction,
-            torch.float64, 0.1, 0.3, 2, 1.0, 0.5, 0.0, 0.0, "cpu")  # fmt: skip
+def _loss_arguments(reduction, *, mu=False, soft=False, hard=True):
+    leaf = lambda seed: scores(*SHAPE, seed=seed)  # noqa: E731
+    tensors = LossTensors(
+        leaf(0), torch.softmax(leaf(3), 1) if soft else None, *((leaf(1), leaf(2)) if mu else (None, None))
+    )
+    sampling = Sampling(2, 1.0, 0.5, seed=torch.tensor(5)) if mu else Sampling()
+    spec = LossSpec(
+        "vls_cross_entropy" if mu else "cross_entropy", Labels(TARGET, -100) if hard else None, None, reduction,
+        torch.float64, 0.1, 0.3, sampling,
+    )  # fmt: skip
+    needed = [reduction != "none" and t is not None for t in tensors]
+    return "cpu", *pack(spec, tensors), needed, None
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("kind", [{}, {"mu": True}, {"soft": True, "hard": False}], ids=["hard", "vls", "soft"])
-def test_opcheck_of_the_loss(reduction, kind, monkeypatch):
-    torch.library.opcheck(compiled.loss_operator, _loss_arguments(reduction, **kind))
+def test_opcheck_of_the_loss(reduction, kind):
+    torch.library.opcheck(autograd.loss_operator, _loss_arguments(reduction, **kind))
 
 
 def test_opcheck_of_the_soft_labels():
-    mu, logvar = (scores(*SHAPE, seed=k).requires_grad_() for k in (1, 2))
+    tensors = GaussianTensors(scores(*SHAPE, seed=1), scores(*SHAPE, seed=2))
     for target in (None, TARGET):
-        torch.library.opcheck(compiled.sample_operator, (mu, logvar, target, torch.tensor(5), -100, 2, 1.0, 0.3, "cpu"))
-        torch.library.opcheck(compiled.blend_operator, (mu, target, -100, 0.3, 0.5, "cpu"))
+        labels = None if target is None else Labels(target, -100)
+        packed = pack(SampleSpec(labels, 0.3, Sampling(2, seed=5)), tensors)
+        torch.library.opcheck(autograd.sample_operator, ("cpu", *packed))
+        torch.library.opcheck(autograd.blend_operator, ("cpu", *pack(BlendSpec(labels, 0.3, 2)), tensors.mu))
         upstream = scores(*SHAPE, seed=4)
-        arguments = (mu.detach(), logvar.detach(), target, torch.tensor(5), -100, 2, 1.0, 0.3, "cpu", upstream)
-        torch.library.opcheck(compiled.sample_backward_operator, arguments)
+        for needed in ([True, True], [False, True]):
+            torch.library.opcheck(autograd.sample_backward_operator, ("cpu", *packed, upstream, needed))
 
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_opcheck_of_the_moments(soft):
-    x = scores(*SHAPE).requires_grad_()
-    moments = compiled.ace_moments_operator(x.detach(), TARGET, -100, 5, soft, 1)
-    torch.library.opcheck(compiled.ace_moments_operator, (x, TARGET, -100, 5, soft, 1))
-    torch.library.opcheck(compiled.ace_moments_backward_operator, (x.detach(), TARGET, -100, 5, soft, 1, moments))
+    x, packed = scores(*SHAPE), pack(AceSpec(Labels(TARGET, -100), 5, 1, soft))
+    moments = autograd.ace_moments_operator("cpu", *packed, x)
+    torch.library.opcheck(autograd.ace_moments_operator, ("cpu", *packed, x))
+    torch.library.opcheck(autograd.ace_moments_backward_operator, ("cpu", *packed, x, moments))
 
 
 def test_opcheck_of_the_seed():
     torch.library.opcheck(
-        compiled.draw_seed, (), test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+        autograd.draw_seed_operator, (), test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
     )

@@ -18,13 +18,14 @@ from typing import NamedTuple
 import pytest
 import test_calibration as calibration
 import torch
-from calseg.reference import UNIT
 from cases import LABELS, LAYOUTS, SHAPES, labels, scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import calseg
-from calseg import ops
+from calseg import native, tensors
+from calseg.backends import choice, cuda
+from calseg.operations import UNIT, BinsSpec, Labels
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -88,6 +89,44 @@ class Call(ctypes.Structure):
         return cls(*(ctypes.cast(array, ctypes.POINTER(ctypes.c_int64)) for array in arrays))
 
 
+DTYPES = (*tensors.FLOAT_DTYPES, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16,
+          torch.uint32, torch.uint64)  # fmt: skip  # the order of DType in csrc/host/tensor_view.h
+
+
+def view_of(tensor: torch.Tensor | None, channels: bool) -> tuple[int, ...] | None:
+    """Address, dtype and the strides of item, class and space, as the reader of the extension sees them."""
+    if tensor is None:
+        return None
+    strides, first = tensor.stride(), 1 + channels
+    if tensor.dim() <= first:  # [C] and [N, C] are one item
+        rows = strides[0] if tensor.dim() == first else 1
+        strides_of = (0, strides[-1] if channels else 0, rows)
+    else:
+        space = tensors.one_stride(tensor.shape[first:], strides[first:])
+        strides_of = (strides[0], strides[1] if channels else 0, space)
+    return tensor.data_ptr(), DTYPES.index(tensor.dtype), *strides_of
+
+
+def call_of(spec: BinsSpec, scores: torch.Tensor) -> Call:
+    """The arguments of a call; what one stride does not walk is copied, and kept until the process ends."""
+    label_tensor, ignore_index, _ = spec.labels
+    read = [scores if tensors.is_walkable(scores) else scores.contiguous()]
+    for voxels in (label_tensor, spec.mask):
+        walkable = voxels is None or tensors.one_stride(voxels.shape[1:], voxels.stride()[1:]) is not None
+        read.append(voxels if walkable else voxels.contiguous())
+    read = [None if tensor is None else tensor.resolve_neg() for tensor in read]
+    KEPT.extend(read)
+    scores, label_tensor, mask = read
+    return Call.of(
+        tensors.shape_of(scores), view_of(scores, True), view_of(label_tensor, False), view_of(mask, False),
+        (spec.n_bins, spec.first_class, ignore_index),
+        (spec.from_logits, spec.class_wise, spec.skip_background, spec.per_item, spec.right_closed),
+    )  # fmt: skip
+
+
+KEPT: list[torch.Tensor | None] = []
+
+
 class OnHost:
     """kernels/calibration_bins.cu as :mod:`calseg._native` offers it, run on the CPU."""
 
@@ -95,17 +134,11 @@ class OnHost:
         self.library = ctypes.CDLL(str(library))
         self.library.calibration_bins.restype = self.library.run_wrong_kernel.restype = ctypes.c_char_p
 
-    def cuda_calibration_bins(
-        self, shape, scores, labels, mask, n_bins, first_class, from_logits, class_wise, skip_background, per_item,
-        right_closed, tolerance, sums, totals, faults, device, stream,
-    ):  # fmt: skip
-        call = Call.of(
-            shape, scores, labels[0], mask, (n_bins, first_class, labels[1]),
-            (from_logits, class_wise, skip_background, per_item, right_closed),
-        )  # fmt: skip
+    def cuda_calibration_bins(self, spec, scores, sums, totals, faults, device, stream):
+        call = call_of(spec, scores)
         problem = self.library.calibration_bins(
-            ctypes.byref(call), ctypes.c_double(tolerance),
-            *(ctypes.c_void_p(each[0]) for each in (sums, totals, faults)), device, ctypes.c_void_p(stream),
+            ctypes.byref(call), ctypes.c_double(spec.tolerance),
+            *(ctypes.c_void_p(each.data_ptr()) for each in (sums, totals, faults)), device, ctypes.c_void_p(stream),
         )  # fmt: skip
         if problem is not None:
             raise RuntimeError(problem.decode())
@@ -122,10 +155,11 @@ class OnHost:
         self, x: torch.Tensor, y: torch.Tensor, *, n_bins: int = 15, first_class: int | None = None,
         ignore_index: int = -100, per_item: bool = False, resident: int = 3,
     ) -> Plan:  # fmt: skip
-        call = Call.of(
-            ops.shape_of(x), ops._view(ops._kept(x)), ops._label_view(ops._kept_labels(ops.Labels(y, 0)))[0], None,
-            (n_bins, first_class or 0, ignore_index), (1, first_class is not None, 0, per_item, 0),
+        spec = BinsSpec(
+            Labels(y, ignore_index), None, n_bins, first_class or 0, True, first_class is not None, False, per_item,
+            False, 0.0,
         )  # fmt: skip
+        call = call_of(spec, x)
         numbers = (ctypes.c_int64 * len(Plan._fields))()
         self.library.plan_launch(ctypes.byref(call), ctypes.c_int64(resident), numbers)
         return Plan(*numbers)
@@ -139,10 +173,18 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> OnHost:
     built = tmp_path_factory.mktemp("cuda_on_host") / "calibration.so"
     # a library under AddressSanitizer loads only into a process that started with it
     sanitizers = "address,undefined" if "libasan" in os.environ.get("LD_PRELOAD", "") else "undefined"
+    operations = ROOT / "calseg" / "operations.py"
+    specs = [
+        sys.executable,
+        str(ROOT / "csrc" / "python" / "specs.py"),
+        str(operations),
+        str(built.with_name("specs.h")),
+    ]
+    subprocess.run(specs, check=True)
     done = subprocess.run(
         [compiler, "-std=c++17", "-O1", "-g1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-Wall",
          "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared", f"-I{HERE / 'cuda_on_host'}",
-         f"-I{ROOT / 'csrc'}", str(HERE / "cuda_on_host" / "calibration.cpp"), "-o", str(built)],
+         f"-I{ROOT / 'csrc'}", f"-I{built.parent}", str(HERE / "cuda_on_host" / "calibration.cpp"), "-o", str(built)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -153,11 +195,11 @@ def set_up(library: OnHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """``backend="cuda"`` takes CPU tensors to the emulation."""
     library.set_limits(Limits())
     monkeypatch.setattr(
-        ops, "_native",
+        native, "extension",
         SimpleNamespace(cuda_calibration_bins=library.cuda_calibration_bins, CUDA_ARCHITECTURES=["on a CPU"]),
     )  # fmt: skip
-    monkeypatch.setattr(ops, "CUDA_DEVICES", ("cpu",))
-    monkeypatch.setattr(ops, "_device_and_stream", lambda tensor: (0, 0))
+    monkeypatch.setattr(cuda, "DEVICES", ("cpu",))
+    monkeypatch.setattr(cuda, "_device_and_stream", lambda tensor: (0, 0))
 
 
 @pytest.fixture
@@ -430,10 +472,10 @@ def test_more_than_two_to_the_31_voxels(on_host):
 def test_devices_and_errors(on_host, monkeypatch):
     """The call's device is current while it is launched, and no longer; CUDA's reasons arrive as text."""
     x, target = torch.zeros(1, 2, 5), torch.zeros(1, 5, dtype=torch.uint8)
-    monkeypatch.setattr(ops, "_device_and_stream", lambda tensor: (1, 77))
+    monkeypatch.setattr(cuda, "_device_and_stream", lambda tensor: (1, 77))
     calseg.calibration_bins(x, target, backend="cuda")
     assert on_host.last_launch()[2:] == (1, 0)
-    monkeypatch.setattr(ops, "_device_and_stream", lambda tensor: (2, 0))
+    monkeypatch.setattr(cuda, "_device_and_stream", lambda tensor: (2, 0))
     with pytest.raises(RuntimeError, match="calibration_bins on CUDA: invalid device ordinal"):
         calseg.calibration_bins(x, target, backend="cuda")
     assert on_host.last_launch().current_device == 0
@@ -463,7 +505,7 @@ def test_any_arguments(library, data):
 
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, architectures: list[str], capability: tuple[int, int]) -> SimpleNamespace:
     """What looks like a tensor on a GPU, to a build with these architectures."""
-    monkeypatch.setattr(ops, "_native", SimpleNamespace(CUDA_ARCHITECTURES=architectures))
+    monkeypatch.setattr(native, "extension", SimpleNamespace(CUDA_ARCHITECTURES=architectures))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     return SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32, is_cuda=True)
 
@@ -471,10 +513,10 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, architectures: list[str], capabili
 def test_default_backend(monkeypatch):
     """The CUDA kernel where it was built for the device, else Triton's, else the reference and one warning."""
     x = on_a_gpu(monkeypatch, ["80-real"], (9, 0))
-    monkeypatch.setattr(ops, "TRITON_ERROR", None)
-    choose = lambda x, backend=None: ops.choose_backend(x, backend, "calibration_bins")  # noqa: E731
+    monkeypatch.setattr(choice, "TRITON_ERROR", None)
+    choose = lambda x, backend=None: choice.choose(x, backend, "calibration_bins")  # noqa: E731
     assert choose(x) == choose(x, "cuda") == "cuda"
-    assert choose(x, "triton") == ops.choose_backend(x, None) == "triton"
+    assert choose(x, "triton") == choice.choose(x, None) == "triton"
     wide = SimpleNamespace(**{**vars(x), "dtype": torch.float64})
     assert choose(wide) == choose(wide, "cuda") == "reference"
     old = on_a_gpu(monkeypatch, ["80-real"], (7, 5))
@@ -485,8 +527,8 @@ def test_default_backend(monkeypatch):
     assert choose(without) == "triton"
     with pytest.raises(RuntimeError, match="backend='cuda': calseg was built without CUDA: reinstall with nvcc"):
         choose(without, "cuda")
-    monkeypatch.setattr(ops, "TRITON_ERROR", "Triton is not installed: pip install triton")
-    monkeypatch.setattr(ops, "_warned", set())
+    monkeypatch.setattr(choice, "TRITON_ERROR", "Triton is not installed: pip install triton")
+    monkeypatch.setattr(choice, "_warned", set())
     with pytest.warns(RuntimeWarning, match="pip install triton; on cuda the slow reference backend"):
         assert choose(without) == "reference"
 
@@ -499,7 +541,7 @@ def test_operations_without_a_cuda_kernel():
 
 
 def test_on_a_cpu_tensor(monkeypatch):
-    monkeypatch.setattr(ops, "_native", SimpleNamespace(CUDA_ARCHITECTURES=["80-real"]))
+    monkeypatch.setattr(native, "extension", SimpleNamespace(CUDA_ARCHITECTURES=["80-real"]))
     with pytest.raises(ValueError, match="backend='cuda': got a tensor on cpu, wanted one on a CUDA device"):
         calseg.calibration_error(scores(1, 3, 5), labels((1, 3, 5)), backend="cuda")
 
@@ -507,9 +549,9 @@ def test_on_a_cpu_tensor(monkeypatch):
 # ---- machine code ----
 
 CUOBJDUMP = shutil.which("cuobjdump")
-if CUOBJDUMP is None and ops.TRITON_ERROR is None and (spec := find_spec("triton")) is not None:
+if CUOBJDUMP is None and choice.TRITON_ERROR is None and (spec := find_spec("triton")) is not None:
     CUOBJDUMP = str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-built = pytest.mark.skipif(not (ops._native and ops._native.CUDA_ARCHITECTURES), reason="built without CUDA")
+built = pytest.mark.skipif(not (native.extension and native.extension.CUDA_ARCHITECTURES), reason="built without CUDA")
 
 
 @built
@@ -518,7 +560,7 @@ def test_nothing_spills():
     """Every kernel, for every architecture: no stack, and few enough registers for three blocks a multiprocessor."""
 
     def dump(option: str) -> str:
-        command = [CUOBJDUMP, option, ops._native.__file__]
+        command = [CUOBJDUMP, option, native.extension.__file__]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     architectures = {}
@@ -539,13 +581,11 @@ def test_nothing_spills():
 @built
 def test_loads_without_a_driver():
     """No library of CUDA is needed: the runtime is linked in, and the driver is looked for when it is first used."""
-    done = subprocess.run(["ldd", ops._native.__file__], capture_output=True, text=True, check=True)
+    done = subprocess.run(["ldd", native.extension.__file__], capture_output=True, text=True, check=True)
     assert "cuda" not in done.stdout
     assert calseg.info()["cuda_architectures"] == ["80-real", "90-real", "90-virtual"]
     if not torch.cuda.is_available():
         x, y = torch.zeros(1, 2, 5), torch.zeros(1, 5, dtype=torch.uint8)
-        views = ops._view(x), (ops._view(y[:, None]), -100, False), None
-        with pytest.raises(RuntimeError, match=r"calibration_bins on CUDA: .*(driver|device)"):
-            ops._native.cuda_calibration_bins(
-                (1, 2, 5), *views, 15, 0, True, False, False, False, False, 0.1, None, None, None, 0, 0
-            )
+        spec = BinsSpec(Labels(y, -100), None, 15, 0, True, False, False, False, False, 0.1)
+        with pytest.raises(ValueError, match="wanted a tensor on a CUDA device"):
+            native.extension.cuda_calibration_bins(spec, x, None, None, None, 0, 0)

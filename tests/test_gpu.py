@@ -16,12 +16,14 @@ import torch
 from cases import LAYOUTS, assert_accurate, class_weights, id_of, labels, scores
 
 import calseg
-from calseg import ops, rng
+from calseg import native
+from calseg.backends import choice, rng
+from calseg.operations import UNIT
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.skipif(ops.TRITON_ERROR is not None, reason=str(ops.TRITON_ERROR)),
+    pytest.mark.skipif(choice.TRITON_ERROR is not None, reason=str(choice.TRITON_ERROR)),
 ]
 
 DEVICE = torch.device("cuda")
@@ -122,7 +124,7 @@ def test_gradcheck_in_float64(name):
     assert torch.autograd.gradcheck(lambda *t: function(dict(zip(names, t, strict=True)), target, None), leaves)
 
 
-HAS_CUDA = ops._native is not None and bool(ops._native.CUDA_ARCHITECTURES)
+HAS_CUDA = native.extension is not None and bool(native.extension.CUDA_ARCHITECTURES)
 ENGINES = ["triton", "cuda"] if HAS_CUDA else ["triton"]
 needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason="built without CUDA")
 every_engine = pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=needs_cuda)])
@@ -141,8 +143,8 @@ def test_calibration_bins(backend, C, n_bins, class_wise):
     wanted = calseg.calibration_bins(p, target, backend="reference", **options)
     for field in ("count", "confidence", "hits", "num_voxels", "num_nan", "num_infinite"):
         assert torch.equal(getattr(got, field), getattr(wanted, field)), field
-    assert abs(float(got.mean_nll() - wanted.mean_nll())) < 8 / calseg.reference.UNIT
-    assert abs(float(got.mean_brier() - wanted.mean_brier())) < 8 / calseg.reference.UNIT
+    assert abs(float(got.mean_nll() - wanted.mean_nll())) < 8 / UNIT
+    assert abs(float(got.mean_brier() - wanted.mean_brier())) < 8 / UNIT
     again = calseg.calibration_bins(p.cuda(), target.cuda(), backend=backend, **options)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
@@ -159,7 +161,7 @@ def test_calibration_bins_of_logits(backend, dtype, kind):
         truth = calseg.calibration_bins(x.double(), target, backend="reference", **kind)
         assert int((plain.count.cumsum(-1) - truth.count.cumsum(-1)).abs().max()) <= 1
         assert torch.equal(plain.hits.sum(-1), truth.hits.sum(-1))
-        assert abs(float(plain.mean_nll() - truth.mean_nll())) < 8 / calseg.reference.UNIT
+        assert abs(float(plain.mean_nll() - truth.mean_nll())) < 8 / UNIT
         for layout in ("channels_last", "every_second", "odd_offset", "sliced_channels_last"):
             calibration.assert_same(call(LAYOUTS[layout](x.cuda()), target.cuda()), plain)
     x[1, 0, 2, 3] = torch.nan
@@ -177,13 +179,12 @@ def test_calibration_bins_in_a_graph():
     """The launch alone can be captured; each replay adds the same integers to those that are there."""
     x, y = scores(2, 4, 64, 64, dtype=torch.float32).cuda(), labels((2, 4, 64, 64), dtype=torch.uint8).cuda()
     results = torch.zeros(2 + 6 + 15 * 3, dtype=torch.int64, device=DEVICE)
-    views = [(part.data_ptr(), 0, 0, 0, 0) for part in (results[8:], results[2:8], results[:2])]
+    spec = BinsSpec(Labels(y, -100), None, 15, 0, True, False, False, False, False, 0.001)
+    parts = results[8:], results[2:8], results[:2]
 
     def launch():
-        ops._native.cuda_calibration_bins(
-            ops.shape_of(x), ops._view(x), ops._label_view(ops.Labels(y, -100)), None, 15, 0, True, False, False, False,
-            False, 0.001, *views, 0, torch.cuda.current_stream().cuda_stream,
-        )  # fmt: skip
+        stream = torch.cuda.current_stream().cuda_stream
+        native.extension.cuda_calibration_bins(spec, x, *parts, 0, stream)
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

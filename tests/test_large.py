@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import calseg
-from calseg import rng
+from calseg.backends import rng
 from calseg.tensors import compute_dtype
 
 pytestmark = [pytest.mark.large, pytest.mark.timeout(1800)]

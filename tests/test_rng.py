@@ -11,7 +11,7 @@ import torch
 from cases import id_of
 
 import calseg
-from calseg import rng
+from calseg.backends import rng
 
 CPU = torch.device("cpu")
 KNOWN_ANSWERS = [

@@ -38,16 +38,16 @@ from test_vls_cross_entropy import gaussian, vls
 from test_vls_elbo import elbo
 
 import calseg
-from calseg import ops, rng
+from calseg.backends import choice, rng
 from calseg.operations import Labels, LossSpec, LossTensors, Sampling
 
 pytestmark = [
-    pytest.mark.skipif(ops.TRITON_ERROR is not None, reason=str(ops.TRITON_ERROR)),
+    pytest.mark.skipif(choice.TRITON_ERROR is not None, reason=str(choice.TRITON_ERROR)),
     pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU: test_gpu.py"),
     pytest.mark.timeout(300),
 ]
 
-if ops.TRITON_ERROR is None:
+if choice.TRITON_ERROR is None:
     import interpreter
     import triton
     import triton.language as tl
@@ -744,24 +744,24 @@ def on(device, dtype=torch.float32):
 def test_the_backend_of_a_gpu(monkeypatch):
     """Triton where it is, for what it computes; else the reference, with one warning that says what to install."""
     for device in ("cuda", "cuda:3", "xpu"):
-        assert ops.choose_backend(on(device), None) == ops.choose_backend(on(device), "triton") == "triton"
-        assert ops.choose_backend(on(device, torch.float64), None) == "reference"
-        assert ops.choose_backend(on(device, torch.float64), "triton") == "reference"
-        assert ops.choose_backend(on(device), "reference") == "reference"
-    assert ops.choose_backend(on("mps"), None) == "reference"
+        assert choice.choose(on(device), None) == choice.choose(on(device), "triton") == "triton"
+        assert choice.choose(on(device, torch.float64), None) == "reference"
+        assert choice.choose(on(device, torch.float64), "triton") == "reference"
+        assert choice.choose(on(device), "reference") == "reference"
+    assert choice.choose(on("mps"), None) == "reference"
     with pytest.raises(ValueError, match="backend='triton': got a tensor on mps, wanted one on a GPU"):
-        ops.choose_backend(on("mps"), "triton")
+        choice.choose(on("mps"), "triton")
     with monkeypatch.context() as patch:
         patch.delenv("TRITON_INTERPRET")
         with pytest.raises(ValueError, match="got a tensor on cpu, wanted one on a GPU"):
-            ops.choose_backend(torch.zeros(1), "triton")
-    monkeypatch.setattr(ops, "TRITON_ERROR", "Triton is not installed: pip install triton")
-    monkeypatch.setattr(ops, "_warned", set())
+            choice.choose(torch.zeros(1), "triton")
+    monkeypatch.setattr(choice, "TRITON_ERROR", "Triton is not installed: pip install triton")
+    monkeypatch.setattr(choice, "_warned", set())
     with pytest.warns(RuntimeWarning, match=r"pip install triton; on cuda the slow reference backend is used") as seen:
-        assert ops.choose_backend(on("cuda"), None) == ops.choose_backend(on("cuda"), None) == "reference"
+        assert choice.choose(on("cuda"), None) == choice.choose(on("cuda"), None) == "reference"
     assert len(seen) == 1
     with pytest.raises(RuntimeError, match="backend='triton': Triton is not installed"):
-        ops.choose_backend(on("cuda"), "triton")
+        choice.choose(on("cuda"), "triton")
 
 
 def test_float64_takes_the_reference():
@@ -771,8 +771,8 @@ def test_float64_takes_the_reference():
 
 
 def test_an_old_triton_is_none(monkeypatch):
-    monkeypatch.setattr(ops.metadata, "version", lambda _: "3.1.0+git")
-    assert "Triton 3.1.0+git is too old: pip install 'triton>=3.6'" in str(ops._triton_error())
+    monkeypatch.setattr(choice.metadata, "version", lambda _: "3.1.0+git")
+    assert "Triton 3.1.0+git is too old: pip install 'triton>=3.6'" in str(choice._triton_error())
 
 
 # ---- launches ----

@@ -15,8 +15,9 @@ struct TensorView {
     explicit operator bool() const { return data != nullptr; }
 };
 
-struct Scores : TensorView {};  // a number for every voxel and class
-struct Voxels : TensorView {};  // a number for every voxel: stride_c is 0
+struct Scores : TensorView {};   // a floating-point number for every voxel and class
+struct Voxels : TensorView {};   // a floating-point number for every voxel: stride_c is 0
+struct Indices : TensorView {};  // an integer for every voxel: stride_c is 0
 
 struct Classes {  // a number for every class, float64 [C]
     const double* data = nullptr;

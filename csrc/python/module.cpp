@@ -179,7 +179,9 @@ py::tuple geometry(const py::list& scores, const py::list& voxels) {
         views.push_back(view);
     };
     for (const py::handle tensor : scores) add(tensor, Scores());
-    for (const py::handle tensor : voxels) add(tensor, Voxels());
+    for (const py::handle tensor : voxels)
+        if (py::cast<bool>(tensor.attr("is_floating_point")())) add(tensor, Voxels());
+        else add(tensor, Indices());
     std::vector<TensorView*> places;
     for (TensorView& view : views) places.push_back(&view);
     Shape shape = reader.shape();

@@ -138,8 +138,8 @@ Reader::Layout Reader::layout_of(py::handle tensor) const {
 // A tensor with its axes as they are, and how to walk it; a copy where that is needed.
 template <class Find>
 static void view(py::handle from, const Torch& torch, std::vector<py::object>& held, bool is_result, const Find& find) {
-    const py::object negative = call_method(from, torch.is_neg);
-    if (negative.ptr() != Py_True && find(from)) return;
+    const bool is_walkable = find(from);
+    if (is_walkable && call_method(from, torch.is_neg).ptr() != Py_True) return;
     if (is_result) throw Unreadable("a result has a layout that cannot be written in place");
     py::object copy = call_method(from, torch.resolve_neg);
     if (!copy) throw py::error_already_set();
@@ -164,6 +164,7 @@ void Reader::read(py::handle from, Scores& to) {
                 shape_.N = t.sizes[0];
                 for (int i = 2; i < t.rank; ++i) shape_.S *= t.sizes[i];
             }
+            if (shape_.C == 0) refuse("wanted at least one class");
             has_shape_ = true;
         } else if (sizes_.size() != static_cast<std::size_t>(t.rank) || !std::equal(sizes_.begin(), sizes_.end(), t.sizes)) {
             refuse("wanted the shape of the other scores");
@@ -181,13 +182,17 @@ void Reader::read(py::handle from, Scores& to) {
     });
 }
 
-void Reader::read(py::handle from, Voxels& to) {
+void Reader::read(py::handle from, Voxels& to) { read_voxels(from, to, false); }
+void Reader::read(py::handle from, Indices& to) { read_voxels(from, to, true); }
+
+void Reader::read_voxels(py::handle from, TensorView& to, bool integers) {
     if (from.is_none()) return;
     view(from, torch_, held_, is_result_, [&](py::handle tensor) {
         const Layout t = layout_of(tensor);
         bool fits = has_shape_ && sizes_.size() == static_cast<std::size_t>(t.rank) + 1;
         for (int i = 0; fits && i < t.rank; ++i) fits = t.sizes[i] == sizes_[static_cast<std::size_t>(i == 0 ? 0 : i + 1)];
         if (!fits) refuse("wanted the shape of the scores without their class axis");
+        if (integers != (t.dtype > DType::f16)) refuse(integers ? "wanted integers" : "wanted floating-point numbers");
         to.data = t.data;
         to.dtype = t.dtype;
         to.stride_n = to.stride_c = 0;

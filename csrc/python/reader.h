@@ -40,6 +40,7 @@ class Reader {
     }
     void read(pybind11::handle from, Scores& to);
     void read(pybind11::handle from, Voxels& to);
+    void read(pybind11::handle from, Indices& to);
     void read(pybind11::handle from, Classes& to);
     void read(pybind11::handle from, Reduction& to);
     void read(pybind11::handle from, double& to);
@@ -80,6 +81,7 @@ class Reader {
     static void check_names(pybind11::handle from, const char* structure, const std::vector<std::string>& names);
 
     Layout layout_of(pybind11::handle tensor) const;
+    void read_voxels(pybind11::handle from, TensorView& to, bool integers);
     [[noreturn]] void refuse(const std::string& why) const;
 
     const Torch& torch_;

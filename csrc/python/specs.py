@@ -12,7 +12,7 @@ from pathlib import Path
 
 TYPES = {
     "Scores": "Scores",
-    "Voxels": "Voxels",
+    "Indices": "Indices",
     "Classes": "Classes",
     "Reduction": "Reduction",
     "Seed": "uint64_t",
