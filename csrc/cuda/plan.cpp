@@ -6,10 +6,10 @@
 namespace calseg {
 namespace {
 
-constexpr int64_t kReservedBytes = 1024;  // of a block's shared memory, by CUDA
+constexpr int64_t kReservedBytes = 1024;  // of a block's shared memory, which CUDA reserves
 constexpr int64_t kTotalsBytes = kCudaWarps * kCalibrationTotals * 8;
 
-// Items that lie behind one another in every tensor are one long item: a voxel's number stays the same.
+// Makes one long item of items that lie behind one another in every tensor. A voxel's number stays the same.
 CalibrationArgs merged(CalibrationArgs args) {
     TensorView* const views[] = {&args.scores, &args.labels.view, &args.mask};
     Shape& shape = args.shape;
@@ -76,7 +76,7 @@ CalibrationLaunch calibration_launch(const CalibrationArgs& args, const CudaLimi
     const int64_t rows = launch.transposed ? int64_t{kCudaThreads} * (launch.classes_held + 1) * 4 : 0;
     const int64_t fixed = kTotalsBytes + rows, columns = launch.bins * kCudaThreads * 8, shared = launch.bins * 16;
     int64_t bytes = 0;
-    // columns: if no fewer blocks fit a multiprocessor, or else too few threads wait for memory
+    // columns only if as many blocks fit a multiprocessor: with fewer, too few threads would wait for memory at once
     if (fixed + columns <= std::min(limits.shared_per_block, limits.shared_per_multiprocessor / kCudaResident - kReservedBytes)) {
         launch.bins_in = BinsIn::columns;
         bytes = columns;
@@ -91,7 +91,7 @@ CalibrationLaunch calibration_launch(const CalibrationArgs& args, const CudaLimi
 
 void set_blocks(CalibrationLaunch& launch, const CudaLimits& limits, int64_t resident) {
     if (launch.groups == 0 || launch.tiles_per_group == 0) return;
-    const int64_t most_tiles = kMostVoxels / voxels_held(launch.classes_held);  // of a block
+    const int64_t most_tiles = kMostVoxels / voxels_held(launch.classes_held);  // that a block can take
     const int64_t wave = (limits.multiprocessors * resident + launch.groups - 1) / launch.groups;
     const int64_t fewest = (launch.tiles_per_group + most_tiles - 1) / most_tiles;
     launch.blocks_per_group = std::min(std::max(wave, fewest), launch.tiles_per_group);

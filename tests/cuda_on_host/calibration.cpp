@@ -1,12 +1,15 @@
-// kernels/calibration_bins.cu on a CPU, for tests/test_cuda.py: plain functions of integers.
+// Interface of kernels/calibration_bins.cu on a CPU for tests/test_cuda.py: functions of plain integers.
 #include "../../kernels/calibration_bins.cu"
 
 #include "../../csrc/cuda/plan.cpp"
 
 namespace {
 
-// shape [N, C, S]; scores, labels, mask [data, dtype, stride_n, stride_c, stride_s] or null; numbers [n_bins, first_class,
-// ignore_index]; flags [from_logits, class_wise, skip_background, per_item, right_closed]
+// Arguments of a call:
+//   shape                 [N, C, S]
+//   scores, labels, mask  [data, dtype, stride_n, stride_c, stride_s] or null
+//   numbers               [n_bins, first_class, ignore_index]
+//   flags                 [from_logits, class_wise, skip_background, per_item, right_closed]
 struct Call {
     const int64_t *shape, *scores, *labels, *mask, *numbers, *flags;
 
@@ -33,7 +36,7 @@ std::string error;
 
 extern "C" {
 
-// Null, or why it failed.
+// Returns null, or the error.
 const char* calibration_bins(const Call* call, double tolerance, int64_t* sums, int64_t* totals, int64_t* faults, int device,
                              void* stream) {
     calseg::CalibrationArgs args = call->args();
@@ -47,7 +50,7 @@ const char* calibration_bins(const Call* call, double tolerance, int64_t* sums, 
     }
 }
 
-// What the host decides, where `resident` blocks fit a multiprocessor of the emulated GPU.
+// Writes the launch that the host decides where `resident` blocks fit a multiprocessor of the emulated GPU.
 void plan_launch(const Call* call, int64_t resident, int64_t* to) {
     const on_host::Device& d = on_host::device;
     const calseg::CudaLimits limits{d.multiprocessors, d.shared_per_multiprocessor, d.shared_per_block};
@@ -61,7 +64,7 @@ void plan_launch(const Call* call, int64_t resident, int64_t* to) {
         *to++ = number;
 }
 
-// Of the last launch: blocks, bytes of shared memory, device; and the device that is current.
+// Writes blocks, bytes of shared memory and device of the last launch, and the current device.
 void last_launch(int64_t* to) {
     const on_host::Device& device = on_host::device;
     to[0] = device.blocks, to[1] = device.shared_bytes, to[2] = device.device_of_launch, to[3] = device.current;
@@ -77,7 +80,7 @@ void set_device(int current, int multiprocessors, int shared_per_multiprocessor,
     on_host::device.last_block = last_block;
 }
 
-// Whether the emulation sees what would hang or be undefined on a GPU: the reason, or an empty text.
+// Runs a kernel that would hang or be undefined on a GPU. Returns the error that the emulation gives, or an empty text.
 const char* run_wrong_kernel(int which) {
     static void (*const kernels[])(int) = {
         [](int) {
