@@ -1,27 +1,28 @@
 // Calibration on a GPU: softmax, the class of the largest probability, its bin, and integer sums per bin, with the negative
 // log-likelihood and the Brier score, in one pass. Floor: one read of the scores and of the labels.
 //
-// The mathematics is that of csrc/cpu/calibration.cpp (csrc/voxel/calibration.h), and every sum an integer: the order of
-// the additions does not show. A thread takes a voxel, up to 16 classes at once, and keeps the totals in registers. Bins
-// are added up in a block's shared memory. Few bins: words of their own for every thread, in columns, so that no two
-// threads meet and no bank is asked twice. More bins: one set for the block. Most voxels of a segmentation fall into one
-// bin, so a warp adds up those of two bins first, and only the others one by one.
+// The mathematics is that of csrc/cpu/calibration.cpp (csrc/voxel/calibration.h). Every sum is an integer, so that the order
+// of the additions does not matter. A thread takes a voxel, up to 16 classes at once, and keeps the totals in registers.
+//
+// Bins are added up in a block's shared memory. If they are few, every thread has words of its own, in columns, so that no
+// two threads add to one word and no bank is asked twice. If they are many, the block has one set. Most voxels of a
+// segmentation fall into one bin, so a warp adds up the voxels of two bins first, and only the others one by one.
 #include <cfloat>
 #include <stdexcept>
 #include <string>
 
 #include "cuda/device.h"
+#include "cuda/plan.h"
 #include "cuda/scalar.h"
 #include "voxel/calibration.h"
-#include "cuda/plan.h"
 
 namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kCountShift = 16;  // above the hits
-constexpr int kWarpRounds = 2;   // bins that a warp adds up before the rest goes one by one
+constexpr int kCountShift = 16;  // of the count, which lies above the hits
+constexpr int kWarpRounds = 2;   // number of bins that a warp adds up before the rest goes one by one
 
 CALSEG_INLINE float widened(float x) { return x; }
 CALSEG_INLINE float widened(BF16 x) { return float_of_bits(static_cast<uint32_t>(x.bits) << 16); }
@@ -33,7 +34,7 @@ CALSEG_INLINE F16 minus_infinity(F16) { return {0xfc00}; }
 CALSEG_INLINE int lane() { return static_cast<int>(threadIdx.x) % kCudaWarp; }
 CALSEG_INLINE int warp() { return static_cast<int>(threadIdx.x) / kCudaWarp; }
 
-// In lane 0.
+// Adds up a warp's numbers. Lane 0 gets the sum.
 CALSEG_INLINE unsigned long long sum_of_warp(unsigned long long x) {
     for (int step = kCudaWarp / 2; step > 0; step /= 2) x += __shfl_down_sync(kAllLanes, x, step);
     return x;
@@ -45,18 +46,19 @@ CALSEG_INLINE void add_to(int64_t* to, unsigned long long x) {
 
 // ---- bins ----
 
-// A thread's, of up to kMostVoxels.
+// Bin of a thread, of up to kMostVoxels voxels.
 struct alignas(8) ColumnBin {
     unsigned confidence, count_and_hits;
 };
 
-// A block's. 64-bit additions in shared memory are loops of compare and swap: the confidence is two halves with a carry.
+// Bin of a block. 64-bit additions in shared memory are loops of compare and swap, so the confidence is two halves with a
+// carry.
 struct SharedBin {
     unsigned count, hits, low, high;
 
-    CALSEG_MEMBER void add(unsigned voxels, unsigned of_them_hits, unsigned confidence) {
+    CALSEG_MEMBER void add(unsigned voxels, unsigned new_hits, unsigned confidence) {
         atomicAdd(&count, voxels);
-        if (of_them_hits) atomicAdd(&hits, of_them_hits);
+        if (new_hits) atomicAdd(&hits, new_hits);
         const unsigned before = atomicAdd(&low, confidence);
         if (before + confidence < before) atomicAdd(&high, 1u);
     }
@@ -73,7 +75,7 @@ class Bins {
           shared_(reinterpret_cast<SharedBin*>(shared_memory() + launch.bins_offset)),
           sums_(sums) {}
 
-    // All threads; they meet after it.
+    // Called by all threads, which wait for each other at its end.
     CALSEG_MEMBER void clear() {
         static_assert(sizeof(ColumnBin) * 2 == sizeof(SharedBin));
         const int words = bins_in_ == BinsIn::columns ? bins_ * kCudaThreads : bins_in_ == BinsIn::shared ? bins_ * 2 : 0;
@@ -81,7 +83,7 @@ class Bins {
         __syncthreads();
     }
 
-    // A voxel's confidence in a kind of bins. All threads of a warp.
+    // Adds a voxel's confidence to a kind of bins. Called by all threads of a warp.
     CALSEG_MEMBER void add(int32_t kind, float p, bool hit, bool counts) {
         p = within_unit<float>(p);
         const int32_t bin = bin_of<float>(p, n_bins_, static_cast<int32_t>(n_bins_.n) - 1, right_closed_);
@@ -116,7 +118,7 @@ class Bins {
         }
     }
 
-    // All threads, which have met: what is in shared memory goes to the call's sums.
+    // Adds the bins in shared memory to the call's sums. Called by all threads, after they have waited for each other.
     CALSEG_MEMBER void finish() {
         if (bins_in_ == BinsIn::columns) {
             for (int bin = warp(); bin < bins_; bin += kCudaWarps) {
@@ -160,11 +162,11 @@ class Bins {
 
 // ---- totals ----
 
-// A thread's, of up to kMostVoxels; finish() adds up the block's.
+// Totals of a thread, of up to kMostVoxels voxels. finish() adds up those of the block.
 struct Totals {
     unsigned whole = 0, rest = 0, brier = 0, voxels = 0, nans = 0, infinites = 0;
 
-    // A voxel that is in the bins.
+    // Adds a voxel that is in the bins.
     CALSEG_MEMBER void add(float nll, float squared) {
         brier += static_cast<unsigned>(in_units<float>(squared));
         if (!(nll < static_cast<float>(kMaxNll))) {
@@ -177,7 +179,7 @@ struct Totals {
         rest += static_cast<unsigned>(in_units<float>(nll - to_values(nats, nll)));
     }
 
-    // All threads; they meet in it.
+    // Called by all threads, which wait for each other in it.
     CALSEG_MEMBER void finish(int64_t* to) const {
         unsigned long long* of_warps = reinterpret_cast<unsigned long long*>(shared_memory());  // [kCudaWarps][kTotals]
         const unsigned sums[kTotals] = {whole, rest, brier, voxels, nans, infinites};
@@ -196,13 +198,13 @@ struct Totals {
 
 // ---- memory ----
 
-// How many of kMost there are, given what is left, which may be less than none.
+// Clamps a number of elements that are left to 0 .. kMost.
 template <int kMost>
 CALSEG_INLINE int up_to(int64_t left) {
     return left < kMost ? left < 0 ? 0 : static_cast<int>(left) : kMost;
 }
 
-// The class that a voxel's label is, kSkipped or kNoClass.
+// Reads a voxel's label: its class, kSkipped or kNoClass.
 CALSEG_INLINE int32_t load_class(const CalibrationLaunch& launch, int64_t n, int64_t s) {
     const TensorView& mask = launch.args.spec.mask;
     if (mask.data && !static_cast<const uint8_t*>(mask.data)[n * mask.stride_n + s * mask.stride_s]) return kSkipped;
@@ -227,10 +229,11 @@ CALSEG_INLINE int32_t load_class(const CalibrationLaunch& launch, int64_t n, int
     return bits == 0 && launch.args.spec.skip_background ? kSkipped : static_cast<int32_t>(bits);
 }
 
-// The scores of classes c to c + K for a thread's voxels, s, s + kCudaThreads, ...; `missing` where there is none.
-// Transposed, a warp's lanes read K classes of a voxel, of 32 / K voxels at once, and hand them round in shared memory:
-// rows have an odd length, so that no bank is asked twice.
-// (`missing` goes through the conversion: with a choice after it, a register would hold every condition until then.)
+// Reads the scores of classes c to c + K for a thread's voxels s, s + kCudaThreads and so on, and `missing` beyond the tensor.
+//
+// Transposed, a warp's lanes read K classes of 32 / K voxels at once, and exchange them in shared memory. Rows there have an
+// odd length, so that no bank is asked twice. `missing` is chosen before the conversion: with a choice after it, registers
+// would hold all conditions until then.
 template <int K, int V, class From>
 CALSEG_INLINE void load_scores(float (&x)[V][K], const CalibrationLaunch& launch, int64_t n, int64_t s, int c, From missing) {
     const TensorView& scores = launch.args.scores;
@@ -273,10 +276,10 @@ CALSEG_INLINE void load_scores(float (&x)[V][K], const CalibrationLaunch& launch
 
 // ---- voxels ----
 
-// Sums of logits as seen from the largest so far; `shift` is that, or the lowest number where all are -inf.
+// Sums over classes of logits minus the largest so far. shift() is the largest, or the lowest number where all are -inf.
 class LogitFold {
  public:
-    // Classes c to c + K, of C; they become exp(logit - shift).
+    // Adds the classes c to c + K of C. Turns their logits into exp(logit - shift).
     template <int K>
     CALSEG_MEMBER void add(int32_t label, int c, int C, float (&x)[K]) {
         const float before = top_;
@@ -333,7 +336,7 @@ class ProbabilityFold {
 template <bool kLogits>
 using Fold = std::conditional_t<kLogits, LogitFold, ProbabilityFold>;
 
-// A voxel's totals, and its faults. Returns whether it is in the bins.
+// Adds a voxel to the totals, and records its faults. Returns whether it is in the bins.
 template <class Sums>
 CALSEG_INLINE bool add_totals(Totals& totals, const CalibrationLaunch& launch, const Sums& sums, float confidence, int32_t label,
                               int64_t position) {
@@ -348,7 +351,7 @@ CALSEG_INLINE bool add_totals(Totals& totals, const CalibrationLaunch& launch, c
     return binned;
 }
 
-// The bins of K classes from c on: x is exp(logit - max), which `scale` makes a probability, or a probability.
+// Adds K classes from c on to their bins. `scale` turns x into a probability.
 template <int K>
 CALSEG_INLINE void add_classes(Bins& bins, const CalibrationLaunch& launch, int32_t label, int c, const float (&x)[K], float scale,
                                bool binned) {
@@ -358,7 +361,7 @@ CALSEG_INLINE void add_classes(Bins& bins, const CalibrationLaunch& launch, int3
         if (c + j >= first && c + j < C) bins.add(c + j - first, x[j] * scale, label == c + j, binned);
 }
 
-// K classes of V voxels in a thread
+// Kernel whose threads hold K classes of V voxels.
 template <class From, int K, int V, bool kLogits, bool kClassWise>
 __global__ void __launch_bounds__(kCudaThreads, kCudaResident) calibration_bins(const CalibrationLaunch launch) {
     const From missing = kLogits ? minus_infinity(From()) : From();
@@ -397,7 +400,7 @@ __global__ void __launch_bounds__(kCudaThreads, kCudaResident) calibration_bins(
                 const float scale = kLogits ? confidence : 1.0f;
                 for (int c = 0; c < C; c += K) {
                     if constexpr (V == 1)
-                        if (C > K) {  // too many to keep: once more
+                        if (C > K) {  // more classes than the thread keeps: read again
                             load_scores(x, launch, n, first, c, missing);
                             if constexpr (kLogits) {
                                 for (auto& each : x[v]) each -= fold.shift();
@@ -410,7 +413,7 @@ __global__ void __launch_bounds__(kCudaThreads, kCudaResident) calibration_bins(
         }
         if (++of_item == launch.tiles_per_item) of_item = 0, ++n;
     }
-    totals.finish(launch.args.totals + group * kTotals);  // in it the threads meet
+    totals.finish(launch.args.totals + group * kTotals);  // the threads wait for each other in it
     bins.finish();
 }
 
@@ -445,7 +448,7 @@ void check(cudaError_t error) {
     if (error != cudaSuccess) throw std::runtime_error(std::string("calibration_bins on CUDA: ") + cudaGetErrorString(error));
 }
 
-// The device of a call; afterwards that which was current.
+// Makes a device the current one while it lives.
 class OnDevice {
  public:
     explicit OnDevice(int device) : device_(device) {
@@ -479,7 +482,7 @@ void cuda_calibration_bins(const BinsArgs& args, int64_t* faults, int device, vo
     CalibrationLaunch launch = calibration_launch(args, limits);
     launch.faults = faults;
     const auto kernel = kernel_of_dtype(launch);
-    // the same for every call: another thread's may lie between this and the launch
+    // the same value in every call, as another thread's call may come between this and the launch
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limits.shared_per_block)));
     int resident = 0;
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kCudaThreads, launch.shared_bytes));

@@ -134,7 +134,7 @@ def _asked_for(scores: Tensor, backend: str, operation: str) -> str:
     if backend == "cpu":
         if native.extension is None:
             raise RuntimeError(f"backend='cpu': the native engine is not available ({native.ERROR})")
-        if device not in ("cpu", "meta"):
+        if device != "cpu":
             raise ValueError(f"backend='cpu': got a tensor on {scores.device}, wanted one on the CPU")
     if backend == "triton":
         if TRITON_ERROR is not None:

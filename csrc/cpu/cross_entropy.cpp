@@ -1,38 +1,24 @@
-// Cross-entropy on one-hot or given soft labels: loss and gradients in one pass.
-// Floor: one read of the logits (and soft labels), one write of each gradient.
-#include "cpu/cross_entropy.h"
-
+// Cross-entropy against one-hot or soft labels: loss and gradients in one pass.
+// Floor: one read of the logits and soft labels, one write of each gradient.
 #include "cpu/few_classes.h"
 #include "cpu/hard_cross_entropy.h"
-#include "cpu/operations.h"
+#include "cpu/kernel.h"
 #include "cpu/read_ahead.h"
+#include "cpu/soft_cross_entropy.h"
 
 namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-template <class T>
-Tiling tiling(const LossArgs& a) {
-    constexpr int64_t kElement = sizeof(T);
-    // one-hot labels: this tile and the next in half of the second cache
-    return Tiling(a.shape, a.tensors.soft_labels ? voxels_in_cache(a.shape.C, 2, kElement) : 256 * 1024 / (a.shape.C * kElement), 1 << 18);
-}
-
-// What a tile leaves behind.
-template <class T>
-void finish_tile(const LossArgs& a, const Span& span, LossTile<T>& t) {
-    if (a.loss) store_tile(a.loss, span, t.loss, 1, false);
-    t.sums.loss += sum_row(t.loss, span.count);
-}
-
-// D: how the logits are stored.
+// One-hot labels. D is the type in which the logits are stored.
 template <bool kGradient, bool kPlain, class D, class T>
-LossSums run_hard(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+void compute_hard(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
     const Smoothing<T> smoothing(a.spec.label_smoothing, a.shape.C);
     const bool stream = is_streamed(a.gradients.logits, a.shape);
     LossTile<T> t(scratch, a.shape.C, tiles.length, a.spec.weight.data);
     ReadAhead<T, D> logits(scratch, a.tensors.logits, a.shape.C, tiles.length);
-    tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
+    if (scratch.is_counting()) return;
+    for (const auto& [span, next] : TilesOfChunk(tiles, chunk)) {
         t.load(a.spec.labels, a.upstream, span, next);
         logits.begin(span, next);
         if (t.any_ignored()) clear_ignored(logits.tile(), t.labels, span.count, t.C);
@@ -43,66 +29,56 @@ LossSums run_hard(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch
         logits.end();
         for (int b = 0; b * kLanes < span.count; ++b) hard_loss<kPlain>(t, b, smoothing);
         if (kGradient) store_hard_gradient<kPlain>(a.gradients.logits, span, t, logits.tile(), smoothing, stream);
-        finish_tile(a, span, t);
-    });
+        t.template finish_tile<false>(a.loss, 0.0, span);
+    }
     finish_streams();
-    return t.sums;
+    t.finish_chunk(a.chunk_sums, chunk);
 }
 
+// One-hot labels of C classes, which is a constant.
 template <int C, bool kGradient, class D, class T>
-LossSums run_few(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+void compute_few(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+    using Few = FewClasses<C, kGradient, D, T>;
     const bool stream = is_streamed(a.gradients.logits, a.shape);
-    if (!FewClasses<C, kGradient, D, T>::takes(a, stream)) return run_hard<kGradient, true, D, T>(a, tiles, chunk, scratch);
+    if (!Few::can_compute(a.tensors.logits, a.gradients.logits, stream))
+        return compute_hard<kGradient, true, D, T>(a, tiles, chunk, scratch);
     LossTile<T> t(scratch, C, tiles.length, nullptr);
-    tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
+    if (scratch.is_counting()) return;
+    for (const auto& [span, next] : TilesOfChunk(tiles, chunk)) {
         t.load(a.spec.labels, a.upstream, span, next);
-        const FewClasses<C, kGradient, D, T> few(a, t, span, stream);
-        t.any_ignored() ? few.template run<true>(span.count) : few.template run<false>(span.count);
-        finish_tile(a, span, t);
-    });
+        const Few few(a.tensors.logits, a.gradients.logits, t, span, stream);
+        t.any_ignored() ? few.template compute<true>(span.count) : few.template compute<false>(span.count);
+        t.template finish_tile<false>(a.loss, 0.0, span);
+    }
     finish_streams();
-    return t.sums;
+    t.finish_chunk(a.chunk_sums, chunk);
 }
 
 template <bool kGradient, class D, class T>
-LossSums run_hard(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
-    if (a.spec.weight.data || a.spec.label_smoothing != 0.0) return run_hard<kGradient, false, D, T>(a, tiles, chunk, scratch);
+void choose_hard(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+    if (a.spec.weight.data || a.spec.label_smoothing != 0.0) return compute_hard<kGradient, false, D, T>(a, tiles, chunk, scratch);
     switch (a.shape.C) {
         case 2:
-            return run_few<2, kGradient, D, T>(a, tiles, chunk, scratch);
+            return compute_few<2, kGradient, D, T>(a, tiles, chunk, scratch);
         case 3:
-            return run_few<3, kGradient, D, T>(a, tiles, chunk, scratch);
-        case kFewClasses:
-            return run_few<kFewClasses, kGradient, D, T>(a, tiles, chunk, scratch);
+            return compute_few<3, kGradient, D, T>(a, tiles, chunk, scratch);
+        case 4:
+            return compute_few<4, kGradient, D, T>(a, tiles, chunk, scratch);
         default:
-            return run_hard<kGradient, true, D, T>(a, tiles, chunk, scratch);
+            return compute_hard<kGradient, true, D, T>(a, tiles, chunk, scratch);
     }
 }
 
-template <class D, class T>
-LossSums run_hard(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
-    return a.gradients.logits ? run_hard<true, D, T>(a, tiles, chunk, scratch) : run_hard<false, D, T>(a, tiles, chunk, scratch);
-}
-
-LossSums run_hard(float, const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
-    if (a.tensors.logits.dtype == DType::bf16) return run_hard<BF16, float>(a, tiles, chunk, scratch);
-    if (a.tensors.logits.dtype == DType::f16) return run_hard<F16, float>(a, tiles, chunk, scratch);
-    return run_hard<float, float>(a, tiles, chunk, scratch);
-}
-LossSums run_hard(double, const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
-    return run_hard<double, double>(a, tiles, chunk, scratch);
-}
-
 template <class T>
-LossSums run_soft(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+void compute_soft(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
     const Smoothing<T> smoothing(a.spec.label_smoothing, a.shape.C);
     const bool gradient = bool(a.gradients.logits), soft_gradient = bool(a.gradients.soft_labels);
     LossTile<T> t(scratch, a.shape.C, tiles.length, a.spec.weight.data);
     T* e = scratch.take<T>(t.C * kLanes);
-    // they become their gradients
     TensorTile<T> logits(scratch, a.tensors.logits, a.gradients.logits, a.shape, tiles.length);
     TensorTile<T> soft(scratch, a.tensors.soft_labels, a.gradients.soft_labels, a.shape, tiles.length);
-    tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
+    if (scratch.is_counting()) return;
+    for (const auto& [span, next] : TilesOfChunk(tiles, chunk)) {
         t.load(a.spec.labels, a.upstream, span, next);
         for (auto* tensor : {&logits, &soft}) {
             tensor->begin(span, next);
@@ -117,36 +93,37 @@ LossSums run_soft(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch
             store(t.loss + b * kLanes, soft_cross_entropy_block(t, b, t.C, x, e, sum, y, smoothing, gradient, soft_gradient));
         }
         for (auto* tensor : {&logits, &soft}) tensor->end(span);
-        finish_tile(a, span, t);
-    });
-    return t.sums;
+        t.template finish_tile<false>(a.loss, 0.0, span);
+    }
+    t.finish_chunk(a.chunk_sums, chunk);
 }
 
-template <class T>
-void run(const LossArgs& a, int64_t chunk, void* memory) {
-    const Tiling tiles = tiling<T>(a);
-    Scratch scratch(memory);
-    const LossSums sums = a.tensors.soft_labels ? run_soft<T>(a, tiles, chunk, scratch) : run_hard(T(), a, tiles, chunk, scratch);
-    if (a.chunk_sums) a.chunk_sums[chunk] = sums;
-}
+struct CrossEntropy {
+    using Args = LossArgs;
 
-template <class T>
-int64_t bytes(const LossArgs& a) {
-    const int64_t C = a.shape.C, length = tiling<T>(a).length;
-    const int64_t tiles = 2 * Scratch::bytes<T>(C * length), block = a.tensors.soft_labels ? Scratch::bytes<T>(C * kLanes) : 0;
-    return LossTile<T>::bytes(C, length) + tiles + block;
-}
+    static DType dtype(const Args& a) { return a.tensors.logits.dtype; }
 
-bool is_double(const LossArgs& a) { return a.tensors.logits.dtype == DType::f64; }
-int64_t num_chunks(const LossArgs& a) { return is_double(a) ? tiling<double>(a).num_chunks() : tiling<float>(a).num_chunks(); }
-int64_t scratch_bytes(const LossArgs& a) { return is_double(a) ? bytes<double>(a) : bytes<float>(a); }
-void run_chunk(const LossArgs& a, int64_t chunk, void* scratch) {
-    is_double(a) ? run<double>(a, chunk, scratch) : run<float>(a, chunk, scratch);
-}
+    template <class T>
+    static Tiling tiling(const Args& a) {
+        constexpr int64_t kElement = sizeof(T);
+        // one-hot labels: this tile and the next fill half of the second cache
+        return Tiling(a.shape, a.tensors.soft_labels ? voxels_in_cache(a.shape.C, 2, kElement) : 256 * 1024 / (a.shape.C * kElement),
+                      1 << 18);
+    }
+
+    template <class T>
+    static void compute_chunk(const Args& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+        if (a.tensors.soft_labels) return compute_soft<T>(a, tiles, chunk, scratch);
+        with_stored_type<T>(a.tensors.logits.dtype, [&](auto* type) {
+            using D = std::remove_pointer_t<decltype(type)>;
+            a.gradients.logits ? choose_hard<true, D, T>(a, tiles, chunk, scratch) : choose_hard<false, D, T>(a, tiles, chunk, scratch);
+        });
+    }
+};
 
 }  // namespace
 
-const Kernel<LossArgs> cross_entropy = {num_chunks, scratch_bytes, run_chunk};
+const Kernel<LossArgs> cross_entropy = make_kernel<CrossEntropy>();
 
 }  // namespace CALSEG_ISA
 }  // namespace calseg

@@ -1,9 +1,11 @@
-// Cross-entropy on one-hot labels of two to four classes, without weights or smoothing: what there is of a voxel fits the
-// registers, so logits come from memory and gradients go to memory without a tile between. There are no more rows than
-// the hardware's prefetcher follows by itself.
+// Cross-entropy against one-hot labels of two to four classes, without class weights and label smoothing.
+//
+// All that belongs to a block fits the registers. So logits come from memory and gradients go to memory without a tile
+// between. There are no more rows than the processor's own prefetcher follows.
 #pragma once
 
-#include "cpu/cross_entropy.h"
+#include "cpu/loss_tile.h"
+#include "cpu/vector_math.h"
 
 namespace calseg {
 namespace CALSEG_ISA {
@@ -16,30 +18,31 @@ const D* row_of(const TensorView& view, const Span& span, int64_t c) {
     return static_cast<const D*>(view.data) + span.n * view.stride_n + c * view.stride_c + span.s;
 }
 
-// D: how logits and gradient are stored.
+// D is the type in which logits and gradient are stored.
 template <int C, bool kGradient, class D, class T>
 class FewClasses {
  public:
-    // Whether it is made for this call: rows in memory, which the streaming stores, if any, can reach.
-    static bool takes(const LossArgs& a, bool stream) {
-        const TensorView& g = a.gradients.logits;
-        if (a.tensors.logits.stride_s != 1 || (kGradient && (g.stride_s != 1 || g.dtype != a.tensors.logits.dtype))) return false;
+    // Whether logits and gradient are rows in memory, which streaming stores, if wanted, can write.
+    static bool can_compute(const TensorView& logits, const TensorView& gradient, bool stream) {
+        if (logits.stride_s != 1 || (kGradient && (gradient.stride_s != 1 || gradient.dtype != logits.dtype))) return false;
         if (!kGradient || !stream) return true;
-        const bool aligned = reinterpret_cast<uintptr_t>(g.data) % 64 == 0 && g.stride_c % kLine == 0 && g.stride_n % kLine == 0;
+        const bool aligned =
+            reinterpret_cast<uintptr_t>(gradient.data) % 64 == 0 && gradient.stride_c % kLine == 0 && gradient.stride_n % kLine == 0;
         return kStreamed<D> && aligned;
     }
 
-    FewClasses(const LossArgs& a, const LossTile<T>& t, const Span& span, bool stream)
+    FewClasses(const TensorView& logits, const TensorView& gradient, const LossTile<T>& t, const Span& span, bool stream)
         : labels_(t.labels), labels_ahead_(t.labels_ahead), upstream_(t.upstream), loss_(t.loss), stream_(stream) {
         for (int c = 0; c < C; ++c) {
-            logits_[c] = row_of<D>(a.tensors.logits, span, c);
-            gradients_[c] = kGradient ? const_cast<D*>(row_of<D>(a.gradients.logits, span, c)) : nullptr;
+            logits_[c] = row_of<D>(logits, span, c);
+            gradients_[c] = kGradient ? const_cast<D*>(row_of<D>(gradient, span, c)) : nullptr;
         }
     }
 
+    // Computes the losses and gradients of a span of `count` voxels, of which some are ignored if kIgnored.
     template <bool kIgnored>
-    CALSEG_MEMBER void run(int count) const {
-        const FewClasses self = *this;  // a copy: what lies behind a reference is read anew after every store
+    CALSEG_MEMBER void compute(int count) const {
+        const FewClasses self = *this;  // a copy: members of a referenced object would be read anew after every store
         const int whole = count / kLine * kLine;
         Block block;
         if (whole > 0) self.template begin<kIgnored>(0, kLanes, block);
@@ -58,16 +61,16 @@ class FewClasses {
     }
 
  private:
-    // voxels that fill cache lines: to stream half of one costs as much as a whole
+    // Voxels that fill whole cache lines: to stream half a line costs as much as a whole one.
     static constexpr int kLine = kLanes * sizeof(D) < 64 ? 64 / sizeof(D) : kLanes;
 
-    // A block's exponentials, and what else it takes to finish it. It is finished beside the exponentials of the next one:
-    // the two are a chain longer than a processor looks ahead.
+    // State of a block between begin() and finish(). A block is finished beside the exponentials of the next one: the two
+    // together are a chain of operations longer than a processor looks ahead.
     struct Block {
         F<T> e[C], sum, label_d;
         I<T> labels;
 
-        CALSEG_MEMBER void become(const Block& other) {  // part by part: as a whole it would go through memory
+        CALSEG_MEMBER void become(const Block& other) {  // copies part by part: a whole would go through memory
             for (int c = 0; c < C; ++c) e[c] = other.e[c];
             sum = other.sum;
             label_d = other.label_d;
@@ -75,7 +78,7 @@ class FewClasses {
         }
     };
 
-    // Finishes a line whose first block is begun; if kMore, the line after it is begun.
+    // Finishes a line whose first block is begun, and begins the line after it if kMore.
     template <bool kIgnored, bool kMore>
     CALSEG_MEMBER void line(int from, Block& block) const {
         alignas(64) T gradient[C][kLine];
@@ -91,6 +94,7 @@ class FewClasses {
             for (int c = 0; c < C; ++c) write(gradients_[c] + from, gradient[c]);
     }
 
+    // Exponentials of a block of `count` voxels, and their sum.
     template <bool kIgnored>
     CALSEG_MEMBER void begin(int at, int count, Block& block) const {
         labels_ahead_.block(at / kLanes);
@@ -114,6 +118,7 @@ class FewClasses {
         for (int c = 1; c < C; ++c) block.sum = block.sum + x[c];
     }
 
+    // Losses of a block, and its gradients at place `within` of the line.
     template <bool kIgnored>
     CALSEG_MEMBER void finish(int at, const Block& block, T (&gradient)[C][kLine], int within) const {
         const F<T> loss = log_positive(block.sum) - block.label_d;
@@ -124,7 +129,8 @@ class FewClasses {
             store(gradient[c] + within, block.e[c] * scale - select(equal(block.labels, broadcast<I<T>>(c)), upstream, zero<T>()));
     }
 
-    // Of two classes one is the largest, whose exponential is 1: one of the differences is 0, their sum is the other.
+    // Turns differences from the maximum into exponentials. Two classes need one exponential: one of the differences is 0, and
+    // their sum is the other.
     static CALSEG_MEMBER void exponentials(F<T> (&d)[C]) {
         if constexpr (C != 2) return exp_nonpositive(d);
         F<T> e[1] = {d[0] + d[1]};
@@ -132,6 +138,7 @@ class FewClasses {
         for (F<T>& each : d) each = select(equal(each, zero<T>()), broadcast<F<T>>(T(1)), e[0]);
     }
 
+    // Writes a line of gradients.
     CALSEG_MEMBER void write(D* to, const T (&line)[kLine]) const {
         if (!kStreamed<D> || !stream_) return narrow_line(to, line);
         alignas(64) D narrowed[kLine];

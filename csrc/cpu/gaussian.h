@@ -1,14 +1,21 @@
-// The Gaussian over the logits of a block of voxels: its KL term, its noise, and the softmax of its samples.
+// Gaussian over the logits of a block of voxels: its KL term, its noise, and the softmax of its samples.
 #pragma once
 
-#include "cpu/cross_entropy.h"
 #include "cpu/philox.h"
+#include "cpu/scratch.h"
+#include "cpu/softmax.h"
+#include "host/arguments.h"
 
 namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-// Of one class, over samples.
+template <class T>
+CALSEG_INLINE void clear_block(T* block, int64_t C) {
+    for (int64_t c = 0; c < C; ++c) store(block + c * kLanes, zero<T>());
+}
+
+// Sums over samples of the gradients of one class.
 template <class T>
 struct GradientSums {
     F<T> mu, logvar;
@@ -18,19 +25,16 @@ struct GradientSums {
     }
 };
 
-// kClasses: the number of classes where it is known, else 0
+// kClasses is the number of classes where the compiler is to know it, else 0.
 template <class T, int kClasses = 0>
 class GaussianBlock {
  public:
-    // The noise contract: C <= 2 classes share a quad between samples, more are padded to whole quads.
+    // Number of classes with noise of their own. By the noise contract, samples of up to two classes share a
+    // quad of random words, and more classes are padded to whole quads.
     static int64_t padded_classes(int64_t C) { return C <= 2 ? C : round_up(C, 4); }
-    // Samples are drawn a group at a time, which starts on a quad and whose rows the nearest cache holds.
+    // Number of samples that are drawn at a time: a group starts on a quad, and the nearest cache holds its rows.
     static int64_t group(int64_t C) { return C <= 2 ? 8 / C : C <= 32 ? 4 : 2; }
     static int64_t noise_rows(int64_t C) { return round_up(group(C) * padded_classes(C), 4); }
-    static int64_t bytes(int64_t C) {
-        return Scratch::bytes<T>(noise_rows(C) * kLanes) + (group(C) + 2) * Scratch::bytes<T>(C * kLanes) +
-               2 * Scratch::bytes<T>(group(C) * kLanes);
-    }
 
     GaussianBlock(Scratch& scratch, const Sampling& gaussian, int64_t num_classes)
         : grad_mu(scratch.take<T>(num_classes * kLanes)),
@@ -48,7 +52,7 @@ class GaussianBlock {
           prior_logvar_(static_cast<T>(gaussian.prior_logvar)),
           prior_precision_(static_cast<T>(std::exp(-gaussian.prior_logvar))) {}
 
-    // mu becomes mu / temperature, logvar becomes sigma / temperature; returns the KL term where kKL.
+    // Takes a block: turns mu into mu / temperature and logvar into sigma / temperature, and returns the KL term if kKL.
     template <bool kKL>
     CALSEG_MEMBER F<T> set(T* mu, T* logvar, uint64_t first_voxel) {
         mean = mu;
@@ -81,11 +85,13 @@ class GaussianBlock {
         clear_block(grad_logvar, C());
     }
 
-    // The sum over samples of their softmax is written to estimate, and with kGradient, a = dLoss/dy_hat, that of dLoss/dnu
-    // (times m * temperature) to grad_mu and of dLoss/dnu * eps to grad_logvar.
+    // Writes the sum over samples nu of their softmax to estimate if kEstimate. If kGradient, a is the gradient of the result
+    // with respect to the mean of the softmaxes: writes the sum over samples of the gradient of nu, times num_samples *
+    // temperature, to grad_mu, and that of the same times the noise to grad_logvar.
     template <bool kEstimate, bool kGradient>
     CALSEG_MEMBER void add_samples(T* estimate, const T* a) {
-        for_groups([&](int64_t first, int64_t count) {
+        for (int64_t first = 0; first < num_samples_; first += group(C())) {
+            const int64_t count = draw_group(first);
             for (int64_t k = 0; k < count; ++k) {
                 F<T> dot = zero<T>();
                 const F<T> sum = softmax(k, [&](int64_t c, F<T>, F<T> e) {
@@ -108,16 +114,17 @@ class GaussianBlock {
                 if (kEstimate) store(estimate + c * kLanes, total);
                 if (kGradient) store_gradient(c, gradient);
             }
-        });
+        }
     }
 
-    // The sum over samples of -log softmax(nu)[label] is returned; with kGradient that of its gradient goes to grad_mu, and
-    // times eps to grad_logvar.
+    // Returns the sum over samples nu of -log softmax(nu)[label]. If kGradient, writes the sum of its gradients to grad_mu, and
+    // that of the gradients times the noise to grad_logvar.
     template <bool kGradient>
     CALSEG_MEMBER F<T> add_label_samples(I<T> labels) {
         const F<T> none = zero<T>(), one = broadcast<F<T>>(T(1));
         F<T> loss = none;
-        for_groups([&](int64_t first, int64_t count) {
+        for (int64_t first = 0; first < num_samples_; first += group(C())) {
+            const int64_t count = draw_group(first);
             for (int64_t k = 0; k < count; ++k) {
                 F<T> label_d = none;
                 const F<T> sum = softmax(k, [&](int64_t c, F<T> d, F<T>) {
@@ -126,7 +133,7 @@ class GaussianBlock {
                 loss = loss + (log_positive(sum) - label_d);
                 if (kGradient) store(per_sum_ + k * kLanes, reciprocal(sum));
             }
-            if (!kGradient) return;
+            if (!kGradient) continue;
             for (int64_t c = 0; c < C(); ++c) {
                 const F<T> hit = select(equal(labels, broadcast<I<T>>(static_cast<int32_t>(c))), one, none);
                 GradientSums<T> gradient = {previous(grad_mu, c, first), previous(grad_logvar, c, first)};
@@ -134,17 +141,17 @@ class GaussianBlock {
                     gradient.add(load<F<T>>(e_of(k, c)) * load<F<T>>(per_sum_ + k * kLanes) - hit, load<F<T>>(noise_of(k, c)));
                 store_gradient(c, gradient);
             }
-        });
+        }
         return loss;
     }
 
-    // mean and deviation become the gradients of mu and logvar: the sums times sample_scale (times temperature: the
-    // chain from mu / temperature), plus kl_scale times the gradient of the KL term.
+    // Turns mean and deviation into the gradients of mu and logvar: the sums over samples times sample_scale, plus the gradient
+    // of the KL term times kl_scale if kKL.
     template <bool kKL>
     CALSEG_MEMBER void finish_gradients(F<T> sample_scale, F<T> kl_scale) {
         const F<T> temperature = broadcast<F<T>>(temperature_), precision = broadcast<F<T>>(prior_precision_);
         const F<T> prior_mu = broadcast<F<T>>(prior_mu_), half = broadcast<F<T>>(T(0.5)), one = broadcast<F<T>>(T(1)), none = zero<T>();
-        const auto off = equal(kl_scale, none);  // a voxel that does not count gives exactly 0, whatever its variance
+        const auto off = equal(kl_scale, none);  // voxels that do not count get exactly 0, whatever their variance
         for (int64_t c = 0; c < C(); ++c) {
             const F<T> sigma = load<F<T>>(deviation + c * kLanes) * temperature;
             F<T> to_mu = load<F<T>>(grad_mu + c * kLanes) * sample_scale;
@@ -165,23 +172,20 @@ class GaussianBlock {
  private:
     CALSEG_MEMBER int64_t C() const { return kClasses ? kClasses : C_; }
 
-    // body(first, count) for every group of samples, whose noise is there.
-    template <class Body>
-    CALSEG_MEMBER void for_groups(const Body& body) {
+    // Draws the noise of the group of samples that begins with sample `first`. Returns the number of its samples.
+    CALSEG_MEMBER int64_t draw_group(int64_t first) {
         const int64_t Cp = padded_classes(C());
-        for (int64_t first = 0; first < num_samples_; first += group(C())) {
-            const int64_t count = smaller(group(C()), num_samples_ - first), quads = (count * Cp + 3) / 4;
-            int64_t quad = 0;
-            for (; quad + 2 <= quads; quad += 2) make_noise<2>(first * Cp / 4, quad);
-            if (quad < quads) make_noise<1>(first * Cp / 4, quad);
-            body(first, count);
-        }
+        const int64_t count = smaller(group(C()), num_samples_ - first), quads = (count * Cp + 3) / 4;
+        int64_t quad = 0;
+        for (; quad + 2 <= quads; quad += 2) make_noise<2>(first * Cp / 4, quad);
+        if (quad < quads) make_noise<1>(first * Cp / 4, quad);
+        return count;
     }
 
     CALSEG_MEMBER T* e_of(int64_t k, int64_t c) { return e_ + (k * C() + c) * kLanes; }
     CALSEG_MEMBER const T* noise_of(int64_t k, int64_t c) { return noise_ + (k * padded_classes(C()) + c) * kLanes; }
 
-    // Of sample k of the group: e = exp(nu - max), whose sum is returned; visit(c, nu - max, e) for every class.
+    // Computes e = exp(nu - max) of sample k of the group, and returns the sum. Calls visit(c, nu - max, e) for every class.
     template <class Visit>
     CALSEG_MEMBER F<T> softmax(int64_t k, const Visit& visit) {
         F<T> top = broadcast<F<T>>(T(-INFINITY));
@@ -205,7 +209,7 @@ class GaussianBlock {
         return sum;
     }
 
-    // What the groups before `first` left.
+    // Sums that the groups before sample `first` left.
     CALSEG_MEMBER F<T> previous(const T* sums, int64_t c, int64_t first) { return first == 0 ? zero<T>() : load<F<T>>(sums + c * kLanes); }
 
     CALSEG_MEMBER void store_gradient(int64_t c, const GradientSums<T>& sums) {
@@ -213,20 +217,20 @@ class GaussianBlock {
         store(grad_logvar + c * kLanes, sums.logvar);
     }
 
-    // K quads of the group, from `quad` on; `first` is the group's first one.
+    // Draws the noise of K quads of the group from `quad` on. `first` is the group's first quad.
     template <int K>
     CALSEG_MEMBER void make_noise(int64_t first, int64_t quad) {
         alignas(64) uint32_t words[K][4][kLanes];
         philox_.template words<K>(static_cast<uint32_t>(first + quad), words);
         T* const to = noise_ + 4 * quad * kLanes;
-        // where the last quad of a sample has one or two classes, nobody wants its second pair
+        // the second pair of a sample's last quad is not needed if that quad has one or two classes
         const int64_t classes = C(), per_sample = padded_classes(classes) / 4, until_last = per_sample - 1 - quad % larger(per_sample, 1);
         const bool half_wanted = classes > 2 && (classes % 4 == 1 || classes % 4 == 2);
         if (half_wanted && until_last < K) make_pairs<2 * K - 1>(words, to, static_cast<int>(2 * until_last + 1));
         else make_pairs<2 * K>(words, to, 2 * K);
     }
 
-    // N pairs of normals; from `skip` on, those that come one later.
+    // Draws N pairs of normals. Pair `skip` is left out.
     template <int N, int K>
     CALSEG_MEMBER void make_pairs(const uint32_t (&words)[K][4][kLanes], T* to, int skip) {
         const uint32_t *a[N], *b[N];

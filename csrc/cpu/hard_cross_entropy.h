@@ -1,15 +1,16 @@
-// Cross-entropy on one-hot labels, a tile at a time, in three steps, each over all blocks of the tile, so that no block
-// waits for the logarithm or the division of the one before. kPlain: no class weights and no smoothing.
+// Cross-entropy against one-hot labels in three steps, each over all blocks of a tile. So no block waits for the logarithm or
+// the division of the one before. kPlain means: without class weights and label smoothing.
 #pragma once
 
-#include "cpu/cross_entropy.h"
-#include "cpu/read_ahead.h"
+#include "cpu/loss_tile.h"
+#include "cpu/softmax.h"
 
 namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-// Step 1, a block: logits become e = exp(logits - max) if kKeep; the sums over classes that the loss is made of.
+// Step 1 of a block: sums over classes that the loss is made of. Turns logits into e = exp(logits - max) if kKeep. `ahead`
+// reads a line of the next tile with every class.
 template <bool kKeep, bool kPlain, class T, class Ahead>
 CALSEG_INLINE void hard_exponentials(LossTile<T>& t, int block, T* logits, Ahead& ahead) {
     const I<T> labels = load<I<T>>(t.labels + block * kLanes);
@@ -41,7 +42,7 @@ CALSEG_INLINE void hard_exponentials(LossTile<T>& t, int block, T* logits, Ahead
     }
 }
 
-// Step 2, a block: the loss, and the factors of the gradient: of e in t.sum, of the label in t.label_weight.
+// Step 2 of a block: the loss, and the gradient's factors of e, to t.sum, and of the label, to t.label_weight.
 template <bool kPlain, class T>
 CALSEG_INLINE void hard_loss(LossTile<T>& t, int block, const Smoothing<T>& smoothing) {
     const int64_t at = block * kLanes;
@@ -61,13 +62,13 @@ CALSEG_INLINE void hard_loss(LossTile<T>& t, int block, const Smoothing<T>& smoo
     store(t.label_weight + at, upstream * on_label);
 }
 
-// Step 3: e becomes dLoss/dlogits, of class c in block(b).
+// Step 3: gradient of the logits of one class, a block at a time, from e.
 template <bool kPlain, class T>
 struct HardGradient {
     const int32_t* labels;
     const T *e, *scale_e, *scale_label, *upstream;
     int64_t C, c;
-    T weight;  // times the label smoothing's spread
+    T weight;  // class weight times the label smoothing's spread
 
     HardGradient(const LossTile<T>& t, const T* tile, int64_t class_index, const Smoothing<T>& smoothing)
         : labels(t.labels),

@@ -1,11 +1,11 @@
-// Philox4x32-7 for kLanes consecutive voxels (the noise contract, calseg/backends/rng.py).
+// Philox4x32-7 for kLanes consecutive voxels (the noise contract, calseg/rng.py).
 //
-// Only the voxel differs between lanes: word 1 (voxel >> 32) is one value over the lanes, word 2 (the quad) over a call
-// and word 3 is 0. So half of the first two rounds depends on the voxel alone and is made once, and the other half is
-// scalar: a quad costs five full rounds instead of seven.
+// Only word 0 of the counter, the voxel, differs between lanes: word 1 (voxel >> 32) is the same in all lanes, word 2 is the
+// quad, and word 3 is 0. So half of the first two rounds depends on the voxel alone and is made once, and the other half is
+// scalar. A quad costs five full rounds instead of seven.
 //
-// 32 x 32 -> 64 bit products want 64-bit lanes: even and odd voxels live in two vectors whose low halves hold the
-// words, so that no shuffle is needed between rounds; one shift and one merge at the end give voxel order.
+// 32 x 32 -> 64 bit products need 64-bit lanes. Even and odd voxels lie in two vectors whose low halves hold the words, so
+// that no shuffle is needed between rounds. One shift and one merge at the end restore the order of voxels.
 #pragma once
 
 #include "cpu/simd.h"
@@ -59,7 +59,7 @@ CALSEG_INLINE Words merge(Words even, Words odd) {
     return {_mm_or_si128(_mm_srli_epi64(_mm_slli_epi64(even.v, 32), 32), _mm_slli_epi64(odd.v, 32))};
 }
 #else
-// Any processor: plain 64-bit words, which compilers map to what they have.
+// Plain 64-bit words for any processor.
 struct Words {
     static constexpr int count = kLanes / 2;
     uint64_t v[count];
@@ -102,7 +102,7 @@ CALSEG_INLINE Words merge(Words even, Words odd) {
 }
 #endif
 
-// The words of kLanes consecutive voxels, which share voxel >> 32: half of them in even, half in odd vectors.
+// Random words of kLanes consecutive voxels, which share voxel >> 32.
 class Philox {
  public:
     explicit Philox(uint64_t seed) : key0_(static_cast<uint32_t>(seed)), key1_(static_cast<uint32_t>(seed >> 32)) {
@@ -120,7 +120,7 @@ class Philox {
         }
     }
 
-    // The voxels' part of the first two rounds, once for all quads.
+    // Computes the voxels' part of the first two rounds, once for all quads.
     CALSEG_MEMBER void set_voxels(uint64_t first) {
         voxel_high_ = static_cast<uint32_t>(first >> 32);
         const Words m0 = all_words(kPhiloxM0), m1 = all_words(kPhiloxM1), key = all_words(key1_), zero = all_words(0);
@@ -133,7 +133,7 @@ class Philox {
         }
     }
 
-    // The words 0 to 3 of K quads from `quad` on, kLanes values each; K quads side by side, as in vector_math.h.
+    // Computes the words 0 to 3 of K quads from `quad` on, kLanes values each. K quads go side by side: vector_math.h says why.
     template <int K>
     CALSEG_MEMBER void words(uint32_t quad, uint32_t (*to)[4][kLanes]) const {
         const Words m0 = all_words(kPhiloxM0), m1 = all_words(kPhiloxM1), zero = all_words(0);

@@ -1,9 +1,10 @@
-// A tile's successor, read while the tile is computed.
+// Reading of the next tile while this one is computed.
 //
-// Cross-entropy computes about as long as it waits for memory, and a processor overlaps the two only if they are mixed
-// finely: one line of the next tile for every line of this one. A line is kLanes voxels of one class. Lines are read in
-// the order of memory, row by row, and asked for two rows before: into the second cache, which has room for more
-// requests under way than the first, and where rows a power of two apart do not evict each other.
+// Cross-entropy computes about as long as it waits for memory. A processor overlaps the two only if they are mixed finely:
+// one line of the next tile is read for every line of this one that is computed. A line is kLanes voxels of one class.
+// Lines are read in the order of memory, row by row, and prefetched two rows before. They are prefetched into the second
+// cache, which has room for more requests under way than the first, and where rows a power of two apart do not evict each
+// other.
 #pragma once
 
 #include "cpu/tile.h"
@@ -12,12 +13,10 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-// From: how the tensor is stored.
+// From is the type in which the tensor is stored.
 template <class T, class From>
 class ReadAhead {
  public:
-    static int64_t bytes(int64_t C, int64_t length) { return 2 * Scratch::bytes<T>(C * length); }
-
     ReadAhead(Scratch& scratch, const TensorView& view, int64_t C, int length) : view_(view), C_(C) {
         for (T*& tile : tiles_) tile = scratch.take<T>(C * length);
     }
@@ -25,7 +24,7 @@ class ReadAhead {
     T* tile() { return tiles_[0]; }
     T* block(int b) { return tiles_[0] + b * C_ * kLanes; }
 
-    // The span's tile becomes the current one; lines of the one after it can be read.
+    // Makes the span's tile the current one. From now on lines of the next one can be read.
     void begin(const Span& span, const Span& next) {
         if (class_ == C_) {  // read while its predecessor was computed
             T* read = tiles_[1];
@@ -39,6 +38,7 @@ class ReadAhead {
         if (class_ == 0) begin_row();
     }
 
+    // Reads a line of the next tile.
     CALSEG_MEMBER void line() {
         if (class_ >= C_) return;
 #if defined(__GNUC__)
@@ -57,13 +57,13 @@ class ReadAhead {
         if (K == 2) line();
     }
 
-    // The lines for which the tile had none to go with.
+    // Reads the lines that are left.
     void end() {
         while (class_ < C_) line();
     }
 
  private:
-    static constexpr int64_t kNothing = INT64_MAX;  // as class_: there is nothing to read
+    static constexpr int64_t kNothing = INT64_MAX;  // class_ where there is nothing to read
     static constexpr int64_t kRowsAhead = 2;
 
     const From* row(int64_t c) const {
@@ -89,10 +89,10 @@ class ReadAhead {
 
     TensorView view_;
     int64_t C_;
-    T* tiles_[2];  // the current one, the next
+    T* tiles_[2];  // the current tile, the next one
     Span next_;
     int64_t class_ = kNothing;  // of the line that is read next
-    int lines_ = 0;             // whole ones that this row still has
+    int lines_ = 0;             // whole lines left in this row
     const From *from_ = nullptr, *wanted_ = nullptr;
     T* to_ = nullptr;
 };

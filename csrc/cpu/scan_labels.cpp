@@ -1,16 +1,16 @@
-// A pass over the labels alone: counts, weights for the mean, and the first label out of range.
-#include "cpu/operations.h"
-#include "cpu/tile.h"
+// Pass over the labels alone: counts, weights for the mean, and the first label out of range.
+#include "cpu/labels.h"
+#include "cpu/table.h"
 
 namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-constexpr int64_t kChunk = 1 << 16;
+constexpr int64_t kChunk = 1 << 16;  // voxels
 
 int64_t per_item(const ScanArgs& a) { return (a.shape.S + kChunk - 1) / kChunk; }
 
-// Everything is compared and counted in the labels' own type, of which a vector holds the most: a byte counts to 255.
+// Compares and counts in the labels' own type, of which a vector holds the most. A byte counts to 255, hence kBlock.
 template <class From>
 void scan(const ScanArgs& a, int64_t n, int64_t first, int64_t last, LabelSums& sums) {
     using Unsigned = std::make_unsigned_t<From>;
@@ -51,7 +51,7 @@ void scan(const ScanArgs& a, int64_t n, int64_t first, int64_t last, LabelSums& 
 int64_t num_chunks(const ScanArgs& a) { return a.shape.N * per_item(a); }
 int64_t scratch_bytes(const ScanArgs&) { return 0; }
 
-void run_chunk(const ScanArgs& a, int64_t chunk, void*) {
+void scan_chunk(const ScanArgs& a, int64_t chunk, void*) {
     const int64_t n = chunk / per_item(a), first = chunk % per_item(a) * kChunk;
     const int64_t last = smaller(first + kChunk, a.shape.S);
     LabelSums sums;
@@ -61,7 +61,7 @@ void run_chunk(const ScanArgs& a, int64_t chunk, void*) {
 
 }  // namespace
 
-const Kernel<ScanArgs> scan_labels = {num_chunks, scratch_bytes, run_chunk};
+const Kernel<ScanArgs> scan_labels = {num_chunks, scratch_bytes, scan_chunk};
 
 }  // namespace CALSEG_ISA
 }  // namespace calseg

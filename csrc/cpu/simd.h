@@ -1,6 +1,8 @@
-// Vectors of kLanes voxels. float is a register of the instruction set (a GCC/Clang vector type, whose operators the
-// language gives); double, and everything on other compilers, is a plain array of the same length.
-// Compiled once per instruction set, hence internal linkage throughout, and no library templates.
+// Vectors of kLanes voxels. A vector of floats is a register of the instruction set: a GCC/Clang vector type, whose
+// operators the language gives. A vector of doubles, and every vector on other compilers, is a plain array of that length.
+//
+// Headers of csrc/cpu/ are compiled once per instruction set. So everything has internal linkage, and the library's
+// templates are not used: the linker may merge a template compiled for one instruction set into another's code.
 #pragma once
 
 #include <cmath>
@@ -130,7 +132,7 @@ CALSEG_INLINE Array<T> gather(const T* from, Array<int32_t> at) {
     return r;
 }
 
-// ---- the types of T ----
+// ---- vector types of T ----
 
 template <class T>
 struct Vectors {
@@ -199,7 +201,7 @@ CALSEG_INLINE FloatVector square_root(FloatVector a) {
 #endif
 #endif
 
-CALSEG_INLINE FloatVector reciprocal(FloatVector a) {  // to an ulp, of what is neither 0, subnormal nor infinite
+CALSEG_INLINE FloatVector reciprocal(FloatVector a) {  // good to an ulp; a is neither 0, subnormal nor infinite
 #if defined(__AVX512F__)
     const FloatVector r = _mm512_rcp14_ps(a);
     return r * (1.0f - a * r) + r;
@@ -261,7 +263,7 @@ struct Vectors<float> {
 };
 #endif
 
-// ---- memory and constants, the same for both ----
+// ---- memory and constants, for registers and arrays ----
 
 template <class V, class T>
 CALSEG_INLINE V load(const T* from) {
@@ -274,7 +276,8 @@ CALSEG_INLINE void store(T* to, V v) {
     std::memcpy(to, &v, sizeof v);
 }
 #if defined(CALSEG_NATIVE_FLOAT)
-// Not memcpy, after which the compiler reads every pointer anew: a vector's store may change numbers of its own type only.
+// Stores without memcpy, after which the compiler would read every pointer anew. A vector's store may change numbers of its
+// own type only.
 typedef float FloatVectorAt __attribute__((vector_size(4 * kLanes), aligned(4)));
 typedef int32_t IntVectorAt __attribute__((vector_size(4 * kLanes), aligned(4)));
 CALSEG_INLINE void store(float* to, FloatVector v) { *reinterpret_cast<FloatVectorAt*>(to) = v; }
@@ -303,6 +306,16 @@ struct Broadcast<IntVector> {
 template <class V, class T>
 CALSEG_INLINE V broadcast(T x) {
     return Broadcast<V>::of(x);
+}
+
+// ---- plain numbers, in place of the library's templates ----
+
+CALSEG_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+CALSEG_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+CALSEG_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+template <class T>
+void fill(T* from, T* to, T value) {
+    for (; from < to; ++from) *from = value;
 }
 
 }  // namespace

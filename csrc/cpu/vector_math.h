@@ -1,8 +1,8 @@
-// Elementary functions of kLanes voxels. float: polynomials good to 1 to 2 ulp; arrays: the C library's, lane by lane.
-// NaN and Inf keep their meaning.
+// Elementary functions of kLanes voxels. Those of floats are polynomials, good to 1 to 2 ulp. Those of arrays are the C
+// library's, lane by lane. NaN and Inf keep their meaning.
 //
-// A polynomial is one long chain of dependent operations, and a processor looks ahead too little to overlap one chain
-// with the next. So functions take K vectors and go through their steps side by side (EACH): K chains in flight.
+// A polynomial is one long chain of dependent operations, and a processor looks ahead too little to overlap one chain with
+// the next. So functions take K vectors and go through their steps side by side (EACH), with K chains in flight.
 #pragma once
 
 #include "cpu/simd.h"
@@ -27,7 +27,8 @@ template <class T, int K>
 CALSEG_INLINE void log_positive(Array<T> (&x)[K]) {
     EACH for (auto& value : x[k].v) value = std::log(value);
 }
-// K Box-Muller pairs from the words a and b (the noise contract): u1 = ((a >> 8) + 0.5) / 2^24, u2 = (b >> 8) / 2^24.
+// Makes K Box-Muller pairs from the words a and b. By the noise contract, u1 = ((a >> 8) + 0.5) / 2^24 and
+// u2 = (b >> 8) / 2^24.
 template <class T, int K>
 CALSEG_INLINE void box_muller(const uint32_t* const (&a)[K], const uint32_t* const (&b)[K], Array<T> (&z0)[K], Array<T> (&z1)[K]) {
     EACH for (int i = 0; i < kLanes; ++i) {
@@ -45,8 +46,8 @@ CALSEG_INLINE void box_muller(const uint32_t* const (&a)[K], const uint32_t* con
 #if !defined(__AVX512F__)
 constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
 
-// x becomes exp(x - n ln 2), n the nearest integer to x / ln 2; t holds n in its low bits. Relative error 3e-9 before
-// rounding.
+// Turns x into exp(x - n ln 2), where n is the nearest integer to x / ln 2. t holds n in its low bits. The relative error is
+// 3e-9 before rounding.
 template <int K>
 CALSEG_INLINE void exp_reduced(FloatVector (&x)[K], FloatVector (&t)[K]) {
     FloatVector q[K], n[K];
@@ -64,11 +65,11 @@ CALSEG_INLINE void exp_reduced(FloatVector (&x)[K], FloatVector (&t)[K]) {
 }
 #endif
 
-// exp(x) for x <= 0, to half an ulp of 1: in a softmax, where the largest is 1, no more shows
+// Computes exp(x) for x <= 0 to half an ulp of 1. That is enough in a softmax, where the largest is 1.
 template <int K>
 CALSEG_INLINE void exp_nonpositive(FloatVector (&x)[K]) {
 #if defined(__AVX512F__)
-    // 2^y = 2^floor(y) 2^f; the relative error of 2^f is 2e-9, and -inf, of which f is 0, goes to 0
+    // 2^y = 2^floor(y) 2^f. The relative error of 2^f is 2e-9. For -inf, f is 0 and the result 0.
     FloatVector f[K], q[K];
     EACH x[k] = x[k] * 1.44269504088896341f;
     EACH f[k] = _mm512_reduce_ps(x[k], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
@@ -88,12 +89,12 @@ CALSEG_INLINE void exp_nonpositive(FloatVector (&x)[K]) {
 #endif
 }
 
-// exp(x), any x
+// Computes exp(x) for any x.
 template <int K>
 CALSEG_INLINE void exp_any(FloatVector (&x)[K]) {
 #if defined(__AVX512F__)
-    // 2^y, y = x / ln 2, with n the nearest 16th of y: 2^floor(n), a root of 2 from a table, and 2^(y - n) to 2e-9. The second
-    // part of 1 / ln 2 is what rounding leaves of it.
+    // 2^y with y = x / ln 2. For the nearest 16th n of y it is 2^floor(n) times a root of 2 from a table times 2^(y - n), which is
+    // good to 2e-9. 1 / ln 2 has two parts: a rounded number and the rounding error.
     const FloatVector roots = {1.0f,        1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f, 1.29683959f, 1.35425556f,
                                1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f, 1.68179286f, 1.75625217f, 1.83400810f, 1.91520655f};
     constexpr float kSixteenths = 786432.0f;  // 1.5 * 2^19: adding it rounds to a 16th, held in the low bits
@@ -102,7 +103,7 @@ CALSEG_INLINE void exp_any(FloatVector (&x)[K]) {
     EACH x[k] = _mm512_min_ps(broadcast<FloatVector>(150.0f), x[k]);
     EACH t[k] = x[k] * 1.44269504088896341f + kSixteenths;
     EACH n[k] = t[k] - kSixteenths;
-    // fused in any case: a product that is rounded first would lose what the difference is after
+    // fused in any case: a product that is rounded first would lose the bits that the difference needs
     EACH f[k] = _mm512_fmsub_ps(x[k], broadcast<FloatVector>(1.44269504f), n[k]);
     EACH f[k] = x[k] * 1.9259630e-8f + f[k];
     EACH p[k] = f[k] * 5.5505950e-2f + 2.4023429e-1f;
@@ -126,9 +127,9 @@ CALSEG_INLINE void exp_any(FloatVector (&x)[K]) {
 }
 
 #if defined(__AVX512F__)
-// log(x) for normal x > 0, x = m 2^e, m in [3/4, 3/2): with r about 1 / m, from a table of 16 segments, and f = m r - 1 it
-// is e ln 2 - ln r + log(1 + f), and r is 1 on both sides of 1. NaN and Inf pass through. Relative error of log(1 + f) 3e-9
-// before rounding.
+// Computes log(x) for normal x > 0. NaN and Inf pass through.
+// For x = m 2^e with m in [3/4, 3/2), r about 1 / m from a table of 16 segments, and f = m r - 1, it is
+// e ln 2 - ln r + log(1 + f). r is 1 on both sides of 1. The relative error of log(1 + f) is 3e-9 before rounding.
 template <int K>
 CALSEG_INLINE void log_positive(FloatVector (&x)[K]) {
     const FloatVector r = {1.0f,        0.914285719f, 0.864864886f, 0.820512831f, 0.780487776f, 0.744186044f, 0.711111128f, 0.680851042f,
@@ -153,8 +154,8 @@ CALSEG_INLINE void log_positive(FloatVector (&x)[K]) {
     EACH x[k] = e[k] * 0.693145752f + (e[k] * 1.42860677e-6f + p[k]);
 }
 #else
-// log(x) for normal x > 0, as log(2^e) + log(1 + f), 1 + f in [sqrt(1/2), sqrt(2)); NaN and Inf pass through.
-// Relative error 6e-9 before rounding.
+// Computes log(x) for normal x > 0 as log(2^e) + log(1 + f) with 1 + f in [sqrt(1/2), sqrt(2)). NaN and Inf pass through.
+// The relative error is 6e-9 before rounding.
 template <int K>
 CALSEG_INLINE void log_positive(FloatVector (&x)[K]) {
     FloatVector e[K], f[K], p[K], z[K];
@@ -178,11 +179,12 @@ CALSEG_INLINE void log_positive(FloatVector (&x)[K]) {
 #endif
 
 #if defined(__AVX512F__)
-// As for arrays, from tables of 16 and 32 segments, which a register or two hold: shorter polynomials, no quadrants.
+// Makes pairs as for arrays, from tables of 16 and 32 segments, which one or two registers hold. So polynomials are shorter and
+// there are no quadrants.
 template <int K>
 CALSEG_INLINE void box_muller(const uint32_t* const (&a)[K], const uint32_t* const (&b)[K], FloatVector (&z0)[K], FloatVector (&z1)[K]) {
-    // -2 ln(u1), u1 = m 2^e: with r about 1 / m and f = m r - 1 it is -2 ln2 e + 2 ln r - 2 ln(1 + f), exact where u1 is
-    // near 1: the last segment's r is 1/2.
+    // -2 ln(u1) with u1 = m 2^e: with r about 1 / m and f = m r - 1 it is -2 ln2 e + 2 ln r - 2 ln(1 + f). It is exact where u1
+    // is near 1, as the last segment's r is 1/2.
     const FloatVector r = {0.969696999f, 0.914285719f, 0.864864886f, 0.820512831f, 0.780487776f, 0.744186044f, 0.711111128f, 0.680851042f,
                            0.653061211f, 0.627451003f, 0.603773594f, 0.581818163f, 0.561403513f, 0.542372882f, 0.524590135f, 0.5f};
     const FloatVector two_ln_r = {-0.061543256f, -0.179224312f, -0.290363967f, -0.39565146f,  -0.495672405f, -0.590928435f,
@@ -201,7 +203,7 @@ CALSEG_INLINE void box_muller(const uint32_t* const (&a)[K], const uint32_t* con
         f[k] = f[k] * (FloatVector)_mm512_permutexvar_ps(segment, r) - 1.0f;
         e[k] = e[k] * -1.38629436f + (FloatVector)_mm512_permutexvar_ps(segment, two_ln_r);
     }
-    // from 1/2 on u1 has one bit more than a float: near 1 that bit is what counts
+    // from 1/2 on, u1 has one bit more than a float, which near 1 is the bit that counts
     EACH f[k] = _mm512_mask_add_ps(f[k], _mm512_movepi32_mask((__m512i)word[k]), f[k], broadcast<FloatVector>(0x1p-25f));
     EACH p[k] = f[k] * 0.50123346f - 0.66704532f;
     EACH p[k] = p[k] * f[k] + 0.99999949f;
@@ -209,7 +211,7 @@ CALSEG_INLINE void box_muller(const uint32_t* const (&a)[K], const uint32_t* con
     EACH p[k] = p[k] * f[k] + e[k];
     EACH u[k] = square_root(p[k]);  // the radius
 
-    // The angle is that of the nearest of 32 directions, and a rest of up to 1/64 of a turn.
+    // The angle is that of the nearest of 32 directions plus a rest of up to 1/64 of a turn.
     const FloatVector first_cosines = {1.0f,          0.980785280f,  0.923879533f,  0.831469612f,  0.707106781f,  0.555570233f,
                                        0.382683432f,  0.195090322f,  0.0f,          -0.195090322f, -0.382683432f, -0.555570233f,
                                        -0.707106781f, -0.831469612f, -0.923879533f, -0.980785280f};
@@ -236,7 +238,7 @@ CALSEG_INLINE void box_muller(const uint32_t* const (&a)[K], const uint32_t* con
     }
 }
 #else
-// As for arrays; the integers are kept as long as floats would round them.
+// Makes pairs as for arrays. Integers stay integers as long as floats would round them.
 template <int K>
 CALSEG_INLINE void box_muller(const uint32_t* const (&a)[K], const uint32_t* const (&b)[K], FloatVector (&z0)[K], FloatVector (&z1)[K]) {
     // -2 ln(u1) = -2 ln(2) e - 2 f + f^2 (1 - 2 f P(f)), with u1 = (1 + f) 2^e
@@ -247,7 +249,7 @@ CALSEG_INLINE void box_muller(const uint32_t* const (&a)[K], const uint32_t* con
     EACH bits[k] = to_int_bits(u[k]) - (0x3f3504f3 + (24 << 23));
     EACH e[k] = convert(bits[k] >> 23);
     EACH f[k] = to_float_bits((bits[k] & 0x007fffff) + 0x3f3504f3) - 1.0f;
-    // n + 0.5 is rounded from 2^23 on, and near u1 = 1 that bit is what counts: f gets it back.
+    // n + 0.5 is rounded from 2^23 on. f gets that bit back, which near u1 = 1 is the bit that counts.
     EACH f[k] = f[k] + ((n[k] - u[k]) + 0.5f) * 0x1p-24f;
     EACH p[k] = f[k] * -1.740071989e-1f + 2.853495264e-1f;
     EACH p[k] = p[k] * f[k] - 2.982957404e-1f;
@@ -262,8 +264,8 @@ CALSEG_INLINE void box_muller(const uint32_t* const (&a)[K], const uint32_t* con
     EACH p[k] = p[k] * z[k] + e[k];
     EACH u[k] = square_root(p[k]);  // the radius
 
-    // u2 in turns is the word's first 24 bits; the two upper ones, rounded, count quadrants, and what is left, read as
-    // a signed number, is the angle within [-1/8, 1/8] of a turn: exact.
+    // u2 in turns is the word's first 24 bits. The two upper ones, rounded, count quadrants. The others, read as a signed number,
+    // are exactly the angle within [-1/8, 1/8] of a turn.
     FloatVector t[K], sine[K], cosine[K];
     UintVector turns[K];
     EACH turns[k] = load<UintVector>(b[k]);

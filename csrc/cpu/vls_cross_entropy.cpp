@@ -1,36 +1,32 @@
-// Cross-entropy on sampled soft labels, plus KL: the loss and the gradients of logits, mu and logvar in one pass.
-// Floor: one read of each input, one write of each gradient; num_samples * C normals a voxel (the arithmetic wins).
+// Cross-entropy against sampled soft labels plus the KL term: loss and gradients of logits, mu and logvar in one pass.
+// Floor: one read of each input, one write of each gradient; num_samples * C normals a voxel take longer.
 #include <limits>
 
 #include "cpu/gaussian.h"
-#include "cpu/operations.h"
+#include "cpu/kernel.h"
+#include "cpu/soft_cross_entropy.h"
 
 namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
+// Intermediate results of one block, beside the three tensors of the tile.
 template <class T>
-Tiling tiling(const LossArgs& a) {
-    return Tiling(a.shape, voxels_in_cache(a.shape.C, 3, sizeof(T)), 1 << 14);
-}
-
-// The working set of one block, beside the three tensors of the tile.
-template <class T>
-struct Work {
+struct BlockRows {
     T *e, *soft, *grad_estimate;  // [C][kLanes]
 
-    static int64_t bytes(int64_t C) { return 3 * Scratch::bytes<T>(C * kLanes); }
-    Work(Scratch& scratch, int64_t C)
+    BlockRows(Scratch& scratch, int64_t C)
         : e(scratch.take<T>(C * kLanes)), soft(scratch.take<T>(C * kLanes)), grad_estimate(scratch.take<T>(C * kLanes)) {}
 };
 
-// The numbers of a call, made once.
+// Factors that are the same for all blocks.
 template <class T>
 struct Factors {
     Smoothing<T> smoothing;
-    T on_label, on_estimate, to_estimate;  // of the one-hot labels and of the sum of samples; of dLoss/dy_hat
-    T to_samples, to_kl;                   // of the gradients through the samples and of the KL term
-    bool plain;                            // neither class weights nor smoothing
+    T on_label, on_estimate;  // of the one-hot labels and of the sum of samples in the soft labels
+    T to_estimate;            // of the gradient of the estimate, the mean of the samples
+    T to_samples, to_kl;      // of the gradients through the samples and of the KL term
+    bool plain;               // neither class weights nor label smoothing
 
     explicit Factors(const LossArgs& a)
         : smoothing(a.spec.label_smoothing, a.shape.C),
@@ -41,16 +37,17 @@ struct Factors {
           to_kl(static_cast<T>(a.spec.sampling.beta)),
           plain(!a.spec.weight.data && a.spec.label_smoothing == 0.0) {}
 
-    // The soft labels of class c, where `samples` holds the sum of the estimates.
+    // Soft labels of class c, where `samples` holds the sum of the samples.
     CALSEG_MEMBER F<T> blend(I<T> labels, int64_t c, const T* samples) const {
         const F<T> hard = select(equal(labels, broadcast<I<T>>(static_cast<int32_t>(c))), broadcast<F<T>>(on_label), zero<T>());
         return hard + broadcast<F<T>>(on_estimate) * load<F<T>>(samples + c * kLanes);
     }
 };
 
-// The loss of a block with the sum of its samples in w.soft, and the gradient of its logits, which are log p, in their place.
+// Returns the losses of a block whose sum of samples is in w.soft. Turns `logits`, which hold log p, into their gradient if
+// with_logits.
 template <int kClasses, class T>
-CALSEG_INLINE F<T> blended_cross_entropy(const Factors<T>& f, bool with_logits, const LossTile<T>& t, const Work<T>& w, int block,
+CALSEG_INLINE F<T> blended_cross_entropy(const Factors<T>& f, bool with_logits, const LossTile<T>& t, const BlockRows<T>& w, int block,
                                          T* logits, F<T> sum) {
     const int64_t C = kClasses ? kClasses : t.C;
     const I<T> labels = load<I<T>>(t.labels + block * kLanes);
@@ -58,10 +55,10 @@ CALSEG_INLINE F<T> blended_cross_entropy(const Factors<T>& f, bool with_logits, 
     return soft_cross_entropy_block(t, block, C, logits, w.e, sum, w.soft, f.smoothing, with_logits, false);
 }
 
-// The same without class weights and smoothing: a blend sums to 1, so that one pass over the classes does.
+// As blended_cross_entropy, without class weights and label smoothing: a blend sums to 1, so one pass over the classes is enough.
 template <int kClasses, class T>
-CALSEG_INLINE F<T> plain_cross_entropy(const Factors<T>& f, bool with_logits, const LossTile<T>& t, const Work<T>& w, int block, T* logits,
-                                       F<T> sum) {
+CALSEG_INLINE F<T> plain_cross_entropy(const Factors<T>& f, bool with_logits, const LossTile<T>& t, const BlockRows<T>& w, int block,
+                                       T* logits, F<T> sum) {
     const int64_t C = kClasses ? kClasses : t.C;
     const I<T> labels = load<I<T>>(t.labels + block * kLanes);
     const F<T> upstream = load<F<T>>(t.upstream + block * kLanes), scale_p = upstream * reciprocal(sum), none = zero<T>();
@@ -74,11 +71,11 @@ CALSEG_INLINE F<T> plain_cross_entropy(const Factors<T>& f, bool with_logits, co
     return select(less(labels, broadcast<I<T>>(0)), none, loss);
 }
 
-// A block of logits, mu and logvar becomes their gradients; that of the logits only if with_logits.
+// Turns a block of logits, mu and logvar into their gradients, that of the logits only if with_logits.
 template <int kClasses, bool kGaussianGradient, bool kKL, class T>
-CALSEG_INLINE void run_block(const Factors<T>& f, bool with_logits, LossTile<T>& t, GaussianBlock<T, kClasses>& gaussian, const Work<T>& w,
-                             int block, uint64_t first_voxel, TensorTile<T>& logits_tile, TensorTile<T>& mu_tile,
-                             TensorTile<T>& logvar_tile) {
+CALSEG_INLINE void compute_block(const Factors<T>& f, bool with_logits, LossTile<T>& t, GaussianBlock<T, kClasses>& gaussian,
+                                 const BlockRows<T>& w, int block, uint64_t first_voxel, TensorTile<T>& logits_tile, TensorTile<T>& mu_tile,
+                                 TensorTile<T>& logvar_tile) {
     const int64_t C = kClasses ? kClasses : t.C;
     const I<T> labels = load<I<T>>(t.labels + block * kLanes), ignored_label = broadcast<I<T>>(0);
     const F<T> none = zero<T>();
@@ -86,10 +83,11 @@ CALSEG_INLINE void run_block(const Factors<T>& f, bool with_logits, LossTile<T>&
     t.labels_ahead.block(block);
     mu_tile.prefetch_next(block);
     const F<T> sum = exponentials_block(logits, w.e, C);
-    // what does not need the sum comes before its logarithm, which would have to be waited for
+    // work that does not need the sum comes before its logarithm, which would have to be waited for
     const F<T> kl = gaussian.template set<kKL>(mu_tile.block(block), logvar_tile.block(block), first_voxel);
     logits_tile.prefetch_next(block);
-    // dl/dy_hat needs no sample. An impossible class (log p = -inf) stays finite, so that no mass on it is no NaN.
+    // The gradient of the estimate needs no sample. An impossible class (log p = -inf) gets a finite one, which times no mass is
+    // not NaN.
     const F<T> lowest = broadcast<F<T>>(std::numeric_limits<T>::lowest());
     log_softmax_block(logits, sum, C, [&](int64_t c, F<T> log_p) {
         const F<T> scale = broadcast<F<T>>(f.to_estimate * t.weight[c]);
@@ -114,18 +112,17 @@ CALSEG_INLINE void run_block(const Factors<T>& f, bool with_logits, LossTile<T>&
 }
 
 template <int kClasses, bool kGaussianGradient, bool kKL, class T>
-void run(const LossArgs& a, int64_t chunk, void* memory) {
-    const Tiling tiles = tiling<T>(a);
+void compute(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
     const int64_t C = a.shape.C;
-    Scratch scratch(memory);
     LossTile<T> t(scratch, C, tiles.length, a.spec.weight.data);
     GaussianBlock<T, kClasses> gaussian(scratch, a.spec.sampling, C);
-    const Work<T> work(scratch, C);
-    const Factors<T> factors(a);
+    const BlockRows<T> rows(scratch, C);
     TensorTile<T> logits(scratch, a.tensors.logits, a.gradients.logits, a.shape, tiles.length);
     TensorTile<T> mu(scratch, a.tensors.mu, a.gradients.mu, a.shape, tiles.length);
     TensorTile<T> logvar(scratch, a.tensors.logvar, a.gradients.logvar, a.shape, tiles.length);
-    tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
+    if (scratch.is_counting()) return;
+    const Factors<T> factors(a);
+    for (const auto& [span, next] : TilesOfChunk(tiles, chunk)) {
         const int count = span.count;
         t.load(a.spec.labels, a.upstream, span, next);
         for (auto* tensor : {&logits, &mu, &logvar}) tensor->begin(span, next);
@@ -133,52 +130,46 @@ void run(const LossArgs& a, int64_t chunk, void* memory) {
             for (auto* tensor : {&logits, &mu, &logvar}) clear_ignored(tensor->tile(), t.labels, count, C);
         for (int b = 0; b * kLanes < count; ++b) {
             const auto first_voxel = static_cast<uint64_t>(span.n * a.shape.S + span.s + b * kLanes);
-            run_block<kClasses, kGaussianGradient, kKL>(factors, bool(a.gradients.logits), t, gaussian, work, b, first_voxel, logits, mu,
-                                                        logvar);
+            compute_block<kClasses, kGaussianGradient, kKL>(factors, bool(a.gradients.logits), t, gaussian, rows, b, first_voxel, logits,
+                                                            mu, logvar);
         }
         for (auto* tensor : {&logits, &mu, &logvar}) tensor->end(span);
-        t.sums.loss += sum_row(t.loss, count);
-        if (kKL) t.sums.kl += sum_row(t.kl, count);
-        if (a.loss) {
-            if (kKL)
-                for (int i = 0; i < count; ++i) t.loss[i] += static_cast<T>(a.spec.sampling.beta) * t.kl[i];
-            store_tile(a.loss, span, t.loss, 1, false);
-        }
-    });
-    if (a.chunk_sums) a.chunk_sums[chunk] = t.sums;
-}
-
-template <class T>
-void run(const LossArgs& a, int64_t chunk, void* memory) {
-    const bool with_kl = a.spec.sampling.beta != 0.0;
-    if (!a.gradients.mu && !a.gradients.logvar) return with_kl ? run<0, false, true, T>(a, chunk, memory) : run<0, false, false, T>(a, chunk, memory);
-    const auto run_gradients = [&](auto classes) {
-        constexpr int kClasses = decltype(classes)::value;
-        with_kl ? run<kClasses, true, true, T>(a, chunk, memory) : run<kClasses, true, false, T>(a, chunk, memory);
-    };
-    if constexpr (std::is_same<T, float>::value) {  // loops over few classes are worth unrolling
-        if (a.shape.C == 2) return run_gradients(std::integral_constant<int, 2>());
-        if (a.shape.C == 4) return run_gradients(std::integral_constant<int, 4>());
+        t.template finish_tile<kKL>(a.loss, a.spec.sampling.beta, span);
     }
-    run_gradients(std::integral_constant<int, 0>());
+    t.finish_chunk(a.chunk_sums, chunk);
 }
 
-template <class T>
-int64_t bytes(const LossArgs& a) {
-    const int64_t C = a.shape.C, length = tiling<T>(a).length;
-    return LossTile<T>::bytes(C, length) + GaussianBlock<T>::bytes(C) + Work<T>::bytes(C) + 3 * TensorTile<T>::bytes(C, length);
-}
+struct VLSCrossEntropy {
+    using Args = LossArgs;
 
-bool is_double(const LossArgs& a) { return a.tensors.logits.dtype == DType::f64; }
-int64_t num_chunks(const LossArgs& a) { return is_double(a) ? tiling<double>(a).num_chunks() : tiling<float>(a).num_chunks(); }
-int64_t scratch_bytes(const LossArgs& a) { return is_double(a) ? bytes<double>(a) : bytes<float>(a); }
-void run_chunk(const LossArgs& a, int64_t chunk, void* scratch) {
-    is_double(a) ? run<double>(a, chunk, scratch) : run<float>(a, chunk, scratch);
-}
+    static DType dtype(const Args& a) { return a.tensors.logits.dtype; }
+
+    template <class T>
+    static Tiling tiling(const Args& a) {
+        return Tiling(a.shape, voxels_in_cache(a.shape.C, 3, sizeof(T)), 1 << 14);
+    }
+
+    template <class T>
+    static void compute_chunk(const Args& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+        if (!a.gradients.mu && !a.gradients.logvar) return compute_with_kl<0, false, T>(a, tiles, chunk, scratch);
+        if constexpr (std::is_same<T, float>::value) {  // loops over few classes are worth unrolling
+            if (a.shape.C == 2) return compute_with_kl<2, true, T>(a, tiles, chunk, scratch);
+            if (a.shape.C == 4) return compute_with_kl<4, true, T>(a, tiles, chunk, scratch);
+        }
+        compute_with_kl<0, true, T>(a, tiles, chunk, scratch);
+    }
+
+ private:
+    template <int kClasses, bool kGaussianGradient, class T>
+    static void compute_with_kl(const Args& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+        a.spec.sampling.beta != 0.0 ? compute<kClasses, kGaussianGradient, true, T>(a, tiles, chunk, scratch)
+                                    : compute<kClasses, kGaussianGradient, false, T>(a, tiles, chunk, scratch);
+    }
+};
 
 }  // namespace
 
-const Kernel<LossArgs> vls_cross_entropy = {num_chunks, scratch_bytes, run_chunk};
+const Kernel<LossArgs> vls_cross_entropy = make_kernel<VLSCrossEntropy>();
 
 }  // namespace CALSEG_ISA
 }  // namespace calseg

@@ -1,27 +1,23 @@
-// The stage-1 objective in dense form: the expected cross-entropy of the logit samples, plus KL; loss and gradients.
+// Objective of stage 1 in dense form, the expected cross-entropy of the logit samples plus the KL term: loss and gradients in
+// one pass. Floor: two reads, two writes; num_samples * C normals a voxel take longer.
 #include "cpu/gaussian.h"
-#include "cpu/operations.h"
+#include "cpu/kernel.h"
+#include "cpu/loss_tile.h"
 
 namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-template <class T>
-Tiling tiling(const LossArgs& a) {
-    return Tiling(a.shape, voxels_in_cache(a.shape.C, 2, sizeof(T)), 1 << 14);
-}
-
 template <bool kGradient, bool kKL, class T>
-void run(const LossArgs& a, int64_t chunk, void* memory) {
-    const Tiling tiles = tiling<T>(a);
+void compute(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
     const int64_t C = a.shape.C;
-    Scratch scratch(memory);
     LossTile<T> t(scratch, C, tiles.length, a.spec.weight.data);
     GaussianBlock<T> gaussian(scratch, a.spec.sampling, C);
     TensorTile<T> mu(scratch, a.tensors.mu, a.gradients.mu, a.shape, tiles.length);
     TensorTile<T> logvar(scratch, a.tensors.logvar, a.gradients.logvar, a.shape, tiles.length);
+    if (scratch.is_counting()) return;
     const F<T> per_sample = broadcast<F<T>>(T(1) / static_cast<T>(a.spec.sampling.num_samples)), none = zero<T>();
-    tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
+    for (const auto& [span, next] : TilesOfChunk(tiles, chunk)) {
         const int count = span.count;
         t.load(a.spec.labels, a.upstream, span, next);
         for (auto* tensor : {&mu, &logvar}) tensor->begin(span, next);
@@ -40,46 +36,39 @@ void run(const LossArgs& a, int64_t chunk, void* memory) {
                 weight = select(equal(labels, broadcast<I<T>>(static_cast<int32_t>(c))), broadcast<F<T>>(t.weight[c]), weight);
             weight = weight * per_sample;
             if (kGradient)
-                gaussian.template finish_gradients<kKL>(load<F<T>>(t.upstream + b * kLanes) * weight,
-                                                        load<F<T>>(t.kl_upstream + b * kLanes) * broadcast<F<T>>(static_cast<T>(a.spec.sampling.beta)));
+                gaussian.template finish_gradients<kKL>(
+                    load<F<T>>(t.upstream + b * kLanes) * weight,
+                    load<F<T>>(t.kl_upstream + b * kLanes) * broadcast<F<T>>(static_cast<T>(a.spec.sampling.beta)));
             store(t.loss + b * kLanes, select(ignored, none, loss * weight));
             store(t.kl + b * kLanes, select(ignored, none, kl));
         }
         for (auto* tensor : {&mu, &logvar}) tensor->end(span);
-        t.sums.loss += sum_row(t.loss, count);
-        if (kKL) t.sums.kl += sum_row(t.kl, count);
-        if (a.loss) {
-            if (kKL)
-                for (int i = 0; i < count; ++i) t.loss[i] += static_cast<T>(a.spec.sampling.beta) * t.kl[i];
-            store_tile(a.loss, span, t.loss, 1, false);
-        }
-    });
-    if (a.chunk_sums) a.chunk_sums[chunk] = t.sums;
+        t.template finish_tile<kKL>(a.loss, a.spec.sampling.beta, span);
+    }
+    t.finish_chunk(a.chunk_sums, chunk);
 }
 
-template <class T>
-void run(const LossArgs& a, int64_t chunk, void* memory) {
-    const bool gradient = a.gradients.mu || a.gradients.logvar, with_kl = a.spec.sampling.beta != 0.0;
-    if (gradient) with_kl ? run<true, true, T>(a, chunk, memory) : run<true, false, T>(a, chunk, memory);
-    else with_kl ? run<false, true, T>(a, chunk, memory) : run<false, false, T>(a, chunk, memory);
-}
+struct VLSElbo {
+    using Args = LossArgs;
 
-template <class T>
-int64_t bytes(const LossArgs& a) {
-    const int64_t C = a.shape.C, length = tiling<T>(a).length;
-    return LossTile<T>::bytes(C, length) + GaussianBlock<T>::bytes(C) + 2 * TensorTile<T>::bytes(C, length);
-}
+    static DType dtype(const Args& a) { return a.tensors.mu.dtype; }
 
-bool is_double(const LossArgs& a) { return a.tensors.mu.dtype == DType::f64; }
-int64_t num_chunks(const LossArgs& a) { return is_double(a) ? tiling<double>(a).num_chunks() : tiling<float>(a).num_chunks(); }
-int64_t scratch_bytes(const LossArgs& a) { return is_double(a) ? bytes<double>(a) : bytes<float>(a); }
-void run_chunk(const LossArgs& a, int64_t chunk, void* scratch) {
-    is_double(a) ? run<double>(a, chunk, scratch) : run<float>(a, chunk, scratch);
-}
+    template <class T>
+    static Tiling tiling(const Args& a) {
+        return Tiling(a.shape, voxels_in_cache(a.shape.C, 2, sizeof(T)), 1 << 14);
+    }
+
+    template <class T>
+    static void compute_chunk(const Args& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+        const bool gradient = a.gradients.mu || a.gradients.logvar, with_kl = a.spec.sampling.beta != 0.0;
+        if (gradient) with_kl ? compute<true, true, T>(a, tiles, chunk, scratch) : compute<true, false, T>(a, tiles, chunk, scratch);
+        else with_kl ? compute<false, true, T>(a, tiles, chunk, scratch) : compute<false, false, T>(a, tiles, chunk, scratch);
+    }
+};
 
 }  // namespace
 
-const Kernel<LossArgs> vls_elbo = {num_chunks, scratch_bytes, run_chunk};
+const Kernel<LossArgs> vls_elbo = make_kernel<VLSElbo>();
 
 }  // namespace CALSEG_ISA
 }  // namespace calseg

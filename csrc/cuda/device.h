@@ -1,4 +1,4 @@
-// What only a GPU's compiler knows, behind plain functions. tests/cuda_on_host/device.h is the same on a CPU.
+// Functions that only a GPU's compiler has. tests/cuda_on_host/cuda/device.h gives the same ones on a CPU.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -9,13 +9,13 @@
 namespace calseg {
 namespace {
 
-// The dynamic shared memory of a block.
+// Dynamic shared memory of a block.
 static __device__ __forceinline__ unsigned char* shared_memory() {
     extern __shared__ __align__(16) unsigned char dynamic[];
     return dynamic;
 }
 
-// 2^x to 2 ulp, 0 below the smallest normal number
+// Computes 2^x to 2 ulp, and 0 below the smallest normal number.
 static __device__ __forceinline__ float exp2_flushed(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

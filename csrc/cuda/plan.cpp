@@ -3,25 +3,17 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "host/geometry.h"
+
 namespace calseg {
 namespace {
 
-constexpr int64_t kReservedBytes = 1024;  // of a block's shared memory, by CUDA
+constexpr int64_t kReservedBytes = 1024;  // of a block's shared memory, which CUDA reserves
 constexpr int64_t kTotalsBytes = kCudaWarps * kBinsTotals * 8;
 
-// Items that lie behind one another in every tensor are one long item: a voxel's number stays the same.
 BinsArgs merged(BinsArgs args) {
     TensorView* const views[] = {&args.scores, &args.spec.labels.tensor, &args.spec.mask};
-    Shape& shape = args.shape;
-    if (args.spec.per_item || shape.N <= 1) return args;
-    if (shape.S == 1) {
-        for (TensorView* view : views) view->stride_s = view->stride_n;
-    } else {
-        for (const TensorView* view : views)
-            if (*view && view->stride_n != shape.S * view->stride_s) return args;
-    }
-    shape.S *= shape.N;
-    shape.N = 1;
+    if (!args.spec.per_item && args.shape.N > 1) merge_items(args.shape, views, 3);
     return args;
 }
 
@@ -76,7 +68,7 @@ CalibrationLaunch calibration_launch(const BinsArgs& args, const CudaLimits& lim
     const int64_t rows = launch.transposed ? int64_t{kCudaThreads} * (launch.classes_held + 1) * 4 : 0;
     const int64_t fixed = kTotalsBytes + rows, columns = launch.bins * kCudaThreads * 8, shared = launch.bins * 16;
     int64_t bytes = 0;
-    // columns: if no fewer blocks fit a multiprocessor, or else too few threads wait for memory
+    // columns only if as many blocks fit a multiprocessor: with fewer, too few threads would wait for memory at once
     if (fixed + columns <= std::min(limits.shared_per_block, limits.shared_per_multiprocessor / kCudaResident - kReservedBytes)) {
         launch.bins_in = BinsIn::columns;
         bytes = columns;
@@ -91,7 +83,7 @@ CalibrationLaunch calibration_launch(const BinsArgs& args, const CudaLimits& lim
 
 void set_blocks(CalibrationLaunch& launch, const CudaLimits& limits, int64_t resident) {
     if (launch.groups == 0 || launch.tiles_per_group == 0) return;
-    const int64_t most_tiles = kMostVoxels / voxels_held(launch.classes_held);  // of a block
+    const int64_t most_tiles = kMostVoxels / voxels_held(launch.classes_held);  // that a block can take
     const int64_t wave = (limits.multiprocessors * resident + launch.groups - 1) / launch.groups;
     const int64_t fewest = (launch.tiles_per_group + most_tiles - 1) / most_tiles;
     launch.blocks_per_group = std::min(std::max(wave, fewest), launch.tiles_per_group);

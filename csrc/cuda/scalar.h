@@ -1,4 +1,5 @@
-// A vector of one voxel: what cpu/simd.h and cpu/vector_math.h are for an instruction set, for a thread of a GPU.
+// Vector of one voxel for a thread of a GPU. It has the functions of cpu/simd.h and cpu/vector_math.h that
+// voxel/calibration.h needs.
 #pragma once
 
 #include <cmath>
@@ -41,7 +42,7 @@ CALSEG_INLINE int32_t truncated_integer(float x) { return __float2int_rz(x); }
 CALSEG_INLINE float to_values(int32_t x, float) { return static_cast<float>(x); }
 
 // Divides integers of up to 2^16, correctly rounded, in three instructions: the reciprocal's quotient, and one step that
-// takes the remainder away.
+// removes the remainder.
 struct Divisor {
     float n, reciprocal;
 
@@ -53,7 +54,7 @@ CALSEG_INLINE float operator/(float a, Divisor b) {
     return fmaf(fmaf(-quotient, b.n, a), b.reciprocal, quotient);
 }
 
-// exp(x) for x <= 0, to half an ulp of 1: in a softmax, where the largest is 1, no more shows
+// Computes exp(x) for x <= 0 to half an ulp of 1. That is enough in a softmax, where the largest is 1.
 template <int K>
 CALSEG_INLINE void exp_nonpositive(float (&x)[K]) {
     for (auto& value : x) value = exp2_flushed(value * 1.44269504088896341f);

@@ -1,6 +1,7 @@
-// The mathematics of a voxel of calibration_bins, the same for every engine: T is float or double, F<T> and I<T> are the
-// numbers of as many voxels as a vector holds: of an instruction set, or one. Included after the vectors and their
-// elementary functions: cpu/simd.h and cpu/vector_math.h, or cuda/scalar.h.
+// Mathematics of calibration_bins for a vector of voxels, shared by the CPU and CUDA kernels.
+//
+// T is float or double. F<T> and I<T> hold the numbers of as many voxels as a vector has: those of an instruction set, or one.
+// Included after the vectors and their elementary functions: cpu/simd.h and cpu/vector_math.h, or cuda/scalar.h.
 #pragma once
 
 #include "host/arguments.h"
@@ -10,21 +11,22 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-constexpr double kUnit = 0x1p24;    // 1 in the fixed-point sums
-constexpr double kMaxNll = 0x1p25;  // above, a negative log-likelihood is infinite
+constexpr double kUnit = 0x1p24;    // the number 1 in the fixed-point sums
+constexpr double kMaxNll = 0x1p25;  // a negative log-likelihood from here on counts as infinite
 
 enum Total { kNllWhole, kNllRest, kBrier, kVoxels, kNan, kInfinite, kTotals };
-static_assert(kTotals == kBinsTotals, "kernels.h says how many");
+static_assert(kTotals == kBinsTotals, "host/arguments.h gives the number");
 
-constexpr int32_t kSkipped = -1, kNoClass = -2;  // in place of a label's class: it does not count; it is none
+constexpr int32_t kSkipped = -1;  // in place of a class: the voxel does not count
+constexpr int32_t kNoClass = -2;  // in place of a class: the label is no class
 
-// In units of 2^-24, to the nearest, ties to even.
+// Converts to units of 2^-24, rounded to the nearest, ties to even.
 template <class T>
 CALSEG_INLINE I<T> in_units(F<T> x) {
     return nearest_integer(x * broadcast<F<T>>(T(kUnit)));
 }
 
-// Confidences moved into [0, 1]; 0 where NaN.
+// Moves confidences into [0, 1]. NaN becomes 0.
 template <class T>
 CALSEG_INLINE F<T> within_unit(F<T> p) {
     const F<T> one = broadcast<F<T>>(T(1));
@@ -32,8 +34,8 @@ CALSEG_INLINE F<T> within_unit(F<T> p) {
     return select(less(one, p), one, p);
 }
 
-// The bin of confidences in [0, 1]: an edge is k / n_bins, rounded. Only the nearest edge can be on the wrong side.
-// N: F<T>, or what such can be multiplied with and divided by.
+// Bin of confidences in [0, 1]. An edge is k / n_bins, rounded. Only the nearest edge can be on the wrong side.
+// N is F<T>, or a type by which F<T> can be multiplied and divided.
 template <class T, class N>
 CALSEG_INLINE I<T> bin_of(F<T> confidence, N n_bins, I<T> last, bool right_closed) {
     const I<T> nearest = nearest_integer(confidence * n_bins), one = broadcast<I<T>>(1), none = broadcast<I<T>>(0);
@@ -46,7 +48,7 @@ CALSEG_INLINE I<T> bin_of(F<T> confidence, N n_bins, I<T> last, bool right_close
     return select(less(last, bin), last, bin);
 }
 
-// -log p for p >= 0
+// Computes -log p for p >= 0.
 template <class T>
 CALSEG_INLINE F<T> minus_log(F<T> p) {
     // log_positive takes normal numbers: small ones are scaled by 2^64
@@ -56,24 +58,25 @@ CALSEG_INLINE F<T> minus_log(F<T> p) {
     return select(less(zero<T>(), p), nll, broadcast<F<T>>(T(INFINITY)));
 }
 
-// What the classes of a voxel come down to, from logits: total is the sum of e = exp(logit - max).
+// Result of the sums over classes of a voxel's logits.
 template <class T>
 struct LogitSums {
-    F<T> total, label_d;  // label_d: logit - max of the label
-    F<T> squares;         // the Brier score times total^2
-    I<T> top;             // the first class with the largest logit
+    F<T> total;    // sum of e = exp(logit - max)
+    F<T> label_d;  // logit - max of the label
+    F<T> squares;  // Brier score times total^2
+    I<T> top;      // first class with the largest logit
 
     CALSEG_MEMBER F<T> confidence() const { return broadcast<F<T>>(T(1)) / total; }  // of the top label
     CALSEG_MEMBER F<T> nll() const { return log_positive(total) - label_d; }
     CALSEG_MEMBER F<T> brier(F<T> confidence) const { return squares * (confidence * confidence); }
 };
 
-// The sums while classes come.
+// Sums over classes of a voxel's logits, while classes are added.
 template <class T>
 struct LogitSum {
     F<T> total = zero<T>(), squares = total, label_d = total, label_e = total;
 
-    // K classes from c on: their logit - max, which becomes e.
+    // Adds K classes from c on, given their logit - max, which becomes e.
     template <int K>
     CALSEG_MEMBER void add(I<T> labels, int64_t c, F<T> (&e)[K]) {
         F<T> d[K];
@@ -93,11 +96,11 @@ struct LogitSum {
     }
 };
 
-// The same of given probabilities, while classes come and after.
+// Sums over classes of a voxel's given probabilities, while classes are added and after.
 template <class T>
 struct ProbabilitySums {
     F<T> total, label_p;
-    F<T> squares;  // the Brier score
+    F<T> squares;  // Brier score
     F<T> largest, least;
     I<T> top;
 
@@ -119,7 +122,7 @@ struct ProbabilitySums {
     CALSEG_MEMBER F<T> nll() const { return minus_log<T>(label_p); }
     CALSEG_MEMBER F<T> brier(F<T>) const { return squares; }
 
-    // Below 0 where they do not sum to 1, or one lies below 0.
+    // Negative where the probabilities do not sum to 1, or one lies below 0.
     CALSEG_MEMBER I<T> off(F<T> tolerance) const {
         const I<T> none = broadcast<I<T>>(0), yes = broadcast<I<T>>(-1);
         const F<T> one = broadcast<F<T>>(T(1));

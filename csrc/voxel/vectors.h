@@ -1,5 +1,5 @@
-// What follows from the operations of a vector alone, whatever it is: an instruction set's (cpu/simd.h) or a single number
-// (cuda/scalar.h). Included by either.
+// Functions of vectors that need only the operations of a vector. A vector belongs to an instruction set (cpu/simd.h) or is a
+// single number (cuda/scalar.h). Included after either.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-// Numbers as they lie in memory
+// Numbers of 16 bits in memory.
 struct BF16 {
     uint16_t bits;
 };
@@ -26,7 +26,7 @@ CALSEG_INLINE F<T> zero() {
     return broadcast<F<T>>(T(0));
 }
 
-// In pairs, so that a long sum waits for one addition a group, not for one a class
+// Sum of one or two vectors. A long sum over classes in pairs waits for one addition a pair, not for one a class.
 template <class V, int K>
 CALSEG_INLINE V sum_of(const V (&x)[K]) {
     if constexpr (K == 1) return x[0];

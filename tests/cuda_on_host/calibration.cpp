@@ -1,28 +1,33 @@
-// kernels/calibration_bins.cu on a CPU, for tests/test_cuda.py: plain functions of integers.
+// Interface of kernels/calibration_bins.cu on a CPU for tests/test_cuda.py: functions of plain integers.
 #include "../../kernels/calibration_bins.cu"
 
 #include "../../csrc/cuda/plan.cpp"
 
 namespace {
 
-// shape [N, C, S]; scores, labels, mask [data, dtype, stride_n, stride_c, stride_s] or null; numbers [n_bins, first_class,
-// ignore_index]; flags [from_logits, class_wise, skip_background, per_item, right_closed]
+// Arguments of a call:
+//   shape                 [N, C, S]
+//   scores, labels, mask  [data, dtype, stride_n, stride_c, stride_s] or null
+//   numbers               [n_bins, first_class, ignore_index]
+//   flags                 [from_logits, class_wise, skip_background, per_item, right_closed]
 struct Call {
     const int64_t *shape, *scores, *labels, *mask, *numbers, *flags;
 
-    static calseg::TensorView view(const int64_t* v) {
-        if (!v) return {};
-        return {reinterpret_cast<void*>(v[0]), static_cast<calseg::DType>(v[1]), v[2], v[3], v[4]};
+    template <class View>
+    static void read(const int64_t* from, View& to) {
+        if (!from) return;
+        to.data = reinterpret_cast<void*>(from[0]), to.dtype = static_cast<calseg::DType>(from[1]);
+        to.stride_n = from[2], to.stride_c = from[3], to.stride_s = from[4];
     }
     calseg::BinsArgs args() const {
         calseg::BinsArgs a;
         a.shape = {shape[0], shape[1], shape[2]};
-        a.scores = view(scores);
-        a.labels = {view(labels), numbers[2]};
-        a.mask = view(mask);
-        a.n_bins = numbers[0], a.first_class = numbers[1];
-        a.from_logits = flags[0], a.class_wise = flags[1], a.skip_background = flags[2], a.per_item = flags[3];
-        a.right_closed = flags[4];
+        read(scores, a.scores);
+        read(labels, a.spec.labels.tensor);
+        read(mask, a.spec.mask);
+        a.spec.n_bins = numbers[0], a.spec.first_class = numbers[1], a.spec.labels.ignore_index = numbers[2];
+        a.spec.from_logits = flags[0], a.spec.class_wise = flags[1], a.spec.skip_background = flags[2], a.spec.per_item = flags[3];
+        a.spec.right_closed = flags[4];
         return a;
     }
 };
@@ -33,7 +38,7 @@ std::string error;
 
 extern "C" {
 
-// Null, or why it failed.
+// Returns null, or the error.
 const char* calibration_bins(const Call* call, double tolerance, int64_t* sums, int64_t* totals, int64_t* faults, int device,
                              void* stream) {
     calseg::BinsArgs args = call->args();
@@ -47,21 +52,22 @@ const char* calibration_bins(const Call* call, double tolerance, int64_t* sums, 
     }
 }
 
-// What the host decides, where `resident` blocks fit a multiprocessor of the emulated GPU.
+// Writes the launch that the host decides where `resident` blocks fit a multiprocessor of the emulated GPU.
 void plan_launch(const Call* call, int64_t resident, int64_t* to) {
     const on_host::Device& d = on_host::device;
     const calseg::CudaLimits limits{d.multiprocessors, d.shared_per_multiprocessor, d.shared_per_block};
     calseg::CalibrationLaunch launch = calseg::calibration_launch(call->args(), limits);
     calseg::set_blocks(launch, limits, resident);
     const calseg::LabelRange& bits = launch.labels;
-    for (const int64_t number : {launch.args.shape.N, launch.args.shape.S, launch.args.scores.stride_s, launch.args.spec.labels.tensor.stride_s,
-                                 static_cast<int64_t>(launch.bins_in), int64_t{launch.classes_held}, int64_t{launch.transposed},
-                                 launch.tiles_per_item, launch.groups, launch.tiles_per_group, launch.blocks_per_group, launch.shared_bytes,
-                                 static_cast<int64_t>(bits.classes), static_cast<int64_t>(bits.ignored), int64_t{bits.ignores}})
+    for (const int64_t number :
+         {launch.args.shape.N, launch.args.shape.S, launch.args.scores.stride_s, launch.args.spec.labels.tensor.stride_s,
+          static_cast<int64_t>(launch.bins_in), int64_t{launch.classes_held}, int64_t{launch.transposed}, launch.tiles_per_item,
+          launch.groups, launch.tiles_per_group, launch.blocks_per_group, launch.shared_bytes, static_cast<int64_t>(bits.classes),
+          static_cast<int64_t>(bits.ignored), int64_t{bits.ignores}})
         *to++ = number;
 }
 
-// Of the last launch: blocks, bytes of shared memory, device; and the device that is current.
+// Writes blocks, bytes of shared memory and device of the last launch, and the current device.
 void last_launch(int64_t* to) {
     const on_host::Device& device = on_host::device;
     to[0] = device.blocks, to[1] = device.shared_bytes, to[2] = device.device_of_launch, to[3] = device.current;
@@ -77,7 +83,7 @@ void set_device(int current, int multiprocessors, int shared_per_multiprocessor,
     on_host::device.last_block = last_block;
 }
 
-// Whether the emulation sees what would hang or be undefined on a GPU: the reason, or an empty text.
+// Runs a kernel that would hang or be undefined on a GPU. Returns the error that the emulation gives, or an empty text.
 const char* run_wrong_kernel(int which) {
     static void (*const kernels[])(int) = {
         [](int) {

@@ -1,6 +1,7 @@
-// CUDA on a CPU, for tests: what csrc/cuda/device.h and the CUDA headers give kernels/*.cu. A grid runs block by block,
-// the threads of a block as coroutines that change over where they wait for each other; so a wait that not all threads of
-// the block (or lanes of the warp) reach is seen, and reported as the launch's error.
+// Emulation of CUDA on a CPU for tests. It gives kernels/*.cu the functions of csrc/cuda/device.h and of the CUDA headers.
+//
+// A grid runs block by block. The threads of a block are coroutines that change over where they wait for each other. So the
+// emulation sees a wait that not all threads of the block, or lanes of the warp, reach, and reports it as the launch's error.
 #pragma once
 
 #include <ucontext.h>
@@ -39,9 +40,9 @@ namespace on_host {
 constexpr unsigned kWarp = 32;
 constexpr std::size_t kStack = 256 * 1024;
 
-// ---- the block that runs ----
+// ---- the current block ----
 
-// Threads wait here for all of them; each brings a value, and leaves with those of all.
+// Barrier at which every thread gives a value, and gets those of all threads.
 struct Meeting {
     const char* what = nullptr;
     unsigned members = 0, arrived = 0, generation = 0;
@@ -79,7 +80,7 @@ inline void change_to(ucontext_t& from, ucontext_t& to, void** fake_stack, const
 #endif
 }
 
-// To the next thread that is not done.
+// Changes over to the next thread that is not done.
 inline void change_over() {
     Coroutine& self = block.threads[block.current];
     const unsigned mine = block.current, count = static_cast<unsigned>(block.threads.size());
@@ -91,7 +92,8 @@ inline void change_over() {
     change_to(self.context, next.context, &self.fake_stack, next.stack.data(), kStack);
 }
 
-[[noreturn]] inline void leave() {  // the whole block
+// Ends the whole block.
+[[noreturn]] inline void leave() {
     Coroutine& self = block.threads[block.current];
     change_to(self.context, block.host, nullptr, nullptr, 0);
     std::abort();
@@ -138,7 +140,7 @@ inline void run_thread() {
 
 inline void run_block(unsigned threads, std::size_t shared_bytes) {
     block.threads.resize(threads);
-    block.shared.assign(shared_bytes, 0xa5);  // memory that nobody cleared is not zero by luck
+    block.shared.assign(shared_bytes, 0xa5);  // not zero, so that a kernel which does not clear its memory fails
     block.shared.shrink_to_fit();
     block.all = Meeting();
     block.all.members = threads;
@@ -164,7 +166,7 @@ inline void run_block(unsigned threads, std::size_t shared_bytes) {
 struct Device {
     int current = 0, count = 2;
     int multiprocessors = 4, shared_per_multiprocessor = 228 * 1024, shared_per_block = 227 * 1024;
-    unsigned first_block = 0, last_block = UINT_MAX;  // of a grid, those that run
+    unsigned first_block = 0, last_block = UINT_MAX;  // the blocks of a grid that are executed
     int64_t blocks = 0, shared_bytes = 0;             // of the last launch
     int shared_allowed = 48 * 1024;
     int device_of_launch = -1;
@@ -213,7 +215,7 @@ T atomicMin(T* to, T value) {
     *to = std::min(before, value);
     return before;
 }
-// As the instructions: what an int32 cannot hold becomes its nearest, NaN 0.
+// Converts as the GPU's instructions: a number beyond int32 becomes the nearest int32, and NaN becomes 0.
 inline int to_int_saturated(float x) { return x != x ? 0 : x >= 0x1p31f ? INT_MAX : x < -0x1p31f ? INT_MIN : static_cast<int>(x); }
 inline int __float2int_rn(float x) { return to_int_saturated(std::nearbyint(x)); }
 inline int __float2int_rz(float x) { return to_int_saturated(x); }

@@ -1,4 +1,4 @@
-// The kernels of one instruction set, one source file each; table.cpp gathers them.
+// Kernels of one instruction set. Every operation has a source file; table.cpp gathers them.
 #pragma once
 
 #include "host/arguments.h"

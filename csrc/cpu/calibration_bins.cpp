@@ -1,101 +1,38 @@
 // Calibration: softmax, the class of the largest probability, its bin, and integer sums per bin, with the negative
 // log-likelihood and the Brier score, in one pass. Floor: one read of the scores and of the labels.
 //
-// Every sum is an integer: confidences, scores and rests of a nat in units of 2^-24. A voxel adds one 64-bit word to its
-// bin, [count | hits | confidence]; a bin has several copies, so that voxels which follow each other into one bin need not
-// wait for each other. Words spill into the chunk's sums before a field is full, and those into the call's.
-#include "cpu/calibration.h"
-
-#include "cpu/cross_entropy.h"
-#include "cpu/operations.h"
+// Every sum is an integer: confidences, scores and fractions of a nat in units of 2^-24.
+#include "cpu/binned_words.h"
+#include "cpu/kernel.h"
+#include "cpu/labels.h"
 #include "cpu/read_ahead.h"
+#include "cpu/softmax.h"
+#include "voxel/calibration.h"
 
 namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
 constexpr int kHitShift = 40, kCountShift = 52;
-constexpr int64_t kMostInWord = (1 << (64 - kCountShift)) - 1;  // voxels whose sums a word can hold
-constexpr int64_t kWordBytes = 16 * 1024;                       // copies of the bins fill about half of the first cache
+constexpr int64_t kMostBlocks = 64;  // of a tile: 32 bits hold the sum of that many scores of up to 2^25
 
-constexpr int64_t kMostBlocks = 64;  // of a tile: 32 bits hold that many scores of up to 2^25
-
-// Bins with sums of their own: one set for the top label, one per class otherwise.
+// Number of sets of bins: one for the top label, else one per class.
 int64_t kinds(const BinsArgs& a) { return a.spec.class_wise ? a.shape.C - a.spec.first_class : 1; }
 
-template <class T>
-Tiling tiling(const BinsArgs& a) {
-    // this tile and the next in a quarter of the second cache
-    const int64_t wanted = 128 * 1024 / (a.shape.C * static_cast<int64_t>(sizeof(T)));
-    return Tiling(a.shape, smaller(wanted, kMostBlocks * kLanes), larger(1 << 18, 16 * kinds(a) * a.spec.n_bins));
-}
+// A voxel's word: [count 12 | hits 12 | confidence 40].
+struct BinFormat {
+    static constexpr int kWords = 1, kSums = 3;  // count, confidence, hits
+    static constexpr int64_t kMostVoxels = (1 << (64 - kCountShift)) - 1;
 
-// The sums of a chunk.
-class Bins {
- public:
-    static int64_t bytes(const BinsArgs& a) {
-        const int64_t bins = kinds(a) * a.spec.n_bins;
-        return Scratch::bytes<uint64_t>(bins * copies_of(bins)) + Scratch::bytes<int64_t>(3 * bins);
+    static void add_to(int64_t* sums, const uint64_t* word) {
+        sums[0] += static_cast<int64_t>(*word >> kCountShift);
+        sums[1] += static_cast<int64_t>(*word & ((uint64_t{1} << kHitShift) - 1));
+        sums[2] += static_cast<int64_t>(*word >> kHitShift & ((1 << (kCountShift - kHitShift)) - 1));
     }
-
-    Bins(Scratch& scratch, const BinsArgs& a)
-        : n_bins_(a.spec.n_bins),
-          bins_(kinds(a) * a.spec.n_bins),
-          copies_(copies_of(bins_)),
-          words_(scratch.take<uint64_t>(bins_ * copies_)),
-          sums_(scratch.take<int64_t>(3 * bins_)) {
-        fill<uint64_t>(words_, words_ + bins_ * copies_, 0);
-        fill<int64_t>(sums_, sums_ + 3 * bins_, 0);
-    }
-
-    int32_t copies() const { return static_cast<int32_t>(copies_); }
-
-    // Word i goes to bin at[i] / copies, in the copy that its lane has.
-    CALSEG_MEMBER void add(int64_t kind, const int32_t* at, const uint64_t* word, int blocks) {
-        uint64_t* words = words_ + kind * n_bins_ * copies_;
-        for (int b = 0; b < blocks; ++b, at += kLanes, word += kLanes)
-            for (int i = 0; i < kLanes; ++i) words[at[i]] += word[i];
-    }
-
-    // Called after a tile: whether one more of up to `voxels` might not fit.
-    void end_tile(int64_t voxels) {
-        held_ += round_up(voxels, kLanes) / copies_;
-        if (held_ + kMaxTile / copies_ > kMostInWord) spill();
-    }
-
-    void finish(int64_t* to) {
-        spill();
-        for (int64_t i = 0; i < 3 * bins_; ++i)
-            if (sums_[i]) atomic_add(to + i, sums_[i]);
-    }
-
- private:
-    static int64_t copies_of(int64_t bins) {
-        int64_t n = kLanes;
-        while (n > 4 && bins * n * static_cast<int64_t>(sizeof(uint64_t)) > kWordBytes) n /= 2;
-        return n;
-    }
-
-    void spill() {
-        for (int64_t b = 0; b < bins_; ++b)
-            for (int64_t k = 0; k < copies_; ++k) {
-                uint64_t& word = words_[b * copies_ + k];
-                if (!word) continue;
-                sums_[3 * b] += static_cast<int64_t>(word >> kCountShift);
-                sums_[3 * b + 1] += static_cast<int64_t>(word & ((uint64_t{1} << kHitShift) - 1));
-                sums_[3 * b + 2] += static_cast<int64_t>(word >> kHitShift & ((1 << (kCountShift - kHitShift)) - 1));
-                word = 0;
-            }
-        held_ = 0;
-    }
-
-    int64_t n_bins_, bins_, copies_;
-    uint64_t* words_;  // [kinds][n_bins][copies]
-    int64_t* sums_;    // [kinds][n_bins][count, confidence, hits]
-    int64_t held_ = 0;
 };
+using Bins = BinnedWords<BinFormat>;
 
-// A label as the 32 or 64 bits of its number, for comparisons.
+// Unsigned type of 32 or 64 bits in which labels are compared.
 template <class From>
 using LabelBits = std::conditional_t<sizeof(From) == 8, uint64_t, uint32_t>;
 
@@ -117,8 +54,8 @@ void classes_of(int32_t* to, const From* from, int64_t step, int count, int64_t 
         for (int i = 0; i < count; ++i) to[i] = class_of(from[i * step]);
 }
 
-// Labels of a tile: the class, or kSkipped where the voxel does not count (padding included). Returns the place of the
-// first label that is no class, -1 if all are.
+// Reads the labels of a tile: the class, or kSkipped where the voxel does not count or the tile is padded. Returns the place
+// of the first label that is no class, -1 if all are.
 int load_checked_labels(int32_t* to, const BinsArgs& a, const Span& span) {
     const int count = span.count;
     with_integer_type(a.spec.labels.tensor.dtype, [&](auto* type) {
@@ -152,22 +89,18 @@ int64_t label_at(const TensorView& labels, const Span& span, int i) {
 template <bool kLogits, class T>
 using VoxelSums = std::conditional_t<kLogits, LogitSums<T>, ProbabilitySums<T>>;
 
-// Rows of a tile, a value per voxel.
+// Rows of a tile with one number per voxel.
 template <class T>
 struct VoxelRows {
     int32_t* labels;  // kSkipped where the voxel does not count
     int32_t* binned;  // class-wise: -1 where the voxel is in the bins, else 0
-    T* scale;         // class-wise: what makes probabilities of e
+    T* scale;         // class-wise: the factor that turns e into a probability
     char* sums;       // [blocks] of VoxelSums
-    int32_t* at;      // where the voxel's word goes
+    int32_t* place;   // of the voxel's word in the bins
     uint64_t* word;
 
-    static int64_t bytes(int64_t length) {
-        return 3 * Scratch::bytes<int32_t>(length) + Scratch::bytes<T>(length) + Scratch::bytes<ProbabilitySums<T>>(length / kLanes) +
-               Scratch::bytes<uint64_t>(length);
-    }
     VoxelRows(Scratch& scratch, int length) {
-        for (auto* row : {&labels, &binned, &at}) *row = scratch.take<int32_t>(length);
+        for (auto* row : {&labels, &binned, &place}) *row = scratch.take<int32_t>(length);
         scale = scratch.take<T>(length);
         sums = scratch.take<char>(length / kLanes * static_cast<int64_t>(sizeof(ProbabilitySums<T>)));
         word = scratch.take<uint64_t>(length);
@@ -179,7 +112,7 @@ struct VoxelRows {
     }
 };
 
-// Step 1 of logits, a block: the sums; the block becomes exp(logits - max) if kKeep.
+// Step 1 of a block of logits: the sums over classes. Turns the block into exp(logits - max) if kKeep.
 template <bool kKeep, class T, class Ahead>
 CALSEG_INLINE LogitSums<T> sum_logits(I<T> labels, T* block, int64_t C, Ahead& ahead) {
     F<T> top = load<F<T>>(block);
@@ -202,7 +135,8 @@ CALSEG_INLINE LogitSums<T> sum_logits(I<T> labels, T* block, int64_t C, Ahead& a
     return sum.result(top_class);
 }
 
-// The same for C classes that the registers hold, straight from memory: kWhole blocks, or the last voxels of a tile.
+// Step 1 of a block of logits of C classes, which the registers hold, straight from memory. kWhole is false for the last voxels
+// of a tile, which fill no block.
 template <int C, bool kWhole, class T, class From>
 CALSEG_INLINE LogitSums<T> sum_few_logits(I<T> labels, const From* const (&row)[C], int at, int count) {
     const auto logits = [&](int c) {
@@ -212,7 +146,7 @@ CALSEG_INLINE LogitSums<T> sum_few_logits(I<T> labels, const From* const (&row)[
             for (int i = 0; i < kLanes; ++i) lanes[i] = i < count ? static_cast<T>(widened(row[c][at + i])) : T(0);
         return load<F<T>>(lanes);
     };
-    // written out: a loop over so much is left a loop, with its arrays in memory
+    // the first two classes are written out: a longer loop would not be unrolled, and its arrays would go to memory
     F<T> low[2] = {logits(0), logits(1)}, high[C - 2 > 0 ? C - 2 : 1];
     for (int j = 0; j < C - 2; ++j) high[j] = logits(2 + j);
     I<T> top_class = select(less(low[0], low[1]), broadcast<I<T>>(1), broadcast<I<T>>(0));
@@ -231,7 +165,7 @@ CALSEG_INLINE LogitSums<T> sum_few_logits(I<T> labels, const From* const (&row)[
     return sum.result(top_class);
 }
 
-// Step 1 of given probabilities, a block.
+// Step 1 of a block of given probabilities.
 template <class T, class Ahead>
 CALSEG_INLINE ProbabilitySums<T> sum_probabilities(I<T> labels, const T* block, int64_t C, Ahead& ahead) {
     ProbabilitySums<T> v(load<F<T>>(block));
@@ -242,7 +176,7 @@ CALSEG_INLINE ProbabilitySums<T> sum_probabilities(I<T> labels, const T* block, 
     return v;
 }
 
-// Where a block's words go, and the words: 0 where a voxel is not binned.
+// Words of a block and their places. The word of a voxel that is not binned is 0.
 template <class T>
 class Binning {
  public:
@@ -250,17 +184,13 @@ class Binning {
         : right_closed_(a.spec.right_closed),
           n_bins_(broadcast<F<T>>(static_cast<T>(a.spec.n_bins))),
           last_(broadcast<I<T>>(static_cast<int32_t>(a.spec.n_bins) - 1)),
-          copies_(broadcast<I<T>>(bins.copies())) {
-        int32_t lanes[kLanes];
-        for (int i = 0; i < kLanes; ++i) lanes[i] = i & (bins.copies() - 1);
-        copy_ = load<I<T>>(lanes);
-    }
+          place_of_(bins.copies()) {}
 
-    // kAll: every voxel of the block is binned, and its confidence lies in [0, 1].
+    // kAll means: every voxel of the block is binned, and its confidence lies in [0, 1].
     template <bool kAll, class Hit>
     CALSEG_MEMBER void set(const VoxelRows<T>& rows, int b, F<T> p, Hit hit, I<T> binned) const {
         if (!kAll) p = within_unit<T>(p);
-        store(rows.at + b * kLanes, bin_of<T>(p, n_bins_, last_, right_closed_) * copies_ + copy_);
+        store(rows.place + b * kLanes, place_of_(bin_of<T>(p, n_bins_, last_, right_closed_)));
         const I<T> confidence = in_units<T>(p);
         constexpr int32_t kCount = 1 << (kCountShift - 32), kHit = 1 << (kHitShift - 32);
         const I<T> flags = select(hit, broadcast<I<T>>(kCount | kHit), broadcast<I<T>>(kCount));
@@ -271,10 +201,11 @@ class Binning {
  private:
     bool right_closed_;
     F<T> n_bins_;
-    I<T> last_, copies_, copy_;
+    I<T> last_;
+    WordPlaces<T> place_of_;
 };
 
-// Step 2: the scores of voxels, summed over the blocks of a tile, and the words of their top labels.
+// Step 2: scores of voxels, summed over the blocks of a tile, and the words of their top labels.
 template <bool kClassWise, class T>
 class Scores {
  public:
@@ -312,7 +243,7 @@ class Scores {
     bool met_bad() const { return any(less(bad_, broadcast<I<T>>(0))); }
 
  private:
-    // Where there may be voxels that do not count, NaN and infinite likelihoods. Returns which voxels are binned.
+    // Adds a block that may hold voxels that do not count, NaN and infinite likelihoods. Returns which voxels are binned.
     CALSEG_MEMBER I<T> add_unusual(int b, I<T> labels, I<T> top, F<T> total, F<T> confidence, F<T> nll, F<T> brier) {
         const I<T> none = broadcast<I<T>>(0), yes = broadcast<I<T>>(-1);
         const F<T> nothing = zero<T>(), most = broadcast<F<T>>(static_cast<T>(kMaxNll));
@@ -340,27 +271,24 @@ class Scores {
     const VoxelRows<T> rows_;
     const Binning<T> binning_;
     const F<T> tolerance_;
-    // A lane's 32 bits hold kMostBlocks scores of up to 2^25.
+    // Sums per lane, of 32 bits.
     I<T> whole_ = broadcast<I<T>>(0), rest_ = whole_, brier_ = whole_, voxels_ = whole_, nans_ = whole_, infinites_ = whole_, bad_ = whole_;
     int64_t counted_ = 0;
 };
 
+// State of a chunk.
 template <class T, class From>
-struct Tile {
+struct ChunkState {
     ReadAhead<T, From> scores;
     VoxelRows<T> rows;
     Bins bins;
     int64_t totals[kTotals] = {};
 
-    static int64_t bytes(const BinsArgs& a) {
-        const int64_t length = tiling<T>(a).length;
-        return ReadAhead<T, From>::bytes(a.shape.C, length) + VoxelRows<T>::bytes(length) + Bins::bytes(a);
-    }
-    Tile(Scratch& scratch, const BinsArgs& a, int length)
-        : scores(scratch, a.scores, a.shape.C, length), rows(scratch, length), bins(scratch, a) {}
+    ChunkState(Scratch& scratch, const BinsArgs& a, int length)
+        : scores(scratch, a.scores, a.shape.C, length), rows(scratch, length), bins(scratch, kinds(a), a.spec.n_bins, length) {}
 };
 
-// The first voxel of a tile whose probabilities do not sum to 1, or lie below 0.
+// Finds the first voxel of a tile whose probabilities do not sum to 1, or lie below 0.
 template <class T>
 void find_bad(const BinsArgs& a, const VoxelRows<T>& rows, const Span& span, BinsFault& fault) {
     const T tolerance = static_cast<T>(a.spec.tolerance);
@@ -377,49 +305,50 @@ void find_bad(const BinsArgs& a, const VoxelRows<T>& rows, const Span& span, Bin
     }
 }
 
+// Adds a tile to the bins and the totals.
 template <bool kClassWise, bool kLogits, class T, class From>
-void run_tile(const BinsArgs& a, Tile<T, From>& tile, const Span& span, const Span& next, BinsFault& fault) {
+void add_tile(const BinsArgs& a, ChunkState<T, From>& state, const Span& span, const Span& next, BinsFault& fault) {
     const int64_t C = a.shape.C;
-    const VoxelRows<T> rows = tile.rows;
+    const VoxelRows<T> rows = state.rows;
     const int blocks = static_cast<int>(round_up(span.count, kLanes)) / kLanes;
-    const Binning<T> binning(a, tile.bins);
-    tile.scores.begin(span, next);
+    const Binning<T> binning(a, state.bins);
+    state.scores.begin(span, next);
     using Sums = VoxelSums<kLogits, T>;
     for (int b = 0; b < blocks; ++b) {
         if constexpr (kLogits)
-            *rows.template sums_of<Sums>(b) = sum_logits<kClassWise>(rows.labels_of(b), tile.scores.block(b), C, tile.scores);
-        else *rows.template sums_of<Sums>(b) = sum_probabilities(rows.labels_of(b), tile.scores.block(b), C, tile.scores);
+            *rows.template sums_of<Sums>(b) = sum_logits<kClassWise>(rows.labels_of(b), state.scores.block(b), C, state.scores);
+        else *rows.template sums_of<Sums>(b) = sum_probabilities(rows.labels_of(b), state.scores.block(b), C, state.scores);
     }
-    tile.scores.end();
+    state.scores.end();
     Scores<kClassWise, T> scores(a, rows, binning);
     for (int b = 0; b < blocks; ++b) scores.add(b, rows.labels_of(b), *rows.template sums_of<Sums>(b));
-    scores.finish_tile(tile.totals);
+    scores.finish_tile(state.totals);
     if constexpr (!kLogits)
         if (scores.met_bad()) find_bad(a, rows, span, fault);
 
-    // Step 3: the words go to their bins, class by class.
-    if (!kClassWise) return tile.bins.add(0, rows.at, rows.word, blocks);
+    // Step 3: add the words to their bins, class by class.
+    if (!kClassWise) return state.bins.add(0, rows.place, rows.word, blocks);
     for (int64_t c = a.spec.first_class; c < C; ++c) {
         for (int b = 0; b < blocks; ++b) {
             const int at = b * kLanes;
-            F<T> p = load<F<T>>(tile.scores.block(b) + c * kLanes);
+            F<T> p = load<F<T>>(state.scores.block(b) + c * kLanes);
             if (kLogits) p = p * load<F<T>>(rows.scale + at);
             const auto hit = equal(load<I<T>>(rows.labels + at), broadcast<I<T>>(static_cast<int32_t>(c)));
             binning.template set<false>(rows, b, p, hit, load<I<T>>(rows.binned + at));
         }
-        tile.bins.add(c - a.spec.first_class, rows.at, rows.word, blocks);
+        state.bins.add(c - a.spec.first_class, rows.place, rows.word, blocks);
     }
 }
 
-// Top-label bins of two to four classes, from rows of memory.
+// Adds a tile of C classes, two to four, to top-label bins, straight from rows of memory.
 template <int C, class T, class From>
-void run_few(const BinsArgs& a, Tile<T, From>& tile, const Span& span, const Span&, BinsFault&) {
-    const VoxelRows<T> rows = tile.rows;
+void add_tile_of_few(const BinsArgs& a, ChunkState<T, From>& state, const Span& span, const Span&, BinsFault&) {
+    const VoxelRows<T> rows = state.rows;
     const int blocks = static_cast<int>(round_up(span.count, kLanes)) / kLanes;
     const From* row[C];
     for (int c = 0; c < C; ++c)
         row[c] = static_cast<const From*>(a.scores.data) + span.n * a.scores.stride_n + c * a.scores.stride_c + span.s;
-    const Binning<T> binning(a, tile.bins);
+    const Binning<T> binning(a, state.bins);
     const int whole = span.count / kLanes;
     for (int b = 0; b < whole; ++b)
         *rows.template sums_of<LogitSums<T>>(b) = sum_few_logits<C, true, T, From>(rows.labels_of(b), row, b * kLanes, kLanes);
@@ -428,66 +357,67 @@ void run_few(const BinsArgs& a, Tile<T, From>& tile, const Span& span, const Spa
             sum_few_logits<C, false, T, From>(rows.labels_of(b), row, b * kLanes, span.count % kLanes);
     Scores<false, T> scores(a, rows, binning);
     for (int b = 0; b < blocks; ++b) scores.add(b, rows.labels_of(b), *rows.template sums_of<LogitSums<T>>(b));
-    scores.finish_tile(tile.totals);
-    tile.bins.add(0, rows.at, rows.word, blocks);
+    scores.finish_tile(state.totals);
+    state.bins.add(0, rows.place, rows.word, blocks);
 }
 
 template <class T, class From>
-auto tile_runner(const BinsArgs& a) {
-    if (a.spec.class_wise) return a.spec.from_logits ? run_tile<true, true, T, From> : run_tile<true, false, T, From>;
-    if (!a.spec.from_logits) return run_tile<false, false, T, From>;
+auto choose_add_tile(const BinsArgs& a) {
+    if (a.spec.class_wise) return a.spec.from_logits ? add_tile<true, true, T, From> : add_tile<true, false, T, From>;
+    if (!a.spec.from_logits) return add_tile<false, false, T, From>;
     if (a.scores.stride_s == 1) {
-        if (a.shape.C == 2) return run_few<2, T, From>;
-        if (a.shape.C == 3) return run_few<3, T, From>;
-        if (a.shape.C == 4) return run_few<4, T, From>;
+        if (a.shape.C == 2) return add_tile_of_few<2, T, From>;
+        if (a.shape.C == 3) return add_tile_of_few<3, T, From>;
+        if (a.shape.C == 4) return add_tile_of_few<4, T, From>;
     }
-    return run_tile<false, true, T, From>;
+    return add_tile<false, true, T, From>;
 }
 
 template <class T, class From>
-void run(const BinsArgs& a, int64_t chunk, void* memory) {
-    const Tiling tiles = tiling<T>(a);
-    Scratch scratch(memory);
-    Tile<T, From> tile(scratch, a, tiles.length);
+void compute(const BinsArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+    ChunkState<T, From> state(scratch, a, tiles.length);
+    if (scratch.is_counting()) return;
     BinsFault fault;
-    const auto run_one = tile_runner<T, From>(a);
+    const auto add = choose_add_tile<T, From>(a);
     int64_t item = 0;
-    tiles.for_tiles(chunk, [&](const Span& span, const Span& next) {
-        if (fault.label_position >= 0) return;
+    for (const auto& [span, next] : TilesOfChunk(tiles, chunk)) {
         item = a.spec.per_item ? span.n : 0;
-        const int bad = load_checked_labels(tile.rows.labels, a, span);
+        const int bad = load_checked_labels(state.rows.labels, a, span);
         if (bad >= 0) {
             fault.label_position = span.n * a.shape.S + span.s + bad;
             fault.label = label_at(a.spec.labels.tensor, span, bad);
-            return;
+            break;
         }
-        run_one(a, tile, span, next, fault);
-        tile.bins.end_tile(span.count);
-    });
-    tile.bins.finish(a.sums + item * 3 * kinds(a) * a.spec.n_bins);
-    for (int k = 0; k < kTotals; ++k) atomic_add(a.totals + item * kTotals + k, tile.totals[k]);
+        add(a, state, span, next, fault);
+        state.bins.end_tile(span.count);
+    }
+    state.bins.finish_chunk(a.sums + item * kinds(a) * a.spec.n_bins * BinFormat::kSums);
+    for (int k = 0; k < kTotals; ++k) atomic_add(a.totals + item * kTotals + k, state.totals[k]);
     a.chunk_faults[chunk] = fault;
 }
 
-bool is_double(const BinsArgs& a) { return a.scores.dtype == DType::f64; }
-int64_t num_chunks(const BinsArgs& a) { return is_double(a) ? tiling<double>(a).num_chunks() : tiling<float>(a).num_chunks(); }
-int64_t scratch_bytes(const BinsArgs& a) { return is_double(a) ? Tile<double, double>::bytes(a) : Tile<float, float>::bytes(a); }
-void run_chunk(const BinsArgs& a, int64_t chunk, void* scratch) {
-    switch (a.scores.dtype) {
-        case DType::f64:
-            return run<double, double>(a, chunk, scratch);
-        case DType::bf16:
-            return run<float, BF16>(a, chunk, scratch);
-        case DType::f16:
-            return run<float, F16>(a, chunk, scratch);
-        default:
-            return run<float, float>(a, chunk, scratch);
+struct CalibrationBins {
+    using Args = BinsArgs;
+
+    static DType dtype(const Args& a) { return a.scores.dtype; }
+
+    template <class T>
+    static Tiling tiling(const Args& a) {
+        // this tile and the next fill a quarter of the second cache
+        const int64_t wanted = 128 * 1024 / (a.shape.C * static_cast<int64_t>(sizeof(T)));
+        return Tiling(a.shape, smaller(wanted, kMostBlocks * kLanes), logits_of_chunk(kinds(a) * a.spec.n_bins));
     }
-}
+
+    template <class T>
+    static void compute_chunk(const Args& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+        with_stored_type<T>(a.scores.dtype,
+                            [&](auto* type) { compute<T, std::remove_pointer_t<decltype(type)>>(a, tiles, chunk, scratch); });
+    }
+};
 
 }  // namespace
 
-const Kernel<BinsArgs> calibration_bins = {num_chunks, scratch_bytes, run_chunk};
+const Kernel<BinsArgs> calibration_bins = make_kernel<CalibrationBins>();
 
 }  // namespace CALSEG_ISA
 }  // namespace calseg

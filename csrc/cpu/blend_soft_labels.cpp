@@ -1,0 +1,46 @@
+// Soft labels from an estimate, scaled and blended with one-hot labels. Floor: one read, one write.
+#include "cpu/blend.h"
+#include "cpu/kernel.h"
+#include "cpu/labels.h"
+#include "cpu/tile.h"
+
+namespace calseg {
+namespace CALSEG_ISA {
+namespace {
+
+struct BlendSoftLabels {
+    using Args = BlendArgs;
+
+    static DType dtype(const Args& a) { return a.estimate.dtype; }
+
+    template <class T>
+    static Tiling tiling(const Args& a) {
+        return Tiling(a.shape, voxels_in_cache(a.shape.C, 1, sizeof(T)), 1 << 16);
+    }
+
+    template <class T>
+    static void compute_chunk(const Args& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+        const int64_t C = a.shape.C;
+        int32_t* labels = scratch.take<int32_t>(tiles.length);
+        TensorTile<T> tensor(scratch, a.estimate, a.estimate, a.shape, tiles.length);
+        if (scratch.is_counting()) return;
+        const T alpha = a.spec.labels.tensor ? static_cast<T>(a.spec.alpha) : T(1);
+        const T scale = static_cast<T>(1.0 / static_cast<double>(a.spec.num_maps));
+        for (const auto& [span, next] : TilesOfChunk(tiles, chunk)) {
+            load_labels(labels, a.spec.labels, span, C);
+            tensor.begin(span, next);
+            for (int b = 0; b * kLanes < span.count; ++b) {
+                tensor.prefetch_next(b);
+                blend_block(labels + b * kLanes, tensor.block(b), C, alpha, scale);
+            }
+            tensor.end(span);
+        }
+    }
+};
+
+}  // namespace
+
+const Kernel<BlendArgs> blend_soft_labels = make_kernel<BlendSoftLabels>();
+
+}  // namespace CALSEG_ISA
+}  // namespace calseg

@@ -1,0 +1,58 @@
+// Kernels from operations: the choice of float or double arithmetic, and the three functions of a kernel.
+//
+// An operation is a type that has
+//   Args                                           the arguments of a call
+//   dtype(args)                                    the dtype that decides the arithmetic: double for float64, else float
+//   tiling<T>(args)                                the division of the call, where T is float or double
+//   compute_chunk<T>(args, tiles, chunk, scratch)  the work of a chunk. It takes all of its scratch memory before anything
+//                                                  else, and returns if scratch.is_counting().
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/scratch.h"
+#include "cpu/table.h"
+#include "cpu/tiling.h"
+
+namespace calseg {
+namespace CALSEG_ISA {
+namespace {
+
+template <class Operation>
+struct OperationKernel {
+    using Args = typename Operation::Args;
+
+    static int64_t num_chunks(const Args& args) {
+        return is_double(args) ? Operation::template tiling<double>(args).num_chunks()
+                               : Operation::template tiling<float>(args).num_chunks();
+    }
+
+    static int64_t scratch_bytes(const Args& args) {
+        Scratch counted;
+        compute(args, 0, counted);
+        return counted.bytes_taken();
+    }
+
+    static void compute_chunk(const Args& args, int64_t chunk, void* memory) {
+        Scratch scratch(memory);
+        compute(args, chunk, scratch);
+    }
+
+ private:
+    static bool is_double(const Args& args) { return Operation::dtype(args) == DType::f64; }
+
+    static void compute(const Args& args, int64_t chunk, Scratch& scratch) {
+        if (is_double(args)) Operation::template compute_chunk<double>(args, Operation::template tiling<double>(args), chunk, scratch);
+        else Operation::template compute_chunk<float>(args, Operation::template tiling<float>(args), chunk, scratch);
+    }
+};
+
+template <class Operation>
+constexpr Kernel<typename Operation::Args> make_kernel() {
+    using Of = OperationKernel<Operation>;
+    return {Of::num_chunks, Of::scratch_bytes, Of::compute_chunk};
+}
+
+}  // namespace
+}  // namespace CALSEG_ISA
+}  // namespace calseg

@@ -1,0 +1,113 @@
+// Labels of a tile: reading, ignored voxels, and prefetching.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu/dtypes.h"
+#include "cpu/tiling.h"
+
+namespace calseg {
+namespace CALSEG_ISA {
+namespace {
+
+// Comparison of labels of one type with ignore_index. No label is ignored if the type cannot hold the index.
+template <class From>
+struct IgnoreIndex {
+    From value;
+    bool possible;
+
+    explicit IgnoreIndex(int64_t index)
+        : value(static_cast<From>(index)),
+          possible((std::is_signed<From>::value || index >= 0) && static_cast<int64_t>(static_cast<From>(index)) == index) {}
+    CALSEG_MEMBER bool operator==(From label) const { return possible & (label == value); }
+    CALSEG_MEMBER bool operator!=(From label) const { return !(*this == label); }
+};
+
+// Range of the classes among labels of one type.
+template <class From>
+struct ClassLabels {
+    using Unsigned = std::make_unsigned_t<From>;
+    Unsigned last;
+
+    explicit ClassLabels(int64_t C) : last(static_cast<Unsigned>(smaller(C - 1, kMaxLabel))) {}
+    CALSEG_MEMBER bool contain(From label) const { return static_cast<Unsigned>(label) <= last; }
+
+ private:
+    static constexpr auto kMaxLabel = static_cast<int64_t>(static_cast<Unsigned>(-1) / (std::is_signed<From>::value ? 2 : 1) & INT64_MAX);
+};
+
+// Reads the labels of a tile: the class, or -1 where the voxel is ignored, the label is no class, or the tile is padded.
+// Returns the number of voxels that count.
+inline int load_labels(int32_t* to, const Labels& labels, const Span& span, int64_t C) {
+    const int count = span.count;
+    const int padded = static_cast<int>(round_up(count, kLanes));
+    fill<int32_t>(to + count, to + padded, -1);
+    if (!labels.tensor) {
+        fill<int32_t>(to, to + count, 0);
+        return count;
+    }
+    with_integer_type(labels.tensor.dtype, [&](auto* type) {
+        using From = std::remove_pointer_t<decltype(type)>;
+        const int64_t step = labels.tensor.stride_s;
+        const IgnoreIndex<From> ignore(labels.ignore_index);
+        const ClassLabels<From> classes(labels.is_mask ? INT64_MAX : C);
+        const From* from = static_cast<const From*>(labels.tensor.data) + span.n * labels.tensor.stride_n + span.s * step;
+        const int32_t keep = labels.is_mask ? 0 : -1;
+        // an index that is no class needs no comparison
+        const bool may_be_class = ignore.possible && classes.contain(ignore.value);
+        const auto convert = [&](auto any_ignored, auto by) {
+            for (int i = 0; i < count; ++i) {
+                const From label = from[i * by];
+                const bool counts = classes.contain(label) & (!any_ignored | (ignore != label));
+                to[i] = counts ? static_cast<int32_t>(label) & keep : -1;
+            }
+        };
+        using Yes = std::true_type;
+        using No = std::false_type;
+        using One = std::integral_constant<int64_t, 1>;
+        if (step != 1) convert(Yes(), step);
+        else if (may_be_class) convert(Yes(), One());
+        else convert(No(), One());
+    });
+    int counted = 0;
+    for (int i = 0; i < count; ++i) counted += to[i] >= 0;
+    return counted;
+}
+
+// Prefetches the labels of the next tile, a block at a time. Read all at once, they would have to be waited for.
+class LabelsAhead {
+ public:
+    LabelsAhead() = default;
+    LabelsAhead(const Labels& labels, const Span& next)
+        : from_(static_cast<const char*>(labels.tensor.data) +
+                (next.n * labels.tensor.stride_n + next.s * labels.tensor.stride_s) * dtype_bytes(labels.tensor.dtype)),
+          block_bytes_(labels.tensor && labels.tensor.stride_s == 1 && next.count > 0 ? kLanes * dtype_bytes(labels.tensor.dtype) : 0) {}
+
+    CALSEG_MEMBER void block(int b) const {
+#if defined(__GNUC__)
+        for (int64_t at = 0; at < block_bytes_; at += 64) __builtin_prefetch(from_ + b * block_bytes_ + at, 0, 2);
+#else
+        (void)b;
+#endif
+    }
+
+ private:
+    const char* from_ = nullptr;
+    int64_t block_bytes_ = 0;
+};
+
+// Zeroes ignored voxels, whose values must not reach the arithmetic: they may be NaN.
+template <class T>
+void clear_ignored(T* tile, const int32_t* labels, int count, int64_t C) {
+    for (int b = 0; b * kLanes < count; ++b)
+        for (int64_t c = 0; c < C; ++c)
+            for (int i = 0; i < kLanes; ++i) {
+                T& value = tile[(b * C + c) * kLanes + i];
+                value = labels[b * kLanes + i] < 0 ? T(0) : value;
+            }
+}
+
+}  // namespace
+}  // namespace CALSEG_ISA
+}  // namespace calseg

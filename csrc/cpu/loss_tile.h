@@ -1,0 +1,118 @@
+// State of a loss: the tile's rows of labels, losses and upstream gradients, and the sums of the chunk.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/labels.h"
+#include "cpu/tile.h"
+
+namespace calseg {
+namespace CALSEG_ISA {
+namespace {
+
+// Sum of a row in double, in a fixed order. With so many partial sums no addition waits for the one before.
+template <class T>
+double sum_row(const T* row, int count) {
+    constexpr int kPartial = 32;
+    double part[kPartial] = {};
+    int i = 0;
+    for (; i + kPartial <= count; i += kPartial)
+        for (int j = 0; j < kPartial; ++j) part[j] += static_cast<double>(row[i + j]);
+    for (; i < count; ++i) part[i % kPartial] += static_cast<double>(row[i]);
+    for (int width = kPartial / 2; width > 0; width /= 2)
+        for (int j = 0; j < width; ++j) part[j] += part[j + width];
+    return part[0];
+}
+
+// Uniform label smoothing: Y becomes keep * Y + spread. The factors are made once a chunk, as a division in every block would
+// cost time.
+template <class T>
+struct Smoothing {
+    T keep, spread;
+    Smoothing(double label_smoothing, int64_t C)
+        : keep(T(1) - static_cast<T>(label_smoothing)), spread(static_cast<T>(label_smoothing) / static_cast<T>(C)) {}
+};
+
+// Rows of a tile with one number per voxel, the class weights, and the chunk's sums.
+template <class T>
+struct LossTile {
+    int count = 0, counted = 0;
+    int64_t C;
+    int32_t* labels;                     // [length], -1 where ignored
+    T *loss, *kl;                        // [length]
+    T* upstream;                         // [length] gradient of the result with respect to loss, 0 where ignored
+    T* kl_upstream;                      // [length] gradient of the result with respect to kl, 0 where ignored
+    T *sum, *label_weight, *weighted_d;  // [length] intermediate results of hard_cross_entropy.h
+    T* weight;                           // [C], ones without class weights
+    T weight_sum = 0;
+    LossSums sums;  // of the tiles so far
+    LabelsAhead labels_ahead;
+
+    LossTile(Scratch& scratch, int64_t num_classes, int length, const double* class_weight) : C(num_classes) {
+        labels = scratch.take<int32_t>(length);
+        loss = scratch.take<T>(length);
+        kl = scratch.take<T>(length);
+        upstream = scratch.take<T>(length);
+        kl_upstream = scratch.take<T>(length);
+        sum = scratch.take<T>(length);
+        label_weight = scratch.take<T>(length);
+        weighted_d = scratch.take<T>(length);
+        weight = scratch.take<T>(C);
+        if (scratch.is_counting()) return;
+        for (int64_t c = 0; c < C; ++c) {
+            weight[c] = class_weight ? static_cast<T>(class_weight[c]) : T(1);
+            weight_sum += weight[c];
+        }
+    }
+
+    void load(const Labels& from, const Upstream& up, const Span& span, const Span& next) {
+        labels_ahead = LabelsAhead(from, next);
+        count = span.count;
+        counted = load_labels(labels, from, span, C);
+        sums.uncounted += count - counted;
+        load_upstream(up, span);
+    }
+
+    bool any_ignored() const { return counted < count; }
+
+    // Adds the tile's losses and KL terms to the sums, and stores loss + beta * kl if `to` is given.
+    template <bool kKL>
+    void finish_tile(const TensorView& to, double beta, const Span& span) {
+        sums.loss += sum_row(loss, count);
+        if (kKL) sums.kl += sum_row(kl, count);
+        if (!to) return;
+        if (kKL)
+            for (int i = 0; i < count; ++i) loss[i] += static_cast<T>(beta) * kl[i];
+        store_tile(to, span, loss, 1, false);
+    }
+
+    void finish_chunk(LossSums* chunk_sums, int64_t chunk) const {
+        if (chunk_sums) chunk_sums[chunk] = sums;
+    }
+
+ private:
+    int filled_ = 0;  // number of upstream gradients that a tile without ignored voxels left, and that hold for the next
+
+    void load_upstream(const Upstream& up, const Span& span) {
+        const T scale = static_cast<T>(up.scale), kl_scale = static_cast<T>(up.kl_scale);
+        const int padded = static_cast<int>(round_up(count, kLanes));
+        if (up.grad_output) load_tile(upstream, up.grad_output, span, 1);
+        else if (!any_ignored()) {
+            if (padded > filled_) {
+                fill(upstream, upstream + padded, scale);
+                fill(kl_upstream, kl_upstream + padded, kl_scale);
+                filled_ = padded;
+            }
+            return;
+        } else fill(upstream, upstream + padded, T(1));
+        filled_ = 0;
+        for (int i = 0; i < padded; ++i) {
+            kl_upstream[i] = labels[i] < 0 ? T(0) : upstream[i] * kl_scale;
+            upstream[i] = labels[i] < 0 ? T(0) : upstream[i] * scale;
+        }
+    }
+};
+
+}  // namespace
+}  // namespace CALSEG_ISA
+}  // namespace calseg

@@ -1,0 +1,40 @@
+// Cross-entropy of one block of voxels against soft labels, forward and gradient.
+#pragma once
+
+#include "cpu/loss_tile.h"
+#include "cpu/softmax.h"
+
+namespace calseg {
+namespace CALSEG_ISA {
+namespace {
+
+// Returns the losses of a block against soft labels Y. Turns log_p into the gradient of the logits if `gradient`, and soft
+// into the gradient of Y if `soft_gradient`.
+template <class T>
+CALSEG_INLINE F<T> soft_cross_entropy_block(const LossTile<T>& t, int block, int64_t C, T* log_p, const T* e, F<T> sum, T* soft,
+                                            const Smoothing<T>& smoothing, bool gradient, bool soft_gradient) {
+    const F<T> upstream = load<F<T>>(t.upstream + block * kLanes), none = zero<T>();
+    const F<T> keep = broadcast<F<T>>(smoothing.keep), spread = broadcast<F<T>>(smoothing.spread);
+    F<T> loss = none, mass = none;
+    for (int64_t c = 0; c < C; ++c) {
+        const F<T> smoothed = keep * load<F<T>>(soft + c * kLanes) + spread, y = broadcast<F<T>>(t.weight[c]) * smoothed;
+        mass = mass + y;
+        // the limit of t log t is 0, also where log p is -inf
+        loss = loss - select(equal(smoothed, none), none, y * load<F<T>>(log_p + c * kLanes));
+    }
+    const F<T> scale_p = upstream * mass * reciprocal(sum), impossible = broadcast<F<T>>(T(-INFINITY));
+    for (int64_t c = 0; c < C && (gradient || soft_gradient); ++c) {
+        const F<T> weight = broadcast<F<T>>(t.weight[c]), y = load<F<T>>(soft + c * kLanes), lp = load<F<T>>(log_p + c * kLanes);
+        if (gradient) store(log_p + c * kLanes, load<F<T>>(e + c * kLanes) * scale_p - upstream * (weight * (keep * y + spread)));
+        if (soft_gradient) {
+            // an impossible class without mass adds nothing to the loss, and so has no gradient
+            const F<T> finite = select(equal(lp, impossible), select(equal(y, none), none, lp), lp);
+            store(soft + c * kLanes, select(equal(upstream, none), none, (none - keep * weight * upstream) * finite));
+        }
+    }
+    return select(less(load<I<T>>(t.labels + block * kLanes), broadcast<I<T>>(0)), none, loss);
+}
+
+}  // namespace
+}  // namespace CALSEG_ISA
+}  // namespace calseg
