@@ -43,7 +43,7 @@ def _pack(kind: type, structure: Any, lists: Lists) -> None:
     tensors, integers, numbers, words = lists
     for form, value in zip(_FORMS[kind], structure, strict=True):
         if isinstance(form, type):
-            integers.append(value is not None)
+            integers.append(0 if value is None else 1)
             if value is not None:
                 _pack(form, value, lists)
         elif form == "tensor":
@@ -53,7 +53,9 @@ def _pack(kind: type, structure: Any, lists: Lists) -> None:
             tensors.append(value if is_tensor else None)
             integers.append(0 if is_tensor else value if value < 2**63 else value - 2**64)  # as an int64 holds it
         elif form == "integer":
-            integers.append(int(value))
+            integers.append(value)
+        elif form == "flag":
+            integers.append(1 if value else 0)
         elif form == "number":
             numbers.append(value)
         else:
@@ -71,7 +73,7 @@ def _unpack(kind: type, rest: tuple[Iterator[Any], ...]) -> Any:
         elif form == "seed":
             tensor, integer = next(tensors), next(integers)
             values.append(integer if tensor is None else tensor)
-        elif form == "integer":
+        elif form in ("integer", "flag"):
             values.append(next(integers))
         elif form == "number":
             values.append(next(numbers))
@@ -87,7 +89,7 @@ def _form(hint: Any) -> Any:
     if len(kinds) > 1:
         return "seed"
     (kind,) = kinds
-    forms = {Tensor: "tensor", int: "integer", bool: "integer", float: "number", str: "word", torch.dtype: "dtype"}
+    forms = {Tensor: "tensor", int: "integer", bool: "flag", float: "number", str: "word", torch.dtype: "dtype"}
     return forms.get(kind, kind)
 
 

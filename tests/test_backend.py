@@ -15,9 +15,10 @@ import torch
 from cases import labels, scores
 
 import calseg
-from calseg import native, tensors
+from calseg import native as memory
+from calseg import tensors
 
-native = native.extension
+native = memory.extension
 pytestmark = [pytest.mark.skipif(native is None, reason="no native engine"), pytest.mark.timeout(180)]
 MIB = 2**20
 
@@ -324,7 +325,7 @@ class TestBufferPool:
         for dtype in tensors.FLOAT_DTYPES:
             like = torch.zeros(1, 8, 128, 64, 64, dtype=dtype)
             for example in (like, like.to(memory_format=torch.channels_last_3d), like.transpose(0, 1)):
-                made = native.empty_like(example)
+                made = memory.empty_like(example)
                 assert (made.shape, made.dtype, made.stride()) == (
                     example.shape,
                     dtype,
@@ -335,19 +336,19 @@ class TestBufferPool:
         del made
         assert held() > 0
         calseg.empty_cache()
-        assert native.empty_like(torch.zeros(100)).numel() == 100
+        assert memory.empty_like(torch.zeros(100)).numel() == 100
         assert held() == 0
 
     def test_freed_memory_is_used_again(self):
         like = torch.zeros(8 * MIB // 4)
-        first = native.empty_like(like)
+        first = memory.empty_like(like)
         address = first.data_ptr()
         del first
         assert held() == 8 * MIB
-        second = native.empty_like(like)
+        second = memory.empty_like(like)
         assert second.data_ptr() == address
         assert held() == 0
-        third = native.empty_like(like)
+        third = memory.empty_like(like)
         assert third.data_ptr() != address
         del second, third
         assert held() == 16 * MIB
@@ -359,18 +360,18 @@ class TestBufferPool:
         most = 0
         for size in (8, 12, 9, 40, 8, 16, 11, 64, 8, 9):
             like = [torch.zeros(1, device="meta").expand(size * MIB // 4) for _ in range(2)]
-            live = [native.empty_like(torch.empty(t.shape)) for t in like]
+            live = [memory.empty_like(torch.empty(t.shape)) for t in like]
             most = max(most, sum(t.numel() * 4 for t in live))
             assert held() + sum(t.numel() * 4 for t in live) <= most + 2 * 2 * MIB  # rounded up to 2 MiB each
             del live
             assert held() <= most + 2 * 2 * MIB
 
     def test_a_view_keeps_the_memory(self):
-        made = native.empty_like(torch.zeros(8 * MIB // 4)).fill_(3.0)
+        made = memory.empty_like(torch.zeros(8 * MIB // 4)).fill_(3.0)
         part = made[5:10]
         del made
         assert held() == 0
-        other = native.empty_like(torch.zeros(8 * MIB // 4)).fill_(4.0)
+        other = memory.empty_like(torch.zeros(8 * MIB // 4)).fill_(4.0)
         assert part.tolist() == [3.0] * 5
         del part, other
         assert held() == 16 * MIB
@@ -388,7 +389,7 @@ class TestBufferPool:
     def test_threads_share_it(self):
         def work(index):
             for _ in range(30):
-                made = native.empty_like(torch.empty((4 + index) * MIB // 4)).fill_(index)
+                made = memory.empty_like(torch.empty((4 + index) * MIB // 4)).fill_(index)
                 assert float(made[0]) == float(made[-1]) == index
             return True
 

@@ -18,7 +18,7 @@ from cases import LAYOUTS, assert_accurate, class_weights, id_of, labels, scores
 import calseg
 from calseg import native
 from calseg.backends import choice, rng
-from calseg.operations import UNIT
+from calseg.operations import UNIT, BinsSpec, Labels
 
 pytestmark = [
     pytest.mark.gpu,
