@@ -12,7 +12,7 @@ needs no Function, since PyTorch differentiates it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ def _saved(ctx: Any) -> Any:
 
 def _empty_if(needed: Sequence[bool], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Memory for the gradients that are needed."""
-    return [native.empty_like(t) if need and t is not None else None for need, t in zip(needed, tensors, strict=True)]
+    return [None if t is None or not need else native.empty_like(t) for need, t in zip(needed, tensors)]  # noqa: B905
 
 
 def _fake_if(needed: Sequence[bool], tensors: Sequence[Tensor | None]) -> list[Tensor]:
@@ -145,7 +145,7 @@ def _run_loss(
     if traced:
         value, *present = loss_operator(backend, *pack(spec, tensors), list(needed), grad_output)
         return value, LossTensors(*_placed(needed, present))
-    gradients = LossTensors(*_empty_if(needed, tensors)) if True in needed else NO_GRADIENTS
+    gradients = LossTensors._make(_empty_if(needed, tensors)) if True in needed else NO_GRADIENTS
     return engine(backend).loss(spec, tensors, gradients, grad_output), gradients
 
 
@@ -158,22 +158,17 @@ def _needs_upstream_first(backend: str, spec: LossSpec, tensors: LossTensors) ->
     return backend == "triton" and any(t is not None and t.dtype == torch.float16 for t in tensors)
 
 
-class LossCall(NamedTuple):
-    """What a loss is asked for, beside its tensors. ``traced``: by the operator, which PyTorch sees."""
-
-    backend: str
-    spec: LossSpec
-    reuse_logits: bool
-    traced: bool
-
-
 class Loss(Function):
-    """``(call, *tensors) -> loss``, with the four tensors of :class:`LossTensors`."""
+    """``((backend, spec, reuse_logits, traced), *tensors) -> loss``, with the four tensors of :class:`LossTensors`.
+
+    ``traced``: by the operator, which PyTorch sees. The options come in a tuple, as every argument of a Function costs
+    time, and small losses have none to spare.
+    """
 
     @staticmethod
-    def forward(ctx: Any, call: LossCall, *given: Tensor | None) -> Tensor:
+    def forward(ctx: Any, call: tuple[str, LossSpec, bool, bool], *given: Tensor | None) -> Tensor:
         backend, spec, reuse_logits, traced = call
-        tensors = LossTensors(*given)
+        tensors = LossTensors._make(given)
         ctx.later = reuse_logits or _needs_upstream_first(backend, spec, tensors)
         if ctx.later:
             _save(ctx, spec, tensors)
@@ -192,12 +187,10 @@ class Loss(Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad_output,) = grad_outputs
-        if ctx.later:
-            gradients, inputs = _gradients_in_backward(ctx, grad_output)
-        elif ctx.traced:
+        if not ctx.later and ctx.traced:
             return None, *(None if g is None else g * grad_output for g in ctx.saved_tensors)
-        else:
-            gradients, inputs = _gradients_of_forward(ctx, grad_output)
+        make = _gradients_in_backward if ctx.later else _gradients_of_forward
+        gradients, inputs = make(ctx, grad_output)
         return None, *_guarded(gradients, grad_output, *inputs)
 
 
@@ -217,7 +210,7 @@ def _gradients_of_forward(ctx: Any, grad_output: Tensor) -> tuple[Sequence[Tenso
     return gradients, inputs
 
 
-def _gradients_in_backward(ctx: Any, grad_output: Tensor) -> tuple[Sequence[Tensor | None], LossTensors]:
+def _gradients_in_backward(ctx: Any, grad_output: Tensor) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
     """The kernel again, with the gradient that comes in."""
     spec, inputs = _saved(ctx)
     needed, logits, traced = ctx.needs_input_grad[1:], inputs.logits, is_traced(*inputs)
@@ -253,7 +246,7 @@ def loss(
         value, _ = _run_loss(backend, spec, tensors, NONE_NEEDED, traced)
     else:
         attach = Loss.apply if torch.compiler.is_compiling() else _attach_loss
-        value = attach(LossCall(backend, spec, reuse_logits, traced), *tensors)
+        value = attach((backend, spec, reuse_logits, traced), *tensors)
     return value
 
 

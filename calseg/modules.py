@@ -1,15 +1,43 @@
-"""``nn.Module`` forms of the losses; the arguments of the functions in :mod:`calseg.functional`, held."""
+"""``nn.Module`` forms of the losses: the options of the functions in :mod:`calseg.functional`, held.
+
+A module has the options that the signature of its function has, but for the tensors of a batch.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from calseg import functional
 
 
-class VLSCrossEntropyLoss(nn.Module):
+class _Loss(nn.Module):
+    """A loss with its options; class weights, where the function takes them, are a buffer."""
+
+    function: ClassVar[Callable[..., Tensor]]
+    of_a_batch: ClassVar[tuple[str, ...]]  # arguments of the function that ``forward`` takes
+
+    weight: Tensor | None
+
+    def __init__(self, weight: Tensor | None = None, **options: Any) -> None:
+        super().__init__()
+        own = inspect.signature(self.function).parameters
+        known = [name for name in own if name not in ("weight", *self.of_a_batch)]
+        for name in options:
+            if name not in known:
+                raise TypeError(f"{type(self).__name__}: unknown option {name!r}, wanted some of {', '.join(known)}")
+        self.register_buffer("weight", weight, persistent=False)
+        self.options = options
+
+    def extra_repr(self) -> str:
+        """The options that were given."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class VLSCrossEntropyLoss(_Loss):
     """:func:`calseg.vls_cross_entropy` as a module; a drop-in for :class:`torch.nn.CrossEntropyLoss`.
 
     Args:
@@ -28,17 +56,8 @@ class VLSCrossEntropyLoss(nn.Module):
         torch.Size([])
     """
 
-    weight: Tensor | None
-    _options = (
-        "size_average", "ignore_index", "reduce", "reduction", "label_smoothing", "alpha", "temperature",
-        "num_samples", "beta", "prior_mu", "prior_logvar", "seed", "backend", "reuse_logits",
-    )  # fmt: skip
-
-    def __init__(self, weight: Tensor | None = None, **options: Any) -> None:
-        super().__init__()
-        _check_options(type(self).__name__, options, self._options)
-        self.register_buffer("weight", weight, persistent=False)
-        self.options = options
+    function = staticmethod(functional.vls_cross_entropy)
+    of_a_batch = ("input", "target", "mu", "logvar", "soft_labels")
 
     def forward(
         self,
@@ -54,12 +73,8 @@ class VLSCrossEntropyLoss(nn.Module):
             input, target, self.weight, mu=mu, logvar=logvar, soft_labels=soft_labels, **self.options
         )
 
-    def extra_repr(self) -> str:
-        """The options that were given."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-
-class SoftCrossEntropyLoss(nn.Module):
+class SoftCrossEntropyLoss(_Loss):
     """:func:`calseg.soft_cross_entropy` as a module.
 
     Args:
@@ -76,23 +91,15 @@ class SoftCrossEntropyLoss(nn.Module):
         tensor(0.6931)
     """
 
-    weight: Tensor | None
-    _options = ("label_smoothing", "reduction", "backend")
-
-    def __init__(self, weight: Tensor | None = None, **options: Any) -> None:
-        super().__init__()
-        _check_options(type(self).__name__, options, self._options)
-        self.register_buffer("weight", weight, persistent=False)
-        self.options = options
+    function = staticmethod(functional.soft_cross_entropy)
+    of_a_batch = ("input", "soft_target", "ignore_mask")
 
     def forward(self, input: Tensor, soft_target: Tensor, *, ignore_mask: Tensor | None = None) -> Tensor:
         """The loss of a batch; see :func:`calseg.soft_cross_entropy`."""
         return functional.soft_cross_entropy(input, soft_target, self.weight, ignore_mask=ignore_mask, **self.options)
 
-    extra_repr = VLSCrossEntropyLoss.extra_repr
 
-
-class VLSElboLoss(nn.Module):
+class VLSElboLoss(_Loss):
     """:func:`calseg.vls_elbo` as a module.
 
     Args:
@@ -110,23 +117,15 @@ class VLSElboLoss(nn.Module):
         True
     """
 
-    weight: Tensor | None
-    _options = ("num_samples", "beta", "prior_mu", "prior_logvar", "ignore_index", "reduction", "seed", "backend")
-
-    def __init__(self, weight: Tensor | None = None, **options: Any) -> None:
-        super().__init__()
-        _check_options(type(self).__name__, options, self._options)
-        self.register_buffer("weight", weight, persistent=False)
-        self.options = options
+    function = staticmethod(functional.vls_elbo)
+    of_a_batch = ("mu", "logvar", "target")
 
     def forward(self, mu: Tensor, logvar: Tensor, target: Tensor) -> Tensor:
         """The loss of a batch; see :func:`calseg.vls_elbo`."""
         return functional.vls_elbo(mu, logvar, target, self.weight, **self.options)
 
-    extra_repr = VLSCrossEntropyLoss.extra_repr
 
-
-class GaussianKLLoss(nn.Module):
+class GaussianKLLoss(_Loss):
     """:func:`calseg.gaussian_kl` as a module.
 
     Args:
@@ -141,21 +140,18 @@ class GaussianKLLoss(nn.Module):
         tensor(1.5000)
     """
 
-    _options = ("prior_mu", "prior_logvar", "reduction", "backend")
+    function = staticmethod(functional.gaussian_kl)
+    of_a_batch = ("mu", "logvar")
 
     def __init__(self, **options: Any) -> None:
-        super().__init__()
-        _check_options(type(self).__name__, options, self._options)
-        self.options = options
+        super().__init__(None, **options)
 
     def forward(self, mu: Tensor, logvar: Tensor) -> Tensor:
         """The divergence of a batch; see :func:`calseg.gaussian_kl`."""
         return functional.gaussian_kl(mu, logvar, **self.options)
 
-    extra_repr = VLSCrossEntropyLoss.extra_repr
 
-
-class ACELoss(nn.Module):
+class ACELoss(_Loss):
     """:func:`calseg.ace_loss` as a module.
 
     Args:
@@ -172,26 +168,9 @@ class ACELoss(nn.Module):
         tensor(0.)
     """
 
-    weight: Tensor | None
-    _options = (
-        "n_bins", "binning", "include_background", "ignore_empty_classes", "empty_weight", "ignore_index", "reduction",
-        "backend",
-    )  # fmt: skip
-
-    def __init__(self, weight: Tensor | None = None, **options: Any) -> None:
-        super().__init__()
-        _check_options(type(self).__name__, options, self._options)
-        self.register_buffer("weight", weight, persistent=False)
-        self.options = options
+    function = staticmethod(functional.ace_loss)
+    of_a_batch = ("input", "target")
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of a batch; see :func:`calseg.ace_loss`."""
         return functional.ace_loss(input, target, self.weight, **self.options)
-
-    extra_repr = VLSCrossEntropyLoss.extra_repr
-
-
-def _check_options(owner: str, options: dict[str, Any], known: tuple[str, ...]) -> None:
-    for name in options:
-        if name not in known:
-            raise TypeError(f"{owner}: unknown option {name!r}, wanted some of {', '.join(known)}")
