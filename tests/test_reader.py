@@ -1,0 +1,104 @@
+"""The reader of tensors: what has no memory of its own is stopped, what has it is read, whatever its type."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import labels, scores
+
+import calseg
+from calseg import native
+from calseg.operations import Labels, LossSpec, LossTensors
+from calseg.tensors import is_walkable, one_stride
+
+pytestmark = pytest.mark.skipif(native.extension is None, reason="no native engine")
+SHAPE = (2, 3, 4, 5)
+
+
+class Kept(torch.Tensor):
+    """A subclass with memory of its own, as MONAI's MetaTensor."""
+
+
+class Wrapper(torch.Tensor):
+    """A subclass without memory, as DTensor: only its operations know where the numbers are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(f"Wrapper has no {func}")
+
+
+def test_a_subclass_with_memory():
+    x, y = scores(*SHAPE).as_subclass(Kept), labels(SHAPE).as_subclass(Kept)
+    torch.testing.assert_close(float(calseg.vls_cross_entropy(x, y)), float(F.cross_entropy(x, y)))
+    leaf = x.detach().clone().requires_grad_()
+    calseg.vls_cross_entropy(leaf, y).backward()
+    plain = scores(*SHAPE).requires_grad_()
+    F.cross_entropy(plain, labels(SHAPE)).backward()
+    torch.testing.assert_close(torch.Tensor(leaf.grad), plain.grad)
+
+
+@pytest.mark.parametrize("backend", [None, "cpu"])
+def test_a_wrapper_is_stopped(backend):
+    """By the engine itself too, whatever called it."""
+    x, y = scores(*SHAPE), labels(SHAPE)
+    for logits, target in ((Wrapper(x), y), (x, Wrapper(y))):
+        with pytest.raises((NotImplementedError, ValueError)):
+            calseg.vls_cross_entropy(logits, target, backend=backend)
+        spec = LossSpec("cross_entropy", Labels(target, -100), None, "mean", x.dtype)
+        with pytest.raises(native.Unreadable, match=r"(logits|tensor): got a tensor"):
+            native.extension.cross_entropy(spec, LossTensors(logits), LossTensors(), None, None, 1)
+
+
+def test_freed_memory_is_stopped():
+    x, y = scores(*SHAPE), labels(SHAPE)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="logits: got a tensor whose memory is not there"):
+        calseg.vls_cross_entropy(x, y)
+
+
+@pytest.mark.parametrize("backend", [None, "cpu"])
+def test_zero_tensors_are_no_crash(backend):
+    """PyTorch's tensors of zeros without memory come in as gradients and arguments."""
+    zeros = torch._efficientzerotensor(SHAPE, dtype=torch.float64)
+    with pytest.raises(ValueError, match="memory is not there"):
+        calseg.vls_cross_entropy(zeros, labels(SHAPE), backend=backend)
+
+
+def test_empty_tensors_are_read():
+    x, y = torch.zeros(0, 3, 4), torch.zeros(0, 4, dtype=torch.int64)
+    assert calseg.vls_cross_entropy(x, y).isnan()
+    assert calseg.vls_cross_entropy(x, y, reduction="sum") == 0
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2, 3, 4), (0, 2, 3, 4, 1), (0, 3, 1, 2, 4), (2, 0, 1, 3, 4), (0, 1, 4, 3, 2)])
+@pytest.mark.parametrize("expanded", [None, 2, 3, 4])
+def test_python_and_cpp_walk_alike(axes, expanded):
+    """Both tell the same tensors to be copied."""
+    x = scores(2, 3, 4, 5, 6).permute(axes)
+    if expanded is not None:
+        x = x.narrow(expanded, 0, 1).expand(*(7 if axis == expanded else -1 for axis in range(5)))
+    if is_walkable(x):
+        n, c, s, (strides,), _ = native.extension.geometry([x], [])
+        assert n * c * s == x.numel()
+        assert strides[2] in (one_stride(x.shape[2:], x.stride()[2:]), x.stride(0))
+    else:
+        with pytest.raises(native.Unreadable, match="cannot be written in place"):
+            native.extension.geometry([x], [])
+
+
+def test_merged_items():
+    """Items behind one another are one; the strides of voxels without them are those of the items."""
+    x, y = scores(2, 3, 4, 5), labels((2, 3, 4, 5))
+    assert native.extension.geometry([x], [y]) == (2, 3, 20, [(60, 20, 1)], [(20, 0, 1)])
+    last = x.to(memory_format=torch.channels_last)
+    assert native.extension.geometry([last], [y]) == (1, 3, 40, [(0, 1, 3)], [(0, 0, 1)])
+    assert native.extension.geometry([scores(7, 3, 1)], [labels((7, 3, 1))]) == (1, 3, 7, [(0, 1, 3)], [(0, 0, 1)])
+    assert native.extension.geometry([scores(7, 3)], []) == (1, 3, 7, [(0, 1, 3)], [])
+    assert native.extension.geometry([scores(3)], []) == (1, 3, 1, [(0, 1, 0)], [])
