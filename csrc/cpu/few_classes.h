@@ -126,7 +126,8 @@ class FewClasses {
         if (!kGradient) return;
         const F<T> upstream = load<F<T>>(upstream_ + at), scale = upstream * reciprocal(block.sum);
         for (int c = 0; c < C; ++c)
-            store(gradient[c] + within, block.e[c] * scale - select(equal(block.labels, broadcast<I<T>>(c)), upstream, zero<T>()));
+            store(gradient[c] + within,
+                  multiply_subtract(block.e[c], scale, select(equal(block.labels, broadcast<I<T>>(c)), upstream, zero<T>())));
     }
 
     // Turns differences from the maximum into exponentials. Two classes need one exponential: one of the differences is 0, and

@@ -91,6 +91,11 @@ CALSEG_INLINE Array<T> reciprocal(Array<T> a) {
 }
 
 template <class T>
+CALSEG_INLINE Array<T> multiply_subtract(Array<T> a, Array<T> b, Array<T> c) {  // a * b - c
+    return a * b - c;
+}
+
+template <class T>
 CALSEG_INLINE Array<int32_t> nearest_integer(Array<T> a) {  // halves to even
     Array<int32_t> r;
     for (int i = 0; i < kLanes; ++i) r.v[i] = static_cast<int32_t>(std::nearbyint(a.v[i]));
@@ -207,6 +212,13 @@ CALSEG_INLINE FloatVector reciprocal(FloatVector a) {  // good to an ulp; a is n
     return r * (1.0f - a * r) + r;
 #else
     return 1.0f / a;
+#endif
+}
+CALSEG_INLINE FloatVector multiply_subtract(FloatVector a, FloatVector b, FloatVector c) {  // a * b - c
+#if defined(__AVX512F__)
+    return _mm512_fmsub_ps(a, b, c);  // fused in any case: left to itself, the compiler fuses or not according to the code around
+#else
+    return a * b - c;
 #endif
 }
 CALSEG_INLINE IntVector to_int_bits(FloatVector a) { return (IntVector)a; }
