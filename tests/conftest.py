@@ -7,21 +7,36 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# What the tests take from inside of calseg: named here once, and public names everywhere else.
 from calseg import ops
 
 native = ops._native
 ISAS = [] if native is None else native.available_isas()
+TRITON_ERROR = ops.TRITON_ERROR
+MEMORY_OF_RESULTS = ((ops, "empty_like"), (ops, "empty_loss"))  # (module, function): all that make it
+is_walked_in_place = ops.is_walked_in_place
+small_cross_entropy = ops.small_cross_entropy
+
+
+def empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Memory for a result: pooled where it is large."""
+    return ops.empty_like(tensor)
+
+
+needs_native = pytest.mark.skipif(native is None, reason="no native engine")
+
 # Without a GPU the Triton kernels run in Triton's interpreter: set before anything imports Triton. It is slow, so
 # test_triton.py has a choice of cases; CALSEG_TEST_TRITON=1 takes all that the other backends go through (an hour).
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    if ops.TRITON_ERROR is None:
+    if TRITON_ERROR is None:
         import interpreter
 
         interpreter.install()
@@ -50,11 +65,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results are made in memory full of NaN: an element that is never written is seen."""
-    for name in ("empty_like", "empty_loss"):
-        make = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *args, make=make: make(*args).fill_(torch.nan))
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Results are made in memory full of NaN: an element that is never written is seen. Returns the shapes asked for."""
+    asked: list[tuple[int, ...]] = []
+
+    def poisoned(make: Callable[..., torch.Tensor], *args: object) -> torch.Tensor:
+        result = make(*args).fill_(torch.nan)
+        asked.append(tuple(result.shape))
+        return result
+
+    for module, name in MEMORY_OF_RESULTS:
+        monkeypatch.setattr(module, name, partial(poisoned, getattr(module, name)))
+    return asked
 
 
 @contextmanager
