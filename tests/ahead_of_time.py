@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 import triton
-from calseg.kernels import engine
 from triton.backends.compiler import GPUTarget
 
 from calseg import ops
+from calseg.kernels import engine
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 EDGES = {1: 128, 2: 128, 4: 128, 8: 128, 14: 128, 33: 96, 64: 64, 117: 64, 600: 32, 3000: 16}

@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Results are made in memory full of NaN: an element that is never written is seen. Returns the shapes asked for."""
+    """Results are made in memory full of NaN: an element that is never written is seen. Returns their shapes."""
     asked: list[tuple[int, ...]] = []
 
     def poisoned(make: Callable[..., torch.Tensor], *args: object) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The table of operations: for each public one how it is called, its formula, its options and its tolerances.
 
-``test_operations.py`` runs every property over the table. A new operation needs an entry here, a formula in ``naive.py``
-and a ``test_<operation>.py`` for what no other operation has.
+``test_operations.py`` runs every property over the table. A new operation needs an entry here, a formula in
+``naive.py`` and a ``test_<operation>.py`` for what no other operation has.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class Operation:
         labels: the argument that says what is ignored: ``"target"`` (class indices), ``"ignore_mask"`` or None.
         options: sets of options that the values are tested with; ``weighted`` stands for class weights.
         tolerance: of values and gradients.
+        typical: options with which every term counts, for autograd, compilation and memory layouts.
         sizes: what the test of sizes takes, where there is one.
         classes: numbers of classes that every option is tested with.
         ignored: the values of ``ignore_index`` that every option is tested with; None is the default, without such
@@ -74,6 +75,7 @@ class Operation:
     result: str = "loss"
     labels: str | None = "target"
     options: tuple[Options, ...] = ({},)
+    typical: Options = field(default_factory=dict)
     sizes: Sizes | None = None
     classes: tuple[int, ...] = (1, 2, 3, 4, 5, 14)
     ignored: tuple[int | None, ...] = (-100, 0)
@@ -97,9 +99,18 @@ class Operation:
         return self.labels == "target"
 
     @property
+    def ignored_values(self) -> tuple[int | None, ...]:
+        return self.ignored if self.has_ignore_index else (-100,)
+
+    @property
     def per_voxel(self) -> bool:
         """Whether a voxel's result depends on that voxel alone."""
         return self.result in ("loss", "map")
+
+    @property
+    def variants(self) -> tuple[Options, ...]:
+        """The default options, and the typical ones."""
+        return ({}, self.typical) if self.typical else ({},)
 
     def inputs(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         """The tensors that get gradients."""
@@ -126,6 +137,12 @@ class Operation:
         if self.result in ("loss", "items"):
             options.setdefault("reduction", "none")
         return {**self.defaults, **options}
+
+    def result_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the result for inputs of ``dtype``."""
+        if self.result == "bins":
+            return torch.float64
+        return torch.promote_types(dtype, torch.float32) if "map0" in self.tensors else dtype
 
     def bind(self, backend: str | None, arguments: Options) -> Callable[..., Tensor]:
         """The operation as a function of its tensors by name."""
@@ -175,6 +192,7 @@ def assert_right(
     """The operation gives what its oracle gives, each gradient in its input's dtype."""
     tensors, arguments = operation.inputs(shape, dtype), operation.arguments(shape, dtype, **options)
     got = run(operation, operation.bind(backend, arguments), tensors)
+    assert got.value.dtype == operation.result_dtype(dtype)
     assert all(gradient.dtype == tensors[name].dtype for name, gradient in got.gradients.items())
     wanted = truth(operation, shape, dtype, frozenset(options.items()))
     assert_result(operation, got, wanted, what=f"{list(shape)} {dtype} {options}:")
@@ -291,12 +309,12 @@ def _up_to(longest: int, wide: int = 129) -> Callable[..., dict[int, int]]:
     return lambda *classes: {C: longest if C < 8 else wide for C in classes}
 
 
-def _ace(binning: str) -> Operation:
+def _ace(binning: str, **typical: Any) -> Operation:
     ulps = ACE_ULPS[binning]
     return Operation(
         f"ace-{binning}", calseg.ace_loss, naive.ace_loss, {"input": logits},
-        Tolerance(ulps, 4.0, 4 * ulps, 0.1), "items", options=ACE, classes=(2, 3, 5, 14),
-        classes_of_shapes=(2, 5), defaults={"binning": binning},
+        Tolerance(ulps, 4.0, 4 * ulps, 0.1), "items", typical={"n_bins": 7, **typical}, options=ACE,
+        classes=(2, 3, 5, 14), classes_of_shapes=(2, 5), defaults={"binning": binning},
         sizes=Sizes(dict.fromkeys((2, 3, 8, 33), 1031), lambda C: Tolerance(ulps, 1.0, 4 * ulps, 0.02),
                     ({"n_bins": 5, "empty_weight": EMPTY_WEIGHT, "reduction": "mean"},)),
     )  # fmt: skip
@@ -315,18 +333,21 @@ def _bins_of(name: str, *, from_logits: bool, **kind: Any) -> Operation:
 _TABLE = [
     Operation(
         "cross_entropy", calseg.vls_cross_entropy, _cross_entropy, {"input": logits}, Tolerance(8),
+        typical={"weighted": True, "label_smoothing": 0.1},
         options=WEIGHTS_AND_SMOOTHING, classes=TWO_OR_MORE, ignored=(None, -100, 2, 255),
         sizes=Sizes(ALL_CLASSES, lambda C: Tolerance(8 + C / 4, 8.0, None, 2.0),
                     ({}, {"weighted": True, "label_smoothing": 0.1}), float64=True),
     ),
     Operation(
         "class_probabilities", calseg.vls_cross_entropy, _cross_entropy, {"input": logits, "target": masses},
-        Tolerance(16), labels=None, options=WEIGHTS_AND_SMOOTHING, classes=TWO_OR_MORE,
+        Tolerance(16), labels=None, typical={"weighted": True, "label_smoothing": 0.1},
+        options=WEIGHTS_AND_SMOOTHING, classes=TWO_OR_MORE,
         sizes=Sizes(ALL_CLASSES, lambda C: Tolerance(8 + C / 4, 8.0, None, 8.0), float64=True),
     ),
     Operation(
         "soft_cross_entropy", calseg.soft_cross_entropy, naive.soft_cross_entropy,
-        {"input": logits, "soft_target": masses}, Tolerance(16), labels=None, options=WEIGHTS_AND_SMOOTHING, classes=TWO_OR_MORE,
+        {"input": logits, "soft_target": masses}, Tolerance(16), labels=None, typical={"weighted": True},
+        options=WEIGHTS_AND_SMOOTHING, classes=TWO_OR_MORE,
     ),
     Operation(
         "masked", calseg.soft_cross_entropy, naive.soft_cross_entropy, {"input": logits, "soft_target": masses},
@@ -335,47 +356,55 @@ _TABLE = [
     ),
     Operation(
         "given_soft_labels", calseg.vls_cross_entropy, naive.vls_cross_entropy,
-        {"input": logits, "soft_labels": masses}, Tolerance(16), options=WEIGHTS_AND_SMOOTHING, classes=TWO_OR_MORE, ignored=(-100, 3),
+        {"input": logits, "soft_labels": masses}, Tolerance(16), options=WEIGHTS_AND_SMOOTHING, classes=TWO_OR_MORE,
+        ignored=(-100, 3),
         sizes=Sizes(_up_to(1031)(2, 5), lambda C: Tolerance(16, 8.0, None, 8.0)),
     ),
     Operation(
         "vls_cross_entropy", calseg.vls_cross_entropy, naive.vls_cross_entropy, {"input": logits, **GAUSSIAN},
-        Tolerance(48, 2.0), options=SAMPLING, defaults={"seed": 11}, noise=True, classes_of_shapes=(4,),
+        Tolerance(48, 2.0), typical={"alpha": 0.6, "temperature": 0.7, "num_samples": 3},
+        options=SAMPLING, defaults={"seed": 11}, noise=True, classes_of_shapes=(4,),
         sizes=Sizes(_up_to(2049)(2, 3, 4, 7, 8, 16, 17, 33), lambda C: Tolerance(48, 8.0, None, 8.0),
                     ({"alpha": 0.7, "num_samples": 3},)),
     ),
     Operation(
-        "vls_elbo", calseg.vls_elbo, naive.vls_elbo, dict(GAUSSIAN), NOISE, options=ELBO, ignored=(-100, 1),
+        "vls_elbo", calseg.vls_elbo, naive.vls_elbo, dict(GAUSSIAN), NOISE, typical={"num_samples": 3},
+        options=ELBO, ignored=(-100, 1),
         defaults={"seed": 3}, noise=True, classes_of_shapes=(4,),
         sizes=Sizes(dict.fromkeys((2, 5, 9), 1031), lambda C: Tolerance(48, 8.0, None, 8.0)),
     ),
     Operation(
         "gaussian_kl", calseg.gaussian_kl, naive.gaussian_kl, dict(GAUSSIAN), Tolerance(16), labels=None,
+        typical={"prior_mu": 0.2, "prior_logvar": -0.3},
         options=PRIORS, classes=(1, 5, 14), classes_of_shapes=(1, 5), takes_weight=False,
         sizes=Sizes(dict.fromkeys((1, 3, 8, 33), 1031), lambda C: Tolerance(16 + C / 4, 4.0, None, 4.0)),
     ),
     Operation(
         "sample_soft_labels", calseg.sample_soft_labels, naive.sample_soft_labels, dict(GAUSSIAN),
-        Tolerance(48, 1.0, None, 1.0), "map", options=SOFT_LABELS, defaults={"seed": 21}, noise=True, classes_of_shapes=(4,),
+        Tolerance(48, 1.0, None, 1.0), "map", typical={"num_samples": 3, "alpha": 0.4},
+        options=SOFT_LABELS, defaults={"seed": 21}, noise=True, classes_of_shapes=(4,),
         takes_weight=False,
         sizes=Sizes(_up_to(1031)(2, 3, 8, 33), lambda C: Tolerance(48, 1.0, None, 1.0), ({"alpha": 0.5},)),
     ),
     Operation(
         "estimate", calseg.sample_soft_labels, naive.sample_soft_labels, dict(GAUSSIAN),
-        Tolerance(48, 1.0, None, 1.0), "map", labels=None, options=SOFT_LABELS, defaults={"seed": 21}, noise=True, classes_of_shapes=(4,),
+        Tolerance(48, 1.0, None, 1.0), "map", labels=None, typical={"num_samples": 3},
+        options=SOFT_LABELS, defaults={"seed": 21}, noise=True, classes_of_shapes=(4,),
         takes_weight=False,
     ),
     Operation(
         "accumulate_soft_labels", _accumulate, _naive_accumulate, {"map0": logits, "map1": another_map(1)},
-        Tolerance(16, 1.0, None, 1.0), "map", options=ACCUMULATED, takes_weight=False,
+        Tolerance(16, 1.0, None, 1.0), "map", typical={"temperature": 2.0, "alpha": 0.4},
+        options=ACCUMULATED, takes_weight=False,
         sizes=Sizes(_up_to(1031)(2, 5), lambda C: Tolerance(16, 1.0, None, 1.0)),
     ),
     Operation(
         "accumulated_estimate", _accumulate, _naive_accumulate, {"map0": logits, "map1": another_map(1)},
-        Tolerance(16, 1.0, None, 1.0), "map", labels=None, options=ACCUMULATED, takes_weight=False,
+        Tolerance(16, 1.0, None, 1.0), "map", labels=None, typical={"temperature": 2.0},
+        options=ACCUMULATED, takes_weight=False,
     ),
     _ace("hard"),
-    _ace("soft"),
+    _ace("soft", include_background=False, weighted=True),
     _bins_of("top", from_logits=True),
     _bins_of("classes", from_logits=True, class_wise=True),
     _bins_of("top-foreground", from_logits=True, include_background=False),

@@ -50,6 +50,7 @@ if ops.TRITON_ERROR is None:
     import interpreter
     import triton
     import triton.language as tl
+
     from calseg.kernels import engine, launch
     from calseg.kernels.common import Tile
     from calseg.kernels.launch import HARD, SAMPLED, SOFT, WEIGHTED, Geometry
