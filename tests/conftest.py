@@ -13,24 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-
-# What the tests take from inside of calseg: named here once, and public names everywhere else.
-from calseg import ops
-
-native = ops._native
-ISAS = [] if native is None else native.available_isas()
-TRITON_ERROR = ops.TRITON_ERROR
-MEMORY_OF_RESULTS = ((ops, "empty_like"), (ops, "empty_loss"))  # (module, function): all that make it
-is_walked_in_place = ops.is_walked_in_place
-small_cross_entropy = ops.small_cross_entropy
-
-
-def empty_like(tensor: torch.Tensor) -> torch.Tensor:
-    """Memory for a result: pooled where it is large."""
-    return ops.empty_like(tensor)
-
-
-needs_native = pytest.mark.skipif(native is None, reason="no native engine")
+from internals import ISAS, MEMORY_OF_RESULTS, TRITON_ERROR, native
 
 # Without a GPU the Triton kernels run in Triton's interpreter: set before anything imports Triton. It is slow, so
 # test_triton.py has a choice of cases; CALSEG_TEST_TRITON=1 takes all that the other backends go through (an hour).

@@ -14,7 +14,7 @@ from cases import (
     labels,
     scores,
 )
-from conftest import needs_native
+from internals import needs_native
 from naive import average_calibration_error, softmax
 
 import calseg

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from cases import FLOATS, labels, scores
-from conftest import empty_like, native, needs_native
+from internals import empty_like, native, needs_native
 
 import calseg
 

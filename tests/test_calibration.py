@@ -8,9 +8,9 @@ import warnings
 import pytest
 import torch
 from cases import CLASSES, FLOATS, LABELS, LAYOUTS, SHAPES, SIZES, id_of, labels, scores, voxels_of
-from conftest import needs_native
 from hypothesis import given
 from hypothesis import strategies as st
+from internals import needs_native
 from naive import UNIT, calibration_sums, softmax
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import assert_accurate, labels, scores
-from conftest import needs_native
+from internals import needs_native
 
 import calseg
 

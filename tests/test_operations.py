@@ -26,10 +26,10 @@ from cases import (
     upstream_of,
     voxels_of,
 )
-from conftest import needs_native
 from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from internals import needs_native
 from operations import (
     DIFFERENTIABLE,
     OPERATIONS,

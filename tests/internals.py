@@ -1,0 +1,20 @@
+"""What the tests of operations take from inside of calseg, named here once; everything else is public."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from calseg import ops
+
+native = ops._native
+ISAS = [] if native is None else native.available_isas()
+TRITON_ERROR = ops.TRITON_ERROR
+MEMORY_OF_RESULTS = ((ops, "empty_like"), (ops, "empty_loss"))  # (module, function): all that make it
+
+needs_native = pytest.mark.skipif(native is None, reason="no native engine")
+
+
+def empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Memory for a result: pooled where it is large."""
+    return ops.empty_like(tensor)
