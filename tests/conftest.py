@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +21,7 @@ from internals import ISAS, MEMORY_OF_RESULTS, TRITON_ERROR, native
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if TRITON_ERROR is None:
+        sys.path.insert(0, str(Path(__file__).parent / "backends"))
         import interpreter
 
         interpreter.install()

@@ -26,7 +26,7 @@ import calseg
 from calseg import ops
 from calseg.reference import UNIT
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]  # tests/
 ROOT = HERE.parent
 KINDS, every_kind = calibration.KINDS, calibration.every_kind
 LOW = (torch.bfloat16, torch.float16)
