@@ -5,24 +5,23 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from internals import ISAS, MEMORY_OF_RESULTS, TRITON_ERROR, native
 
-from calseg import native
-from calseg.backends import choice
-
-extension = native.extension
-ISAS = [] if extension is None else extension.available_isas()
 # Without a GPU the Triton kernels run in Triton's interpreter: set before anything imports Triton. It is slow, so
 # test_triton.py has a choice of cases; CALSEG_TEST_TRITON=1 takes all that the other backends go through (an hour).
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    if choice.TRITON_ERROR is None:
+    if TRITON_ERROR is None:
+        sys.path.insert(0, str(Path(__file__).parent / "backends"))
         import interpreter
 
         interpreter.install()
@@ -51,23 +50,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results are made in memory full of NaN: an element that is never written is seen."""
-    for name in ("empty_like", "empty_voxels"):
-        make = getattr(native, name)
-        monkeypatch.setattr(native, name, lambda *args, make=make: make(*args).fill_(torch.nan))
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Results are made in memory full of NaN: an element that is never written is seen. Returns their shapes."""
+    asked: list[tuple[int, ...]] = []
+
+    def poisoned(make: Callable[..., torch.Tensor], *args: object) -> torch.Tensor:
+        result = make(*args).fill_(torch.nan)
+        asked.append(tuple(result.shape))
+        return result
+
+    for module, name in MEMORY_OF_RESULTS:
+        monkeypatch.setattr(module, name, partial(poisoned, getattr(module, name)))
+    return asked
 
 
 @contextmanager
 def engine(isa: str) -> Iterator[str]:
     """The backend's name, under an instruction set; one thread, as there are thousands of tiny calls."""
-    threads, before = torch.get_num_threads(), None if extension is None else extension.isa()
+    threads, before = torch.get_num_threads(), None if native is None else native.isa()
     torch.set_num_threads(1)
     if isa in ISAS:
-        extension.set_isa(isa)
+        native.set_isa(isa)
     yield "cpu" if isa in ISAS else isa
     if before is not None:
-        extension.set_isa(before)
+        native.set_isa(before)
     torch.set_num_threads(threads)
 
 

@@ -1,9 +1,16 @@
-"""The method's formulas, one voxel and one number at a time, with nothing of calseg in them: the oracle's oracle."""
+"""The method's formulas with nothing of calseg in them: one number at a time, and then over tensors, for autograd."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 
 M32 = 0xFFFFFFFF
 
@@ -116,3 +123,178 @@ def average_calibration_error(
         counted = gaps and (c in labels or not ignore_empty_classes)
         errors.append(sum(gaps) / len(gaps) if counted else 0.0)
     return errors
+
+
+# ---- the same over tensors in float64: the oracle of tests/operations.py ----
+# Scores are rows [voxels, C] inside, with the voxels numbered in row-major order over [N, *S].
+
+UNIT = 2**24  # 1 in the fixed-point sums of the calibration bins
+
+
+@functools.lru_cache(maxsize=256)
+def normals(seed: int, voxels: int, C: int, k: int) -> Tensor:
+    """``eps(seed, v, c, k)`` of the first ``voxels`` voxels, ``[voxels, C]``: :func:`normal` over an array."""
+    Cp = C if C <= 2 else (C + 3) // 4 * 4
+    key, v = (seed % 2**32, seed % 2**64 // 2**32), np.arange(voxels, dtype=np.uint64)
+    words = {q: philox((v & M32, v >> 32, q, 0), key) for q in range(k * Cp // 4, (k * Cp + C - 1) // 4 + 1)}
+    eps = np.empty((voxels, C))
+    for c in range(C):
+        q, lane = divmod(k * Cp + c, 4)
+        a, b = words[q][:2] if lane < 2 else words[q][2:]
+        u1, u2 = ((a >> 8) + 0.5) * 2**-24, (b >> 8) * 2**-24
+        eps[:, c] = np.sqrt(-2 * np.log(u1)) * (np.sin if lane % 2 else np.cos)(2 * np.pi * u2)
+    return torch.from_numpy(eps)
+
+
+def rows(scores: Tensor) -> Tensor:
+    """``[C]``, ``[N, C]`` or ``[N, C, *S]`` -> ``[voxels, C]``."""
+    return scores[None] if scores.dim() == 1 else scores.movedim(1, -1).flatten(0, -2)
+
+
+def from_rows(values: Tensor, like: Tensor) -> Tensor:
+    """``[voxels, C]`` -> the shape of ``like``."""
+    if like.dim() == 1:
+        return values[0]
+    return values.view(like.shape[:1] + like.shape[2:] + like.shape[1:2]).movedim(-1, 1)
+
+
+def reduce(per_voxel: Tensor, counted: Tensor, divisor: Tensor, reduction: str, like: Tensor) -> Tensor:
+    per_voxel = per_voxel.where(counted, 0.0)
+    if reduction == "none":
+        return per_voxel.view(like.shape[:1] + like.shape[2:] if like.dim() > 1 else ())
+    return per_voxel.sum() / (divisor if reduction == "mean" else 1.0)
+
+
+def cross_entropy(x: Tensor, soft: Tensor, weight: Tensor, label_smoothing: float) -> Tensor:
+    soft = (1 - label_smoothing) * soft + label_smoothing / x.shape[1]
+    return -(weight * soft * torch.log_softmax(x, 1)).sum(1)
+
+
+def estimate(mu: Tensor, logvar: Tensor, num_samples: int, temperature: float, seed: int) -> Tensor:
+    sigma = (logvar / 2).exp()
+    samples = [(mu + sigma * normals(seed, *mu.shape, k)) / temperature for k in range(num_samples)]
+    return torch.stack([torch.softmax(nu, 1) for nu in samples]).mean(0)
+
+
+def kl_of_rows(mu: Tensor, logvar: Tensor, prior_mu: float, prior_logvar: float) -> Tensor:
+    prior = Normal(torch.full_like(mu, prior_mu), torch.full_like(mu, prior_logvar / 2).exp())
+    return kl_divergence(Normal(mu, (logvar / 2).exp()), prior).sum(1)
+
+
+def counted_rows(target: Tensor, ignore_index: int, *scores: Tensor) -> tuple[Tensor, ...]:
+    """Which voxels count, their classes, and the scores as rows: 0 where a voxel is ignored, whatever lies there."""
+    labels = target.long().reshape(-1)
+    counted = labels != ignore_index
+    return counted, labels.where(counted, 0), *(rows(t).where(counted[:, None], 0.0) for t in scores)
+
+
+def blended(estimate: Tensor, counted: Tensor, labels: Tensor, alpha: float) -> Tensor:
+    hot = F.one_hot(labels, estimate.shape[1]).double()
+    return ((1 - alpha) * hot + alpha * estimate).where(counted[:, None], 0.0)
+
+
+def vls_cross_entropy(
+    input, target, weight=None, *, mu=None, logvar=None, soft_labels=None, ignore_index=-100, reduction="mean",
+    label_smoothing=0.0, alpha=0.1, temperature=1.0, num_samples=4, beta=1.0, prior_mu=0.0, prior_logvar=0.0, seed=0,
+):  # fmt: skip
+    """With ``mu, logvar`` or ``soft_labels``; without, it is ``F.cross_entropy``."""
+    w = input.new_ones(rows(input).shape[1]) if weight is None else weight
+    if soft_labels is not None:
+        counted, labels, x, soft = counted_rows(target, ignore_index, input, soft_labels)
+    else:
+        counted, labels, x, m, v = counted_rows(target, ignore_index, input, mu, logvar)
+        soft = blended(estimate(m, v, num_samples, temperature, seed), counted, labels, alpha)
+    loss = cross_entropy(x, soft, w, label_smoothing)
+    loss = reduce(loss, counted, w[labels].where(counted, 0.0).sum(), reduction, input)
+    if soft_labels is not None:
+        return loss
+    kl = kl_of_rows(m, v, prior_mu, prior_logvar)
+    return loss + beta * reduce(kl, counted, counted.sum(), reduction, input)
+
+
+def soft_cross_entropy(input, soft_target, weight=None, *, ignore_mask=None, label_smoothing=0.0, reduction="mean"):
+    w = input.new_ones(rows(input).shape[1]) if weight is None else weight
+    mask = torch.zeros(len(rows(input)), dtype=torch.int64) if ignore_mask is None else ignore_mask.long()
+    counted, _, x, soft = counted_rows(mask, 1, input, soft_target)
+    return reduce(cross_entropy(x, soft, w, label_smoothing), counted, counted.sum(), reduction, input)
+
+
+def vls_elbo(
+    mu, logvar, target, weight=None, *, num_samples=4, beta=1.0, prior_mu=0.0, prior_logvar=0.0, ignore_index=-100,
+    reduction="mean", seed=0,
+):  # fmt: skip
+    counted, labels, m, v = counted_rows(target, ignore_index, mu, logvar)
+    w = mu.new_ones(m.shape[1]) if weight is None else weight
+    sigma, hot = (v / 2).exp(), F.one_hot(labels, m.shape[1]).double()
+    samples = [cross_entropy(m + sigma * normals(seed, *m.shape, k), hot, w, 0.0) for k in range(num_samples)]
+    loss = reduce(sum(samples) / num_samples, counted, w[labels].where(counted, 0.0).sum(), reduction, mu)
+    return loss + beta * reduce(kl_of_rows(m, v, prior_mu, prior_logvar), counted, counted.sum(), reduction, mu)
+
+
+def gaussian_kl(mu, logvar, prior_mu=0.0, prior_logvar=0.0, reduction="mean"):
+    kl = kl_of_rows(rows(mu), rows(logvar), prior_mu, prior_logvar)
+    every = torch.ones_like(kl, dtype=torch.bool)
+    return reduce(kl, every, every.sum(), reduction, mu)
+
+
+def sample_soft_labels(
+    mu, logvar, target=None, *, num_samples=4, temperature=1.0, alpha=0.1, ignore_index=-100, seed=0
+):  # fmt: skip
+    if target is None:
+        return from_rows(estimate(rows(mu), rows(logvar), num_samples, temperature, seed), mu)
+    counted, labels, m, v = counted_rows(target, ignore_index, mu, logvar)
+    return from_rows(blended(estimate(m, v, num_samples, temperature, seed), counted, labels, alpha), mu)
+
+
+def accumulate_soft_labels(maps, target=None, *, temperature=1.0, alpha=0.1, ignore_index=-100):
+    if target is None:
+        return from_rows(torch.stack([torch.softmax(rows(m) / temperature, 1) for m in maps]).mean(0), maps[0])
+    counted, labels, *nu = counted_rows(target, ignore_index, *maps)
+    mean = torch.stack([torch.softmax(n / temperature, 1) for n in nu]).mean(0)
+    return from_rows(blended(mean, counted, labels, alpha), maps[0])
+
+
+def ace_loss(
+    input, target, weight=None, *, n_bins=20, binning="hard", include_background=True, ignore_empty_classes=True,
+    empty_weight=0.01, ignore_index=-100, reduction="mean",
+):  # fmt: skip
+    """:func:`average_calibration_error` of every item, with every voxel's share of every bin in one array."""
+    items = input[None] if input.dim() == 1 else input.t()[None] if input.dim() == 2 else input.flatten(2)
+    items = items.unsqueeze(-1) if items.dim() == 2 else items
+    counted, labels = target != ignore_index, target.long()
+    counted, labels = (t.reshape(len(items), 1, items.shape[2]) for t in (counted, labels))
+    p = torch.softmax(items.where(counted, 0.0), 1)
+    hit = (labels == torch.arange(p.shape[1])[None, :, None]).double()
+    if binning == "soft":
+        place = (p * n_bins - 0.5).clamp(0, n_bins - 1)
+        shares = (1 - (place[..., None] - torch.arange(n_bins)).abs()).clamp(min=0)
+    else:
+        shares = F.one_hot((p.detach() * n_bins).long().clamp(max=n_bins - 1), n_bins).double()
+    shares = shares.where(counted[..., None], 0.0)
+    mass, gap = shares.sum(2), (shares * (p - hit)[..., None]).sum(2).abs()
+    filled = (mass > 0) & ((mass >= empty_weight) | (binning == "hard"))
+    errors = (gap / mass.where(filled, 1.0)).where(filled, 0.0).sum(-1) / filled.sum(-1).clamp(min=1)
+    if ignore_empty_classes:
+        errors = errors.where(hit.where(counted, 0.0).sum(-1) > 0, 0.0)
+    errors = (errors if weight is None else errors * weight)[:, 0 if include_background else 1 :]
+    return {"none": errors, "mean": errors.mean(), "sum": errors.sum()}[reduction]
+
+
+def calibration_bins(
+    input, target, *, n_bins=15, from_logits=True, class_wise=False, include_background=True, ignore_index=-100
+):  # fmt: skip
+    """Counts, sums of confidences and hits of the bins, then the sums of NLL and Brier score and the voxels' number."""
+    counted, labels, x = counted_rows(target, ignore_index, input)
+    first = 0 if include_background else 1
+    if not class_wise:
+        counted = counted & (labels >= first)
+    p, labels = (torch.softmax(x, 1) if from_logits else x)[counted], labels[counted]
+    hot = F.one_hot(labels, p.shape[1]).double()
+    confidence, top = p.max(1, keepdim=True)
+    hits = hot.gather(1, top)
+    if class_wise:
+        confidence, hits = p[:, first:], hot[:, first:]
+    bins = F.one_hot((confidence * n_bins).long().clamp(max=n_bins - 1), n_bins).double()  # [voxels, kinds, bins]
+    sums = [bins.sum(0), (bins * confidence[..., None]).sum(0), (bins * hits[..., None]).sum(0)]
+    totals = [-p.gather(1, labels[:, None]).log().sum(), (p - hot).square().sum(), torch.tensor(float(len(p)))]
+    return torch.cat([t.reshape(-1).double() for t in (*sums, *totals)])

@@ -6,10 +6,6 @@ import pytest
 import torch
 from cases import (
     FLOATS,
-    LABELS,
-    LAYOUTS,
-    SHAPES,
-    SIZES,
     assert_accurate,
     assert_matches,
     class_weights,
@@ -18,14 +14,15 @@ from cases import (
     labels,
     scores,
 )
+from internals import needs_native
 from naive import average_calibration_error, softmax
 
 import calseg
-from calseg import native
 
 BINNINGS = ("hard", "soft")
 every_binning = pytest.mark.parametrize("binning", BINNINGS)
-REDUCTIONS = ("none", "mean", "sum")
+
+
 # In float32 a confidence rounds by up to 2^-25, and its place between two of n_bins centres by n_bins times that. The
 # gradient divides by the mass of a bin, so those of little mass are left out where float32 is judged.
 ULPS = {"hard": 8, "soft": 64}
@@ -66,37 +63,6 @@ def test_naive(backend, binning, n_bins, ignore_empty_classes):
 
 
 @every_binning
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("include_background", [True, False])
-def test_every_argument(backend, shape, binning, include_background):
-    for dtype, C in ((d, C) for d in FLOATS for C in (2, 5)):
-        x, target = scores(*shape(C), dtype=dtype), labels(shape(C), ignore_index=-100)
-        for reduction in REDUCTIONS:
-            options = {
-                "binning": binning, "include_background": include_background, "reduction": reduction,
-                "n_bins": 6, "weight": class_weights(C, dtype), "empty_weight": EMPTY_WEIGHT,
-            }  # fmt: skip
-            assert_matches(
-                lambda x, o=options, y=target: calseg.ace_loss(x, y, backend=backend, **o), oracle(target, **options),
-                {"x": x}, ulps=ULPS[binning], scale=4.0, grad_ulps=4 * ULPS[binning], grad_scale=0.1,
-            )  # fmt: skip
-
-
-@every_binning
-@pytest.mark.parametrize("C", [2, 3, 8, 33])
-def test_every_size(cpu, binning, C):
-    whole, target = scores(1, C, 1031), labels((1, C, 1031), ignore_index=-100)
-    for size in (s for s in SIZES if s <= 1031):
-        x, y = whole[..., :size].float().contiguous(), target[..., :size].contiguous()
-        options = {"binning": binning, "n_bins": 5, "empty_weight": EMPTY_WEIGHT}
-        assert_matches(
-            lambda x, y=y, o=options: calseg.ace_loss(x, y, backend=cpu, **o),
-            oracle(y, **options), {"x": x}, ulps=ULPS[binning], scale=1.0,
-            grad_ulps=4 * ULPS[binning], grad_scale=0.02,
-        )  # fmt: skip
-
-
-@every_binning
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=id_of)
 def test_several_chunks_and_spills(cpu, binning, dtype):
     """More voxels in a bin than a packed word can hold, several chunks an item, many classes."""
@@ -114,41 +80,6 @@ def test_is_the_class_wise_calibration_error(backend):
     got = calseg.ace_loss(x, target, n_bins=15, backend=backend)
     wanted = calseg.calibration_error(x, target, n_bins=15, class_wise=True, per_item=True, norm="average")
     torch.testing.assert_close(got, wanted.mean(), rtol=0, atol=1e-7)
-
-
-@every_binning
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_layouts(cpu, binning, layout):
-    x, target = scores(2, 5, 6, 7, dtype=torch.float32), labels((2, 5, 6, 7), ignore_index=-100)
-    function = lambda x: calseg.ace_loss(x, target, binning=binning, backend=cpu)  # noqa: E731
-    wanted, got = evaluate(function, {"x": x}), evaluate(function, {"x": layout(x)})
-    assert torch.equal(got.value, wanted.value)
-    assert torch.equal(got.gradients["x"], wanted.gradients["x"])
-
-
-@every_binning
-@pytest.mark.parametrize("dtype", LABELS, ids=id_of)
-def test_label_types(cpu, binning, dtype):
-    x, target = scores(2, 3, 6, 7, dtype=torch.float32), labels((2, 3, 6, 7), ignore_index=99)
-    function = lambda y: calseg.ace_loss(x, y, binning=binning, ignore_index=99, backend=cpu)  # noqa: E731
-    wanted = function(target)
-    for form in (target, target.unsqueeze(1), target.transpose(1, 2).contiguous().transpose(1, 2)):
-        assert torch.equal(function(form.to(dtype)), wanted)
-
-
-@every_binning
-def test_what_is_ignored_adds_nothing(backend, binning):
-    """NaN under it included; and where all is ignored, loss and gradient are 0, not NaN."""
-    x, target = scores(2, 3, 40, dtype=torch.float32), labels((2, 3, 40), ignore_index=-100)
-    hidden = torch.where((target == -100)[:, None], torch.nan, x)
-    function = lambda y: lambda x: calseg.ace_loss(x, y, binning=binning, reduction="none", backend=backend)  # noqa: E731
-    got, wanted = evaluate(function(target), {"x": hidden}), evaluate(function(target), {"x": x})
-    assert torch.equal(got.value, wanted.value)
-    assert torch.equal(got.gradients["x"], wanted.gradients["x"])
-    assert torch.count_nonzero(got.gradients["x"].movedim(1, -1)[target == -100]) == 0
-    nothing = evaluate(function(torch.full_like(target, -100)), {"x": hidden})
-    assert torch.count_nonzero(nothing.value) == 0
-    assert torch.count_nonzero(nothing.gradients["x"]) == 0
 
 
 @every_binning
@@ -180,17 +111,6 @@ def test_extreme_logits(backend, binning, dtype):
 
 
 @every_binning
-@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 3, 0), (0, 3)], ids=str)
-def test_empty(backend, binning, shape):
-    target = torch.zeros(shape[:1] + shape[2:], dtype=torch.int64)
-    got = evaluate(
-        lambda x: calseg.ace_loss(x, target, binning=binning, reduction="sum", backend=backend), {"x": scores(*shape)}
-    )
-    assert got.value == 0
-    assert got.gradients["x"].shape == shape
-
-
-@every_binning
 @pytest.mark.parametrize("dtype", FLOATS, ids=id_of)
 def test_low_precision(cpu, binning, dtype):
     """Against float64 on the same numbers; gradients rounded once to the dtype; float32 under autocast."""
@@ -205,7 +125,7 @@ def test_low_precision(cpu, binning, dtype):
     assert value.dtype == (dtype if dtype == torch.float64 else torch.float32)
 
 
-@pytest.mark.skipif(native.extension is None, reason="no native engine")
+@needs_native
 @every_binning
 def test_memory(peak_growth, binning):
     """Nothing of the volume's size but the gradient."""

@@ -10,14 +10,14 @@ import torch
 from cases import CLASSES, FLOATS, LABELS, LAYOUTS, SHAPES, SIZES, id_of, labels, scores, voxels_of
 from hypothesis import given
 from hypothesis import strategies as st
-from naive import calibration_sums, softmax
+from internals import needs_native
+from naive import UNIT, calibration_sums, softmax
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 import calseg
-from calseg import native
-from calseg.calibration import NORMS
-from calseg.operations import UNIT
+
+NORMS = ("l1", "l2", "max", "average")
 
 KINDS = [{}, {"class_wise": True}, {"include_background": False}, {"class_wise": True, "include_background": False}]
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=["top", "classes", "top-foreground", "classes-foreground"])
@@ -247,17 +247,6 @@ def test_label_types_and_forms(backend, dtype, form):
     assert_same(got, calseg.calibration_bins(p, target.long(), backend="reference", **options), units=20)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "label", "ignore_index"),
-    [(torch.uint8, 156, -100), (torch.uint8, 255, -1), (torch.int8, 3, 259), (torch.uint16, 65436, -100),
-     (torch.int64, 1, 1 + 2**32)],
-    ids=str,
-)  # fmt: skip
-def test_ignore_index_is_compared_as_a_number(backend, dtype, label, ignore_index):
-    x, target = torch.zeros(2, label + 1, 3), torch.full((2, 3), label, dtype=torch.int64).to(dtype)
-    assert int(calseg.calibration_bins(x, target, ignore_index=ignore_index, backend=backend).num_voxels) == 6
-
-
 @every_kind
 @pytest.mark.parametrize("from_logits", [True, False])
 def test_mask(backend, kind, from_logits):
@@ -415,7 +404,7 @@ def test_low_precision_is_widened(backend):
 # ---- exact at any size, in any order ----
 
 
-@pytest.mark.skipif(native.extension is None, reason="no native engine")
+@needs_native
 def test_more_than_two_to_the_24_in_one_bin():
     """Where float32 counters stop; the sums are the exact multiples of those of one voxel."""
     size = 2**24 + 2**23 + 12345
@@ -471,7 +460,7 @@ def test_merge_is_not_concatenation(backend):
         bins.merge(1)
 
 
-@pytest.mark.skipif(native.extension is None, reason="no native engine")
+@needs_native
 def test_memory_does_not_grow_with_the_volume(peak_growth):
     x, target = torch.zeros(1, 4, 2**21), torch.zeros(1, 2**21, dtype=torch.uint8)
     calseg.calibration_bins(x, target)

@@ -1,27 +1,22 @@
-"""torch.compile(fullgraph=True): the numbers of eager mode for every operation, and what torch.library asks."""
+"""torch.compile(fullgraph=True) of whole programs; that of every operation is in test_operations.py."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from cases import assert_accurate, labels, scores
-from test_autograd import LOSSES, MAPS, SHAPE, TARGET
+from internals import needs_native
 
 import calseg
-from calseg import autograd, native
-from calseg.operations import AceSpec, BlendSpec, GaussianTensors, Labels, LossSpec, LossTensors, SampleSpec, Sampling
-from calseg.packing import pack
+
+SHAPE = (2, 3, 4, 5)
+TARGET = labels(SHAPE, ignore_index=-100)
 
 pytestmark = [
-    pytest.mark.skipif(native.extension is None, reason="no native engine"),
+    needs_native,
     pytest.mark.timeout(300),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch.compile's own, on some Python versions
 ]
-CASES = {
-    **{f"{name}-{r}": (lambda r=r, f=f, **t: f(None, r, **t), tensors)
-       for name, (f, tensors) in LOSSES.items() for r in ("none", "mean")},
-    **{name: (lambda f=f, **t: f(None, **t), tensors) for name, (f, tensors) in MAPS.items()},
-}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -31,50 +26,22 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-def run(function, tensors):
-    """The value, and gradients of a function of it that differs per element."""
-    leaves = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
-    value = function(**leaves)
-    (value * (torch.arange(value.numel()) % 7 - 2.5).view(value.shape)).sum().backward()
-    return value.detach(), {name: t.grad for name, t in leaves.items()}
-
-
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_as_eager(name, channels_last):
-    function, tensors = CASES[name]
-    if channels_last:
-        tensors = {k: t.to(memory_format=torch.channels_last) for k, t in tensors.items()}
-    value, gradients = run(function, tensors)
-    got, got_gradients = run(torch.compile(function, fullgraph=True, backend="aot_eager"), tensors)
-    assert_accurate(got, value, ulps=2)
-    for key, gradient in gradients.items():
-        assert_accurate(got_gradients[key], gradient, ulps=4, what=key)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_engine_runs(name):
-    """The graph holds the engine's operators, not the reference traced through."""
-    function, tensors = CASES[name]
-    seen = []
-
-    def look(graph, _inputs):
-        seen.extend(str(node.target) for node in graph.graph.nodes)
-        return graph
-
-    torch.compile(function, fullgraph=True, backend=look)(**tensors)
-    assert any(target.startswith("calseg.") for target in seen), seen
-
-
 def test_a_transposed_layout():
     """What the kernels cannot write in place comes back contiguous, as the fake kernels promise."""
-    function, tensors = CASES["vls-none"]
-    tensors = {k: t.transpose(2, 3).contiguous().transpose(2, 3) for k, t in tensors.items()}
-    value, gradients = run(function, tensors)
-    got, got_gradients = run(torch.compile(function, fullgraph=True, backend="aot_eager"), tensors)
-    assert_accurate(got, value, ulps=2)
-    for key, gradient in gradients.items():
-        assert_accurate(got_gradients[key], gradient, ulps=4, what=key)
+    tensors = [scores(*SHAPE, seed=k).transpose(2, 3).contiguous().transpose(2, 3) for k in range(3)]
+
+    def call(x, mu, logvar):
+        return calseg.vls_cross_entropy(x, TARGET, mu=mu, logvar=logvar, seed=1, reduction="none")
+
+    def outcome(function):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        value = function(*leaves)
+        return value, *torch.autograd.grad(value, leaves, scores(*value.shape, seed=4))
+
+    for got, wanted in zip(
+        outcome(torch.compile(call, fullgraph=True, backend="aot_eager")), outcome(call), strict=True
+    ):
+        assert_accurate(got, wanted.detach(), ulps=4)
 
 
 @pytest.mark.parametrize("operation", ["vls", "elbo", "sample"])
@@ -134,47 +101,15 @@ def test_errors_come_through():
         quick(scores(1, 3, 4), torch.tensor([[0, 7, 1, 2]]))
 
 
-def _loss_arguments(reduction, *, mu=False, soft=False, hard=True):
-    leaf = lambda seed: scores(*SHAPE, seed=seed)  # noqa: E731
-    tensors = LossTensors(
-        leaf(0), torch.softmax(leaf(3), 1) if soft else None, *((leaf(1), leaf(2)) if mu else (None, None))
-    )
-    sampling = Sampling(2, 1.0, 0.5, seed=torch.tensor(5)) if mu else Sampling()
-    spec = LossSpec(
-        "vls_cross_entropy" if mu else "cross_entropy", Labels(TARGET, -100) if hard else None, None, reduction,
-        torch.float64, 0.1, 0.3, sampling,
-    )  # fmt: skip
-    needed = [reduction != "none" and t is not None for t in tensors]
-    return "cpu", *pack(spec, tensors), needed, None
+def test_opcheck_of_the_drawn_seed():
+    """The operator that a compiled call without a seed starts with."""
+    targets = []
 
+    def look(graph, _):
+        targets.extend(node.target for node in graph.graph.nodes if str(node.target).startswith("calseg.draw_seed"))
+        return graph
 
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("kind", [{}, {"mu": True}, {"soft": True, "hard": False}], ids=["hard", "vls", "soft"])
-def test_opcheck_of_the_loss(reduction, kind):
-    torch.library.opcheck(autograd.loss_operator, _loss_arguments(reduction, **kind))
-
-
-def test_opcheck_of_the_soft_labels():
-    tensors = GaussianTensors(scores(*SHAPE, seed=1), scores(*SHAPE, seed=2))
-    for target in (None, TARGET):
-        labels = None if target is None else Labels(target, -100)
-        packed = pack(SampleSpec(labels, 0.3, Sampling(2, seed=5)), tensors)
-        torch.library.opcheck(autograd.sample_operator, ("cpu", *packed))
-        torch.library.opcheck(autograd.blend_operator, ("cpu", *pack(BlendSpec(labels, 0.3, 2)), tensors.mu))
-        upstream = scores(*SHAPE, seed=4)
-        for needed in ([True, True], [False, True]):
-            torch.library.opcheck(autograd.sample_backward_operator, ("cpu", *packed, upstream, needed))
-
-
-@pytest.mark.parametrize("soft", [False, True])
-def test_opcheck_of_the_moments(soft):
-    x, packed = scores(*SHAPE), pack(AceSpec(Labels(TARGET, -100), 5, 1, soft))
-    moments = autograd.ace_moments_operator("cpu", *packed, x)
-    torch.library.opcheck(autograd.ace_moments_operator, ("cpu", *packed, x))
-    torch.library.opcheck(autograd.ace_moments_backward_operator, ("cpu", *packed, x, moments))
-
-
-def test_opcheck_of_the_seed():
-    torch.library.opcheck(
-        autograd.draw_seed_operator, (), test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
-    )
+    x = scores(*SHAPE)
+    torch.compile(lambda: calseg.vls_elbo(x, x, TARGET), fullgraph=True, backend=look)()
+    (target,) = targets
+    torch.library.opcheck(target, (), test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))

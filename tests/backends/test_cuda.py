@@ -27,7 +27,7 @@ from calseg import native, tensors
 from calseg.backends import choice, cuda
 from calseg.operations import UNIT, BinsSpec, Labels
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]  # tests/
 ROOT = HERE.parent
 KINDS, every_kind = calibration.KINDS, calibration.every_kind
 LOW = (torch.bfloat16, torch.float16)

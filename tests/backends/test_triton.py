@@ -15,6 +15,7 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
+import naive
 import pytest
 import test_calibration as calibration
 import torch
@@ -31,15 +32,15 @@ from cases import (
     labels,
     scores,
 )
-from test_autograd import LOSSES, MAPS
+from operations import OPERATIONS
 from test_cross_entropy import EXTREMES, pair
-from test_soft_labels import naive_accumulate, sampler
+from test_soft_labels import sampler
 from test_vls_cross_entropy import gaussian, vls
 from test_vls_elbo import elbo
 
 import calseg
 from calseg.backends import choice, rng
-from calseg.operations import Labels, LossSpec, LossTensors, Sampling
+from calseg.operations import UNIT, Labels, LossSpec, LossTensors, Sampling
 
 pytestmark = [
     pytest.mark.skipif(choice.TRITON_ERROR is not None, reason=str(choice.TRITON_ERROR)),
@@ -333,7 +334,7 @@ def test_accumulated_soft_labels(dtype):
             lambda *, target=target, options=options, **maps: calseg.accumulate_soft_labels(
                 maps.values(), target, backend="triton", **options
             ),
-            lambda *, target=target, options=options, **maps: naive_accumulate(list(maps.values()), target, **options),
+            lambda *, y=target, o=options, **maps: naive.accumulate_soft_labels(list(maps.values()), y, **o),
             maps, ulps=16, scale=1.0, grad_scale=1.0,
         )  # fmt: skip
 
@@ -406,7 +407,7 @@ def test_classes_in_blocks(name, monkeypatch):
         dtype_of = lambda t: next(iter(t.values())).dtype  # noqa: E731
         return lambda **t: function(backend, reduction, target, weight.to(dtype_of(t)), **t)
 
-    for reduction in ("none", "mean") if name in LOSSES else ("none",):
+    for reduction in ("none",) if name in ("sample", "estimate", "accumulate") else ("none", "mean"):
         assert_matches(of("triton", reduction), of("reference", reduction), tensors, ulps=ULPS, scale=2.0)
 
 
@@ -474,8 +475,8 @@ def test_calibration_in_blocks_of_classes(kind, n_bins, monkeypatch):
     assert int((got.count.cumsum(-1) - wanted.count.cumsum(-1)).abs().max()) <= 1
     assert torch.equal(got.hits.sum(-1), wanted.hits.sum(-1))
     assert torch.equal(got.num_voxels, wanted.num_voxels)
-    assert abs(float(got.mean_nll() - wanted.mean_nll())) < 8 / calseg.reference.UNIT
-    assert abs(float(got.mean_brier() - wanted.mean_brier())) < 4 / calseg.reference.UNIT
+    assert abs(float(got.mean_nll() - wanted.mean_nll())) < 8 / UNIT
+    assert abs(float(got.mean_brier() - wanted.mean_brier())) < 4 / UNIT
 
 
 @pytest.mark.parametrize("n_bins", [1, 4096])
@@ -487,7 +488,7 @@ def test_a_full_tile_in_one_bin(n_bins):
         torch.zeros(1, 1, size), torch.zeros(1, size, dtype=torch.uint8), n_bins=n_bins, backend="triton"
     )
     assert int(bins.count[-1]) == int(bins.hits[-1]) == int(bins.num_voxels) == size
-    assert int(bins.confidence[-1]) == size * calseg.reference.UNIT
+    assert int(bins.confidence[-1]) == size * UNIT
 
 
 # ---- the noise ----
@@ -661,13 +662,21 @@ def test_voxels_past_two_to_the_32(monkeypatch):
 # ---- autograd, compile, streams of calls ----
 
 
-@pytest.mark.parametrize("name", ["hard-mean", "vls-mean", "elbo-none", "sample"])
+def operation(name):
+    """A function of (backend, tensors), and tensors, for ``"operation"`` or ``"operation-reduction"`` of the table."""
+    kind, _, reduction = name.partition("-")
+    entry, shape = OPERATIONS[kind], (2, 3, 4, 5)
+    arguments = entry.arguments(shape, **{**entry.typical, **({"reduction": reduction} if reduction else {})})
+    return (lambda backend, tensors: entry.bind(backend, arguments)(**tensors)), entry.inputs(shape)
+
+
+@pytest.mark.parametrize(
+    "name", ["cross_entropy-mean", "vls_cross_entropy-mean", "vls_elbo-none", "sample_soft_labels"]
+)
 @pytest.mark.parametrize("factor", [1.0, -2.5])
 def test_upstream_gradient(name, factor):
     """Scaled, and twice through a kept graph: the same gradients each time."""
-    kind, _, reduction = name.partition("-")
-    function, tensors = LOSSES[kind] if kind in LOSSES else MAPS[kind]
-    call = lambda b, t: function(b, reduction, **t) if reduction else function(b, **t)  # noqa: E731
+    call, tensors = operation(name)
     weights = lambda v: (torch.arange(v.numel()) % 7 - 2.5).view(v.shape)  # noqa: E731
     leaves = {k: t.float().requires_grad_() for k, t in tensors.items()}
     value = call("triton", leaves)
@@ -691,12 +700,13 @@ def test_nothing_waits_for_the_host(monkeypatch):
     def refuse(*_):
         raise AssertionError("a tensor's value was asked for")
 
-    seed = torch.tensor(11)
+    seed, gaussians = torch.tensor(11), OPERATIONS["estimate"].inputs((2, 3, 4, 5))
+    losses = [operation(f"{name}-mean") for name, entry in OPERATIONS.items() if entry.result == "loss"]
     cases = [
-        *((lambda f=f, r=r, **t: f("triton", r, **t), tensors) for f, tensors in LOSSES.values() for r in ("mean",)),
-        (lambda mu, logvar: calseg.accumulate_soft_labels((mu, logvar), backend="triton").sum(), MAPS["sample"][1]),
+        *((lambda f=f, **t: f("triton", t), tensors) for f, tensors in losses),
+        (lambda mu, logvar: calseg.accumulate_soft_labels((mu, logvar), backend="triton").sum(), gaussians),
         (lambda mu, logvar: calseg.sample_soft_labels(mu, logvar, seed=seed, backend="triton").sum(),
-         MAPS["sample"][1]),
+         gaussians),
     ]  # fmt: skip
     prepared = [(f, {k: t.float().requires_grad_() for k, t in tensors.items()}) for f, tensors in cases]
     for name in ("item", "__bool__", "__int__", "__float__", "tolist", "cpu", "numpy"):
@@ -717,13 +727,16 @@ def test_reuse_logits():
     assert_accurate(x.grad, wanted, ulps=4)
 
 
-@pytest.mark.parametrize("name", ["hard", "vls", "elbo", "sample", "accumulate"])
+@pytest.mark.parametrize(
+    "name",
+    ["cross_entropy-mean", "vls_cross_entropy-mean", "vls_elbo-mean", "sample_soft_labels", "accumulate_soft_labels"],
+)
 def test_compiled(name):
     """torch.compile(fullgraph=True) calls the same kernels."""
     torch._dynamo.reset()
-    function, tensors = LOSSES[name] if name in LOSSES else MAPS[name]
+    function, tensors = operation(name)
     tensors = {k: t.float() for k, t in tensors.items()}
-    call = lambda **t: function("triton", *(("mean",) if name in LOSSES else ()), **t)  # noqa: E731
+    call = lambda **t: function("triton", t)  # noqa: E731
     eager = evaluate(lambda **t: call(**t).square().sum(), tensors)
     quick = torch.compile(call, fullgraph=True, backend="aot_eager")
     got = evaluate(lambda **t: quick(**t).square().sum(), tensors)

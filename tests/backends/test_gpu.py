@@ -404,8 +404,8 @@ def test_compute_sanitizer(tool, summary):
         ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no",
          "--target-processes", "application-only", sys.executable, str(script)],
         # Every tensor an allocation of its own: a step past its end is seen.
-        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, check=False,
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
     assert "every kernel ran" in done.stdout

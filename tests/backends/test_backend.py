@@ -12,14 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cases import labels, scores
+from cases import FLOATS, labels, scores
+from internals import empty_like, native, needs_native
 
 import calseg
-from calseg import native as memory
-from calseg import tensors
 
-native = memory.extension
-pytestmark = [pytest.mark.skipif(native is None, reason="no native engine"), pytest.mark.timeout(180)]
+pytestmark = [needs_native, pytest.mark.timeout(180)]
 MIB = 2**20
 
 
@@ -86,21 +84,6 @@ def test_results_are_where_the_inputs_are(set_threads):
 
 
 # ---- threads ----
-
-
-@pytest.mark.parametrize("isa", native.available_isas() if native else [])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_bit_for_bit_for_any_number_of_threads(isa, dtype, set_threads):
-    before = native.isa()
-    native.set_isa(isa)
-    try:
-        set_threads(1)
-        wanted = results(dtype=dtype)
-        for threads in (1, 2, 3, 5, 16):
-            set_threads(threads)
-            assert same(results(dtype=dtype), wanted), threads
-    finally:
-        native.set_isa(before)
 
 
 def test_bit_for_bit_from_run_to_run(set_threads):
@@ -322,10 +305,10 @@ def held() -> int:
 class TestBufferPool:
     def test_sizes_layouts_and_dtypes(self):
         """Pooled memory is a tensor as any other, in every dtype and layout; small results are PyTorch's own."""
-        for dtype in tensors.FLOAT_DTYPES:
+        for dtype in FLOATS:
             like = torch.zeros(1, 8, 128, 64, 64, dtype=dtype)
             for example in (like, like.to(memory_format=torch.channels_last_3d), like.transpose(0, 1)):
-                made = memory.empty_like(example)
+                made = empty_like(example)
                 assert (made.shape, made.dtype, made.stride()) == (
                     example.shape,
                     dtype,
@@ -336,19 +319,19 @@ class TestBufferPool:
         del made
         assert held() > 0
         calseg.empty_cache()
-        assert memory.empty_like(torch.zeros(100)).numel() == 100
+        assert empty_like(torch.zeros(100)).numel() == 100
         assert held() == 0
 
     def test_freed_memory_is_used_again(self):
         like = torch.zeros(8 * MIB // 4)
-        first = memory.empty_like(like)
+        first = empty_like(like)
         address = first.data_ptr()
         del first
         assert held() == 8 * MIB
-        second = memory.empty_like(like)
+        second = empty_like(like)
         assert second.data_ptr() == address
         assert held() == 0
-        third = memory.empty_like(like)
+        third = empty_like(like)
         assert third.data_ptr() != address
         del second, third
         assert held() == 16 * MIB
@@ -360,18 +343,18 @@ class TestBufferPool:
         most = 0
         for size in (8, 12, 9, 40, 8, 16, 11, 64, 8, 9):
             like = [torch.zeros(1, device="meta").expand(size * MIB // 4) for _ in range(2)]
-            live = [memory.empty_like(torch.empty(t.shape)) for t in like]
+            live = [empty_like(torch.empty(t.shape)) for t in like]
             most = max(most, sum(t.numel() * 4 for t in live))
             assert held() + sum(t.numel() * 4 for t in live) <= most + 2 * 2 * MIB  # rounded up to 2 MiB each
             del live
             assert held() <= most + 2 * 2 * MIB
 
     def test_a_view_keeps_the_memory(self):
-        made = memory.empty_like(torch.zeros(8 * MIB // 4)).fill_(3.0)
+        made = empty_like(torch.zeros(8 * MIB // 4)).fill_(3.0)
         part = made[5:10]
         del made
         assert held() == 0
-        other = memory.empty_like(torch.zeros(8 * MIB // 4)).fill_(4.0)
+        other = empty_like(torch.zeros(8 * MIB // 4)).fill_(4.0)
         assert part.tolist() == [3.0] * 5
         del part, other
         assert held() == 16 * MIB
@@ -389,7 +372,7 @@ class TestBufferPool:
     def test_threads_share_it(self):
         def work(index):
             for _ in range(30):
-                made = memory.empty_like(torch.empty((4 + index) * MIB // 4)).fill_(index)
+                made = empty_like(torch.empty((4 + index) * MIB // 4)).fill_(index)
                 assert float(made[0]) == float(made[-1]) == index
             return True
 
