@@ -17,6 +17,7 @@ from cases import (
     LAYOUTS,
     SHAPES,
     SIZES,
+    Result,
     assert_accurate,
     class_weights,
     evaluate,
@@ -119,8 +120,8 @@ def test_every_option(backend, operation, C):
     for dtype, options, ignore_index, reduction in product(
         (torch.float32, torch.float64), operation.options, operation.ignored_values, operation.reductions
     ):
-        if dtype not in operation.dtypes_of_values or (C == 1 and ignore_index == 0):  # no voxel counts
-            continue
+        if dtype not in operation.dtypes_of_values or (C == 1 and ignore_index == 0):
+            continue  # with one class that is ignored, no voxel counts
         assert_right(
             operation, backend, shape, dtype, ignore_index=ignore_index, **reducing(operation, reduction), **options
         )
@@ -170,12 +171,12 @@ def test_every_size(cpu, operation, C):
                 leaves = leaves_of(part)
                 value = operation.bind(cpu, given)(**leaves)
                 gradients = torch.autograd.grad(value, list(leaves.values()), upstream[..., :size].to(dtype))
-                cut = type(whole)(whole.value[..., :size], {k: g[..., :size] for k, g in whole.gradients.items()})
-                got = type(whole)(value, dict(zip(leaves, gradients, strict=True)))
-                assert_result(operation, got, cut, tolerance, what)
+                wanted = Result(whole.value[..., :size], {k: g[..., :size] for k, g in whole.gradients.items()})
+                got = Result(value, dict(zip(leaves, gradients, strict=True)))
+                assert_result(operation, got, wanted, tolerance, what)
 
 
-@every_differentiable
+@those(lambda operation: operation.per_voxel)  # elsewhere one confidence that rounds over an edge changes the result
 @settings(max_examples=15)
 @given(data=st.data())
 def test_any_arguments(backend, operation, data):
@@ -520,7 +521,7 @@ def test_no_gradient_buffers_without_gradients(cpu, operation, reduction, poison
 
 @every_reduction
 def test_gradcheck(backend, operation, reduction):
-    for options in ({}, {"weighted": True}) if operation.takes_weight else ({},):
+    for options in ({}, {"weighted": True}) if operation.takes_weight and reduction == "mean" else ({},):
         leaves = leaves_of(operation.inputs(SHAPE))
         call = by_position(bound(operation, backend, **reducing(operation, reduction), **options), leaves)
         assert torch.autograd.gradcheck(call, tuple(leaves.values()), fast_mode=True)
