@@ -30,7 +30,8 @@ from calseg.tensors import compute_dtype, is_walkable, layout_like, shape_of
 
 def _loss_dtype(scores: Tensor) -> torch.dtype:
     """The input's dtype; float32 for low precision under autocast, as for ``F.cross_entropy``."""
-    if scores.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(scores.device.type):
+    is_low = scores.dtype in (torch.bfloat16, torch.float16)
+    if is_low and not scores.is_meta and torch.is_autocast_enabled(scores.device.type):  # "meta" has no autocast
         return torch.float32
     return scores.dtype
 
