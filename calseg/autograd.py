@@ -244,9 +244,10 @@ def loss(
     traced = is_traced(*tensors) if traced is None else traced
     if not needs_gradient(*tensors):
         value, _ = _run_loss(backend, spec, tensors, NONE_NEEDED, traced)
+    elif torch.compiler.is_compiling():
+        value = Loss.apply((backend, spec, reuse_logits, traced), *tensors)
     else:
-        attach = Loss.apply if torch.compiler.is_compiling() else _attach_loss
-        value = attach((backend, spec, reuse_logits, traced), *tensors)
+        value = _attach_loss((backend, spec, reuse_logits, traced), *tensors)
     return value
 
 
@@ -349,9 +350,14 @@ class AccumulateSoftmax(Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad_output,) = grad_outputs
         spec, (logits, *_) = _saved(ctx)
-        gradient = None
-        if ctx.needs_input_grad[3]:
+        gradient: Tensor | None = None
+        if ctx.needs_input_grad[3] and _is_batched(grad_output):
+            start = torch.zeros_like(logits, dtype=grad_output.dtype)
+            again = lambda x: reference.accumulate_softmax(spec, start, x)  # noqa: E731
+            (gradient,) = reference.gradients(again, (logits,), (True,), grad_output)
+        elif ctx.needs_input_grad[3]:
             gradient = engine(ctx.backend).accumulate_softmax_backward(spec, logits, grad_output)
+            assert gradient is not None
             if spec.labels is not None:  # NaN under an ignored voxel must not come back as its gradient
                 gradient.masked_fill_(_ignored(spec.labels, gradient), 0.0)
         return None, None, grad_output, *_guarded((gradient,), grad_output, logits)
@@ -426,7 +432,7 @@ def blend_soft_labels(backend: str, spec: BlendSpec, total: Tensor) -> Tensor:
 
 def _ignored(labels: Labels, like: Tensor) -> Tensor:
     """Where the label is ignored, ``[N, 1, *S]``."""
-    return (labels.tensor == labels.ignore_index).unsqueeze(class_axis(like))
+    return labels.ignored().unsqueeze(class_axis(like))
 
 
 # ---- average calibration error ----
@@ -479,7 +485,7 @@ class AceMoments(Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad_moments,) = grad_outputs
         spec, (logits, *_) = _saved(ctx)
-        if is_traced(logits):
+        if is_traced(logits) or _is_batched(grad_moments):
             return None, None, ace_moments_backward_operator(ctx.backend, *pack(spec), logits, grad_moments)
         gradient = engine(ctx.backend).ace_moments_backward(spec, logits, grad_moments.detach())
         return None, None, *_guarded((gradient,), grad_moments, logits)

@@ -29,6 +29,10 @@ class Labels(NamedTuple):
     ignore_index: int
     is_mask: bool = False
 
+    def ignored(self) -> Tensor:
+        """Where a voxel is ignored. Compared as numbers: a label of 8 bits is never -100."""
+        return self.tensor.long() == self.ignore_index
+
 
 class Sampling(NamedTuple):
     """How the Gaussian over the logits is sampled, and its KL term."""

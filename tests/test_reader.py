@@ -101,4 +101,6 @@ def test_merged_items():
     assert native.extension.geometry([last], [y]) == (1, 3, 40, [(0, 1, 3)], [(0, 0, 1)])
     assert native.extension.geometry([scores(7, 3, 1)], [labels((7, 3, 1))]) == (1, 3, 7, [(0, 1, 3)], [(0, 0, 1)])
     assert native.extension.geometry([scores(7, 3)], []) == (1, 3, 7, [(0, 1, 3)], [])
+    assert native.extension.geometry([last, x], [y])[:3] == (2, 3, 20)  # where all agree
+    assert native.extension.geometry([scores(1, 3, 7)[:, :, ::2]], []) == (1, 3, 4, [(0, 7, 2)], [])
     assert native.extension.geometry([scores(3)], []) == (1, 3, 1, [(0, 1, 0)], [])

@@ -244,7 +244,7 @@ def accumulate_softmax(spec: AccumulateSpec, total: Tensor, logits: Tensor) -> T
     axis = 1 if logits.dim() > 1 else 0
     logits = logits.to(total.dtype)
     if spec.labels is not None:  # NaN included
-        logits = logits.masked_fill((spec.labels.tensor == spec.labels.ignore_index).unsqueeze(axis), 0.0)
+        logits = logits.masked_fill(spec.labels.ignored().unsqueeze(axis), 0.0)
     return total + torch.softmax(logits / spec.temperature, axis)
 
 

@@ -205,7 +205,8 @@ def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
         )
     faults, totals, sums = results.cpu().split(sizes, 1)
     positions = faults + torch.arange(items, device="cpu")[:, None] * S
-    first = [int(column.min()) for column in torch.where(faults == NO_FAULT.value, faults, positions).unbind(1)]
+    nowhere = torch.full((1, 2), NO_FAULT.value, dtype=torch.int64, device="cpu")
+    first = torch.cat([torch.where(faults == nowhere, nowhere, positions), nowhere]).amin(0).tolist()
     if first[0] != NO_FAULT.value:
         raise checks.label_at(first[0], spec.labels.tensor, C, spec.labels.ignore_index)
     if first[1] != NO_FAULT.value:

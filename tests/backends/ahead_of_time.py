@@ -124,9 +124,9 @@ def call(
         if gradient:
             engine.sample_soft_labels_backward(sample, tensors, x, tensors)
     elif operation == "accumulate_soft_labels":
-        engine.accumulate_softmax(AccumulateSpec(1.0), x, x)
-        engine.accumulate_softmax_backward(AccumulateSpec(1.0), x, x)
-        engine.blend_soft_labels(BlendSpec(labels, 0.1, 0.5), x)
+        engine.accumulate_softmax(AccumulateSpec(None, 1.0), x, x)
+        engine.accumulate_softmax_backward(AccumulateSpec(None, 1.0), x, x)
+        engine.blend_soft_labels(BlendSpec(labels, 0.1, 2), x)
     elif operation == "calibration_bins":
         for class_wise, n_bins, from_logits in (
             (False, 15, True), (False, 15, False), (True, 15, True), (True, 4096, True)

@@ -727,6 +727,7 @@ def test_reuse_logits():
     assert_accurate(x.grad, wanted, ulps=4)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile instantiates the autograd.Function itself
 @pytest.mark.parametrize(
     "name",
     ["cross_entropy-mean", "vls_cross_entropy-mean", "vls_elbo-mean", "sample_soft_labels", "accumulate_soft_labels"],
@@ -832,16 +833,6 @@ def test_tiles(name, layout):
             assert max(1, tile.ALIGN_S) >= tile.VEC_C
         if name == "SAMPLED" and C > 2:
             assert tile.BLOCK_C >= 4
-
-
-def test_merged_items():
-    """Contiguous channels-last items and rows [N, C] are one item; channel-first items are not; S = 1 turns around."""
-    merge = lambda *a: engine.merge_items(Geometry(*a))  # noqa: E731
-    assert merge(3, 5, 7, [(35, 1, 5)], [(7, 0, 1)]) == (1, 5, 21, [(0, 1, 5)], [(0, 0, 1)])
-    assert merge(3, 5, 7, [(35, 7, 1)], [(7, 0, 1)]) == (3, 5, 7, [(35, 7, 1)], [(7, 0, 1)])
-    assert merge(3, 5, 7, [(35, 1, 5), (35, 7, 1)], []) == (3, 5, 7, [(35, 1, 5), (35, 7, 1)], [])
-    assert merge(9, 5, 1, [(5, 1, 1)], [(1, 0, 1)]) == (1, 5, 9, [(0, 1, 5)], [(0, 0, 1)])
-    assert merge(1, 5, 7, [(99, 7, 1)], []) == (1, 5, 7, [(0, 7, 1)], [])
 
 
 def test_alignment():
