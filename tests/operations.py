@@ -299,7 +299,7 @@ ACE = tuple(
     )
 )  # fmt: skip
 # One class has a gradient of 0, and its error no scale: the sizes have it.
-TWO_OR_MORE = (2, 3, 4, 5, 14)
+TWO_OR_MORE = (2, 5, 14)
 BINS = ({}, {"n_bins": 1}, {"n_bins": 10}, {"n_bins": 64})
 # Around the widths of vectors, tiles and unrolled class loops: cases.CLASSES.
 ALL_CLASSES = {C: 2049 if C < 33 else 300 for C in (1, 2, 3, 4, 5, 7, 8, 9, 14, 16, 17, 32, 33, 117)}
