@@ -25,6 +25,7 @@ struct LossArgs {
     LossTensors gradients;  // out, each optional
     Upstream upstream;
     Voxels loss;                     // out, optional
+    void* reduced = nullptr;         // out, optional: the mean or sum, in the type that the scores are computed in
     LossSums* chunk_sums = nullptr;  // out: [chunks]
 };
 

@@ -4,31 +4,11 @@
 #include <vector>
 
 #include "host/buffer_pool.h"
+#include "python/dlpack.h"
 #include "python/reader.h"
 
 namespace calseg {
 namespace {
-
-struct DLDevice {
-    int32_t device_type, device_id;
-};
-struct DLDataType {
-    uint8_t code, bits;
-    uint16_t lanes;
-};
-struct DLTensor {
-    void* data;
-    DLDevice device;
-    int32_t ndim;
-    DLDataType dtype;
-    int64_t *shape, *strides;
-    uint64_t byte_offset;
-};
-struct DLManagedTensor {
-    DLTensor tensor;
-    void* context;
-    void (*deleter)(DLManagedTensor*);
-};
 
 struct Owned {
     DLManagedTensor managed;
@@ -44,13 +24,13 @@ void release(DLManagedTensor* managed) {
 DLDataType dl_dtype(DType dtype) {
     switch (dtype) {
         case DType::f64:
-            return {2, 64, 1};
+            return {kDLFloat, 64, 1};
         case DType::f16:
-            return {2, 16, 1};
+            return {kDLFloat, 16, 1};
         case DType::bf16:
-            return {4, 16, 1};
+            return {kDLBfloat, 16, 1};
         default:
-            return {2, 32, 1};
+            return {kDLFloat, 32, 1};
     }
 }
 
@@ -67,7 +47,7 @@ pybind11::object empty_pooled(pybind11::handle dtype, const pybind11::tuple& siz
     const DLDataType type = dl_dtype(dtype_of(dtype));
     void* memory = pool_allocate(static_cast<std::size_t>(elements) * type.bits / 8);
     if (!memory) return pybind11::none();
-    owned->managed = {{memory, {1, 0}, static_cast<int32_t>(owned->sizes.size()), type, owned->sizes.data(), owned->strides.data(), 0},
+    owned->managed = {{memory, {kDLCPU, 0}, static_cast<int32_t>(owned->sizes.size()), type, owned->sizes.data(), owned->strides.data(), 0},
                       owned.get(),
                       release};
     // A capsule that nobody consumes frees what it holds; a consumer renames it and calls the deleter itself.
