@@ -190,7 +190,7 @@ class Loss(Function):
         return value
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         return None, None, *ctx.gradients_for(ctx, grad_output)
 
 

@@ -653,10 +653,8 @@ def tangents_of(tensors):
 
 
 # PyTorch's own, where it first differentiates in forward mode.
-forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
 
-@forward_mode
 @every_reduction
 def test_forward_ad(operation, reduction):
     """Dual numbers: of all tensors, and of one of them at a time."""
@@ -673,7 +671,6 @@ def test_forward_ad(operation, reduction):
         assert_accurate(got.tangent, wanted, ulps=64, scale=1.0, what=str(chosen))
 
 
-@forward_mode
 @every_reduction
 def test_jvp(operation, reduction):
     """torch.func.jvp, and forward over reverse mode: the Hessian times a vector."""

@@ -1,4 +1,4 @@
-// The Python module calseg._native: what calseg calls of the engine, by name.
+// The Python module calseg._native: registers every function of the engine that calseg calls.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -19,18 +19,18 @@ namespace py = pybind11;
 namespace calseg {
 namespace {
 
-// None, or of a label that is no class (position, label, number of classes).
+// Returns None, or of a label that is no class (position, label, number of classes).
 py::object to_python(const LabelFault& fault, const Shape& shape) {
     if (fault.position < 0) return py::none();
     return py::make_tuple(fault.position, fault.label, shape.C);
 }
 
-// (label_position, label, score_position, total, least): positions are -1 where there was no fault.
+// Returns (label_position, label, score_position, total, least). Positions are -1 where there was no fault.
 py::object to_python(const BinsFault& fault, const Shape&) {
     return py::make_tuple(fault.label_position, fault.label, fault.score_position, fault.total, fault.least);
 }
 
-// An argument of a call: its name, and the members on the way to where it is read into.
+// Place of an argument: its name, and the members that lead to where it is read into.
 template <auto... path>
 struct In {
     const char* name;
@@ -40,7 +40,7 @@ struct In {
     }
 };
 
-// The same for a result, whose memory the caller gives.
+// Place of a result, whose memory the caller gives.
 template <auto... path>
 struct Out {
     const char* name;
@@ -79,7 +79,7 @@ void define(py::module_& module, const char* name, Result (*run)(Args&, int num_
     });
 }
 
-// The memory of a loss: a number for every voxel, or one for all of them.
+// Place of a loss: a number for every voxel, or one for all of them.
 struct LossResult {
     const char* name;
     void read(Reader& reader, py::handle given, LossArgs& args) const {
@@ -136,7 +136,8 @@ void cuda_calibration_bins(py::handle scores, py::handle spec, py::handle sums, 
 }
 #endif
 
-// (N, C, S, [(n, c, s) of the scores], [(n, 0, s) of the voxels]): how a GPU's kernels walk these tensors, merged items first.
+// Returns (N, C, S, strides of the scores, strides of the voxels), with items merged where one stride walks them all. The
+// strides of a tensor are (n, c, s). The Triton kernels walk tensors by these.
 py::tuple geometry(const py::list& scores, const py::list& voxels) {
     Reader reader(Device::any);
     std::vector<TensorView> views;
@@ -158,7 +159,7 @@ py::tuple geometry(const py::list& scores, const py::list& voxels) {
     return py::make_tuple(shape.N, shape.C, shape.S, strides[0], strides[1]);
 }
 
-// The fields of every structure that came from calseg/operations.py, by its name.
+// Returns the names of the fields of every structure that came from calseg/operations.py.
 template <class... Structures>
 py::dict fields_of(std::tuple<Structures...>*) {
     py::dict all;
@@ -198,7 +199,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("available_isas", &available_isas);
     m.def("set_isa", &set_isa);
     m.def("threading_layer", &threading_layer);
-    isa();  // a wrong CALSEG_ISA is an error at import, not in the middle of training
+    isa();  // Refuses a wrong CALSEG_ISA at import.
 }
 
 }  // namespace calseg

@@ -3,6 +3,7 @@
 #include <pybind11/gil_safe_call_once.h>
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "python/dlpack.h"
@@ -15,6 +16,16 @@ namespace {
 
 constexpr int kMaxRank = 64;  // of a torch.Tensor
 
+// The dtypes that the engine reads: the number that kernels know them by, PyTorch's name, DLPack's code and bits.
+constexpr struct {
+    DType dtype;
+    const char* name;
+    uint8_t code, bits;
+} kDtypes[] = {{DType::f32, "float32", kDLFloat, 32},    {DType::i64, "int64", kDLInt, 64},     {DType::u8, "uint8", kDLUInt, 8},
+               {DType::bf16, "bfloat16", kDLBfloat, 16}, {DType::f16, "float16", kDLFloat, 16}, {DType::i32, "int32", kDLInt, 32},
+               {DType::i16, "int16", kDLInt, 16},        {DType::i8, "int8", kDLInt, 8},        {DType::f64, "float64", kDLFloat, 64},
+               {DType::u16, "uint16", kDLUInt, 16},      {DType::u32, "uint32", kDLUInt, 32},   {DType::u64, "uint64", kDLUInt, 64}};
+
 PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 
 py::object call_method(py::handle of, PyObject* method) {
@@ -24,14 +35,15 @@ py::object call_method(py::handle of, PyObject* method) {
 
 }  // namespace
 
+// The objects of PyTorch and of Python that tensors are compared with and asked for. They live as long as the process.
 struct Torch {
     PyObject *tensor, *parameter, *float64;
-    int (*dltensor)(void* tensor, DLTensor* to) = nullptr;  // where this PyTorch has it
+    int (*dltensor)(void* tensor, DLTensor* to) = nullptr;  // null before PyTorch 2.10
     std::vector<std::pair<PyObject*, DType>> dtypes;
     PyObject *shape = interned("shape"), *stride = interned("stride"), *data_ptr = interned("data_ptr"), *dtype = interned("dtype"),
              *is_cpu = interned("is_cpu"), *is_cuda = interned("is_cuda"), *is_neg = interned("is_neg"),
-             *resolve_neg = interned("resolve_neg"), *contiguous = interned("contiguous"), *is_contiguous = interned("is_contiguous"),
-             *detach = interned("detach"), *to = interned("to"), *storage_offset = interned("storage_offset");
+             *resolve_neg = interned("resolve_neg"), *contiguous = interned("contiguous"), *detach = interned("detach"),
+             *to = interned("to"), *storage_offset = interned("storage_offset");
 
     Torch() {
         const py::module_ torch = py::module_::import("torch");
@@ -39,11 +51,7 @@ struct Torch {
         tensor = get(torch, "Tensor");
         parameter = get(py::module_::import("torch.nn"), "Parameter");
         float64 = get(torch, "float64");
-        const std::pair<const char*, DType> known[] = {{"float32", DType::f32},   {"int64", DType::i64},   {"uint8", DType::u8},
-                                                       {"bfloat16", DType::bf16}, {"float16", DType::f16}, {"int32", DType::i32},
-                                                       {"int16", DType::i16},     {"int8", DType::i8},     {"float64", DType::f64},
-                                                       {"uint16", DType::u16},    {"uint32", DType::u32},  {"uint64", DType::u64}};
-        for (const auto& [name, code] : known) dtypes.emplace_back(get(torch, name), code);
+        for (const auto& known : kDtypes) dtypes.emplace_back(get(torch, known.name), known.dtype);
         const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
         if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
             const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -64,7 +72,7 @@ struct Reader::Layout {
     int64_t elements = 1;
     int64_t sizes[kMaxRank], strides[kMaxRank];
 
-    // The stride with which the axes from `first` on are walked in row-major order, if there is one.
+    // Finds the stride that walks the axes from `first` on in row-major order. False where there is none.
     bool walk(int first, int64_t& step) const {
         bool any = false;
         int64_t extent = 0;
@@ -110,49 +118,14 @@ DType dtype_of(py::handle dtype) {
 
 namespace {
 
-// The kernels' number for a dtype of DLPack; false where they have none.
-bool find_dtype(const DLDataType& from, DType& to) {
-    const struct {
-        uint8_t code, bits;
-        DType dtype;
-    } known[] = {{kDLFloat, 32, DType::f32}, {kDLInt, 64, DType::i64},  {kDLUInt, 8, DType::u8},   {kDLBfloat, 16, DType::bf16},
-                 {kDLFloat, 16, DType::f16}, {kDLInt, 32, DType::i32},  {kDLInt, 16, DType::i16},  {kDLInt, 8, DType::i8},
-                 {kDLFloat, 64, DType::f64}, {kDLUInt, 16, DType::u16}, {kDLUInt, 32, DType::u32}, {kDLUInt, 64, DType::u64}};
-    for (const auto& each : known)
-        if (each.code == from.code && each.bits == from.bits) {
-            to = each.dtype;
-            return from.lanes == 1;
-        }
-    return false;
-}
-
 Device device_of(const DLDevice& device) {
     if (device.device_type == kDLCPU || device.device_type == kDLCUDAHost) return Device::cpu;
     return device.device_type == kDLCUDA ? Device::cuda : Device::any;
 }
 
-int64_t item_bytes(DType dtype) {
-    switch (dtype) {
-        case DType::u8:
-        case DType::i8:
-            return 1;
-        case DType::bf16:
-        case DType::f16:
-        case DType::i16:
-        case DType::u16:
-            return 2;
-        case DType::f64:
-        case DType::i64:
-        case DType::u64:
-            return 8;
-        default:
-            return 4;
-    }
-}
-
 }  // namespace
 
-// By DLPack's C function, some 50 ns: false where this PyTorch has none, or it refuses the tensor.
+// Reads a tensor by DLPack's C function, in 50 ns. False where PyTorch has none, or it refuses the tensor.
 bool Reader::read_dlpack(py::handle tensor, Layout& to) const {
     DLTensor from;
     if (!torch_.dltensor) return false;
@@ -160,8 +133,11 @@ bool Reader::read_dlpack(py::handle tensor, Layout& to) const {
         PyErr_Clear();
         return false;
     }
-    if (!find_dtype(from.dtype, to.dtype) || from.ndim > kMaxRank || !from.strides) return false;
+    const auto same = [&](const auto& known) { return known.code == from.dtype.code && known.bits == from.dtype.bits; };
+    const auto* known = std::find_if(std::begin(kDtypes), std::end(kDtypes), same);
+    if (known == std::end(kDtypes) || from.dtype.lanes != 1 || from.ndim > kMaxRank || !from.strides) return false;
     if (device_ != Device::any && device_of(from.device) != device_) return false;
+    to.dtype = known->dtype;
     to.data = from.data;
     to.rank = from.ndim;
     std::copy(from.shape, from.shape + to.rank, to.sizes);
@@ -169,7 +145,7 @@ bool Reader::read_dlpack(py::handle tensor, Layout& to) const {
     return true;
 }
 
-// By the attributes of the tensor in Python, which every PyTorch has. Says what is wrong with the tensor.
+// Reads a tensor by its attributes in Python, in every PyTorch. Refuses a tensor with the reason.
 void Reader::read_attributes(py::handle tensor, Layout& to) const {
     const auto attribute = [&](PyObject* name) { return py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), name)); };
     if (device_ != Device::any) {
@@ -204,11 +180,11 @@ Reader::Layout Reader::layout_of(py::handle tensor) const {
     for (int i = 0; i < layout.rank; ++i) layout.elements *= layout.sizes[i];
     if (layout.elements > 0 && !has_memory(tensor, layout)) refuse("got a tensor whose memory is not there (fake, freed, or of a wrapper)");
     static char nothing;
-    if (!layout.data) layout.data = &nothing;  // of an empty tensor, which is one all the same
+    if (!layout.data) layout.data = &nothing;  // An empty tensor is read like any other.
     return layout;
 }
 
-// Whether there is memory at the address. PyTorch adds the offset of a view to the null address of a freed storage.
+// Tells whether there is memory at the address. That of a view on freed memory is null plus the view's offset.
 bool Reader::has_memory(py::handle tensor, const Layout& layout) const {
     const auto address = reinterpret_cast<uintptr_t>(layout.data);
     constexpr uintptr_t kSurelyMemory = uintptr_t(1) << 40;  // no view begins a tebibyte into its storage
@@ -219,7 +195,8 @@ bool Reader::has_memory(py::handle tensor, const Layout& layout) const {
         PyErr_Clear();
         return true;
     }
-    return address != static_cast<uintptr_t>(PyLong_AsLongLong(offset.ptr()) * item_bytes(layout.dtype));
+    const auto* known = std::find_if(std::begin(kDtypes), std::end(kDtypes), [&](const auto& each) { return each.dtype == layout.dtype; });
+    return address != static_cast<uintptr_t>(PyLong_AsLongLong(offset.ptr()) * (known->bits / 8));
 }
 
 // Reads a tensor by find(tensor). Where that is false, as no stride walks through the tensor, and where PyTorch only

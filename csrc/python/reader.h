@@ -1,5 +1,5 @@
-// The one reader of what comes from Python: tensors and the specs of calseg/operations.py. It takes torch.Tensors apart
-// without libtorch, checks that their shapes fit each other, and copies what the kernels cannot walk through.
+// Reader of everything that comes from Python: tensors and the specs of calseg/operations.py. It reads torch.Tensors
+// without libtorch, checks that their shapes fit each other, and copies those that the kernels cannot walk through.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -12,14 +12,14 @@
 
 namespace calseg {
 
-// A value that the engine does not read. Nothing has been written then.
+// The error for a value that the engine does not read. It is thrown before anything is written.
 struct Unreadable : std::invalid_argument {
     using std::invalid_argument::invalid_argument;
 };
 
-struct Torch;  // the objects of PyTorch that the reader compares with and calls
+struct Torch;
 
-// The kernels' number for a torch.dtype.
+// Finds the kernels' number for a torch.dtype.
 DType dtype_of(pybind11::handle dtype);
 
 enum class Device { cpu, cuda, any };
@@ -28,7 +28,7 @@ class Reader {
  public:
     explicit Reader(Device device = Device::cpu);
 
-    // A spec, or tensors, by the fields of its structure. None leaves all as it is.
+    // Reads a spec, or tensors, by the fields of its structure. None leaves the structure as it is.
     template <class Structure>
     void read(pybind11::handle from, Structure& to) {
         if (from.is_none()) return;
@@ -48,7 +48,7 @@ class Reader {
     void read(pybind11::handle from, uint64_t& to);
     void read(pybind11::handle from, bool& to);
 
-    // The memory of a contiguous tensor: int64, or of the type in which the scores are computed. None leaves it null.
+    // Reads the address of a contiguous tensor: of int64, or of the type that the scores are computed in.
     void read(pybind11::handle from, int64_t*& to);
     void read(pybind11::handle from, const void*& to);
     void read(pybind11::handle from, void*& to);
@@ -68,7 +68,7 @@ class Reader {
         is_result_ = false;
     }
 
-    // The shape of the first scores that were read. All other tensors must fit it.
+    // Returns the shape of the first scores that were read. All other tensors fit it.
     const Shape& shape() const;
 
  private:
