@@ -149,15 +149,17 @@ bool assume_all_count(const LossArgs& args) {
 
 Outcome loss(const Kernel<LossArgs>& kernel, const LossArgs& args, int num_threads) {
     const LossSpec& spec = args.spec;
-    const bool assume = assume_all_count(args), scaled = spec.reduction == Reduction::mean && has_gradient(args.gradients);
+    const bool assume = assume_all_count(args);
+    // The gradients of a mean are divided by a number that depends on all labels. With other labels they must be computed again.
+    const bool divides_gradients = spec.reduction == Reduction::mean && has_gradient(args.gradients);
     LabelSums labels;
     labels.counted = args.shape.voxels();
     LossSums total;
-    if (assume) total = compute_loss(kernel, args, divisors(labels, spec), num_threads, scaled);
+    if (assume) total = compute_loss(kernel, args, divisors(labels, spec), num_threads, divides_gradients);
     if (!assume || total.uncounted > 0) {
         labels = scan(spec.labels, args.shape, spec.weight.data, num_threads);
         if (labels.bad_position >= 0) return bad_label(labels);
-        if (!assume || scaled) total = compute_loss(kernel, args, divisors(labels, spec), num_threads);
+        if (!assume || divides_gradients) total = compute_loss(kernel, args, divisors(labels, spec), num_threads);
     }
     const Divisors by = divisors(labels, spec);
     const double beta = spec.sampling.beta;
