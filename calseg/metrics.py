@@ -525,7 +525,7 @@ def preset_metric(name: str, **settings: Any) -> CalibrationError | PerCase:
       the mean over classes and images. The bins are ``(lo, hi]``, as in MONAI's code, although its documentation says
       ``[lo, hi)``. MONAI's "expected", "average" and "maximum" are the norms ``"l1"``, ``"average"`` and ``"max"``.
       This preset needs ``num_classes``.
-    - ``"marginloss"``: as MarginLoss, and as CRaC and NACL, which took over its code. There is one top-label error per
+    - ``"marginloss"``: as in MarginLoss, and after it CRaC and NACL. There is one top-label error per
       volume, over the voxels whose label is not 0, with 15 bins ``(lo, hi]``. The value is the mean over the volumes.
       With ``class_wise=True`` and ``num_classes`` it is MarginLoss's CECE. MarginLoss also rounds the error of each
       volume to 4 digits, which is not done here.
