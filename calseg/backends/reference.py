@@ -41,7 +41,7 @@ def one_hot(labels: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
 
 
 def reduce_loss(loss: Tensor, ok: Tensor, divisor: Tensor | None, reduction: str) -> Tensor:
-    """Reduce a loss over the voxels where ``ok`` is true. A mean is the sum over ``divisor``, by default their number."""
+    """Reduce a loss over the voxels where ``ok`` is true. A mean is divided by ``divisor``, by default their number."""
     loss = torch.where(ok, loss, 0.0)
     if reduction == "none":
         return loss
@@ -298,7 +298,8 @@ def _bins(
 ) -> tuple[Tensor, Tensor, tuple[float, float, int] | None]:
     """Return the sums and the totals of every item, and the first voxel whose scores are no probabilities.
 
-    The last is None, or (sum, smallest, position). The sums and the totals are then not valid.
+    That voxel is described by (sum, smallest, position), and the first two results are then not valid. It is None if
+    there is no such voxel.
     """
     batch, classes, n_bins = scores.shape[0], scores.shape[1], spec.n_bins
     x = widen_counted(scores, counted)
