@@ -39,10 +39,12 @@ from calseg.tensors import class_axis, layout_like, shape_of, voxel_shape
 _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
 
+_is_vmapped, _is_vmapped_in_autograd = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
+
+
 def _is_batched(grad_output: Tensor) -> bool:
     """Whether several gradients come in at once: ``is_grads_batched``, ``jacobian(vectorize=True)``."""
-    functorch = torch._C._functorch
-    return functorch.is_batchedtensor(grad_output) or functorch.is_legacy_batchedtensor(grad_output)
+    return _is_vmapped(grad_output) or _is_vmapped_in_autograd(grad_output)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -159,72 +161,76 @@ def _needs_upstream_first(backend: str, spec: LossSpec, tensors: LossTensors) ->
 
 
 class Loss(Function):
-    """``((backend, spec, reuse_logits, traced), *tensors) -> loss``, with the four tensors of :class:`LossTensors`.
+    """``(made, call, *tensors) -> loss``; ``call`` and ``made`` are tuples, as every argument of a Function takes time.
 
-    ``traced``: by the operator, which PyTorch sees. The options come in a tuple, as every argument of a Function costs
-    time, and small losses have none to spare.
+    A loss that is to be made has the ``call`` ``(backend, spec, reuse_logits, traced)`` and the four tensors of
+    :class:`LossTensors`. ``traced`` means by the operator, which PyTorch sees. A loss that has its gradients already
+    is ``made``: ``(loss, backend, gradients)``.
     """
 
     @staticmethod
-    def forward(ctx: Any, call: tuple[str, LossSpec, bool, bool], *given: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, made: tuple[Tensor, str, list[Tensor | None]] | None, call: tuple[str, LossSpec, bool, bool],
+        *given: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        if made is not None:
+            # Saving takes time, and would copy the gradients in backward. Nobody else sees them, so they are handed
+            # over. Of the inputs only their place in the graph is wanted, for create_graph.
+            ctx.gradients_for, ctx.made, ctx.inputs = _gradients_made, made, given
+            return made[0]
         backend, spec, reuse_logits, traced = call
-        tensors = LossTensors._make(given)
-        ctx.later = reuse_logits or _needs_upstream_first(backend, spec, tensors)
-        if ctx.later:
+        tensors = LossTensors(*given)
+        if reuse_logits or _needs_upstream_first(backend, spec, tensors):
             _save(ctx, spec, tensors)
-            ctx.backend, ctx.reuse_logits = backend, reuse_logits
+            ctx.gradients_for, ctx.backend, ctx.reuse_logits = _gradients_in_backward, backend, reuse_logits
             return _run_loss(backend, spec, tensors, NONE_NEEDED, traced)[0]
-        value, gradients = _run_loss(backend, spec, tensors, ctx.needs_input_grad[1:], traced)
-        ctx.traced = traced
-        if traced:
-            ctx.save_for_backward(*gradients)
-        else:
-            # Not saved, which takes time and would copy gradients in backward: nobody else sees these, so they are
-            # handed over; and of the inputs only their place in the graph is wanted, for create_graph.
-            ctx.made = backend, gradients, given
+        value, gradients = _run_loss(backend, spec, tensors, ctx.needs_input_grad[2:], traced)
+        ctx.gradients_for = _gradients_of_operator
+        ctx.save_for_backward(*gradients)
         return value
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        (grad_output,) = grad_outputs
-        if not ctx.later and ctx.traced:
-            return None, *(None if g is None else g * grad_output for g in ctx.saved_tensors)
-        make = _gradients_in_backward if ctx.later else _gradients_of_forward
-        gradients, inputs = make(ctx, grad_output)
-        return None, *_guarded(gradients, grad_output, *inputs)
+    def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
+        return None, None, *ctx.gradients_for(ctx, grad_output)
 
 
-def _gradients_of_forward(ctx: Any, grad_output: Tensor) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
-    """What the forward pass made, times the gradient that comes in."""
+def _gradients_of_operator(ctx: Any, grad_output: Tensor) -> Sequence[Tensor | None]:
+    """What the operator made, times the gradient that comes in, in operations that a compiler sees."""
+    return [None if g is None else g * grad_output for g in ctx.saved_tensors]
+
+
+def _gradients_made(ctx: Any, grad_output: Tensor) -> Sequence[Tensor | None]:
+    """What was made with the loss, times the gradient that comes in."""
     if ctx.made is None:
         raise RuntimeError(
             "Trying to backward through the graph a second time (or directly access saved tensors after they have "
             "already been freed). Specify retain_graph=True if you need to backward through the graph a second "
             "time."
         )
-    backend, gradients, inputs = ctx.made
+    _, backend, gradients = ctx.made
     if _graph_is_kept() or _is_batched(grad_output):
-        return [None if g is None else g.mul(grad_output) for g in gradients], inputs
-    ctx.made = None
-    engine(backend).scale_gradients(gradients, grad_output)  # in place: nobody wants the unscaled ones again
-    return gradients, inputs
+        gradients = [None if g is None else g.mul(grad_output) for g in gradients]
+    else:
+        ctx.made = None
+        engine(backend).scale_gradients(gradients, grad_output)  # in place: nobody wants the unscaled ones again
+    return _guarded(gradients, grad_output, *ctx.inputs) if torch.is_grad_enabled() else gradients
 
 
-def _gradients_in_backward(ctx: Any, grad_output: Tensor) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+def _gradients_in_backward(ctx: Any, grad_output: Tensor) -> Sequence[Tensor | None]:
     """The kernel again, with the gradient that comes in."""
     spec, inputs = _saved(ctx)
-    needed, logits, traced = ctx.needs_input_grad[1:], inputs.logits, is_traced(*inputs)
+    needed, logits, traced = ctx.needs_input_grad[2:], inputs.logits, is_traced(*inputs)
     if not traced and _is_batched(grad_output):
         again = lambda *t: reference.loss(spec, LossTensors(*t))  # noqa: E731
-        return reference.gradients(again, inputs, needed, grad_output), inputs
+        return _guarded(reference.gradients(again, inputs, needed, grad_output), grad_output, *inputs)
     upstream = grad_output.expand(voxel_shape(inputs.like()))
     if ctx.reuse_logits and not _graph_is_kept():
         to = LossTensors(logits.detach(), *_empty_if(needed[1:], inputs[1:]))
         engine(ctx.backend).loss(spec, inputs, to, upstream)
         # whoever saved the logits for its own backward is told, as by any in-place operation
         torch.autograd.graph.increment_version(logits)
-        return to, inputs
-    return _run_loss(ctx.backend, spec, inputs, needed, traced, upstream)[1], inputs
+        return _guarded(to, grad_output, *inputs)
+    return _guarded(_run_loss(ctx.backend, spec, inputs, needed, traced, upstream)[1], grad_output, *inputs)
 
 
 # Function.apply less its detour for torch.func, whose calls never come here: it takes 2 of a small loss's 35 us.
@@ -242,12 +248,18 @@ def loss(
     if backend == "reference":
         return reference.loss(spec, tensors)
     traced = is_traced(*tensors) if traced is None else traced
-    if not needs_gradient(*tensors):
-        value, _ = _run_loss(backend, spec, tensors, NONE_NEEDED, traced)
-    elif torch.compiler.is_compiling():
-        value = Loss.apply((backend, spec, reuse_logits, traced), *tensors)
+    only_logits = tensors.soft_labels is tensors.mu is tensors.logvar is None
+    given = tensors[:1] if only_logits else tensors
+    if not needs_gradient(*given):
+        return _run_loss(backend, spec, tensors, NONE_NEEDED, traced)[0]
+    if traced:
+        value = Loss.apply(None, (backend, spec, reuse_logits, True), *tensors)
+    elif reuse_logits or _needs_upstream_first(backend, spec, tensors):
+        value = _attach_loss(None, (backend, spec, reuse_logits, False), *tensors)
     else:
-        value = _attach_loss((backend, spec, reuse_logits, traced), *tensors)
+        gradients = [None if t is None or not t.requires_grad else native.empty_like(t) for t in given]
+        value = engine(backend).loss(spec, tensors, LossTensors(*gradients))
+        value = _attach_loss((value, backend, gradients), None, *given)
     return value
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,7 +56,7 @@ def test_a_wrapper_is_stopped(backend):
             calseg.vls_cross_entropy(logits, target, backend=backend)
         spec = LossSpec("cross_entropy", Labels(target, -100), None, "mean", x.dtype)
         with pytest.raises(native.Unreadable, match=r"(logits|tensor): got a tensor"):
-            native.extension.cross_entropy(spec, LossTensors(logits), LossTensors(), None, None, 1)
+            native.extension.cross_entropy(LossTensors(logits), spec, LossTensors(), None, None)
 
 
 def test_freed_memory_is_stopped():
@@ -61,6 +64,55 @@ def test_freed_memory_is_stopped():
     x.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="logits: got a tensor whose memory is not there"):
         calseg.vls_cross_entropy(x, y)
+
+
+def test_a_view_of_freed_memory_is_stopped():
+    """Its address is that of no memory plus the view's place in it."""
+    for base, place in ((torch.zeros(2, *SHAPE), 1), (torch.zeros(2**12, *SHAPE), 2**12 - 1)):
+        x = base[place]
+        base.untyped_storage().resize_(0)
+        assert x.data_ptr() > 0
+        with pytest.raises(ValueError, match="logits: got a tensor whose memory is not there"):
+            calseg.vls_cross_entropy(x, labels(SHAPE))
+
+
+OLD_TORCH = """
+import torch
+if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+    del torch.Tensor.__dlpack_c_exchange_api__  # before calseg looks for it
+import calseg
+from calseg.operations import Labels, LossSpec, LossTensors
+torch.manual_seed(0)
+F = torch.nn.functional
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for label_dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16):
+        x = torch.randn(2, 3, 4, 5, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+        y = torch.randint(0, 3, (2, 4, 5)).to(label_dtype)
+        calseg.vls_cross_entropy(x, y).backward()
+        wanted = x.detach().double().requires_grad_()
+        F.cross_entropy(wanted, y.long()).backward()
+        torch.testing.assert_close(x.grad.double(), wanted.grad, rtol=0.01, atol=0.001)
+freed = torch.zeros(2, 2, 3, 4, 5)
+view = freed[1]
+freed.untyped_storage().resize_(0)
+for wrong in (view, torch.zeros(2, 3, 4, 5, device="meta"), torch.zeros(2, 3, 4, 5).to_sparse()):
+    spec = LossSpec("cross_entropy", Labels(y, -100), None, "mean", torch.float32)
+    try:
+        calseg.native.extension.cross_entropy(LossTensors(wrong), spec, LossTensors(), None, None)
+    except calseg.native.Unreadable as error:
+        print(error)
+"""
+
+
+def test_a_torch_without_the_c_functions_of_dlpack():
+    """PyTorch before 2.10: tensors are read by their attributes."""
+    done = subprocess.run([sys.executable, "-c", OLD_TORCH], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "logits: got a tensor whose memory is not there (fake, freed, or of a wrapper)",
+        "logits: wanted a tensor on the CPU",
+        "logits: got a tensor without memory of its own (fake, or of a wrapper)",
+    ]
 
 
 @pytest.mark.parametrize("backend", [None, "cpu"])

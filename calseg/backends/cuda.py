@@ -36,7 +36,7 @@ def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
     sizes = [2, items * 6, items * kinds * spec.n_bins * 3]
     faults, totals, sums = results.split(sizes)
     faults.fill_(NO_FAULT)
-    native.extension.cuda_calibration_bins(spec, scores, sums, totals, faults, *_device_and_stream(scores))
+    native.extension.cuda_calibration_bins(scores, spec, sums, totals, faults, *_device_and_stream(scores))
     faults, totals, sums = results.cpu().split(sizes)
     label_position, score_position = faults.tolist()
     if label_position != NO_FAULT:

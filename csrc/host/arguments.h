@@ -29,6 +29,7 @@ struct LossArgs {
     LossTensors gradients;  // out, each may be absent
     Upstream upstream;
     Voxels loss;                     // out, may be absent: loss of every voxel
+    void* reduced = nullptr;         // out, may be absent: mean or sum, in the type in which the scores are computed
     LossSums* chunk_sums = nullptr;  // out: [chunks]
 };
 

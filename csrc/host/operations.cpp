@@ -35,8 +35,9 @@ struct KernelCall {
     }
 };
 
-// Number of elements that a thread should have at least. With fewer, waking the thread takes more time than it saves.
-constexpr int64_t kElementsPerThread = 1 << 14;
+// Size up to which scratch memory lies on the stack. For small inputs, an allocation on the heap would take longer than the
+// computation.
+constexpr int64_t kStackBytes = 1 << 14;
 
 // Computes all chunks of a kernel.
 template <class Args, class StopAfter>
@@ -46,11 +47,12 @@ void compute(const Kernel<Args>& kernel, const Args& args, int num_threads, cons
     if (useful < num_threads) num_threads = static_cast<int>(useful);
     if (chunks < num_threads) num_threads = static_cast<int>(chunks);
     if (chunks == 0) return;
-    const int64_t bytes = (kernel.scratch_bytes(args) + 63) / 64 * 64;
-    const std::unique_ptr<void, FreeAligned> scratch(
-        ::operator new[](static_cast<std::size_t>(bytes * num_threads + 64), std::align_val_t{64}));
+    const int64_t bytes = (kernel.scratch_bytes(args) + 63) / 64 * 64, all_bytes = bytes * num_threads + 64;
+    alignas(64) char on_stack[kStackBytes];
+    std::unique_ptr<void, FreeAligned> on_heap;
+    if (all_bytes > kStackBytes) on_heap.reset(::operator new[](static_cast<std::size_t>(all_bytes), std::align_val_t{64}));
     using Call = KernelCall<Args, StopAfter>;
-    Call call{kernel, args, stop_after, static_cast<char*>(scratch.get()), bytes};
+    Call call{kernel, args, stop_after, on_heap ? static_cast<char*>(on_heap.get()) : on_stack, bytes};
     parallel_for(chunks, num_threads, &Call::compute_chunk, &call);
 }
 
@@ -82,7 +84,7 @@ LabelSums scan(const Labels& labels, const Shape& shape, const double* weight, i
     return total;
 }
 
-Outcome bad_label(const LabelSums& sums) { return {0.0, sums.bad_position, sums.bad_value}; }
+LabelFault fault_of(const LabelSums& sums) { return {sums.bad_position, sums.bad_value}; }
 
 // Divisors of the sums over voxels: of the loss, and of the KL term.
 struct Divisors {
@@ -147,7 +149,7 @@ bool assume_all_count(const LossArgs& args) {
 
 }  // namespace
 
-Outcome loss(const Kernel<LossArgs>& kernel, const LossArgs& args, int num_threads) {
+LabelFault loss(const Kernel<LossArgs>& kernel, const LossArgs& args, int num_threads) {
     const LossSpec& spec = args.spec;
     const bool assume = assume_all_count(args);
     // The gradients of a mean are divided by a number that depends on all labels. With other labels they must be computed again.
@@ -158,39 +160,42 @@ Outcome loss(const Kernel<LossArgs>& kernel, const LossArgs& args, int num_threa
     if (assume) total = compute_loss(kernel, args, divisors(labels, spec), num_threads, divides_gradients);
     if (!assume || total.uncounted > 0) {
         labels = scan(spec.labels, args.shape, spec.weight.data, num_threads);
-        if (labels.bad_position >= 0) return bad_label(labels);
+        if (labels.bad_position >= 0) return fault_of(labels);
         if (!assume || divides_gradients) total = compute_loss(kernel, args, divisors(labels, spec), num_threads);
     }
     const Divisors by = divisors(labels, spec);
     const double beta = spec.sampling.beta;
-    return {total.loss / by.loss + (beta != 0.0 ? beta * total.kl / by.kl : 0.0), -1, 0};
+    if (args.reduced) {
+        const double value = total.loss / by.loss + (beta != 0.0 ? beta * total.kl / by.kl : 0.0);
+        if ((args.tensors.logits ? args.tensors.logits : args.tensors.mu).dtype == DType::f64) *static_cast<double*>(args.reduced) = value;
+        else *static_cast<float*>(args.reduced) = static_cast<float>(value);
+    }
+    return {};
 }
 
-Outcome sample_soft_labels(const SampleArgs& args, int num_threads) {
+LabelFault sample_soft_labels(SampleArgs& args, int num_threads) {
     const LabelSums labels = scan(args.spec.labels, args.shape, nullptr, num_threads);
-    if (labels.bad_position >= 0) return bad_label(labels);
+    if (labels.bad_position >= 0) return fault_of(labels);
     compute(kernels().sample_soft_labels, args, num_threads);
     return {};
 }
 
-void sample_soft_labels_backward(const SampleArgs& args, int num_threads) {
-    compute(kernels().sample_soft_labels_backward, args, num_threads);
-}
+void sample_soft_labels_backward(SampleArgs& args, int num_threads) { compute(kernels().sample_soft_labels_backward, args, num_threads); }
 
-Outcome blend_soft_labels(const BlendArgs& args, int num_threads) {
+LabelFault blend_soft_labels(BlendArgs& args, int num_threads) {
     const LabelSums labels = scan(args.spec.labels, args.shape, nullptr, num_threads);
-    if (labels.bad_position >= 0) return bad_label(labels);
+    if (labels.bad_position >= 0) return fault_of(labels);
     compute(kernels().blend_soft_labels, args, num_threads);
     return {};
 }
 
-void accumulate_softmax(const AccumulateArgs& args, int num_threads) { compute(kernels().accumulate_softmax, args, num_threads); }
+void accumulate_softmax(AccumulateArgs& args, int num_threads) { compute(kernels().accumulate_softmax, args, num_threads); }
 
-void accumulate_softmax_backward(const AccumulateArgs& args, int num_threads) {
+void accumulate_softmax_backward(AccumulateArgs& args, int num_threads) {
     compute(kernels().accumulate_softmax_backward, args, num_threads);
 }
 
-BinsFault calibration_bins(BinsArgs args, int num_threads) {
+BinsFault calibration_bins(BinsArgs& args, int num_threads) {
     const auto& kernel = kernels().calibration_bins;
     std::vector<BinsFault> faults(static_cast<std::size_t>(kernel.num_chunks(args)));
     args.chunk_faults = faults.data();
@@ -202,13 +207,13 @@ BinsFault calibration_bins(BinsArgs args, int num_threads) {
     return {};
 }
 
-Outcome ace_moments(const AceArgs& args, int num_threads) {
+LabelFault ace_moments(AceArgs& args, int num_threads) {
     const LabelSums labels = scan(args.spec.labels, args.shape, nullptr, num_threads);
-    if (labels.bad_position >= 0) return bad_label(labels);
+    if (labels.bad_position >= 0) return fault_of(labels);
     compute(kernels().ace_moments, args, num_threads);
     return {};
 }
 
-void ace_moments_backward(const AceArgs& args, int num_threads) { compute(kernels().ace_moments_backward, args, num_threads); }
+void ace_moments_backward(AceArgs& args, int num_threads) { compute(kernels().ace_moments_backward, args, num_threads); }
 
 }  // namespace calseg

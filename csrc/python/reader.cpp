@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "python/dlpack.h"
+
 namespace calseg {
 
 namespace py = pybind11;
@@ -24,11 +26,12 @@ py::object call_method(py::handle of, PyObject* method) {
 
 struct Torch {
     PyObject *tensor, *parameter, *float64;
+    int (*dltensor)(void* tensor, DLTensor* to) = nullptr;  // where this PyTorch has it
     std::vector<std::pair<PyObject*, DType>> dtypes;
     PyObject *shape = interned("shape"), *stride = interned("stride"), *data_ptr = interned("data_ptr"), *dtype = interned("dtype"),
              *is_cpu = interned("is_cpu"), *is_cuda = interned("is_cuda"), *is_neg = interned("is_neg"),
              *resolve_neg = interned("resolve_neg"), *contiguous = interned("contiguous"), *is_contiguous = interned("is_contiguous"),
-             *detach = interned("detach"), *to = interned("to"), *fields = interned("_fields");
+             *detach = interned("detach"), *to = interned("to"), *storage_offset = interned("storage_offset");
 
     Torch() {
         const py::module_ torch = py::module_::import("torch");
@@ -41,6 +44,11 @@ struct Torch {
                                                        {"int16", DType::i16},     {"int8", DType::i8},     {"float64", DType::f64},
                                                        {"uint16", DType::u16},    {"uint32", DType::u32},  {"uint64", DType::u64}};
         for (const auto& [name, code] : known) dtypes.emplace_back(get(torch, name), code);
+        const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
+        if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
+            const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+            if (api->major == 1) dltensor = api->dltensor_from_py_object;
+        }
     }
 
     static const Torch& get() {
@@ -100,17 +108,75 @@ DType dtype_of(py::handle dtype) {
 
 // ---- tensors ----
 
-Reader::Layout Reader::layout_of(py::handle tensor) const {
-    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
-    if (type != torch_.tensor && type != torch_.parameter && PyObject_IsInstance(tensor.ptr(), torch_.tensor) != 1)
-        refuse("got no torch.Tensor, wanted one");
+namespace {
+
+// The kernels' number for a dtype of DLPack; false where they have none.
+bool find_dtype(const DLDataType& from, DType& to) {
+    const struct {
+        uint8_t code, bits;
+        DType dtype;
+    } known[] = {{kDLFloat, 32, DType::f32}, {kDLInt, 64, DType::i64},  {kDLUInt, 8, DType::u8},   {kDLBfloat, 16, DType::bf16},
+                 {kDLFloat, 16, DType::f16}, {kDLInt, 32, DType::i32},  {kDLInt, 16, DType::i16},  {kDLInt, 8, DType::i8},
+                 {kDLFloat, 64, DType::f64}, {kDLUInt, 16, DType::u16}, {kDLUInt, 32, DType::u32}, {kDLUInt, 64, DType::u64}};
+    for (const auto& each : known)
+        if (each.code == from.code && each.bits == from.bits) {
+            to = each.dtype;
+            return from.lanes == 1;
+        }
+    return false;
+}
+
+Device device_of(const DLDevice& device) {
+    if (device.device_type == kDLCPU || device.device_type == kDLCUDAHost) return Device::cpu;
+    return device.device_type == kDLCUDA ? Device::cuda : Device::any;
+}
+
+int64_t item_bytes(DType dtype) {
+    switch (dtype) {
+        case DType::u8:
+        case DType::i8:
+            return 1;
+        case DType::bf16:
+        case DType::f16:
+        case DType::i16:
+        case DType::u16:
+            return 2;
+        case DType::f64:
+        case DType::i64:
+        case DType::u64:
+            return 8;
+        default:
+            return 4;
+    }
+}
+
+}  // namespace
+
+// By DLPack's C function, some 50 ns: false where this PyTorch has none, or it refuses the tensor.
+bool Reader::read_dlpack(py::handle tensor, Layout& to) const {
+    DLTensor from;
+    if (!torch_.dltensor) return false;
+    if (torch_.dltensor(tensor.ptr(), &from) != 0) {
+        PyErr_Clear();
+        return false;
+    }
+    if (!find_dtype(from.dtype, to.dtype) || from.ndim > kMaxRank || !from.strides) return false;
+    if (device_ != Device::any && device_of(from.device) != device_) return false;
+    to.data = from.data;
+    to.rank = from.ndim;
+    std::copy(from.shape, from.shape + to.rank, to.sizes);
+    std::copy(from.strides, from.strides + to.rank, to.strides);
+    return true;
+}
+
+// By the attributes of the tensor in Python, which every PyTorch has. Says what is wrong with the tensor.
+void Reader::read_attributes(py::handle tensor, Layout& to) const {
     const auto attribute = [&](PyObject* name) { return py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), name)); };
     if (device_ != Device::any) {
         const py::object here = attribute(device_ == Device::cpu ? torch_.is_cpu : torch_.is_cuda);
         if (here.ptr() != Py_True) refuse(device_ == Device::cpu ? "wanted a tensor on the CPU" : "wanted a tensor on a CUDA device");
     }
-    Layout layout;
-    layout.dtype = dtype_of(attribute(torch_.dtype));
+    to.dtype = dtype_of(attribute(torch_.dtype));
 
     const auto integers = [&](const py::object& tuple, int64_t* to) {
         if (!tuple || !PyTuple_Check(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) > kMaxRank) refuse("wanted a dense tensor");
@@ -122,24 +188,46 @@ Reader::Layout Reader::layout_of(py::handle tensor) const {
         }
         return count;
     };
-    layout.rank = integers(attribute(torch_.shape), layout.sizes);
-    if (integers(call_method(tensor, torch_.stride), layout.strides) != layout.rank) refuse("wanted a dense tensor");
-    for (int i = 0; i < layout.rank; ++i) layout.elements *= layout.sizes[i];
-
+    to.rank = integers(attribute(torch_.shape), to.sizes);
+    if (integers(call_method(tensor, torch_.stride), to.strides) != to.rank) refuse("wanted a dense tensor");
     const py::object address = call_method(tensor, torch_.data_ptr);
     if (!address || !PyLong_Check(address.ptr())) refuse("got a tensor without memory of its own (fake, or of a wrapper)");
-    layout.data = PyLong_AsVoidPtr(address.ptr());
-    if (!layout.data && layout.elements > 0) refuse("got a tensor whose memory is not there (fake, freed, or of a wrapper)");
+    to.data = PyLong_AsVoidPtr(address.ptr());
+}
+
+Reader::Layout Reader::layout_of(py::handle tensor) const {
+    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
+    const bool is_plain = type == torch_.tensor || type == torch_.parameter;
+    if (!is_plain && PyObject_IsInstance(tensor.ptr(), torch_.tensor) != 1) refuse("got no torch.Tensor, wanted one");
+    Layout layout;
+    if (!is_plain || !read_dlpack(tensor, layout)) read_attributes(tensor, layout);
+    for (int i = 0; i < layout.rank; ++i) layout.elements *= layout.sizes[i];
+    if (layout.elements > 0 && !has_memory(tensor, layout)) refuse("got a tensor whose memory is not there (fake, freed, or of a wrapper)");
     static char nothing;
     if (!layout.data) layout.data = &nothing;  // of an empty tensor, which is one all the same
     return layout;
 }
 
-// A tensor with its axes as they are, and how to walk it; a copy where that is needed.
+// Whether there is memory at the address. PyTorch adds the offset of a view to the null address of a freed storage.
+bool Reader::has_memory(py::handle tensor, const Layout& layout) const {
+    const auto address = reinterpret_cast<uintptr_t>(layout.data);
+    constexpr uintptr_t kSurelyMemory = uintptr_t(1) << 40;  // no view begins a tebibyte into its storage
+    if (address >= kSurelyMemory) return true;
+    if (address == 0) return false;
+    const py::object offset = call_method(tensor, torch_.storage_offset);
+    if (!offset || !PyLong_Check(offset.ptr())) {
+        PyErr_Clear();
+        return true;
+    }
+    return address != static_cast<uintptr_t>(PyLong_AsLongLong(offset.ptr()) * item_bytes(layout.dtype));
+}
+
+// Reads a tensor by find(tensor). Where that is false, as no stride walks through the tensor, and where PyTorch only
+// notes that the numbers are to be negated, a copy is read instead. Results are memory that calseg made itself.
 template <class Find>
 static void view(py::handle from, const Torch& torch, std::vector<py::object>& held, bool is_result, const Find& find) {
     const bool is_walkable = find(from);
-    if (is_walkable && call_method(from, torch.is_neg).ptr() != Py_True) return;
+    if (is_walkable && (is_result || call_method(from, torch.is_neg).ptr() != Py_True)) return;
     if (is_result) throw Unreadable("a result has a layout that cannot be written in place");
     py::object copy = call_method(from, torch.resolve_neg);
     if (!copy) throw py::error_already_set();
@@ -164,6 +252,7 @@ void Reader::read(py::handle from, Scores& to) {
                 shape_.N = t.sizes[0];
                 for (int i = 2; i < t.rank; ++i) shape_.S *= t.sizes[i];
             }
+            dtype_ = t.dtype;
             if (shape_.C == 0) refuse("wanted at least one class");
             has_shape_ = true;
         } else if (sizes_.size() != static_cast<std::size_t>(t.rank) || !std::equal(sizes_.begin(), sizes_.end(), t.sizes)) {
@@ -219,13 +308,22 @@ void Reader::read(py::handle from, Classes& to) {
     held_.push_back(wide);
 }
 
-void* Reader::memory(py::handle from, const char* dtype) {
+void Reader::read(py::handle from, int64_t*& to) { to = static_cast<int64_t*>(memory(from, DType::i64)); }
+
+void Reader::read(py::handle from, void*& to) { to = memory(from, dtype_ == DType::f64 ? DType::f64 : DType::f32); }
+
+void Reader::read(py::handle from, const void*& to) {
+    void* memory = nullptr;
+    read(from, memory);
+    to = memory;
+}
+
+void* Reader::memory(py::handle from, DType dtype) {
     if (from.is_none()) return nullptr;
-    name_ = dtype;
     const Layout t = layout_of(from);
-    if (call_method(from, torch_.is_contiguous).ptr() != Py_True) refuse("wanted contiguous memory");
-    const std::string wanted(dtype);
-    if (t.dtype != (wanted == "int64" ? DType::i64 : wanted == "float64" ? DType::f64 : DType::f32)) refuse("wanted this dtype");
+    int64_t step = 1;
+    if (!t.walk(0, step) || (step != 1 && t.elements > 1)) refuse("wanted contiguous memory");
+    if (t.dtype != dtype) refuse("wanted another dtype");
     return t.data;
 }
 

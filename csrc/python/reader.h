@@ -48,18 +48,27 @@ class Reader {
     void read(pybind11::handle from, uint64_t& to);
     void read(pybind11::handle from, bool& to);
 
-    // The same for what the kernels write to. It is not copied: what cannot be walked through is an error.
+    // The memory of a contiguous tensor: int64, or of the type in which the scores are computed. None leaves it null.
+    void read(pybind11::handle from, int64_t*& to);
+    void read(pybind11::handle from, const void*& to);
+    void read(pybind11::handle from, void*& to);
+
+    // Reads one argument of a call. Its name stands in front of error messages, unless a structure names its fields.
     template <class To>
-    void write(pybind11::handle from, To& to) {
-        is_result_ = true;
+    void argument(const char* name, pybind11::handle from, To& to) {
+        name_ = name;
         read(from, to);
+    }
+
+    // Does the same for results, which are written to. They are not copied: a layout without one stride is an error.
+    template <class To>
+    void result(const char* name, pybind11::handle from, To& to) {
+        is_result_ = true;
+        argument(name, from, to);
         is_result_ = false;
     }
 
-    // The memory of a contiguous tensor; nullptr for None.
-    void* memory(pybind11::handle from, const char* dtype);
-
-    // Of the first tensor with a class axis that was read; all others must fit it.
+    // The shape of the first scores that were read. All other tensors must fit it.
     const Shape& shape() const;
 
  private:
@@ -81,6 +90,10 @@ class Reader {
     static void check_names(pybind11::handle from, const char* structure, const std::vector<std::string>& names);
 
     Layout layout_of(pybind11::handle tensor) const;
+    bool read_dlpack(pybind11::handle tensor, Layout& to) const;
+    void read_attributes(pybind11::handle tensor, Layout& to) const;
+    bool has_memory(pybind11::handle tensor, const Layout& layout) const;
+    void* memory(pybind11::handle from, DType dtype);
     void read_voxels(pybind11::handle from, TensorView& to, bool integers);
     [[noreturn]] void refuse(const std::string& why) const;
 
@@ -91,6 +104,7 @@ class Reader {
     std::vector<int64_t> sizes_;  // of the scores
     bool has_shape_ = false;
     Shape shape_;
+    DType dtype_ = DType::f32;            // of the scores
     std::vector<pybind11::object> held_;  // copies, until the call is done
 };
 

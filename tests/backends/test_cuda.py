@@ -594,4 +594,4 @@ def test_loads_without_a_driver():
         x, y = torch.zeros(1, 2, 5), torch.zeros(1, 5, dtype=torch.uint8)
         spec = BinsSpec(Labels(y, -100), None, 15, 0, True, False, False, False, False, 0.1)
         with pytest.raises(ValueError, match="wanted a tensor on a CUDA device"):
-            native.extension.cuda_calibration_bins(spec, x, None, None, None, 0, 0)
+            native.extension.cuda_calibration_bins(x, spec, None, None, None, 0, 0)

@@ -184,7 +184,7 @@ def test_calibration_bins_in_a_graph():
 
     def launch():
         stream = torch.cuda.current_stream().cuda_stream
-        native.extension.cuda_calibration_bins(spec, x, *parts, 0, stream)
+        native.extension.cuda_calibration_bins(x, spec, *parts, 0, stream)
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
