@@ -36,7 +36,7 @@ MIN_ROUNDS, MAX_ROUNDS = 7, 100
 BLOCK_SECONDS = 2e-3  # a step shorter than this is repeated within one timing
 GPU_SECONDS_PER_CASE = 1.5  # shorter, because a GPU has more cases and less noise
 GPU_BLOCK_SECONDS = 20e-3  # long enough that the wait for the GPU at the end does not matter
-BANDWIDTHS = {"copy", "clone", "read"}  # operations that are timed beside the contenders
+BANDWIDTHS = {"copy", "clone", "read"}  # operations that are timed in addition to the contenders
 # Pairs (classes, edge) on a GPU for operations whose plain PyTorch form needs 10 to 26 times the memory of the logits,
 # up to 60 GB.
 GPU_SIZES = ((2, 256), (4, 256), (4, 512), (14, 256), (33, 256), (117, 128))
@@ -265,7 +265,7 @@ def paired_times(benchmark: Any, problem: Problem, *, compiled: bool, max_rounds
         steps["copy"] = functools.partial(torch.empty_like(source).copy_, source)
         steps["clone"] = source.clone
         if problem.read:
-            steps["read"] = source.view(-1).max  # the reduction with the least work beside reading
+            steps["read"] = source.view(-1).max  # the reduction with the least work after reading
         for name in BANDWIDTHS & steps.keys():
             steps[name]()  # load the code onto the GPU
     seconds, block = (GPU_SECONDS_PER_CASE, GPU_BLOCK_SECONDS) if on_gpu() else (SECONDS_PER_CASE, BLOCK_SECONDS)

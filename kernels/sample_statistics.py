@@ -1,6 +1,6 @@
 """Sums over all classes, for kernels that draw samples and take the classes in blocks.
 
-The sums are ``3 + 3 * num_samples`` floats per voxel, which is little memory beside hundreds of classes.
+The sums are ``3 + 3 * num_samples`` floats per voxel, which is little memory compared with hundreds of classes.
 """
 
 from __future__ import annotations

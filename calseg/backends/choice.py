@@ -60,7 +60,7 @@ def is_traced(*tensors: Tensor | None) -> bool:
     """
     if _is_compiling() or _num_dispatch_modes():
         return True
-    for tensor in tensors:  # noqa: SIM110  # any() with a generator is slow beside a small loss
+    for tensor in tensors:  # noqa: SIM110  # any() with a generator is slow for a small loss
         if tensor is not None and (type(tensor) not in native.PLAIN_TYPES or tensor.is_meta):
             return True
     return False

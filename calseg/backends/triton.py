@@ -265,7 +265,7 @@ def geometry_of(scores: Sequence[Tensor | None], voxels: Sequence[Tensor | None]
 
     Args:
         scores: the tensors with a class axis, in layouts that kernels can read. An absent one is None.
-        voxels: the tensors without a class axis, likewise.
+        voxels: the tensors without a class axis, in the same form.
     """
     given_scores = [tensor for tensor in scores if tensor is not None]
     given_voxels = [tensor for tensor in voxels if tensor is not None]

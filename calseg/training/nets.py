@@ -88,7 +88,7 @@ class SegmentationNet(nn.Module):
             self.mu.load_state_dict(self.logits.state_dict())
         if isinstance(self.logvar, (nn.Conv2d, nn.Conv3d)) and self.logvar.bias is not None:
             # Start with sigma = exp(logvar / 2) = 0.5 everywhere, so that the noise is neither too large nor too small
-            # beside mu.
+            # compared with mu.
             nn.init.zeros_(self.logvar.weight)
             nn.init.constant_(self.logvar.bias, -1.386)
 

@@ -186,7 +186,7 @@ def _crop(
 
 
 def _vary(image: Volume, rng: np.random.Generator) -> Volume:
-    """Apply a random gain, offset and white noise. They are small beside the unit variance of a normalised image."""
+    """Apply a random gain, offset and white noise. They are small compared with the unit variance of images."""
     shape = (len(image), 1, 1, 1)
     gain = rng.uniform(0.9, 1.1, shape).astype(np.float32)
     offset = rng.uniform(-0.1, 0.1, shape).astype(np.float32)

@@ -132,7 +132,7 @@ bool sample_has_uncounted(const Labels& labels, const Shape& shape) {
 }
 
 // Largest number of classes for which assume_all_count() may be true if the mean has gradients. With more classes, reading
-// the labels first takes little time beside reading the logits, and a wrong assumption costs more.
+// the labels first takes little time compared with reading the logits, and a wrong assumption costs more.
 constexpr int64_t kMaxClassesToAssume = 16;
 
 // Returns whether to compute the loss under the assumption that every voxel counts, without reading the labels first. The
