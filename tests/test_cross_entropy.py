@@ -1,4 +1,4 @@
-"""Cross-entropy against hard and soft labels: a drop-in for F.cross_entropy in value and gradient."""
+"""Tests of cross-entropy with hard and soft labels against F.cross_entropy, in value and gradient."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ import calseg
 
 
 def pair(target, backend, **options):
-    """The loss of the backend, and F.cross_entropy, as functions of the logits."""
+    """Return the loss of the backend and F.cross_entropy, as functions of the logits."""
     wide = dict(options)
     if options.get("weight") is not None:
         wide["weight"] = options["weight"].double()
@@ -50,7 +50,7 @@ EXTREMES = [
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 def test_extreme_logits(backend, dtype, weighted, kind):
-    """Impossible classes, NaN and infinities mean what they mean to F.cross_entropy, in the loss and the gradient."""
+    """Logits of -inf, inf and NaN give the loss and gradient of F.cross_entropy."""
     x = torch.tensor(EXTREMES, dtype=torch.float64).to(dtype).repeat(3, 1)
     target = torch.arange(3).repeat_interleave(len(EXTREMES))
     if kind == "soft":
@@ -66,7 +66,10 @@ def test_extreme_logits(backend, dtype, weighted, kind):
 @pytest.mark.parametrize("place", [1, 60_000, -2])
 @pytest.mark.parametrize("reuse_logits", [False, True])
 def test_one_ignored_voxel(C, reduction, place, reuse_logits):
-    """The kernel is the first to meet it; in float64 a mean over one voxel too many shows."""
+    """A single ignored voxel, which only the kernel finds, changes the divisor of the mean.
+
+    float64 shows an error in it.
+    """
     shape = (2, C, 40, 40, 40)
     x, target = scores(*shape).requires_grad_(), labels(shape)
     target.view(-1)[place] = -100
@@ -82,7 +85,7 @@ def test_one_ignored_voxel(C, reduction, place, reuse_logits):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("needs_gradient", [False, True])
 def test_the_first_bad_label_is_named(reduction, needs_gradient):
-    """Also where it comes after an ignored voxel, and another thread may meet another bad label before."""
+    """The error names the first bad label, even if another thread finds a later one before."""
     shape = (2, 3, 50, 50, 50)
     x, target = scores(*shape, dtype=torch.float32).requires_grad_(needs_gradient), labels(shape)
     for place, label in ((60_001, -100), (160_001, 77), (240_001, 78)):
@@ -109,7 +112,7 @@ def test_legacy_reduction_arguments(backend, flags):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(("kind", "C"), [("hard", 2), ("weighted", 5), ("smoothed", 5), ("soft", 3), ("hard", 33)])
 def test_low_precision_is_no_worse_than_pytorch(backend, dtype, reduction, kind, C):
-    """The error against float64 truth is at most that of PyTorch in the same dtype and one rounding of the result."""
+    """The error is at most that of PyTorch in the same dtype, plus one rounding of the result."""
     shape = (2, C, 17, 19)
     x, target, options = scores(*shape, dtype=dtype, scale=3.0), labels(shape), {"reduction": reduction}
     if kind == "weighted":
@@ -140,7 +143,7 @@ def test_low_precision_is_no_worse_than_pytorch(backend, dtype, reduction, kind,
 
 
 def test_impossible_class_without_mass(backend):
-    """t log t -> 0: where F.cross_entropy has NaN, the loss and both gradients are finite."""
+    """Where Y is 0 and log p is -inf, the loss and both gradients are finite, although F.cross_entropy gives NaN."""
     x = torch.tensor([[0.5, -torch.inf, 1.0]], dtype=torch.float64)
     soft = torch.tensor([[0.25, 0.0, 0.75]], dtype=torch.float64)
     got = evaluate(lambda x, y: calseg.soft_cross_entropy(x, y, backend=backend), {"x": x, "y": soft})

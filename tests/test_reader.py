@@ -1,4 +1,4 @@
-"""The reader of tensors: what has no memory of its own is stopped, what has it is read, whatever its type."""
+"""Tests of the reader of tensors: it reads tensors of any type with memory, and rejects others."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SHAPE = (2, 3, 4, 5)
 
 
 class Kept(torch.Tensor):
-    """A subclass with memory of its own, as MONAI's MetaTensor."""
+    """A subclass with memory of its own, such as MONAI's MetaTensor."""
 
 
 class Wrapper(torch.Tensor):
-    """A subclass without memory, as DTensor: only its operations know where the numbers are."""
+    """A subclass without memory, such as DTensor. Only its operations know where its numbers are."""
 
     @staticmethod
     def __new__(cls, inner):
@@ -49,7 +49,7 @@ def test_a_subclass_with_memory():
 
 @pytest.mark.parametrize("backend", [None, "cpu"])
 def test_a_wrapper_is_stopped(backend):
-    """By the engine itself too, whatever called it."""
+    """A wrapper is rejected, also if the engine is called directly."""
     x, y = scores(*SHAPE), labels(SHAPE)
     for logits, target in ((Wrapper(x), y), (x, Wrapper(y))):
         with pytest.raises((NotImplementedError, ValueError)):
@@ -117,7 +117,7 @@ def test_a_torch_without_the_c_functions_of_dlpack():
 
 @pytest.mark.parametrize("backend", [None, "cpu"])
 def test_zero_tensors_are_no_crash(backend):
-    """PyTorch's tensors of zeros without memory come in as gradients and arguments."""
+    """PyTorch's tensors of zeros without memory are valid gradients and arguments."""
     zeros = torch._efficientzerotensor(SHAPE, dtype=torch.float64)
     with pytest.raises(ValueError, match="memory is not there"):
         calseg.vls_cross_entropy(zeros, labels(SHAPE), backend=backend)
@@ -132,7 +132,7 @@ def test_empty_tensors_are_read():
 @pytest.mark.parametrize("axes", [(0, 1, 2, 3, 4), (0, 2, 3, 4, 1), (0, 3, 1, 2, 4), (2, 0, 1, 3, 4), (0, 1, 4, 3, 2)])
 @pytest.mark.parametrize("expanded", [None, 2, 3, 4])
 def test_python_and_cpp_walk_alike(axes, expanded):
-    """Both tell the same tensors to be copied."""
+    """Python and C++ agree on which tensors must be copied."""
     x = scores(2, 3, 4, 5, 6).permute(axes)
     if expanded is not None:
         x = x.narrow(expanded, 0, 1).expand(*(7 if axis == expanded else -1 for axis in range(5)))
@@ -146,7 +146,10 @@ def test_python_and_cpp_walk_alike(axes, expanded):
 
 
 def test_merged_items():
-    """Items behind one another are one; the strides of voxels without them are those of the items."""
+    """Batch items that follow one another in memory are merged.
+
+    Without spatial axes, the stride of items becomes that of voxels.
+    """
     x, y = scores(2, 3, 4, 5), labels((2, 3, 4, 5))
     assert native.extension.geometry([x], [y]) == (2, 3, 20, [(60, 20, 1)], [(20, 0, 1)])
     last = x.to(memory_format=torch.channels_last)

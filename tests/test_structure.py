@@ -1,4 +1,4 @@
-"""The rules of imports between the parts of calseg, read from the source: no circle, and no arrow upward."""
+"""Tests of the import rules between the parts of calseg, which are read from the source."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Module -> its tree; the kernels lie beside the package and are installed into it.
+# Syntax trees by module. The kernels are in a folder beside the package, and are installed into it.
 MODULES = {
     ".".join(("calseg", *path.relative_to(start).with_suffix("").parts)).removesuffix(".__init__"): ast.parse(
         path.read_text(), str(path)
@@ -20,7 +20,7 @@ MODULES = {
     for path in sorted((ROOT / folder).rglob("*.py"))
     if start == ROOT or "kernels" not in path.relative_to(start).parts
 }
-# A part -> the parts of calseg that it may import, beside itself. Of others, standard library and dependencies.
+# Parts of calseg that a part may import, beside itself.
 ENGINE = ("operations", "tensors", "native", "checks")
 ALLOWED = {
     "kernels": (),
@@ -30,7 +30,7 @@ ALLOWED = {
     "volumes": ("runs",),
     "runs": (),
 }
-# A package from elsewhere -> the parts that may import it.
+# Parts of calseg that may import another package.
 IMPORTERS = {
     "monai": ("training", "integrations"),
     "lightning": ("training", "integrations"),
@@ -45,7 +45,7 @@ def needs_folder(folder: str) -> pytest.MarkDecorator:
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """The full names of what is imported anywhere: modules, or packages where the name is no module of calseg."""
+    """Return the full names of all imports: modules of calseg, or packages."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -93,7 +93,7 @@ def test_who_imports_a_package(package, parts):
 
 
 def at_module_level(tree: ast.Module) -> ast.Module:
-    """The statements that run on import: no function's body, and nothing for type checkers alone."""
+    """Yield the statements that run on import, without bodies of functions and imports for type checkers."""
 
     class Strip(ast.NodeTransformer):
         def visit_FunctionDef(self, node):

@@ -10,11 +10,13 @@
 namespace calseg {
 namespace {
 
+// DLPack tensor, together with the arrays to which it points.
 struct Owned {
     DLManagedTensor managed;
     std::vector<int64_t> sizes, strides;
 };
 
+// Returns the memory of a tensor to the pool.
 void release(DLManagedTensor* managed) {
     auto* owned = static_cast<Owned*>(managed->context);
     pool_release(managed->tensor.data);
@@ -50,7 +52,8 @@ pybind11::object empty_pooled(pybind11::handle dtype, const pybind11::tuple& siz
     owned->managed = {{memory, {kDLCPU, 0}, static_cast<int32_t>(owned->sizes.size()), type, owned->sizes.data(), owned->strides.data(), 0},
                       owned.get(),
                       release};
-    // A capsule that nobody consumes frees what it holds; a consumer renames it and calls the deleter itself.
+    // A consumer of the capsule renames it, and later calls the deleter. A capsule that was not consumed calls it when it
+    // is freed.
     return pybind11::reinterpret_steal<pybind11::object>(PyCapsule_New(&owned.release()->managed, "dltensor", [](PyObject* capsule) {
         if (PyCapsule_IsValid(capsule, "dltensor")) {
             auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));

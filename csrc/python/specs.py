@@ -1,7 +1,8 @@
-"""Make the C++ structures of the specs from calseg/operations.py: python specs.py OPERATIONS.py SPECS.h
+"""Generate the C++ structures of the specs from calseg/operations.py: python specs.py OPERATIONS.py SPECS.h
 
-A class of that file becomes a structure with the same fields, and a function that visits them with their names and
-places. Fields that C++ has no use for (text, the dtype of a result) keep their place and are left out.
+Every class of that file becomes a structure with the same fields, and a function that visits the fields with their
+names and places. C++ has no fields for text and for the dtype of a result. The places of the other fields still count
+them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Field = tuple[int, str, str]
 
 
 def fields_of(structure: ast.ClassDef, known: dict[str, str]) -> list[Field]:
-    """Place, C++ type and name of every field that C++ has."""
+    """Return place, C++ type and name of every field that C++ has."""
     fields = []
     annotated = [line for line in structure.body if isinstance(line, ast.AnnAssign)]
     for place, line in enumerate(annotated):
@@ -40,7 +41,7 @@ def fields_of(structure: ast.ClassDef, known: dict[str, str]) -> list[Field]:
 
 
 def make(source: str) -> str:
-    """The header for the text of operations.py."""
+    """Return the text of the header for the text of operations.py."""
     known = dict(TYPES)
     parts = []
     for structure in ast.parse(source).body:
