@@ -664,9 +664,6 @@ def tangents_of(tensors):
     return {name: scores(*t.shape, seed=20 + k) for k, (name, t) in enumerate(tensors.items())}
 
 
-# PyTorch's own, where it first differentiates in forward mode.
-
-
 @every_reduction
 def test_forward_ad(operation, reduction):
     """Forward-mode differentiation works for all tensors at once and for each of them."""
