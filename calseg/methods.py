@@ -21,6 +21,7 @@ from torch import Tensor
 
 from calseg import checks as check
 from calseg.functional import vls_cross_entropy, vls_elbo
+from calseg.tensors import compute_dtype
 
 
 def svls_labels(target: Tensor, num_classes: int, *, sigma: float = 1.0, ignore_index: int = -100) -> Tensor:
@@ -285,13 +286,17 @@ def _renormalise(shares: Tensor) -> Tensor:
 
 
 def _reduce(loss: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """Reduce ``loss[N, *S]`` over the voxels that count. Other voxels count as 0."""
+    """Reduce ``loss[N, *S]`` over the voxels that count. Other voxels count as 0.
+
+    Sums have the compute dtype: in float16, that of a patch is beyond the largest number.
+    """
     check.check_reduction(reduction)
     valid = target.reshape(loss.shape) != ignore_index
     loss = torch.where(valid, loss, 0)
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / valid.sum()
+    total = loss.sum(dtype=compute_dtype(loss.dtype))
+    return (total if reduction == "sum" else total / valid.sum()).to(loss.dtype)
 
 
 # ------------------------------------------------------------------------------------- the table of methods

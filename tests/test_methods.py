@@ -162,8 +162,8 @@ def test_gradients_of_sure_and_of_ignored_voxels_are_finite(name: str) -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_close_to_float64(name: str, dtype: torch.dtype) -> None:
-    shape = (2, 3, 6, 7)
+@pytest.mark.parametrize("shape", [(2, 3, 6, 7), (1, 2, 400, 500)], ids=["small", "sum beyond float16"])
+def test_low_precision_is_close_to_float64(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     logits, target = scores(*shape, dtype=dtype), labels(shape)
     truth = LOSSES[name](logits.double(), target)
     assert float(LOSSES[name](logits, target)) == pytest.approx(float(truth), rel=4 * torch.finfo(dtype).eps)
