@@ -1,8 +1,8 @@
 """Variational label smoothing for calibrated segmentation: fused losses for PyTorch."""
 
 from calseg._version import __version__
-from calseg.backends.choice import info
 from calseg.calibration import CalibrationBins, calibration_bins, calibration_error, calibration_error_from_bins
+from calseg.environment import info
 from calseg.functional import (
     accumulate_soft_labels,
     ace_loss,

@@ -47,6 +47,8 @@ class _ExactMetric(Metric):
     is_differentiable = False
     higher_is_better = False
     full_state_update = False
+    plot_lower_bound = 0.0
+    plot_legend_name = "Class"
 
     settings: Tensor
 
@@ -83,9 +85,6 @@ class _ExactMetric(Metric):
 
 class _BinMetric(_ExactMetric):
     """Base class of the metrics that are computed from the sums of :class:`calseg.CalibrationBins`."""
-
-    plot_lower_bound = 0.0
-    plot_legend_name = "Class"
 
     count: Tensor
 
@@ -406,9 +405,6 @@ class PerCase(_ExactMetric):
         >>> {name: round(float(value), 3) for name, value in metric.compute().items()}
         {'value': 0.407, 'lower': 0.402, 'upper': 0.41}
     """
-
-    plot_lower_bound = 0.0
-    plot_legend_name = "Class"
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Run folders: atomic writing of files, the rule by which a run is resumed, progress, and errors.
 
 Training, soft labels, prediction, evaluation and the demo each write their results to one folder, and all follow the
-rule of :class:`RunFolder`. This module imports nothing else of calseg.
+rule of :class:`RunFolder`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from calseg.errors import CalsegError
+
 Progress = Callable[[str, int, int, float | None], None]
 """Called as ``progress(stage, done, total, loss)``; ``stage`` is a word such as "read", "train" or "evaluate"."""
 
@@ -23,10 +25,6 @@ def no_progress(stage: str, done: int, total: int, loss: float | None) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ errors
-
-
-class CalsegError(ValueError):
-    """An error that the user can fix. The command line prints its message in one line and exits with code 2."""
 
 
 class RunError(CalsegError):

@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
+from naive import UNIT
 from torch import Tensor
+
+from calseg import CalibrationBins
 
 REDUCTIONS = ("none", "mean", "sum")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -161,3 +164,28 @@ def assert_matches(
             what=f"gradient of {name}",
         )  # fmt: skip
     return got
+
+
+def assert_same_bins(got: CalibrationBins, wanted: CalibrationBins, *, units: int = 0) -> None:
+    """Every integer; NLL and Brier to ``units`` a voxel (their arithmetic may round otherwise)."""
+    for name, mine, theirs in zip(got._fields, got, wanted, strict=True):
+        assert mine.dtype == torch.int64
+        if not units or name not in ("nll", "brier"):
+            assert torch.equal(mine, theirs), f"{name}: {mine.tolist()}, wanted {theirs.tolist()}"
+    _assert_near_scores(got, wanted, units)
+
+
+def assert_near_bins(got: CalibrationBins, wanted: CalibrationBins, *, units: int) -> None:
+    """Bins of logits, whose confidences may round otherwise: at every edge one voxel may be on the other side."""
+    assert int((got.count.cumsum(-1) - wanted.count.cumsum(-1)).abs().max()) <= 1
+    assert torch.equal(got.hits.sum(-1), wanted.hits.sum(-1))
+    for name in ("num_voxels", "num_nan", "num_infinite"):
+        assert torch.equal(getattr(got, name), getattr(wanted, name)), name
+    _assert_near_scores(got, wanted, units)
+
+
+def _assert_near_scores(got: CalibrationBins, wanted: CalibrationBins, units: int) -> None:
+    whole = (got.nll - wanted.nll).double() @ torch.tensor([UNIT, 1.0], dtype=torch.float64)
+    bound = units * wanted.num_voxels
+    assert bool((whole.abs() <= bound).all()), f"nll: off by {whole} units of {wanted.nll}"
+    assert bool(((got.brier - wanted.brier).abs() <= bound).all()), f"brier: {got.brier}, wanted {wanted.brier}"

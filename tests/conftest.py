@@ -122,3 +122,16 @@ def peak_growth() -> Callable[[Callable[[], object]], int]:
         return field("VmHWM") - before
 
     return measure
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with simulated cases in ``data``, and in ``run`` a network that was trained on them."""
+    from calseg.simulation import DemoConfig, make_dataset
+    from calseg.training import TrainConfig, train
+
+    root = tmp_path_factory.mktemp("trained")
+    make_dataset(root / "data", DemoConfig(cases=6, raters=2, side=16))
+    config = TrainConfig(iterations=3, patch_size=(16, 16, 8), val_fraction=0.5)
+    train(root / "data", root / "run", config)
+    return root

@@ -7,7 +7,19 @@ import warnings
 
 import pytest
 import torch
-from cases import CLASSES, FLOATS, LABELS, LAYOUTS, SHAPES, SIZES, id_of, labels, scores, voxels_of
+from cases import (
+    CLASSES,
+    FLOATS,
+    LABELS,
+    LAYOUTS,
+    SHAPES,
+    SIZES,
+    assert_same_bins,
+    id_of,
+    labels,
+    scores,
+    voxels_of,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from internals import needs_native
@@ -25,20 +37,6 @@ every_kind = pytest.mark.parametrize("kind", KINDS, ids=["top", "classes", "top-
 
 def probabilities(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.softmax(scores(*shape, seed=seed), 1 if len(shape) > 1 else 0).to(dtype)
-
-
-def assert_same(got: calseg.CalibrationBins, wanted: calseg.CalibrationBins, *, units: int = 0) -> None:
-    """Check that all integers are equal. NLL and Brier sums may differ by ``units`` per voxel."""
-    for name, mine, theirs in zip(got._fields, got, wanted, strict=True):
-        assert mine.dtype == torch.int64
-        if units and name in ("nll", "brier"):
-            continue
-        assert torch.equal(mine, theirs), f"{name}: {mine.tolist()}, wanted {theirs.tolist()}"
-    if units:
-        whole = (got.nll - wanted.nll).double() @ torch.tensor([UNIT, 1.0], dtype=torch.float64)
-        bound = units * wanted.num_voxels
-        assert bool((whole.abs() <= bound).all()), f"nll: off by {whole} units of {wanted.nll}"
-        assert bool(((got.brier - wanted.brier).abs() <= bound).all()), f"brier: {got.brier}, wanted {wanted.brier}"
 
 
 # ---- against the formulas ----
@@ -160,7 +158,7 @@ def test_every_size(cpu, C, kind):
                 assert int((got.count.cumsum(-1) - wanted.count.cumsum(-1)).abs().max()) <= 1
                 assert torch.equal(got.hits.sum(-1), wanted.hits.sum(-1))
             else:
-                assert_same(got, wanted, units=4 + C // 8)
+                assert_same_bins(got, wanted, units=4 + C // 8)
 
 
 # ---- edges, ties ----
@@ -244,7 +242,7 @@ def test_label_types_and_forms(backend, dtype, form):
         target = given = target[:1].expand(2, -1, -1)
     options = {"from_logits": False, "ignore_index": ignore_index}
     got = calseg.calibration_bins(p, given, backend=backend, **options)
-    assert_same(got, calseg.calibration_bins(p, target.long(), backend="reference", **options), units=20)
+    assert_same_bins(got, calseg.calibration_bins(p, target.long(), backend="reference", **options), units=20)
 
 
 @every_kind
@@ -259,9 +257,9 @@ def test_mask(backend, kind, from_logits):
     wanted = calseg.calibration_bins(*kept, **options)
     soiled = given.masked_fill(~mask[:, None], torch.nan), target.masked_fill(~mask, 77)
     for form in (mask, mask[:, None], mask.repeat_interleave(2, -1)[..., ::2]):
-        assert_same(calseg.calibration_bins(*soiled, mask=form, **options), wanted)
+        assert_same_bins(calseg.calibration_bins(*soiled, mask=form, **options), wanted)
     ignored = target.masked_fill(~mask, 77)
-    assert_same(calseg.calibration_bins(soiled[0], ignored, ignore_index=77, **options), wanted)
+    assert_same_bins(calseg.calibration_bins(soiled[0], ignored, ignore_index=77, **options), wanted)
 
 
 def test_foreground(backend):
@@ -270,7 +268,7 @@ def test_foreground(backend):
     x, target = scores(*shape), labels(shape)
     foreground = target != 0
     options = {"include_background": False, "backend": backend}
-    assert_same(
+    assert_same_bins(
         calseg.calibration_bins(x, target, **options),
         calseg.calibration_bins(x, target, mask=foreground, backend=backend),
     )
@@ -323,7 +321,7 @@ def test_nan(backend, kind):
     bins = calseg.calibration_bins(soiled, target, backend=backend, **kind)
     clean = calseg.calibration_bins(x[..., rest], target[..., rest], backend=backend, **kind)
     assert int(bins.num_nan) == 4
-    assert_same(bins._replace(num_nan=clean.num_nan, num_voxels=bins.num_voxels - 4), clean)
+    assert_same_bins(bins._replace(num_nan=clean.num_nan, num_voxels=bins.num_voxels - 4), clean)
     with pytest.warns(RuntimeWarning, match=r"4 of \d+ voxels have a NaN probability and are left out"):
         calseg.calibration_error(soiled, target, backend=backend, **kind)
     p = torch.softmax(x, 1)
@@ -379,7 +377,7 @@ def test_layouts(backend, name, axes):
             x, target = scores(*shape, dtype=dtype), labels(shape, ignore_index=-100)
             for kind in KINDS:
                 wanted = calseg.calibration_bins(x, target, backend=backend, **kind)
-                assert_same(calseg.calibration_bins(LAYOUTS[name](x), target, backend=backend, **kind), wanted)
+                assert_same_bins(calseg.calibration_bins(LAYOUTS[name](x), target, backend=backend, **kind), wanted)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -390,7 +388,7 @@ def test_shapes(backend, shape):
     flat = x.reshape(1, 5) if len(shape) == 1 else x.movedim(1, -1).reshape(-1, 5)
     for kind in KINDS:
         bins = calseg.calibration_bins(x, target, backend=backend, **kind)
-        assert_same(bins, calseg.calibration_bins(flat, target.reshape(-1), backend=backend, **kind))
+        assert_same_bins(bins, calseg.calibration_bins(flat, target.reshape(-1), backend=backend, **kind))
     assert voxels_of(shape) == target.shape
 
 
@@ -398,7 +396,7 @@ def test_low_precision_is_widened(backend):
     """bfloat16 and float16 give the result of the same numbers in float32."""
     for dtype in (torch.bfloat16, torch.float16):
         x, target = scores(2, 6, 300, dtype=dtype), labels((2, 6, 300))
-        assert_same(
+        assert_same_bins(
             calseg.calibration_bins(x, target, backend=backend),
             calseg.calibration_bins(x.float(), target, backend=backend),
         )
@@ -431,7 +429,7 @@ def test_any_threads_and_slabs(cpu, kind, dtype, n_bins, set_threads):
     whole = calseg.calibration_bins(x, target, **options)
     for threads in (2, 3):
         set_threads(threads)
-        assert_same(calseg.calibration_bins(x, target, **options), whole)
+        assert_same_bins(calseg.calibration_bins(x, target, **options), whole)
     set_threads(1)
     slabs = [
         calseg.calibration_bins(x[n : n + 1, :, a:b], target[n : n + 1, a:b], **options)
@@ -440,21 +438,21 @@ def test_any_threads_and_slabs(cpu, kind, dtype, n_bins, set_threads):
     total = slabs[0]
     for slab in slabs[1:]:
         total = total.merge(slab)
-    assert_same(total, whole)
+    assert_same_bins(total, whole)
     items = calseg.calibration_bins(x, target, per_item=True, **options)
     assert items.num_voxels.shape == (2,)
-    assert_same(items.pool(), whole)
+    assert_same_bins(items.pool(), whole)
     for n in range(2):
         alone = calseg.calibration_bins(x[n : n + 1], target[n : n + 1], **options)
-        assert_same(calseg.CalibrationBins(*(sums[n] for sums in items)), alone)
+        assert_same_bins(calseg.CalibrationBins(*(sums[n] for sums in items)), alone)
 
 
 def test_merge_is_not_concatenation(backend):
     x, target = scores(2, 3, 5), labels((2, 3, 5))
     bins = calseg.calibration_bins(x, target, backend=backend)
-    assert_same(bins + bins, bins.merge(bins))
+    assert_same_bins(bins + bins, bins.merge(bins))
     assert int((bins + bins).num_voxels) == 20
-    assert_same(bins.pool(), bins)
+    assert_same_bins(bins.pool(), bins)
     with pytest.raises(ValueError, match=r"other: got bins \[20\], wanted \[15\]"):
         bins.merge(calseg.calibration_bins(x, target, n_bins=20, backend=backend))
     with pytest.raises(ValueError, match=r"other: got bins \[2, 15\], wanted \[15\]"):
@@ -633,7 +631,7 @@ def test_any_arguments(backend, data):
     }
     got = calseg.calibration_bins(p, target, backend=backend, **options)
     wanted = calseg.calibration_bins(p.contiguous(), target.long(), backend="reference", **options)
-    assert_same(got, wanted, units=8)
+    assert_same_bins(got, wanted, units=8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for norm in NORMS:

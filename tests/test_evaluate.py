@@ -21,6 +21,7 @@ for package in ("nibabel", "matplotlib"):
 
 import matplotlib  # noqa: E402
 import nibabel  # noqa: E402
+from interruption import stop_after  # noqa: E402
 
 from calseg import calibration_bins, calibration_error  # noqa: E402
 from calseg import evaluate as module  # noqa: E402
@@ -390,14 +391,6 @@ def test_memory_is_that_of_slabs(
 
 
 # ---- interruption ----
-
-
-def stop_after(count: int) -> Callable[[str, int, int, float | None], None]:
-    def progress(stage: str, done: int, total: int, loss: float | None) -> None:
-        if done == count:
-            raise KeyboardInterrupt
-
-    return progress
 
 
 def test_an_interrupted_evaluation_goes_on(

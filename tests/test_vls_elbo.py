@@ -13,10 +13,6 @@ from cases import (
 import calseg
 
 
-def gaussian(*shape: int, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
-    return {"mu": scores(*shape, dtype=dtype), "logvar": scores(*shape, dtype=dtype, seed=2, scale=0.8)}
-
-
 def elbo(target, backend, *, weighted=False, **options):
     options = {"seed": 3, **options}
 

@@ -29,13 +29,13 @@ from torch import Tensor
 
 import calseg
 from calseg.bootstrap import case_weights, percentile_interval
-from calseg.methods import METHODS, fit_temperature
+from calseg.methods import fit_temperature
 from calseg.runs import read_json, write_json
 from calseg.scores import CaseScores
 from calseg.training import TrainConfig
 from calseg.training.checkpoint import load_checkpoint
 from calseg.training.inference import predict_volume
-from calseg.training.nets import build_net
+from calseg.training.nets import build_net_of_run
 from calseg.training.stage_one import SUMMARY, estimate
 from calseg.training.stage_two import split_names, started, train
 from calseg.volumes.datasets import find_cases
@@ -120,10 +120,7 @@ class Experiment:
         saved = load_checkpoint(run / "checkpoint.pt")
         config = TrainConfig.from_json(saved["config"])
         dataset = self.data["test" if part == "test" else "development"]
-        net = build_net(
-            len(dataset.channel_names), len(dataset.class_names), spatial_dims=config.spatial_dims,
-            dense_head=METHODS[config.method].dense_head, seed=0,
-        )  # fmt: skip
+        net = build_net_of_run(config, len(dataset.channel_names), len(dataset.class_names))
         net.load_state_dict(saved["model"])
         net.eval()
         cache = self._caches["test" if part == "test" else "development"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import warnings
 from contextlib import suppress
 from functools import cache
@@ -15,7 +14,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from calseg import native
-from calseg._version import __version__
 from calseg.backends import cuda
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -90,7 +88,7 @@ def _triton_error() -> str | None:
 TRITON_ERROR = _triton_error()
 
 
-def _is_interpreted(scores: Tensor) -> bool:
+def is_interpreted(scores: Tensor) -> bool:
     """Return whether Triton's interpreter runs the kernels on the CPU, as in tests."""
     return scores.device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
@@ -147,7 +145,7 @@ def _asked_for(scores: Tensor, backend: str, operation: str) -> str:
     if backend == "triton":
         if TRITON_ERROR is not None:
             raise RuntimeError(f"backend='triton': {TRITON_ERROR}")
-        if device not in TRITON_DEVICES and not _is_interpreted(scores):
+        if device not in TRITON_DEVICES and not is_interpreted(scores):
             wanted = "one on a GPU (or TRITON_INTERPRET=1 set before Triton is imported)"
             raise ValueError(f"backend='triton': got a tensor on {scores.device}, wanted {wanted}")
     if backend == "cuda":
@@ -165,45 +163,3 @@ def _asked_for(scores: Tensor, backend: str, operation: str) -> str:
             "leave the backend out, or pass backend='reference'"
         )
     return backend
-
-
-# ---- information for a bug report ----
-
-
-def info() -> dict[str, Any]:
-    """Return versions, backends, instruction set, threads and GPU.
-
-    Returns:
-        A flat dictionary of strings, numbers, lists and None, ready for JSON.
-
-    Example:
-        >>> import calseg
-        >>> "cpu" in calseg.info()["backends"] or calseg.info()["native_error"] is not None
-        True
-    """
-    extension = native.extension
-    gpu = torch.cuda.is_available() or torch.xpu.is_available()
-    runs = {
-        "reference": True,
-        "cpu": extension is not None,
-        "triton": TRITON_ERROR is None and (gpu or _is_interpreted(torch.empty(0))),
-        "cuda": torch.cuda.is_available() and cuda.error(torch.empty(0, device="cuda")) is None,
-    }
-    return {
-        "calseg": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "torch": torch.__version__,
-        "backends": [name for name in BACKENDS if runs[name]],
-        "native_error": native.ERROR,
-        "isa": None if extension is None else extension.isa(),
-        "available_isas": [] if extension is None else extension.available_isas(),
-        "threading_layer": None if extension is None else extension.threading_layer(),
-        "num_threads": torch.get_num_threads(),
-        "pool_held_bytes": 0 if extension is None else extension.pool_held_bytes(),
-        "triton": triton_version() if TRITON_ERROR is None else None,
-        "triton_error": TRITON_ERROR,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cuda": torch.version.cuda,
-        "cuda_architectures": [] if extension is None else list(extension.CUDA_ARCHITECTURES),
-    }

@@ -3,8 +3,9 @@
 # No "from __future__ import annotations" here: typer evaluates the annotations of the commands.
 
 import importlib
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from calseg.cli.options import Given, with_options
 from calseg.methods import METHODS
 
 if TYPE_CHECKING:
+    from calseg.runs import Progress
     from calseg.training.config import TrainConfig
 
 Data = Annotated[
@@ -25,13 +27,21 @@ Resume = Annotated[
     bool,
     typer.Option("--resume", help="Continue the interrupted run in the folder --out; give the same other options."),
 ]
-ResumeTraining = Annotated[
-    bool, typer.Option("--resume", help="Continue the interrupted run in the folder --out, with its own settings.")
-]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that the folder --out holds.")]
 Device = Annotated[str, typer.Option(help="Device that the networks run on: cpu, cuda, cuda:1 and so on.")]
 Threads = Annotated[int, typer.Option(min=0, help="Number of CPU threads; 0 leaves the choice to PyTorch.")]
-CheckpointEvery = Annotated[int, typer.Option(min=1, help="Number of updates between two checkpoints.")]
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Options of the commands that train. The functions that train take arguments of the same names."""
+
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the interrupted run in the folder --out, with its own settings.")
+    ] = False
+    overwrite: Overwrite = False
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Number of updates between two checkpoints.")] = 50
+    device: Device = "cpu"
 
 
 def info(
@@ -54,10 +64,8 @@ def train(
             " (method calseg)."
         ),
     ] = None,
-    resume: ResumeTraining = False,
-    overwrite: Overwrite = False,
-    checkpoint_every: CheckpointEvery = 50,
-    device: Device = "cpu",
+    *,
+    options: TrainingOptions,
     threads: Threads = 0,
 ) -> None:
     """Train a small U-Net (MONAI's) with one of the methods, and score it on the validation cases.
@@ -68,16 +76,12 @@ def train(
     Ctrl-C saves a checkpoint. With --resume the run goes on with its own settings, and ends where an uninterrupted run
     would have ended, bit for bit on the same machine.
     """
-    from calseg.cli.tables import print_metrics, progress_bars
+    from calseg.cli.tables import print_metrics
     from calseg.training import stage_two
 
-    config = _settings(out, given, resume=resume)
-    with progress_bars() as progress:
-        _set_threads(threads)
-        metrics = stage_two.train(
-            data, out, config, soft_labels=soft_labels, resume=resume, overwrite=overwrite, device=device,
-            checkpoint_every=checkpoint_every, progress=progress,
-        )  # fmt: skip
+    config = _settings(out, given, resume=options.resume)
+    with _progress(threads) as progress:
+        metrics = stage_two.train(data, out, config, soft_labels=soft_labels, progress=progress, **asdict(options))
     print_metrics({config.method: metrics})
     print(f"written to {out / 'metrics.json'}")
 
@@ -93,10 +97,8 @@ def soft_labels(
             " temperature and the number of samples may differ."
         ),
     ] = None,
-    resume: ResumeTraining = False,
-    overwrite: Overwrite = False,
-    checkpoint_every: CheckpointEvery = 50,
-    device: Device = "cpu",
+    *,
+    options: TrainingOptions,
     threads: Threads = 0,
 ) -> None:
     """Estimate a soft label of every case (the first stage of CALSeg), for any trainer to train on.
@@ -104,16 +106,12 @@ def soft_labels(
     The cases are dealt into folds, so that no case is estimated by a network that was trained on it. The folder
     OUT/soft_labels gets CASE.nii.gz: 4-D, the classes last, 16-bit integers that the header scales to probabilities.
     """
-    from calseg.cli.tables import print_estimate, progress_bars
+    from calseg.cli.tables import print_estimate
     from calseg.training import stage_one
 
-    config = _settings(out, given, resume=resume, method="calseg")
-    with progress_bars() as progress:
-        _set_threads(threads)
-        summary = stage_one.estimate(
-            data, out, config, networks=networks, resume=resume, overwrite=overwrite, device=device,
-            checkpoint_every=checkpoint_every, progress=progress,
-        )  # fmt: skip
+    config = _settings(out, given, resume=options.resume, method="calseg")
+    with _progress(threads) as progress:
+        summary = stage_one.estimate(data, out, config, networks=networks, progress=progress, **asdict(options))
     print_estimate(summary)
     print(f"written to {out / 'soft_labels'}")
 
@@ -137,11 +135,9 @@ def predict(
 
     Each case gets a 4-D NIfTI file with the axes x, y, z and classes.
     """
-    from calseg.cli.tables import progress_bars
     from calseg.training.predict import predict_folder
 
-    with progress_bars() as progress:
-        _set_threads(threads)
+    with _progress(threads) as progress:
         content = predict_folder(
             run, data, out, cases=cases, resume=resume, overwrite=overwrite, device=device, progress=progress
         )
@@ -185,13 +181,12 @@ def evaluate(
     """
     import matplotlib
 
-    from calseg.cli.tables import print_report, progress_bars
+    from calseg.cli.tables import print_report
     from calseg.evaluate import evaluate_folders
     from calseg.report import DIAGRAMS, EvaluateConfig
 
     matplotlib.use("agg")
-    with progress_bars() as progress:
-        _set_threads(threads)
+    with _progress(threads) as progress:
         report = evaluate_folders(
             probabilities, labels, out, EvaluateConfig(**given.values), dataset_json=dataset_json,
             resume=resume, overwrite=overwrite, memory=memory << 20, progress=progress,
@@ -211,12 +206,11 @@ def demo(
 
     Started again with the same settings it continues an interrupted demo, and shows a finished one.
     """
-    from calseg.cli.tables import print_metrics, progress_bars
+    from calseg.cli.tables import print_metrics
     from calseg.demo import run_demo
     from calseg.simulation import DemoConfig
 
-    with progress_bars() as progress:
-        _set_threads(threads)
+    with _progress(threads) as progress:
         results = run_demo(out, DemoConfig(**given.values), overwrite=overwrite, device=device, progress=progress)
     print_metrics(results)
     print(f"written to {out / 'demo.json'}, drawn in {out / 'demo.png'}; the data set is {out / 'data'}")
@@ -237,11 +231,17 @@ def _settings(out: Path, given: Given, *, resume: bool, **fixed: Any) -> "TrainC
     return replace(TrainConfig.from_json(saved), **{name: getattr(config, name) for name in given.typed})
 
 
-def _set_threads(count: int) -> None:
+@contextmanager
+def _progress(threads: int) -> Iterator["Progress"]:
+    """Set the number of CPU threads, and show progress bars until the work is done."""
     import torch
 
-    if count:
-        torch.set_num_threads(count)
+    from calseg.cli.tables import progress_bars
+
+    if threads:
+        torch.set_num_threads(threads)
+    with progress_bars() as progress:
+        yield progress
 
 
 # ------------------------------------------------------------------------------------------- the application

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from calseg.runs import CalsegError, RunInterruptedError
+from calseg.errors import CalsegError
+from calseg.runs import RunInterruptedError
 
 EXTRA = ("typer", "rich", "monai", "nibabel")
 """The packages of the extra ``calseg[train]`` whose absence is reported in one line."""

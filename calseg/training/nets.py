@@ -16,7 +16,8 @@ from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
 
 from calseg.functional import accumulate_soft_labels
-from calseg.methods import Output
+from calseg.methods import METHODS, Output
+from calseg.training.config import TrainConfig
 
 FEATURES = (8, 16, 32, 64, 64)
 """Number of channels at each level. The resolution is halved between levels, but not before the last one."""
@@ -255,6 +256,13 @@ def build_net(
         return _channels_last(
             SegmentationNet(in_channels, num_classes, spatial_dims=spatial_dims, dense_head=dense_head)
         )
+
+
+def build_net_of_run(config: TrainConfig, in_channels: int, num_classes: int) -> SegmentationNet:
+    """The network to deploy that the settings of a run ask for, as :func:`build_net` makes it."""
+    dense_head = METHODS[config.method].dense_head
+    dims = config.spatial_dims
+    return build_net(in_channels, num_classes, spatial_dims=dims, dense_head=dense_head, seed=config.seed)
 
 
 def build_stage_one(

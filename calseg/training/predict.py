@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from calseg.methods import METHODS
 from calseg.runs import (
     CasesInterruptedError,
     Progress,
@@ -25,7 +24,7 @@ from calseg.training.checkpoint import load_checkpoint
 from calseg.training.config import TrainConfig
 from calseg.training.inference import predict_volume
 from calseg.training.loop import check_device
-from calseg.training.nets import SegmentationNet, build_net
+from calseg.training.nets import SegmentationNet, build_net_of_run
 from calseg.volumes.datasets import Dataset, find_cases
 from calseg.volumes.nifti import DataError
 from calseg.volumes.patches import CaseCache
@@ -131,14 +130,7 @@ def _names(dataset: Dataset, saved: Mapping[str, Any], cases: str, checkpoint: P
 
 
 def _load_net(saved: Mapping[str, Any], config: TrainConfig, checkpoint: Path) -> SegmentationNet:
-    """Return the network of a checkpoint."""
-    net = build_net(
-        len(saved["channels"]),
-        len(saved["classes"]),
-        spatial_dims=config.spatial_dims,
-        dense_head=METHODS[config.method].dense_head,
-        seed=config.seed,
-    )
+    net = build_net_of_run(config, len(saved["channels"]), len(saved["classes"]))
     try:
         net.load_state_dict(saved["model"])
     except RuntimeError as error:

@@ -20,7 +20,7 @@ from calseg.training.checkpoint import fingerprint, network_folder
 from calseg.training.config import TrainConfig
 from calseg.training.inference import predict_volume
 from calseg.training.loop import Patches, check_device, fit, noise_seed
-from calseg.training.nets import SegmentationNet, build_net
+from calseg.training.nets import SegmentationNet, build_net_of_run
 from calseg.training.stage_one import SUMMARY, estimate
 from calseg.volumes.datasets import IGNORE_INDEX, Dataset, find_cases, split_cases
 from calseg.volumes.patches import CaseCache
@@ -113,13 +113,7 @@ def _train_network(
     training, validation = split_names(dataset, config)
     content = fingerprint(dataset, config, training, validation)
     network_folder(run).open(resume=resume, overwrite=overwrite)
-    net = build_net(
-        len(dataset.channel_names),
-        len(dataset.class_names),
-        spatial_dims=config.spatial_dims,
-        dense_head=METHODS[config.method].dense_head,
-        seed=config.seed,
-    ).to(target)
+    net = build_net_of_run(config, len(dataset.channel_names), len(dataset.class_names)).to(target)
     files = {} if soft_labels is None else {name: soft_labels_path(Path(soft_labels), name) for name in training}
     cache = CaseCache(dataset, soft_labels=files)
 

@@ -22,7 +22,7 @@ import nibabel
 import numpy as np
 from numpy.typing import NDArray
 
-from calseg.runs import CalsegError
+from calseg.errors import CalsegError
 
 
 class DataError(CalsegError):

@@ -15,10 +15,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import bins_of_backends
 import pytest
 import test_calibration as calibration
 import torch
-from cases import LABELS, LAYOUTS, SHAPES, labels, scores
+from cases import LABELS, LAYOUTS, assert_near_bins, assert_same_bins, labels, scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -216,10 +217,8 @@ def on_host(library: OnHost, monkeypatch: pytest.MonkeyPatch) -> OnHost:
 
 @every_kind
 @pytest.mark.parametrize("from_logits", [True, False])
-def test_masks_nan_and_nothing(on_host, kind, from_logits):
-    calibration.test_mask("cuda", kind, from_logits)
-    calibration.test_nan("cuda", kind)
-    calibration.test_nothing_counts("cuda", kind)
+def test_voxels_that_count(on_host, kind, from_logits):
+    bins_of_backends.check_voxels_that_count("cuda", kind, from_logits)
 
 
 @every_kind
@@ -236,13 +235,7 @@ def test_edges(on_host, n_bins, right_closed):
 
 
 def test_extremes(on_host):
-    for dtype in (torch.float32, *LOW):
-        calibration.test_impossible_labels("cuda", dtype)
-        calibration.test_ties("cuda", dtype, True)
-        calibration.test_ties("cuda", dtype, False)
-    calibration.test_zero_and_one("cuda")
-    calibration.test_slightly_beyond_zero_and_one("cuda")
-    calibration.test_likelihoods_of_every_size("cuda")
+    bins_of_backends.check_extremes("cuda")
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -254,15 +247,9 @@ def test_labels_and_shapes(on_host):
     for form in ("[N, *S]", "strided", "transposed", "expanded"):
         for dtype in LABELS:
             calibration.test_label_types_and_forms("cuda", dtype, form)
-    for shape in SHAPES.values():
-        calibration.test_shapes("cuda", shape)
-    for shape in ((0, 3, 4), (2, 3, 0), (0, 3)):
-        calibration.test_empty("cuda", shape)
-    calibration.test_foreground("cuda")
-    calibration.test_per_item("cuda")
+    bins_of_backends.check_shapes("cuda")
     calibration.test_low_precision_is_widened("cuda")
     calibration.test_merge_is_not_concatenation("cuda")
-    calibration.test_errors_name_the_argument("cuda")
 
 
 # ---- where bins are added up, tiles, blocks ----
@@ -298,23 +285,9 @@ def test_places(on_host, place, C, layout):
         assert on_host.last_launch().blocks > 1
         wanted = calseg.calibration_bins(scores, target, backend="reference", **given)
         if from_logits:
-            assert_near(got, wanted)
+            assert_near_bins(got, wanted, units=4)
         else:
-            calibration.assert_same(got, wanted, units=4 + C // 8)
-
-
-def assert_near(got: calseg.CalibrationBins, wanted: calseg.CalibrationBins) -> None:
-    """Check sums of logits.
-
-    At each edge, one voxel may be on the other side, because its confidence is rounded differently.
-    """
-    assert int((got.count.cumsum(-1) - wanted.count.cumsum(-1)).abs().max()) <= 1
-    assert torch.equal(got.hits.sum(-1), wanted.hits.sum(-1))
-    for name in ("num_voxels", "num_nan", "num_infinite"):
-        assert torch.equal(getattr(got, name), getattr(wanted, name)), name
-    nll = (got.nll - wanted.nll).double() @ torch.tensor([UNIT, 1.0], dtype=torch.float64)
-    assert bool((nll.abs() <= 4 * wanted.num_voxels).all())
-    assert bool(((got.brier - wanted.brier).abs() <= 4 * wanted.num_voxels).all())
+            assert_same_bins(got, wanted, units=4 + C // 8)
 
 
 @every_kind
@@ -325,7 +298,7 @@ def test_impossible_blocks_of_classes(on_host, kind):
     x[..., 5] = -torch.inf
     target[0, 5] = 1
     got = calseg.calibration_bins(x, target, backend="cuda", **kind)
-    assert_near(got, calseg.calibration_bins(x, target, backend="reference", **kind))
+    assert_near_bins(got, calseg.calibration_bins(x, target, backend="reference", **kind), units=4)
     assert int(got.num_nan) == 1
     assert int(got.num_infinite) > 100
 
@@ -452,7 +425,7 @@ def test_strides_past_two_to_the_31(on_host, strides, C):
         wanted = calseg.calibration_bins(
             x.contiguous(), target.contiguous(), mask=mask.contiguous(), backend="cuda", **kind
         )
-        calibration.assert_same(got, wanted)
+        assert_same_bins(got, wanted)
 
 
 def test_more_than_two_to_the_31_voxels(on_host):
@@ -472,7 +445,7 @@ def test_more_than_two_to_the_31_voxels(on_host):
     assert int(got.num_voxels) == size - first
     on_host.set_limits(Limits())
     tail = calseg.calibration_bins(x[..., first:], target[..., first:], backend="cuda")
-    calibration.assert_same(got, tail)
+    assert_same_bins(got, tail)
 
 
 def test_devices_and_errors(on_host, monkeypatch):

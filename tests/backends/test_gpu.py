@@ -13,12 +13,21 @@ from pathlib import Path
 import pytest
 import test_calibration as calibration
 import torch
-from cases import LAYOUTS, assert_accurate, class_weights, id_of, labels, scores
+from cases import (
+    LAYOUTS,
+    assert_accurate,
+    assert_near_bins,
+    assert_same_bins,
+    class_weights,
+    id_of,
+    labels,
+    scores,
+)
 
 import calseg
 from calseg import native
 from calseg.backends import choice, rng
-from calseg.operations import UNIT, BinsSpec, Labels
+from calseg.operations import BinsSpec, Labels
 
 pytestmark = [
     pytest.mark.gpu,
@@ -141,16 +150,13 @@ def test_calibration_bins(backend, C, n_bins, class_wise):
     options = {"n_bins": n_bins, "class_wise": class_wise, "from_logits": False, "ignore_index": 255}
     got = calseg.calibration_bins(p.cuda(), target.cuda(), backend=backend, **options)
     wanted = calseg.calibration_bins(p, target, backend="reference", **options)
-    for field in ("count", "confidence", "hits", "num_voxels", "num_nan", "num_infinite"):
-        assert torch.equal(getattr(got, field), getattr(wanted, field)), field
-    assert abs(float(got.mean_nll() - wanted.mean_nll())) < 8 / UNIT
-    assert abs(float(got.mean_brier() - wanted.mean_brier())) < 8 / UNIT
+    assert_same_bins(got, wanted, units=8)
     again = calseg.calibration_bins(p.cuda(), target.cuda(), backend=backend, **options)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
 @every_engine
-@pytest.mark.parametrize("kind", calibration.KINDS, ids=["top", "classes", "top-foreground", "classes-foreground"])
+@calibration.every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=id_of)
 def test_calibration_bins_of_logits(backend, dtype, kind):
     """Every layout gives the same integers, near those of the reference, and NaN and bad labels are reported."""
@@ -159,11 +165,9 @@ def test_calibration_bins_of_logits(backend, dtype, kind):
         call = lambda x, y: calseg.calibration_bins(x, y, backend=backend, **kind)  # noqa: E731
         plain = call(x.cuda(), target.cuda())
         truth = calseg.calibration_bins(x.double(), target, backend="reference", **kind)
-        assert int((plain.count.cumsum(-1) - truth.count.cumsum(-1)).abs().max()) <= 1
-        assert torch.equal(plain.hits.sum(-1), truth.hits.sum(-1))
-        assert abs(float(plain.mean_nll() - truth.mean_nll())) < 8 / UNIT
+        assert_near_bins(plain, truth, units=8)
         for layout in ("channels_last", "every_second", "odd_offset", "sliced_channels_last"):
-            calibration.assert_same(call(LAYOUTS[layout](x.cuda()), target.cuda()), plain)
+            assert_same_bins(call(LAYOUTS[layout](x.cuda()), target.cuda()), plain)
     x[1, 0, 2, 3] = torch.nan
     assert int(call(x.cuda(), torch.zeros_like(target).cuda() + 1).num_nan) == 1
     target[1, 7, 8] = 99
@@ -258,7 +262,7 @@ def test_calibration_bins_on_a_stream(backend):
         torch.cuda._sleep(10**8)
         late.copy_(x)
         got = calseg.calibration_bins(late, y, backend=backend)
-    calibration.assert_same(got, wanted)
+    assert_same_bins(got, wanted)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")

@@ -15,6 +15,7 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
+import bins_of_backends
 import naive
 import pytest
 import test_calibration as calibration
@@ -23,9 +24,12 @@ import torch.nn.functional as F
 from cases import (
     LABELS,
     LAYOUTS,
+    REDUCTIONS,
     SHAPES,
     assert_accurate,
     assert_matches,
+    assert_near_bins,
+    assert_same_bins,
     class_weights,
     evaluate,
     id_of,
@@ -60,7 +64,6 @@ if choice.TRITON_ERROR is None:
 
     from calseg.backends import triton as engine
 
-REDUCTIONS = ("none", "mean", "sum")
 LOW = (torch.bfloat16, torch.float16)
 ULPS = 48  # as for the CPU engine: the noise is good to 1e-6
 
@@ -415,11 +418,9 @@ def test_classes_in_blocks(name, monkeypatch):
 
 
 @pytest.mark.parametrize("from_logits", [True, False])
-@pytest.mark.parametrize("kind", calibration.KINDS, ids=["top", "classes", "top-foreground", "classes-foreground"])
+@calibration.every_kind
 def test_calibration(kind, from_logits):
-    calibration.test_mask("triton", kind, from_logits)
-    calibration.test_nan("triton", kind)
-    calibration.test_nothing_counts("triton", kind)
+    bins_of_backends.check_voxels_that_count("triton", kind, from_logits)
     for C in (2, 3, 14, 33):
         calibration.test_logits_against_float64("triton", torch.float32, C, kind)
 
@@ -431,13 +432,7 @@ def test_calibration_edges(n_bins, right_closed):
 
 
 def test_calibration_extremes():
-    for dtype in (torch.float32, *LOW):
-        calibration.test_impossible_labels("triton", dtype)
-        calibration.test_ties("triton", dtype, True)
-        calibration.test_ties("triton", dtype, False)
-    calibration.test_zero_and_one("triton")
-    calibration.test_slightly_beyond_zero_and_one("triton")
-    calibration.test_likelihoods_of_every_size("triton")
+    bins_of_backends.check_extremes("triton")
 
 
 @pytest.mark.parametrize("name", ["channels_last", "sliced_channels_last", "every_second", "transposed_space",
@@ -449,16 +444,10 @@ def test_calibration_layouts(name):
 def test_calibration_of_any_labels_and_shapes():
     for dtype in LABELS:
         calibration.test_label_types_and_forms("triton", dtype, "strided")
-    for shape in SHAPES.values():
-        calibration.test_shapes("triton", shape)
-    for shape in ((0, 3, 4), (2, 3, 0), (0, 3)):
-        calibration.test_empty("triton", shape)
-    calibration.test_foreground("triton")
-    calibration.test_per_item("triton")
-    calibration.test_errors_name_the_argument("triton")
+    bins_of_backends.check_shapes("triton")
 
 
-@pytest.mark.parametrize("kind", calibration.KINDS, ids=["top", "classes", "top-foreground", "classes-foreground"])
+@calibration.every_kind
 @pytest.mark.parametrize("n_bins", [15, 200])
 def test_calibration_in_blocks_of_classes(kind, n_bins, monkeypatch):
     """With tiles of four classes, probabilities give the integers of the reference."""
@@ -468,15 +457,11 @@ def test_calibration_in_blocks_of_classes(kind, n_bins, monkeypatch):
         options = {"n_bins": n_bins, "per_item": per_item, "from_logits": False, **kind}
         got = calseg.calibration_bins(p, target, backend="triton", **options)
         wanted = calseg.calibration_bins(p, target, backend="reference", **options)
-        calibration.assert_same(got, wanted, units=8)
+        assert_same_bins(got, wanted, units=8)
     x = p.log()
     got = calseg.calibration_bins(x, target, backend="triton", n_bins=n_bins, **kind)
     wanted = calseg.calibration_bins(x.double(), target, backend="reference", n_bins=n_bins, **kind)
-    assert int((got.count.cumsum(-1) - wanted.count.cumsum(-1)).abs().max()) <= 1
-    assert torch.equal(got.hits.sum(-1), wanted.hits.sum(-1))
-    assert torch.equal(got.num_voxels, wanted.num_voxels)
-    assert abs(float(got.mean_nll() - wanted.mean_nll())) < 8 / UNIT
-    assert abs(float(got.mean_brier() - wanted.mean_brier())) < 4 / UNIT
+    assert_near_bins(got, wanted, units=4)
 
 
 @pytest.mark.parametrize("n_bins", [1, 4096])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -113,11 +114,8 @@ def test_corrupt_label_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert "Traceback" not in err
 
 
-def test_ctrl_c_says_how_to_continue(
-    capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import signal
-
+def interrupt_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send SIGINT before every update."""
     step = loop._step
 
     def interrupted(*arguments: Any) -> float:
@@ -125,6 +123,12 @@ def test_ctrl_c_says_how_to_continue(
         return step(*arguments)
 
     monkeypatch.setattr(loop, "_step", interrupted)
+
+
+def test_ctrl_c_says_how_to_continue(
+    capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_training(monkeypatch)
     folder = tmp_path / "a run"
     code, _, err = run(capsys, "train", data, "--out", folder, "--overwrite", *QUICK)
     assert code == 130
@@ -210,15 +214,7 @@ def test_soft_labels_and_training_on_them(capsys: pytest.CaptureFixture[str], da
 def test_ctrl_c_in_the_first_stage_says_how_to_continue(
     capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import signal
-
-    step = loop._step
-
-    def interrupted(*arguments: Any) -> float:
-        os.kill(os.getpid(), signal.SIGINT)
-        return step(*arguments)
-
-    monkeypatch.setattr(loop, "_step", interrupted)
+    interrupt_training(monkeypatch)
     words = ["train", data, "--out", tmp_path / "run", "--method", "calseg", "--alpha", "0.3", "--folds", "2", *QUICK]
     code, _, err = run(capsys, *words)
     assert code == 130

@@ -15,17 +15,6 @@ from command_line import run  # noqa: E402
 
 from calseg import evaluate as module  # noqa: E402
 from calseg.evaluate import FOLDER_FILES  # noqa: E402
-from calseg.simulation import DemoConfig, make_dataset  # noqa: E402
-from calseg.training import TrainConfig, train  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("trained")
-    make_dataset(root / "data", DemoConfig(cases=6, raters=2, side=16))
-    config = TrainConfig(iterations=3, patch_size=(16, 16, 8), val_fraction=0.5)
-    train(root / "data", root / "run", config)
-    return root
 
 
 def test_commands(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +13,15 @@ import pytest
 nibabel = pytest.importorskip("nibabel")
 matplotlib = pytest.importorskip("matplotlib")
 
+from interruption import stop_after  # noqa: E402
+
 from calseg.evaluate import EvaluateConfig, evaluate_folders  # noqa: E402
 from calseg.runs import CasesInterruptedError  # noqa: E402
-from calseg.simulation import DemoConfig, make_dataset  # noqa: E402
-from calseg.training import TrainConfig, TrainingError, train  # noqa: E402
+from calseg.training import TrainingError  # noqa: E402
 from calseg.training.predict import predict_folder  # noqa: E402
 from calseg.volumes.nifti import DataError  # noqa: E402
 
 matplotlib.use("agg")
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("trained")
-    make_dataset(root / "data", DemoConfig(cases=6, raters=2, side=16))
-    config = TrainConfig(iterations=3, patch_size=(16, 16, 8), val_fraction=0.5)
-    train(root / "data", root / "run", config)
-    return root
-
-
-def stop_after(count: int) -> Callable[[str, int, int, float | None], None]:
-    def progress(stage: str, done: int, total: int, loss: float | None) -> None:
-        if done == count:
-            raise KeyboardInterrupt
-
-    return progress
 
 
 def test_predict_then_evaluate_gives_the_scores_of_training(trained: Path, tmp_path: Path) -> None:
