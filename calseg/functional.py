@@ -29,7 +29,7 @@ from calseg.tensors import FLOAT_DTYPES, compute_dtype, is_walkable, layout_like
 
 
 def _loss_dtype(scores: Tensor) -> torch.dtype:
-    """The input's dtype; float32 for low precision under autocast, as for ``F.cross_entropy``."""
+    """Return the input's dtype, or float32 for low precision under autocast, as ``F.cross_entropy`` does."""
     dtype = scores.dtype
     if dtype is torch.float32 or dtype is torch.float64 or scores.is_meta:  # "meta" has no autocast
         return dtype
@@ -64,9 +64,9 @@ def _check_reuse(logits: Tensor, backend: str) -> None:
 def _unchecked_cross_entropy(
     input: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float
 ) -> Tensor | None:
-    """The commonest call without the checks, which take longer than a small loss itself.
+    """Compute the loss of the commonest call without the checks, which take longer than a small loss itself.
 
-    The engine refuses tensors that it cannot read. None: this is such a call, or not the commonest one.
+    Returns None if the call is another one, or if the engine refuses a tensor. Then the checks find out why.
     """
     if type(input) is not Tensor or not input.is_cpu or native.extension is None or not is_plain():
         return None

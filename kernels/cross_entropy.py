@@ -11,7 +11,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from calseg.kernels.labels import class_weights, label_weights, load_labels
+from calseg.kernels.labels import class_weights, label_weights, load_labels, weighted
 from calseg.kernels.launch import HARD, SOFT, WEIGHTED, Call, TileDemands
 from calseg.kernels.reductions import LossArguments, load_upstream, store_sum
 from calseg.kernels.softmax import INF, exp_of, online_top_and_sum, reciprocal, top_and_sum
@@ -164,10 +164,11 @@ def _soft_block(
     log_p = (x - top[None, :]) - log_total[None, :]
     w = class_weights(weight, c, C)[:, None]
     smoothed = keep * y + spread
+    share = weighted(w, smoothed)
     # Where Y is 0, the term is 0 even if log p is -inf: it is the limit of t log t.
-    value = -tl.sum(tl.where((smoothed == 0.0) | (c >= C)[:, None], 0.0, w * smoothed * log_p), 0)
+    value = -tl.sum(tl.where((smoothed == 0.0) | (c >= C)[:, None], 0.0, share * log_p), 0)
     if grad is not None:
-        g = exp_of(log_p) * scale_p[None, :] - up[None, :] * (w * smoothed)
+        g = exp_of(log_p) * scale_p[None, :] - up[None, :] * share
         store(grad, n, first, inside, c, g, C, tile)
     if grad_soft is not None:
         # Where Y is 0 and log p is -inf, the term of the loss is 0, and so is its gradient.
@@ -212,7 +213,7 @@ def soft_cross_entropy(
         x = load(logits, n, first, inside, counted, c, C, tile)
         y = load(soft, n, first, inside, counted, c, C, tile)
         top, total = top_and_sum(x, c, 1.0, C)
-        mass = tl.sum(class_weights(weight, c, C)[:, None] * (keep * y + spread), 0)
+        mass = tl.sum(weighted(class_weights(weight, c, C)[:, None], keep * y + spread), 0)
     else:
         top = tl.full([tile.TILE], -INF, tl.float32)
         total = tl.full([tile.TILE], 0.0, tl.float32)
@@ -221,7 +222,7 @@ def soft_cross_entropy(
             x = load(logits, n, first, inside, counted, start + c, C, tile)
             y = load(soft, n, first, inside, counted, start + c, C, tile)
             top, total = online_top_and_sum(top, total, x, start + c, 1.0, C)
-            mass += tl.sum(class_weights(weight, start + c, C)[:, None] * (keep * y + spread), 0)
+            mass += tl.sum(weighted(class_weights(weight, start + c, C)[:, None], keep * y + spread), 0)
     log_total = tl.log(tl.where(bad, float("nan"), total))
     up, _ = load_upstream(upstream, n, first, inside, ok, NUM_SUMS, tile)
     scale_p = up * mass

@@ -74,6 +74,12 @@ def class_weights(weight, c, C: tl.constexpr):
 
 
 @triton.jit
+def weighted(w, share):
+    """Return ``w * share``, or 0 where a class has no share, even if its weight is infinite."""
+    return tl.where(share == 0.0, 0.0, w * share)
+
+
+@triton.jit
 def label_weights(weight, label, C: tl.constexpr):
     """Return ``weight[label]`` where the label is a class, and 0 elsewhere."""
     return tl.load(weight + label, mask=(label >= 0) & (label < C), other=0.0).to(tl.float32)

@@ -100,8 +100,10 @@ def sample_statistics(
 
     if logits is not None:
         on_label = 1.0 if weight is None else label_weights(weight, label, C)
-        mass = (1.0 - alpha) * on_label + (alpha / num_samples) * estimated
-        _store_row(statistics, 2, voxel, inside, (1.0 - smoothing) * mass + smoothing / C * weight_sum)
+        # A factor of 0 must not meet the infinite weight of a class that does not occur.
+        mass = (1.0 - alpha) * on_label + tl.where(alpha == 0.0, 0.0, (alpha / num_samples) * estimated)
+        spread = tl.where(smoothing == 0.0, 0.0, smoothing / C * weight_sum)
+        _store_row(statistics, 2, voxel, inside, (1.0 - smoothing) * mass + spread)
 
 
 def launch_sample_statistics(

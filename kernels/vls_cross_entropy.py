@@ -21,7 +21,7 @@ from calseg.kernels.gaussian import (
     softmax_of_sample,
     statistic,
 )
-from calseg.kernels.labels import class_weights, load_labels
+from calseg.kernels.labels import class_weights, load_labels, weighted
 from calseg.kernels.launch import SAMPLED, Call, TileDemands
 from calseg.kernels.noise import load_seed
 from calseg.kernels.reductions import LossArguments, load_upstream, store_sum
@@ -82,7 +82,7 @@ def _block(
     up, kl_up = load_upstream(upstream, n, first, inside, ok, NUM_SUMS, tile)
     hard = tl.where(c[:, None] == label[None, :], 1.0 - alpha, 0.0)
     smoothed = keep * (hard + estimate * (alpha / num_samples)) + smoothing / C
-    y = w * smoothed
+    y = weighted(w, smoothed)
     # Where Y is 0, the term is 0 even if log p is -inf: it is the limit of t log t.
     value = -tl.sum(tl.where((smoothed == 0.0) | (c >= C)[:, None], 0.0, y * log_p), 0)
     if grad_logits is not None:

@@ -155,3 +155,50 @@ def test_impossible_class_without_mass(backend):
 
 
 # ---- the argument space ----
+
+
+# ---- weights of classes that do not occur ----
+
+
+@pytest.mark.parametrize("weight", [torch.inf, torch.nan])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (40, 7), (2, 14, 70)], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_weight_that_is_not_finite(backend, weight, shape, reduction):
+    """A class that does not occur, with a weight from 1 / bincount, changes neither loss nor gradient."""
+    weights = class_weights(shape[1]).clone()
+    weights[1] = weight
+    target = labels(shape)
+    target[target == 1] = 0
+    options = {"weight": weights, "reduction": reduction}
+    assert_matches(*pair(target, backend, **options), {"input": scores(*shape)})
+
+
+@pytest.mark.parametrize("weight", [torch.inf, torch.nan])
+def test_weight_that_is_not_finite_with_soft_labels(backend, weight):
+    """A class without mass does not count in any of the losses."""
+    x, mu, logvar = (scores(2, 3, 4, 5, seed=seed).requires_grad_() for seed in range(3))
+    target = labels((2, 3, 4, 5))
+    target[target == 1] = 0
+    soft = F.one_hot(target, 3).movedim(-1, 1).to(x.dtype)
+    finite = torch.tensor([0.5, 1.0, 2.0], dtype=x.dtype)
+    other = torch.tensor([0.5, weight, 2.0], dtype=x.dtype)
+
+    def results(weights):
+        options = {"weight": weights, "backend": backend}
+        given = calseg.vls_cross_entropy(x, target, soft_labels=soft, **options)
+        none_sampled = calseg.vls_cross_entropy(x, target, mu=mu, logvar=logvar, alpha=0.0, seed=1, **options)
+        elbo = calseg.vls_elbo(mu, logvar, target, seed=1, **options)
+        losses = (given, none_sampled, elbo)
+        return *losses, *torch.autograd.grad(sum(losses), (x, mu, logvar))
+
+    for got, wanted in zip(results(other), results(finite), strict=True):
+        assert wanted.isfinite().all()
+        torch.testing.assert_close(got, wanted)
+
+
+def test_weights_of_all_labels_are_0(backend):
+    """The mean is 0 / 0, as in PyTorch."""
+    x, target = scores(2, 3, 4), torch.zeros(2, 4, dtype=torch.int64)
+    options = {"weight": torch.tensor([0.0, 1.0, 1.0]).to(x.dtype)}
+    assert F.cross_entropy(x, target, **options).isnan()
+    assert calseg.vls_cross_entropy(x, target, backend=backend, **options).isnan()

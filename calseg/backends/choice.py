@@ -35,19 +35,22 @@ def engine(backend: str) -> Any:
 _is_compiling = torch.compiler.is_compiling
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
+_jit_tracing_state = torch._C._get_tracing_state
+
+
+def _in_transform() -> bool:
+    return _functorch_level() is not None or forward_ad._current_level >= 0 or _jit_tracing_state() is not None
 
 
 def is_transformed() -> bool:
-    """Return whether the call is inside a transform (torch.func.grad, vmap, ...) or forward-mode differentiation."""
+    """Return whether the call is inside torch.func.grad, vmap and the like, forward mode or torch.jit.trace."""
     # Exclude Dynamo, which handles transforms itself and always sees an interpreter stack here.
-    return not _is_compiling() and (_functorch_level() is not None or forward_ad._current_level >= 0)
+    return not _is_compiling() and _in_transform()
 
 
 def is_plain() -> bool:
     """Return whether the call is plain eager PyTorch, without compiler, transform or dispatch mode."""
-    return not (
-        _is_compiling() or _functorch_level() is not None or forward_ad._current_level >= 0 or _num_dispatch_modes()
-    )
+    return not (_is_compiling() or _num_dispatch_modes() or _in_transform())
 
 
 def is_traced(*tensors: Tensor | None) -> bool:
@@ -159,7 +162,7 @@ def _asked_for(scores: Tensor, backend: str, operation: str) -> str:
         return "reference"
     if backend != "reference" and is_transformed():
         raise RuntimeError(
-            f"backend={backend!r}: the engine has no rule for torch.func and forward-mode differentiation; "
+            f"backend={backend!r}: the engine has no rule for torch.func, forward mode and torch.jit.trace; "
             "leave the backend out, or pass backend='reference'"
         )
     return backend

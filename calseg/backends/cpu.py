@@ -1,4 +1,4 @@
-"""The native CPU engine: specs and tensors go to the extension as they are, which reads them by the names of fields."""
+"""The native CPU engine. The extension takes specs and tensors, and reads them by the names of their fields."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NUMBERS = {dtype: torch.zeros((), dtype=compute_dtype(dtype), device="cpu") for 
 
 
 def _fault(outcome: tuple[int, int, int], labels: Labels | None) -> IndexError:
-    """The error for a label that is no class, from its position, itself and the number of classes."""
+    """Return the error for a label that is no class, from ``(position, label, number of classes)``."""
     assert labels is not None
     position, label, num_classes = outcome
     return label_error(label, position, tuple(labels.tensor.shape), num_classes, labels.ignore_index)
@@ -38,9 +38,9 @@ def _fault(outcome: tuple[int, int, int], labels: Labels | None) -> IndexError:
 def loss(
     spec: LossSpec, tensors: LossTensors, gradients: LossTensors = NO_GRADIENTS, grad_output: Tensor | None = None
 ) -> Tensor:
-    """The loss; the gradients are written into the tensors that are given for them.
+    """Return the loss, and write the gradients into the tensors that are given for them.
 
-    ``grad_output`` is the gradient that comes in, ``[N, *S]``, where it is not 1; no loss is made then.
+    ``grad_output`` is the upstream gradient ``[N, *S]``, or None for 1. With it the function returns 0 for the loss.
     """
     loss = None
     if grad_output is None:
@@ -55,7 +55,7 @@ def loss(
 
 
 def scale_gradients(gradients: Sequence[Tensor | None], factor: Tensor) -> None:
-    """Multiply in place by a 0-d tensor."""
+    """Multiply the gradients by a 0-d tensor, in place."""
     value = factor.item()
     if value != 1.0:
         for gradient in gradients:
@@ -64,7 +64,7 @@ def scale_gradients(gradients: Sequence[Tensor | None], factor: Tensor) -> None:
 
 
 def sample_soft_labels(spec: SampleSpec, tensors: GaussianTensors) -> Tensor:
-    """Sampled soft labels, blended with the labels where they are given; the dtype of mu."""
+    """Return sampled soft labels in the dtype of mu, blended with the labels if they are given."""
     mu, _ = tensors.both()
     soft_labels = native.empty_like(mu)
     if (fault := native.extension.sample_soft_labels(tensors, spec, soft_labels)) is not None:
@@ -80,27 +80,27 @@ def sample_soft_labels_backward(
 
 
 def accumulate_softmax(spec: AccumulateSpec, total: Tensor, logits: Tensor) -> Tensor:
-    """``total += softmax(logits / temperature)``, in place."""
+    """Add ``softmax(logits / temperature)`` to the total, in place."""
     native.extension.accumulate_softmax(logits, spec, total)
     return total
 
 
 def accumulate_softmax_backward(spec: AccumulateSpec, logits: Tensor, grad_output: Tensor) -> Tensor:
-    """The gradient of :func:`accumulate_softmax` with respect to the logits."""
+    """Return the gradient of :func:`accumulate_softmax` with respect to the logits."""
     gradient = native.empty_like(logits)
     native.extension.accumulate_softmax_backward(logits, spec, grad_output, gradient)
     return gradient
 
 
 def blend_soft_labels(spec: BlendSpec, total: Tensor) -> Tensor:
-    """``(1 - alpha) * onehot(labels) + alpha * total / num_maps``, 0 where ignored, in place."""
+    """Replace the total by ``(1 - alpha) * onehot(labels) + alpha * total / num_maps``, or 0 where ignored."""
     if (fault := native.extension.blend_soft_labels(total, spec)) is not None:
         raise _fault(fault, spec.labels)
     return total
 
 
 def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums per bin and totals, int64 ``[items, kinds, n_bins, 3]`` and ``[items, 6]``: see csrc/host/arguments.h."""
+    """Return int64 sums per bin ``[items, kinds, n_bins, 3]`` and totals ``[items, 6]``: see csrc/host/arguments.h."""
     N, C, _ = shape_of(scores)
     items, labels = N if spec.per_item else 1, spec.labels
     sums = torch.zeros(items, num_kinds(spec, C), spec.n_bins, 3, dtype=torch.int64, device="cpu")
@@ -117,10 +117,10 @@ def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ace_moments(spec: AceSpec, logits: Tensor) -> Tensor:
-    """Per item, class and cell of confidence: count, sum of f, of f^2, hits, and sum of f where hit.
+    """Return count, sum of f, sum of f^2, hits, and sum of f where hit, per item, class and cell of confidence.
 
-    float64 ``[N, kinds, cells, 5]``; what cells and f are, csrc/cpu/ace_moments.cpp says. NaN in the sums of f of an
-    item with a NaN among its logits.
+    The result is float64 ``[N, kinds, cells, 5]``. csrc/cpu/ace_moments.cpp defines cells and f. If an item has a NaN
+    among its logits, its sums of f are NaN.
     """
     N, C, _ = shape_of(logits)
     sums = torch.zeros(N, C - spec.first_class, spec.n_bins + spec.soft, 8, dtype=torch.int64, device="cpu")
@@ -136,9 +136,10 @@ def ace_moments(spec: AceSpec, logits: Tensor) -> Tensor:
 
 
 def ace_moments_backward(spec: AceSpec, logits: Tensor, grad_moments: Tensor) -> Tensor:
-    """The gradient of the logits, given that of the moments."""
+    """Return the gradient of the logits, given that of the moments."""
     _, by_f, by_f_squared, _, by_f_hits = grad_moments.unbind(-1)
-    # of f it is by_f + 2 f by_f_squared + by_f_hits where hit; f grows by n_bins (hard bins: 1) with the confidence
+    # The gradient of f is by_f + 2 f by_f_squared, plus by_f_hits where hit. The derivative of f by the confidence is
+    # n_bins for soft bins and 1 for hard ones.
     slopes = torch.stack([by_f, 2 * by_f_squared, by_f_hits], 2) * (spec.n_bins if spec.soft else 1)
     gradient = native.empty_like(logits)
     slopes = slopes.to(compute_dtype(logits.dtype)).contiguous()
@@ -147,12 +148,12 @@ def ace_moments_backward(spec: AceSpec, logits: Tensor, grad_moments: Tensor) ->
 
 
 def bins_of_moments(spec: AceSpec, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`calseg.backends.reference.ace_bins` from :func:`ace_moments`, in differentiable operations."""
+    """Return :func:`calseg.backends.reference.ace_bins` from :func:`ace_moments`, in differentiable operations."""
     count, f, f_squared, hits, f_hits = moments.unbind(-1)
     if not spec.soft:
         return count, f, hits
-    # cell j lies between the centres of bins j - 1 and j, which get shares 1 - f and f of its voxels; the outermost
-    # cells have one neighbour, which gets both; a confidence is (f + j - 1/2) / n_bins
+    # Cell j lies between the centres of bins j - 1 and j, which get shares 1 - f and f of its voxels. The outermost
+    # cells have one neighbour, which gets both shares. A confidence is (f + j - 1/2) / n_bins.
     offset = torch.arange(spec.n_bins + 1, dtype=f.dtype, device=f.device) - 0.5
     upper = f, (f_squared + offset * f) / spec.n_bins, f_hits
     both = count, (f + offset * count) / spec.n_bins, hits
@@ -161,7 +162,7 @@ def bins_of_moments(spec: AceSpec, moments: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def _neighbours(lower: Tensor, upper: Tensor) -> Tensor:
-    """What n + 1 cells give to the n bins below and above them."""
+    """Return the sums that n + 1 cells give to the n bins below and above them."""
     n_bins = lower.shape[-1] - 1
     bins = lower[..., 1:] + upper[..., :n_bins]
     ends = torch.zeros_like(bins)

@@ -70,7 +70,11 @@ def voxel_cross_entropy(logits: Tensor, distribution: Tensor, weight: Tensor | N
     log_p = torch.log_softmax(logits, 1)
     # Where the probability is 0 and the logit is -inf, the term is 0, the limit of t * log t, and not NaN.
     log_p = log_p.masked_fill((distribution == 0) & (log_p == -torch.inf), 0.0)
-    weighted = distribution if weight is None else distribution * weight[None, :, None]
+    if weight is None:
+        return -(distribution * log_p).sum(1)
+    # A class without mass does not count, even if its weight is infinite or NaN (1 / bincount).
+    weight = weight[None, :, None]
+    weighted = distribution * torch.where((distribution == 0) & ~weight.isfinite(), 0.0, weight)
     return -(weighted * log_p).sum(1)
 
 

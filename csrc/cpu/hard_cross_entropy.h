@@ -60,7 +60,8 @@ CALSEG_INLINE void hard_loss(LossTile<T>& t, int block, const Smoothing<T>& smoo
     const F<T> log_sum_exp = log_positive(sum);
     F<T> loss = log_sum_exp - load<F<T>>(t.loss + at), on_label = broadcast<F<T>>(T(1)), mass = on_label;
     if (!kPlain) {
-        const F<T> spread = broadcast<F<T>>(smoothing.spread), weights = broadcast<F<T>>(t.weight_sum);
+        // Without label smoothing, a class that is not the label does not count, even if its weight is infinite.
+        const F<T> spread = broadcast<F<T>>(smoothing.spread), weights = broadcast<F<T>>(smoothing.spread == T(0) ? T(0) : t.weight_sum);
         on_label = broadcast<F<T>>(smoothing.keep) * load<F<T>>(t.label_weight + at);
         loss = on_label * loss;
         // If spread is 0, skip the term: weighted_d is -inf where a logit is, and 0 times -inf would be NaN.
@@ -88,7 +89,7 @@ struct HardGradient {
           upstream(t.upstream),
           C(t.C),
           c(class_index),
-          weight(t.weight[class_index] * smoothing.spread) {}
+          weight(smoothing.spread == T(0) ? T(0) : t.weight[class_index] * smoothing.spread) {}
 
     CALSEG_MEMBER F<T> operator()(int b) const {
         const int at = b * kLanes;

@@ -19,14 +19,18 @@ CALSEG_INLINE F<T> soft_cross_entropy_block(const LossTile<T>& t, int block, int
     F<T> loss = none, mass = none;
     for (int64_t c = 0; c < C; ++c) {
         const F<T> smoothed = keep * load<F<T>>(soft + c * kLanes) + spread, y = broadcast<F<T>>(t.weight[c]) * smoothed;
-        mass = mass + y;
-        // Where Y is 0, the term is 0 even if log p is -inf: it is the limit of t log t.
-        loss = loss - select(equal(smoothed, none), none, y * load<F<T>>(log_p + c * kLanes));
+        // Where Y is 0, the term is 0 even if log p is -inf, as the limit of t log t, or if the weight is infinite.
+        const auto absent = equal(smoothed, none);
+        mass = mass + select(absent, none, y);
+        loss = loss - select(absent, none, y * load<F<T>>(log_p + c * kLanes));
     }
     const F<T> scale_p = upstream * mass * reciprocal(sum), impossible = broadcast<F<T>>(T(-INFINITY));
     for (int64_t c = 0; c < C && (gradient || soft_gradient); ++c) {
         const F<T> weight = broadcast<F<T>>(t.weight[c]), y = load<F<T>>(soft + c * kLanes), lp = load<F<T>>(log_p + c * kLanes);
-        if (gradient) store(log_p + c * kLanes, load<F<T>>(e + c * kLanes) * scale_p - upstream * (weight * (keep * y + spread)));
+        const F<T> smoothed = keep * y + spread;
+        if (gradient)
+            store(log_p + c * kLanes,
+                  load<F<T>>(e + c * kLanes) * scale_p - upstream * select(equal(smoothed, none), none, weight * smoothed));
         if (soft_gradient) {
             // Where Y is 0 and log p is -inf, the term of the loss is 0, and so is its gradient.
             const F<T> finite = select(equal(lp, impossible), select(equal(y, none), none, lp), lp);

@@ -67,4 +67,6 @@ def make(source: str) -> str:
 
 if __name__ == "__main__":
     operations, header = map(Path, sys.argv[1:])
-    header.write_text(make(operations.read_text(encoding="utf-8")), encoding="utf-8")
+    made = make(operations.read_text(encoding="utf-8"))
+    if not header.exists() or header.read_text(encoding="utf-8") != made:  # an unchanged header compiles nothing again
+        header.write_text(made, encoding="utf-8")
