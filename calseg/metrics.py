@@ -384,9 +384,9 @@ class PerCase(_ExactMetric):
     order of :attr:`values` depends on the order of the updates and on the ranks.
 
     Args:
-        metric: metric of one case. Its settings are used, and its state is not. pooled: True for the value of all cases
-        together, which is that of ``metric`` over the stream. False for the mean
-            of the values of the cases. Default False.
+        metric: metric of one case. Its settings are used, and its state is not.
+        pooled: True for the value of all cases together, which is that of ``metric`` over the stream. False for the
+            mean of the values of the cases. Default False.
         confidence_level: probability that the interval should cover. Default 0.95.
         num_resamples: how many times the cases are drawn with replacement. Default 2000.
         seed: seed of these draws. Default 0.

@@ -42,8 +42,8 @@ class VLSCrossEntropyLoss(_Loss):
 
     Args:
         weight: class weights ``[C]``, kept as a buffer. It moves with ``.to(device)`` and is not in the state
-        dictionary. options: every other keyword argument of :func:`calseg.vls_cross_entropy` that is not a tensor of
-        the batch.
+            dictionary.
+        options: every other keyword argument of :func:`calseg.vls_cross_entropy` that is not a tensor of the batch.
 
     Raises:
         TypeError: the function does not have an option of that name.

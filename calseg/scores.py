@@ -39,9 +39,10 @@ class Statistic(NamedTuple):
     """A figure of merit over the voxels of a region.
 
     Args:
-        title: name in tables and diagrams. function: function of bins ``[*P, ...]`` that returns values, float64
-        ``[*P]``. A value is NaN if no voxel counts. class_wise: True if ``function`` takes class-wise bins, False if it
-        takes top-label bins.
+        title: name in tables and diagrams.
+        function: function of bins ``[*P, ...]`` that returns values, float64 ``[*P]``. A value is NaN if no voxel
+            counts.
+        class_wise: True if ``function`` takes class-wise bins, False if it takes top-label bins.
     """
 
     title: str
@@ -315,10 +316,12 @@ def truth_bins(
     """Return the sums of a prediction against true probabilities, by region.
 
     Args:
-        scores: logits or probabilities, float ``[C, *S]``. truth: true probability of every class, float ``[C, *S]``.
+        scores: logits or probabilities, float ``[C, *S]``.
+        truth: true probability of every class, float ``[C, *S]``.
         counted: bool ``[*S]``. A voxel does not count where it is False, and may be NaN there. Default: all voxels
-        count. from_logits: True if ``scores`` are logits, False if they are probabilities. Default True. n_bins: number
-        of bins of top-label confidence, of equal width. Default 15.
+            count.
+        from_logits: True if ``scores`` are logits, False if they are probabilities. Default True.
+        n_bins: number of bins of top-label confidence, of equal width. Default 15.
     """
     p = (torch.softmax(scores.double(), 0) if from_logits else scores.double()).flatten(1)
     t = truth.to(p).flatten(1)
