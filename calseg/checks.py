@@ -70,7 +70,10 @@ def check_mask(name: str, value: Any, scores: Tensor) -> Tensor:
     """Check that a value is a bool tensor ``[N, *S]`` or ``[N, 1, *S]``, and return it as uint8 ``[N, *S]``."""
     if not isinstance(value, Tensor) or value.dtype != torch.bool:
         raise TypeError(f"{name}: got {describe(value)}, wanted a bool tensor")
-    return check_labels(name, value.view(torch.uint8), scores)
+    as_uint8 = (
+        value.byte() if torch.jit.is_tracing() else value.view(torch.uint8)
+    )  # a trace has no view of another dtype
+    return check_labels(name, as_uint8, scores)
 
 
 def check_weight(weight: Any, scores: Tensor) -> None:
