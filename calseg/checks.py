@@ -70,7 +70,7 @@ def check_mask(name: str, value: Any, scores: Tensor) -> Tensor:
     """Check that a value is a bool tensor ``[N, *S]`` or ``[N, 1, *S]``, and return it as uint8 ``[N, *S]``."""
     if not isinstance(value, Tensor) or value.dtype != torch.bool:
         raise TypeError(f"{name}: got {describe(value)}, wanted a bool tensor")
-    as_uint8 = value.byte() if torch.jit.is_tracing() else value.view(torch.uint8)
+    as_uint8 = value.byte() if torch._C._get_tracing_state() else value.view(torch.uint8)
     return check_labels(name, as_uint8, scores)
 
 
