@@ -470,7 +470,7 @@ def test_resume_refuses_what_has_changed(tmp_path: Path) -> None:
     cases = arrays(3)
     labels, maps, out = write_labels(tmp_path, cases), tmp_path / "maps", tmp_path / "out"
     write_nifti(maps, cases)
-    with pytest.raises(RunError, match=r"config.json: not found; there is no run to resume"):
+    with pytest.raises(RunError, match=r"calseg.json: not found; there is no run to resume"):
         evaluate(maps, labels, out, resume=True)
     with pytest.raises(CasesInterruptedError):
         evaluate(maps, labels, out, progress=stop_after(2))
@@ -483,7 +483,7 @@ def test_resume_refuses_what_has_changed(tmp_path: Path) -> None:
         evaluate(maps, labels, out, resume=True)
     p, _ = cases["case_0"]
     save(maps / "case_0.nii.gz", p[..., ::-1])
-    with pytest.raises(RunError, match=r"cannot be resumed; .*maps.case_0.nii.gz changed since"):
+    with pytest.raises(RunError, match=r"cannot be resumed; \S*maps.case_0.nii.gz changed since$"):
         evaluate(maps, labels, out, resume=True)
     store = out / "cases.jsonl"
     store.write_bytes(b"{}\n" + store.read_bytes())

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calseg.runs import InputFile, file_digest
 from calseg.volumes.nifti import DataError, read_volume
 
 IGNORE_INDEX = -100
@@ -41,6 +42,11 @@ class Case:
     images: tuple[Path, ...]
     label: Path
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files of the case."""
+        return (*self.images, self.label)
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -57,6 +63,11 @@ class Dataset:
     channel_names: tuple[str, ...]
     cases: tuple[Case, ...]
     ignore_label: int | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """All files of all cases."""
+        return [file for case in self.cases for file in case.files]
 
 
 # ----------------------------------------------------------------------------------------- dataset.json
@@ -83,7 +94,7 @@ def find_cases(folder: str | Path) -> Dataset:
         if case.name in seen:
             raise DataError(f"{path}: case {case.name!r} is listed more than once")
         seen.add(case.name)
-        for file in (*case.images, case.label):
+        for file in case.files:
             if not file.is_file():
                 raise DataError(f"{file}: not found (case {case.name!r} of {path})")
             if not file.name.endswith((".nii", ".nii.gz")):
@@ -212,6 +223,15 @@ def load_case(case: Case, dataset: Dataset) -> tuple[Volume, LabelMap]:
     if not (label != IGNORE_INDEX).any():
         raise DataError(f"{case.label}: every voxel is marked as ignored")
     return image, label
+
+
+def case_inputs(case: Case, dataset: Dataset) -> list[InputFile]:
+    """The files of a case by their content, named relative to the folder of the data set if they lie in it."""
+    names = [
+        file.relative_to(dataset.folder) if file.is_relative_to(dataset.folder) else file.resolve()
+        for file in case.files
+    ]
+    return [InputFile(file, name.as_posix(), file_digest(file)) for file, name in zip(case.files, names, strict=True)]
 
 
 def _read_image(path: Path) -> Volume:
