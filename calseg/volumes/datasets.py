@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calseg.runs import InputFile, file_digest
+from calseg.runs import InputFile, brief, file_digest
 from calseg.volumes.nifti import DataError, read_volume
 
 IGNORE_INDEX = -100
@@ -91,6 +91,7 @@ def find_cases(folder: str | Path) -> Dataset:
         raise DataError(f"{path}: lists no training case")
     seen: set[str] = set()
     for case in cases:
+        _check_name(case.name, path)
         if case.name in seen:
             raise DataError(f"{path}: case {case.name!r} is listed more than once")
         seen.add(case.name)
@@ -108,6 +109,24 @@ def find_cases(folder: str | Path) -> Dataset:
         cases=tuple(sorted(cases, key=lambda case: case.name)),
         ignore_label=ignore_label,
     )
+
+
+NAME_BYTES = 255 - len(".nii.gz")
+"""The longest case name: a file system takes 255 bytes, and results are written to NAME.nii.gz."""
+
+
+def _check_name(name: str, path: Path) -> None:
+    """Refuse a case name that cannot name a file within a folder of results."""
+    faults = {
+        "is empty": not name,
+        "begins with a dot": name.startswith("."),
+        "holds a slash, a backslash or a control character": re.search(r"[/\\\x00-\x1f\x7f]", name),
+        "is no text": re.search(r"[\ud800-\udc7f\udd00-\udfff]", name),  # what is neither, nor a byte of a file's name
+        f"is longer than {NAME_BYTES} bytes": len(name.encode(errors="surrogatepass")) > NAME_BYTES,
+    }
+    for fault, is_found in faults.items():
+        if is_found:
+            raise DataError(f"{path}: the case name {brief(repr(name), 100)} cannot name a file: it {fault}")
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
