@@ -52,7 +52,7 @@ inline int load_labels(int32_t* to, const Labels& labels, const Span& span, int6
         const int64_t step = labels.tensor.stride_s;
         const IgnoreIndex<From> ignore(labels.ignore_index);
         const ClassLabels<From> classes(labels.is_mask ? INT64_MAX : C);
-        const From* from = static_cast<const From*>(labels.tensor.data) + span.n * labels.tensor.stride_n + span.s * step;
+        const From* from = address<From>(labels.tensor, span);
         const int32_t keep = labels.is_mask ? 0 : -1;
         // an index that is no class needs no comparison
         const bool may_be_class = ignore.possible && classes.contain(ignore.value);

@@ -69,6 +69,9 @@ struct BinsArgs {
     int64_t* sums = nullptr;            // in and out: [items][kinds][n_bins][3]
     int64_t* totals = nullptr;          // in and out: [items][kBinsTotals]
     BinsFault* chunk_faults = nullptr;  // out: [chunks]
+
+    // Number of sets of bins: one for the top label, else one per class.
+    int64_t kinds() const { return spec.class_wise ? shape.C - spec.first_class : 1; }
 };
 
 // Count, hits, and the sums of f, f^2 and f where hit, each as whole 2^-20 and a rest in units of 2^-50

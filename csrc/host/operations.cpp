@@ -80,6 +80,15 @@ LabelSums scan(const Labels& labels, const Shape& shape, const double* weight, i
 
 Outcome bad_label(const LabelSums& sums) { return {0.0, sums.bad_position, sums.bad_value}; }
 
+// Runs a kernel unless a label is out of range.
+template <class Args>
+Outcome run_with_good_labels(const Kernel<Args>& kernel, const Args& args, int num_threads) {
+    const LabelSums labels = scan(args.spec.labels, args.shape, nullptr, num_threads);
+    if (labels.bad_position >= 0) return bad_label(labels);
+    run(kernel, args, num_threads);
+    return {};
+}
+
 // The divisors of the mean: of the loss, and of the KL term.
 struct Divisors {
     double loss = 1.0, kl = 1.0;
@@ -156,19 +165,13 @@ Outcome loss(const Kernel<LossArgs>& kernel, const LossArgs& args, int num_threa
 }
 
 Outcome sample_soft_labels(const SampleArgs& args, int num_threads) {
-    const LabelSums labels = scan(args.spec.labels, args.shape, nullptr, num_threads);
-    if (labels.bad_position >= 0) return bad_label(labels);
-    run(kernels().sample_soft_labels, args, num_threads);
-    return {};
+    return run_with_good_labels(kernels().sample_soft_labels, args, num_threads);
 }
 
 void sample_soft_labels_backward(const SampleArgs& args, int num_threads) { run(kernels().sample_soft_labels_backward, args, num_threads); }
 
 Outcome blend_soft_labels(const BlendArgs& args, int num_threads) {
-    const LabelSums labels = scan(args.spec.labels, args.shape, nullptr, num_threads);
-    if (labels.bad_position >= 0) return bad_label(labels);
-    run(kernels().blend_soft_labels, args, num_threads);
-    return {};
+    return run_with_good_labels(kernels().blend_soft_labels, args, num_threads);
 }
 
 void accumulate_softmax(const AccumulateArgs& args, int num_threads) { run(kernels().accumulate_softmax, args, num_threads); }
@@ -189,12 +192,7 @@ BinsFault calibration_bins(BinsArgs args, int num_threads) {
     return {};
 }
 
-Outcome ace_moments(const AceArgs& args, int num_threads) {
-    const LabelSums labels = scan(args.spec.labels, args.shape, nullptr, num_threads);
-    if (labels.bad_position >= 0) return bad_label(labels);
-    run(kernels().ace_moments, args, num_threads);
-    return {};
-}
+Outcome ace_moments(const AceArgs& args, int num_threads) { return run_with_good_labels(kernels().ace_moments, args, num_threads); }
 
 void ace_moments_backward(const AceArgs& args, int num_threads) { run(kernels().ace_moments_backward, args, num_threads); }
 
