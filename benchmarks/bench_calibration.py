@@ -1,10 +1,12 @@
-"""Calibration bins from logits, against torchmetrics as people call it: permuted, reshaped, and only then binned.
+"""Benchmarks of calibration bins from logits, and of the ACE losses.
 
-Byte model: read the logits once and the labels once. "reads" is the time in units of ``logits.view(-1).max()``, a read
-measured in the same rounds; half of "copy" is the read that a copy implies.
+The peer of the calibration bins is torchmetrics in its usual form: the logits are permuted and reshaped before they are
+binned. Byte model: one read of the logits and of the labels. "reads" is the time in units of ``logits.view(-1).max()``,
+a read that is measured in the same rounds.
 
-The ACE losses, forward and backward, against the reference backend, which is the loss as one writes it in PyTorch. Byte
-model: read the logits and the labels twice, write the gradient: ``3 * N * C * S * itemsize + 2 * N * S``.
+The peer of the ACE losses, forward and backward, is the reference backend, which is the loss in plain PyTorch. Byte
+model: two reads of the logits and of the labels, and one write of the gradient,
+``3 * N * C * S * itemsize + 2 * N * S``.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ CPU_CASES = [
         for binning in ("hard", "soft") for classes, edge in EDGES.items()
     ),
 ]  # fmt: skip
-# The ACE losses have no kernel for a GPU. torchmetrics counts in float32, so a bin is full at 2^24 voxels.
+# The ACE losses have no kernel for a GPU. Cases of 512^3 have no peer: torchmetrics counts in float32, so a bin stops
+# at 2^24 voxels.
 GPU_CASES = [
     gpu_case("calibration_bins", classes, edge, dtype, memory=True, alone=edge == 512,
              targets={"read_share": 0.9, "eager": 5})
@@ -42,10 +45,12 @@ CASES = GPU_CASES if on_gpu() else CPU_CASES
 
 
 def build(case: Case) -> Problem:
+    """Return the problem of a case."""
     return _bins(case) if case.operation == "calibration_bins" else _loss(case)
 
 
 def _loss(case: Case) -> Problem:
+    """Return the problem of an ACE loss."""
     logits, target = case.scores(), case.target()
     binning = case.operation.removeprefix("ace_loss_")
 
@@ -59,6 +64,7 @@ def _loss(case: Case) -> Problem:
 
 
 def _bins(case: Case) -> Problem:
+    """Return the problem of the calibration bins."""
     logits, target = case.scores(), case.target()
 
     def ours(logits: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
-"""Cross-entropy on class indices, forward and backward, against ``F.cross_entropy``.
+"""Benchmark of cross-entropy with class indices, forward and backward.
 
-Byte model: read the logits once, write their gradient once, read the labels once:
+The peer is ``F.cross_entropy``. On a GPU, Liger-Kernel and flash-attn are further peers if they are installed. Byte
+model: one read of the logits and of the labels, and one write of the gradient,
 ``2 * N * C * S * itemsize + N * S * label itemsize``.
-
-On a GPU also against Liger-Kernel and flash-attn, where they are installed.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ CPU_CASES = [
         for classes, edge in EDGES.items()
     ),
 ]  # fmt: skip
-# 33 classes at 512^3 take calseg and the copy 53 GB in float32, plain PyTorch twice as much; 117 classes there do not
-# fit a GPU of 80 GB at all.
+# With 33 classes at 512^3, calseg and the copy need 53 GB in float32, and plain PyTorch twice as much. With 117
+# classes, the tensors do not fit a GPU of 80 GB.
 GPU_CASES = [
     gpu_case("cross_entropy", classes, edge, dtype, compiled=edge == 256, memory=edge >= 256,
              alone=(classes, edge) == (33, 512), targets={"copy_share": share, "eager": 5, "compile": 2})
@@ -47,10 +46,10 @@ CASES = GPU_CASES if on_gpu() else CPU_CASES
 
 
 def build(case: Case) -> Problem:
-    """The others take int64 labels only: they get them widened beforehand, at no cost to them."""
+    """Return the problem of a case. The peers take int64 labels only, so these are converted outside of their time."""
     logits, target = case.scores(), case.target()
     wide = target.long()
-    as_float32 = on_gpu()  # as autocast does: F.cross_entropy adds bfloat16 up in bfloat16 on a GPU
+    as_float32 = on_gpu()  # as autocast does, because F.cross_entropy adds up bfloat16 in bfloat16 on a GPU
 
     def ours(logits: Tensor) -> Tensor:
         return calseg.vls_cross_entropy(logits, target)
@@ -65,7 +64,7 @@ def build(case: Case) -> Problem:
     if not on_gpu():
         if case.dtype == "bfloat16":
             rivals["float32"] = ours, (logits.float(),)
-    elif case.edge <= 256:  # Liger starts 1024 threads a voxel: seconds a step at 512^3
+    elif case.edge <= 256:  # Liger starts 1024 threads per voxel, which takes seconds at 512^3
         rivals |= {name: (rows(name), (logits,)) for name in gpu_peers.PEERS if gpu_peers.problem(name) is None}
     return Problem(ours, eager, (logits,), case.traffic(2), rivals=rivals)
 

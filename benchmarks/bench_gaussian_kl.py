@@ -1,6 +1,6 @@
-"""KL divergence of a Gaussian over the logits from the standard normal, forward and backward.
+"""Benchmark of the KL divergence of a Gaussian over the logits from the standard normal, forward and backward.
 
-Byte model: read mu and logvar once, write two gradients once: ``4 * N * C * S * itemsize``.
+Byte model: one read of mu and logvar, and one write of two gradients, ``4 * N * C * S * itemsize``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ CASES = GPU_CASES if on_gpu() else CPU_CASES
 
 
 def build(case: Case) -> Problem:
+    """Return the problem of a case."""
     return Problem(calseg.gaussian_kl, peers.gaussian_kl, (case.scores(), case.scores()), case.traffic(4, 0))
 
 

@@ -1,7 +1,8 @@
-"""Cross-entropy on small inputs, forward and backward: the cost of a call with hardly anything to compute.
+"""Benchmark of cross-entropy with small inputs, forward and backward, where the time is that of the call.
 
-A 2D batch, the levels of a deep-supervision loss and classification ``[N, C]``; Python overhead included.
-Byte model: that of bench_cross_entropy.py (these sizes are in cache: read the ratio, not the GB/s).
+The cases are a 2-D batch, the levels of a deep-supervision loss, and classification ``[N, C]``. The time includes
+Python. The byte model is that of bench_cross_entropy.py. These sizes fit the cache, so the GB/s mean little, and the
+ratio counts.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ CASES = [
 
 
 def build(case: Case) -> Problem:
+    """Return the problem of a case."""
     return replace(bench_cross_entropy.build(case), copied=False, rivals={})
 
 

@@ -1,10 +1,10 @@
-"""Soft labels sampled from mu and logvar, blended with the labels (m = 4): forward; forward and backward.
+"""Benchmark of soft labels sampled from mu and logvar and blended with labels, with 4 samples.
 
-Byte model, forward: read mu, logvar and the labels, write the soft labels:
-``3 * N * C * S * itemsize + N * S * label itemsize``. Backward draws the noise again; it reads mu, logvar,
-the incoming gradient and the labels and writes two gradients, which adds
-``5 * N * C * S * itemsize + N * S * label itemsize``. Samples are counted once, though drawn twice.
-Operations, forward: 55 a noise sample and element (notes.md).
+One operation is forward alone, the other forward and backward. Byte model of forward: one read of mu, logvar and the
+labels, and one write of the soft labels, ``3 * N * C * S * itemsize + N * S * label itemsize``. Backward draws the
+noise again. It reads mu, logvar, the upstream gradient and the labels, and writes two gradients, which adds
+``5 * N * C * S * itemsize + N * S * label itemsize``. Samples are counted once, although they are drawn twice.
+Operations of forward: 55 per noise sample and element (notes.md).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ CASES = GPU_CASES if on_gpu() else CPU_CASES
 
 
 def build(case: Case) -> Problem:
+    """Return the problem of a case."""
     mu, logvar, target = case.scores(), case.scores(), case.target()
     wide = target.long()
 

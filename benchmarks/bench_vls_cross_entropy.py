@@ -1,8 +1,8 @@
-"""Cross-entropy on sampled soft labels plus KL (m = 4), forward and backward to logits, mu and logvar.
+"""Benchmark of cross-entropy with sampled soft labels plus the KL term, with 4 samples, forward and backward.
 
-Byte model: read logits, mu and logvar once, write their three gradients once, read the labels once:
-``6 * N * C * S * itemsize + N * S * label itemsize``. The noise is never in memory.
-Operations: 60 a noise sample and element, 40 an element beside (notes.md).
+Byte model: one read of logits, mu, logvar and the labels, and one write of three gradients,
+``6 * N * C * S * itemsize + N * S * label itemsize``. The noise is never in memory. Operations: 60 per noise sample and
+element, plus 40 per element (notes.md).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ CASES = GPU_CASES if on_gpu() else CPU_CASES
 
 
 def build(case: Case) -> Problem:
+    """Return the problem of a case."""
     logits, mu, logvar, target = case.scores(), case.scores(), case.scores(), case.target()
     wide = target.long()
 

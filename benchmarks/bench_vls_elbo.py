@@ -1,8 +1,8 @@
-"""The stage-1 objective in dense form (m = 4), forward and backward to mu and logvar.
+"""Benchmark of the objective of stage 1 with 4 samples, forward and backward.
 
-Byte model: read mu, logvar and the labels once, write two gradients once:
-``4 * N * C * S * itemsize + N * S * label itemsize``.
-Operations: 60 a noise sample and element, 25 an element beside (notes.md).
+Byte model: one read of mu, logvar and the labels, and one write of two gradients,
+``4 * N * C * S * itemsize + N * S * label itemsize``. Operations: 60 per noise sample and element, plus 25 per element
+(notes.md).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ CASES = GPU_CASES if on_gpu() else CPU_CASES
 
 
 def build(case: Case) -> Problem:
+    """Return the problem of a case."""
     mu, logvar, target = case.scores(), case.scores(), case.target()
     wide = target.long()
 

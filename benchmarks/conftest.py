@@ -1,4 +1,4 @@
-"""Options, the ``measure`` fixture, and the table at the end."""
+"""pytest hooks of the benchmarks: options, the ``measure`` fixture, and the table at the end."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def pytest_configure(config: pytest.Config) -> None:
         if not torch.cuda.is_available():
             raise pytest.UsageError(f"--device: got {device!r}, but torch finds no CUDA device")
         torch.set_default_device(device)
-    config.option.benchmark_quiet = True  # our table instead of pytest-benchmark's; -v shows both
+    config.option.benchmark_quiet = True  # hide the table of pytest-benchmark, which -v shows
     config.stash[ROWS] = []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.filterwarnings("ignore"))  # those of the peers
+            item.add_marker(pytest.mark.filterwarnings("ignore"))  # warnings of the peers
 
 
 @pytest.fixture
 def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[harness.Case], None]:
-    """Measure a case of this module's ``build`` and add its row to the table."""
+    """Return a function that measures a case of the module's ``build``, and adds its row to the table."""
 
     def run(case: harness.Case) -> None:
         quick = request.config.getoption("--quick")

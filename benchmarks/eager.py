@@ -1,4 +1,4 @@
-"""The peers: variational label smoothing as one writes it in plain PyTorch, with torch.randn noise."""
+"""Peers in plain PyTorch: variational label smoothing with noise from torch.randn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def sample_soft_labels(mu: Tensor, logvar: Tensor, target: Tensor, num_samples: int, alpha: float) -> Tensor:
-    """One noise sample at a time, which needs the least memory and time."""
+    """Sample soft labels, with one noise sample at a time, which needs the least memory and time."""
     sigma = (logvar / 2).exp()
     total = torch.zeros_like(mu)
     for _ in range(num_samples):
@@ -18,20 +18,20 @@ def sample_soft_labels(mu: Tensor, logvar: Tensor, target: Tensor, num_samples: 
 
 
 def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
-    """To the standard normal; sum over classes, mean over voxels."""
+    """Return the KL divergence from the standard normal, summed over classes, mean over voxels."""
     return 0.5 * (mu.square() + logvar.exp() - logvar - 1).sum(1).mean()
 
 
 def vls_cross_entropy(
     logits: Tensor, mu: Tensor, logvar: Tensor, target: Tensor, num_samples: int, alpha: float
 ) -> Tensor:
-    """F.cross_entropy with class probabilities, plus the KL."""
+    """Return F.cross_entropy with sampled class probabilities, plus the KL divergence."""
     soft_labels = sample_soft_labels(mu, logvar, target, num_samples, alpha)
     return F.cross_entropy(logits, soft_labels) + gaussian_kl(mu, logvar)
 
 
 def vls_elbo(mu: Tensor, logvar: Tensor, target: Tensor, num_samples: int) -> Tensor:
-    """Mean over the noise samples of F.cross_entropy (in float32, as under autocast), plus the KL."""
+    """Return the mean of F.cross_entropy over noise samples, in float32 as under autocast, plus the KL divergence."""
     sigma = (logvar / 2).exp()
     likelihood = sum(F.cross_entropy((mu + sigma * torch.randn_like(mu)).float(), target) for _ in range(num_samples))
     return likelihood / num_samples + gaussian_kl(mu, logvar)

@@ -1,7 +1,8 @@
-"""Metrics that are wrong on volumes: ``python benchmarks/ecosystem_table.py`` prints a table in Markdown.
+"""Table of calibration errors by several packages on large volumes, which shows which of them are wrong.
 
-Every voxel has the same probabilities, so that one bin holds them all, and the true calibration error is 0.0750. Needs
-torchmetrics and MONAI 1.6 or newer, and 5 GiB of memory.
+``python benchmarks/ecosystem_table.py`` prints the table in Markdown. Every voxel has the same probabilities, so one
+bin holds all voxels, and the true calibration error is 0.0750. The script needs torchmetrics, MONAI 1.6 or newer, and 5
+GiB of memory.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from torch import Tensor
 
 import calseg
 
-CONFIDENCE = 0.875  # inside of a bin of 15 as of 20
+CONFIDENCE = 0.875  # not on an edge of 15 or 20 bins
 VOXELS = (2.1e6, 8.4e6, 16.8e6, 25.2e6, 41.9e6)
 
 
 def volume(voxels: int) -> tuple[Tensor, Tensor]:
-    """Probabilities of class 1 and labels, ``[voxels]``: 4 of 5 voxels are of class 1."""
+    """Return probabilities of class 1, and labels of which 4 in 5 are class 1, ``[voxels]``."""
     return torch.full((voxels,), CONFIDENCE), (torch.arange(voxels) % 5 != 0).to(torch.uint8)
 
 
 def by_torchmetrics(p: Tensor, target: Tensor) -> float:
+    """Return the error by torchmetrics."""
     from torchmetrics.classification import BinaryCalibrationError
 
     metric = BinaryCalibrationError(n_bins=15, validate_args=False)
@@ -34,6 +36,7 @@ def by_torchmetrics(p: Tensor, target: Tensor) -> float:
 
 
 def by_monai(p: Tensor, target: Tensor) -> float:
+    """Return the error by MONAI."""
     from monai.metrics import CalibrationErrorMetric
 
     metric = CalibrationErrorMetric(num_bins=20, calibration_reduction="expected")
@@ -42,6 +45,7 @@ def by_monai(p: Tensor, target: Tensor) -> float:
 
 
 def by_calseg(p: Tensor, target: Tensor) -> float:
+    """Return the error by calseg."""
     both = torch.stack([1 - p, p])[None]
     return float(calseg.calibration_error(both, target[None], from_logits=False))
 

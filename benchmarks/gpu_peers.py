@@ -1,6 +1,6 @@
-"""Cross-entropy as Liger-Kernel and flash-attn have it on a GPU: over rows of classes, one a voxel.
+"""Peers on a GPU: the cross-entropy of Liger-Kernel and of flash-attn, which take one row of classes per voxel.
 
-Channel-first logits are permuted for them, and their gradient back (by autograd): both are part of their time.
+The channel-first logits are permuted for them, and autograd permutes the gradient back. Both are part of their time.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ from torch import Tensor
 
 
 def _rows(logits: Tensor) -> Tensor:
-    """A copy ``[voxels, C]``: both write the gradient over what they are given."""
+    """Return a copy ``[voxels, C]`` of the logits, because both peers write the gradient over their input."""
     return logits.movedim(1, -1).clone(memory_format=torch.contiguous_format).view(-1, logits.shape[1])
 
 
 def liger(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the cross-entropy of Liger-Kernel."""
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     return liger_cross_entropy(_rows(logits), target.view(-1))
 
 
 def flash(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the cross-entropy of flash-attn."""
     from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
     losses, _ = cross_entropy_loss(_rows(logits), target.view(-1), inplace_backward=True)
@@ -35,9 +37,9 @@ PEERS: dict[str, Loss] = {"liger": liger, "flash": flash}
 
 @functools.cache
 def problem(name: str) -> str | None:
-    """Why there is no such peer, if there is none: not installed, built for another PyTorch, no such GPU."""
+    """Return the reason why a peer cannot run, such as not being installed, or None."""
     try:
         PEERS[name](torch.zeros(1, 3, 8, requires_grad=True), torch.zeros(1, 8, dtype=torch.int64)).backward()
-    except Exception as error:  # whatever they raise
+    except Exception as error:  # the peers raise many kinds of exceptions
         return reason(error)
     return None

@@ -1,9 +1,11 @@
-"""What every benchmark is made of: a case, its problem, and one paired measurement.
+"""Classes and functions of all benchmarks: a case, its problem, and a paired measurement.
 
-Nothing is compared across runs or across tests. In every round each contender (copy, clone, peers, calseg)
-runs once, the order of the peers rotating, and a ratio is the median over the rounds of the ratio within a
-round: a machine that slows down slows both. A step is that of a training loop: drop the old gradients,
-forward, backward; so freeing and taking the memory of the gradients is part of everybody's time.
+Times are compared only within a run and a test. In every round, each contender (copy, clone, the peers, calseg) runs
+once, and the order of the peers rotates. A ratio is the median over the rounds of the ratio within a round. If the
+machine slows down, it slows both contenders of a round.
+
+A step is that of a training loop: drop the old gradients, forward, backward. So freeing and allocating the memory of
+the gradients is part of the time of every contender.
 """
 
 from __future__ import annotations
@@ -28,56 +30,57 @@ import calseg
 Step = Callable[[], Tensor]
 Loss = Callable[..., Tensor]
 
-AT_MOST = ("copy", "read", "memory", "ns", "floor")  # bounded from above; the other metrics are speed-ups and shares
-SECONDS_PER_CASE = 4.0  # of paired rounds, at least MIN_ROUNDS
+AT_MOST = ("copy", "read", "memory", "ns", "floor")  # targets are upper bounds; those of other metrics are lower bounds
+SECONDS_PER_CASE = 4.0  # time for the paired rounds, of which there are at least MIN_ROUNDS
 MIN_ROUNDS, MAX_ROUNDS = 7, 100
 BLOCK_SECONDS = 2e-3  # a step shorter than this is repeated within one timing
-GPU_SECONDS_PER_CASE = 1.5  # there are more cases, and nothing else runs there
-GPU_BLOCK_SECONDS = 20e-3  # so long that waiting for the GPU at the end does not count
-BANDWIDTHS = {"copy", "clone", "read"}  # what is timed beside the contenders
-# (classes, edge) on a GPU for the operations whose plain PyTorch takes 10 to 26 times the logits' memory: up to 60 GB.
+GPU_SECONDS_PER_CASE = 1.5  # shorter, because a GPU has more cases and less noise
+GPU_BLOCK_SECONDS = 20e-3  # long enough that the wait for the GPU at the end does not matter
+BANDWIDTHS = {"copy", "clone", "read"}  # operations that are timed in addition to the contenders
+# Pairs (classes, edge) on a GPU for operations whose plain PyTorch form needs 10 to 26 times the memory of the logits,
+# up to 60 GB.
 GPU_SIZES = ((2, 256), (4, 256), (4, 512), (14, 256), (33, 256), (117, 128))
-MEMORY_BYTES = 64 << 20  # the memory of a case is measured with at least this much of logits
+MEMORY_BYTES = 64 << 20  # least size of the logits when the memory of a case is measured
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table. ``targets``: by metric, a key of ``_figures``' metrics or memory."""
+    """One row of the table. ``targets`` maps metrics of :func:`_figures`, or "memory", to their bounds."""
 
     operation: str
     classes: int
     edge: int
     dtype: str = "float32"
-    labels: str = "int64"  # "" where there are none
+    labels: str = "int64"  # "" if there are no labels
     batch: int = 1
     axes: int = 3
     compiled: bool = False  # also measure torch.compile of the eager peer
     memory: bool = False
-    alone: bool = False  # without peers: they need more memory, or cannot count so far
+    alone: bool = False  # without peers, which need too much memory or cannot count that many voxels
     targets: dict[str, float] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``[N, C, *S]``."""
+        """Shape of the logits, ``[N, C, *S]``."""
         return (self.batch, self.classes, *[self.edge] * self.axes)
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of the logits."""
+        """Dtype of the logits."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
     def scores(self) -> Tensor:
-        """Normal numbers ``[N, C, *S]``."""
+        """Return standard normal numbers ``[N, C, *S]``."""
         return torch.randn(self.shape).to(self.torch_dtype)
 
     def target(self) -> Tensor:
-        """Class indices ``[N, *S]``."""
+        """Return random class indices ``[N, *S]``."""
         shape = (self.batch, *self.shape[2:])
         return torch.randint(0, self.classes, shape, dtype=getattr(torch, self.labels))
 
     def traffic(self, tensors: int, label_maps: int = 1) -> int:
-        """The byte model: so many passes over tensors of the logits' size and over the labels."""
+        """Return the bytes of this many passes over tensors of the logits' size and over label maps."""
         elements = torch.Size(self.shape).numel()
         label_bytes = label_maps * getattr(torch, self.labels).itemsize if label_maps else 0
         return tensors * elements * self.torch_dtype.itemsize + elements // self.classes * label_bytes
@@ -88,7 +91,10 @@ class Case:
 
 
 def gpu_case(operation: str, classes: int, edge: int, dtype: str, *, targets: dict[str, float], **options: Any) -> Case:
-    """A case with labels of one byte; with targets only where the launches do not count: from 128 MiB of logits on."""
+    """Return a case with labels of one byte.
+
+    It has targets only from 128 MiB of logits on, where the time of the launches does not matter.
+    """
     case = Case(operation, classes, edge, dtype, **{"labels": "uint8", **options})
     large = torch.Size(case.shape).numel() * case.torch_dtype.itemsize >= 128 << 20
     left_out = {"eager", "compile"} if case.alone else set() if case.compiled else {"compile"}
@@ -96,7 +102,7 @@ def gpu_case(operation: str, classes: int, edge: int, dtype: str, *, targets: di
 
 
 def sized_gpu_cases(operation: str, targets: dict[str, float], **options: Any) -> list[Case]:
-    """``GPU_SIZES`` in float32 and bfloat16; torch.compile is slow to compile: beside one size alone."""
+    """Return cases of ``GPU_SIZES`` in float32 and bfloat16. Only few have the slow peer torch.compile."""
     return [
         gpu_case(operation, classes, edge, dtype, compiled=dtype == "float32" and edge == 256, memory=True,
                  targets=targets, **options)
@@ -106,26 +112,26 @@ def sized_gpu_cases(operation: str, targets: dict[str, float], **options: Any) -
 
 @dataclass
 class Problem:
-    """The tensors of a case and who works on them: each on leaves of its own over the same memory."""
+    """The tensors of a case and the functions that are compared. Each works on its own leaves over the same memory."""
 
     ours: Loss
     eager: Loss | None
-    inputs: tuple[Tensor, ...]  # those that get a gradient; the first is what is copied for the bandwidth
-    traffic: int  # bytes of the byte model
-    samples: int = 0  # noise samples drawn in one step, over all elements
-    operations: int = 0  # instructions of a thread that one step cannot do without
+    inputs: tuple[Tensor, ...]  # tensors that get a gradient; a copy of the first one gives the bandwidth
+    traffic: int  # bytes that a step must read and write, by the byte model of the benchmark
+    samples: int = 0  # number of noise samples in a step, over all elements
+    operations: int = 0  # number of instructions of a thread that a step needs at least
     backward: bool = True
-    upstream: Tensor | None = None  # the gradient that comes in, where the result is no scalar
-    copied: bool = True
+    upstream: Tensor | None = None  # upstream gradient, if the result is not a scalar
+    copied: bool = True  # also time copy and clone of the first input
     read: bool = False  # also time a read of the first input
     rivals: dict[str, tuple[Loss, tuple[Tensor, ...]]] = field(default_factory=dict)
 
     def step(self, function: Loss, inputs: tuple[Tensor, ...]) -> Step:
-        """One training step (or forward alone) of ``function``."""
+        """Return a training step of ``function``, or its forward pass alone."""
         if not self.backward:
             return lambda: function(*inputs)
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-        drop = on_gpu()  # the allocator keeps the memory there: who waits for its turn holds none
+        drop = on_gpu()  # PyTorch keeps the memory of a GPU, so a contender can free its gradients before others run
 
         def step() -> Tensor:
             for leaf in leaves:
@@ -140,7 +146,7 @@ class Problem:
         return step
 
     def steps(self, *, compiled: bool = False) -> dict[str, Step]:
-        """The contenders by name; ``calseg`` first."""
+        """Return the steps of all contenders by name, beginning with ``calseg``."""
         functions = {"calseg": (self.ours, self.inputs)}
         if self.eager is not None:
             functions["eager"] = (self.eager, self.inputs)
@@ -156,33 +162,36 @@ Build = Callable[[Case], Problem]
 
 @functools.cache
 def compile_problem() -> str | None:
-    """Why there is no torch.compile peer, if there is none (no C++ compiler, say)."""
+    """Return the reason why the peer torch.compile is absent, such as a missing C++ compiler, or None."""
     try:
         torch.compile(torch.sin, dynamic=False)(torch.ones(64))
-    except Exception as error:  # whatever Inductor raises where it does not work
+    except Exception as error:  # Inductor raises many kinds of exceptions
         return reason(error)
     return None
 
 
 def reason(error: Exception) -> str:
-    """In one line."""
+    """Return an exception as one line."""
     return f"{type(error).__name__}: {error}".strip().splitlines()[0][:120]
 
 
 def on_gpu() -> bool:
-    """Whether ``--device cuda`` was asked for: then all tensors are made there."""
+    """Return whether ``--device cuda`` was given. All tensors are then made on the GPU."""
     return torch.get_default_device().type == "cuda"
 
 
 def gpu_instructions_per_second() -> float:
-    """At the highest clock: a multiprocessor has four schedulers of one instruction of 32 lanes a clock. 0: unknown."""
+    """Return the instructions of threads per second at the highest clock, or 0 if the clock is not known.
+
+    A multiprocessor has four schedulers, each of which issues one instruction for 32 lanes per clock cycle.
+    """
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    clock = 1e3 * getattr(properties, "clock_rate", 0)  # kHz; older PyTorch does not tell
+    clock = 1e3 * getattr(properties, "clock_rate", 0)  # in kHz, absent in older PyTorch
     return 4 * 32 * properties.multi_processor_count * clock
 
 
 def _repeat(step: Step, times: int) -> Callable[[], None]:
-    """So many steps; on a GPU until all of them have ended."""
+    """Return a function that makes this many steps and waits for the GPU."""
 
     def block() -> None:
         for _ in range(times):
@@ -194,29 +203,32 @@ def _repeat(step: Step, times: int) -> Callable[[], None]:
 
 
 def _timed(function: Callable[[], Any]) -> float:
+    """Return the seconds that a call takes."""
     start = perf_counter()
     function()
     return perf_counter() - start
 
 
 def _size(result: Tensor) -> float:
+    """Return the mean square of a result, by which results are compared."""
     return float(result.double().square().mean())
 
 
 def _check_agreement(steps: dict[str, Step]) -> None:
-    """A wrong peer makes a wrong ratio; the noise differs between contenders, hence the loose tolerance."""
+    """Check that all contenders compute the same. The tolerance is loose, because their noise differs."""
     expected = _size(steps["calseg"]())
     for name, step in steps.items():
         assert abs(_size(step()) - expected) <= 0.05 * expected, f"calseg and {name} compute different things"
 
 
 def _summary(seconds: list[float]) -> dict[str, float]:
+    """Return median, minimum and quartiles."""
     q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
     return {"median": median, "min": min(seconds), "q1": q1, "q3": q3}
 
 
 def peak_memory(build: Build, case: Case, floor: int = MEMORY_BYTES) -> dict[str, float | None]:
-    """Peak memory beyond inputs and results in percent of the logits, in a fresh process (see memory.py)."""
+    """Return the peak memory beyond inputs and results in percent of the logits, from a new process (memory.py)."""
     script = Path(__file__).with_name("memory.py")
     command = [sys.executable, str(script), build.__module__, json.dumps(asdict(case)), str(floor)]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -227,7 +239,7 @@ def peak_memory(build: Build, case: Case, floor: int = MEMORY_BYTES) -> dict[str
 
 
 def gpu_peak_memory(problem: Problem) -> dict[str, float | None]:
-    """The same on a GPU, in this process: what the caching allocator gave out at its peak."""
+    """Return the same for a GPU, from the caching allocator of this process."""
     percent: dict[str, float | None] = {}
     gradients = sum(tensor.nbytes for tensor in problem.inputs) if problem.backward else 0
     for name, step in problem.steps().items():
@@ -245,7 +257,7 @@ def gpu_peak_memory(problem: Problem) -> dict[str, float | None]:
 
 
 def paired_times(benchmark: Any, problem: Problem, *, compiled: bool, max_rounds: int) -> dict[str, list[float]] | None:
-    """Seconds of every contender in every round; None with ``--benchmark-disable``."""
+    """Return the seconds of every contender in every round, or None with ``--benchmark-disable``."""
     steps = problem.steps(compiled=compiled and compile_problem() is None)
     _check_agreement(steps)
     if problem.copied:
@@ -253,12 +265,13 @@ def paired_times(benchmark: Any, problem: Problem, *, compiled: bool, max_rounds
         steps["copy"] = functools.partial(torch.empty_like(source).copy_, source)
         steps["clone"] = source.clone
         if problem.read:
-            steps["read"] = source.view(-1).max  # the reduction that does least beside reading
+            steps["read"] = source.view(-1).max  # the reduction with the least work after reading
         for name in BANDWIDTHS & steps.keys():
-            steps[name]()  # a GPU loads its code
+            steps[name]()  # load the code onto the GPU
     seconds, block = (GPU_SECONDS_PER_CASE, GPU_BLOCK_SECONDS) if on_gpu() else (SECONDS_PER_CASE, BLOCK_SECONDS)
     once = {name: _timed(_repeat(step, 1)) for name, step in steps.items()}
-    # on a GPU some peers take a hundred times as long; on a CPU a copy that is repeated more often would stay in cache
+    # On a GPU, every contender has its own number of repetitions, because some peers take a hundred times as long. On a
+    # CPU all have the same, because a copy that is repeated more often would stay in the cache.
     loops = {name: max(1, round(block / once[name if on_gpu() else "calseg"])) for name in steps}
     blocks = {name: _repeat(step, loops[name]) for name, step in steps.items()}
     affordable = int(seconds / sum(loops[name] * once[name] for name in steps))
@@ -279,15 +292,15 @@ def paired_times(benchmark: Any, problem: Problem, *, compiled: bool, max_rounds
 
 
 def _figures(problem: Problem, times: dict[str, list[float]]) -> dict[str, Any]:
-    """Metrics are medians of per-round ratios, ``of_min`` the ratios of the shortest times."""
+    """Return the figures of a row. ``metrics`` are medians of ratios per round, ``of_min`` ratios of shortest times."""
     ours = times["calseg"]
     metrics: dict[str, float] = {}
     of_min: dict[str, float] = {}
     for name, theirs in times.items():
-        if name in BANDWIDTHS:  # in units of the copy, or of the read
+        if name in BANDWIDTHS:  # time in units of the copy or read
             metrics[name] = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
             of_min[name] = min(ours) / min(theirs)
-        elif name != "calseg":  # times faster than
+        elif name != "calseg":  # speed-up
             metrics[name] = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
             of_min[name] = min(theirs) / min(ours)
     seconds = statistics.median(ours)
@@ -309,12 +322,13 @@ def _figures(problem: Problem, times: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def _verdict(metric: str, value: float | None, target: float) -> dict[str, Any]:
+    """Return a value, its target, and whether the target is met."""
     met = None if value is None else value <= target if metric in AT_MOST else value >= target
     return {"value": value, "target": target, "met": met}
 
 
 def measure(benchmark: Any, build: Build, case: Case, *, quick: bool = False) -> dict[str, Any] | None:
-    """Time and memory of a case and its peers: a row for the report."""
+    """Measure time and memory of a case and its peers, and return the row of the report."""
     if quick:
         memory = case.memory and case.classes == 4
         case = replace(case, edge=min(case.edge, 16), compiled=False, memory=memory)

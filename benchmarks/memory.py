@@ -1,8 +1,9 @@
 """Peak memory of one step of calseg and of its eager peer: ``python memory.py MODULE CASE FLOOR``.
 
-The high-water mark of resident memory (VmHWM) is reset after the inputs are made and read after one step.
-Counted is anonymous memory beyond inputs, result and gradients, in percent of the logits. A step at another
-number of classes warms up libraries and thread pools first. Linux only; elsewhere every figure is null.
+The script makes the inputs, resets the peak of the resident memory (VmHWM), makes one step and reads the peak. The
+figure is the anonymous memory beyond inputs, result and gradients, in percent of the logits. Before that, a step with
+another number of classes initialises libraries and thread pools. This works on Linux only. On other systems every
+figure is null.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ CONTENDERS = ("calseg", "eager")
 
 
 def _status() -> dict[str, int]:
-    """Resident memory in bytes, by the names of /proc/self/status."""
+    """Return the resident memory in bytes, by the names of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     fields = (line.split() for line in lines if line.startswith(("VmHWM", "Rss")))
     return {name.rstrip(":"): int(kilobytes) * 1024 for name, kilobytes, _ in fields}
 
 
 def _settle() -> None:
-    """Give back what is free, so that taking it again is seen."""
+    """Return free memory to the system, so that a step that takes it again shows."""
     gc.collect()
     calseg.empty_cache()
     with contextlib.suppress(OSError, AttributeError):
@@ -42,7 +43,7 @@ def _settle() -> None:
 
 
 def extra_bytes(problem: Problem, step: Step) -> int:
-    """Peak anonymous memory of a step beyond inputs, result and gradients."""
+    """Return the peak anonymous memory of a step beyond inputs, result and gradients."""
     _settle()
     before = _status()["RssAnon"]
     Path("/proc/self/clear_refs").write_text("5")
@@ -54,7 +55,7 @@ def extra_bytes(problem: Problem, step: Step) -> int:
 
 
 def measure(build: Callable[[Case], Problem], case: Case, floor: int) -> dict[str, float | None]:
-    """In percent of the logits, at the batch size with which these take at least ``floor`` bytes."""
+    """Return the peak in percent of the logits, with a batch so large that these have at least ``floor`` bytes."""
     if not Path("/proc/self/clear_refs").exists():
         return dict.fromkeys(CONTENDERS)
     warm = build(replace(case, classes=case.classes + 1, edge=4)).steps()

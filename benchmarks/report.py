@@ -1,4 +1,4 @@
-"""The header, the table and the JSON."""
+"""The report of the benchmarks: header, table and JSON file."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ Ratios are medians over paired rounds of one run. Targets follow their figure: â
 
 
 def _cpu_model() -> str:
+    """Return the name of the processor."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
@@ -48,11 +49,12 @@ def _cpu_model() -> str:
 
 
 def _gpu_peers() -> dict[str, str]:
+    """Return whether each peer for GPUs is available, or why not."""
     return {f"{name}_peer": gpu_peers.problem(name) or "available" for name in gpu_peers.PEERS}
 
 
 def header(*, quick: bool) -> dict[str, Any]:
-    """Where and with what the rows were measured."""
+    """Return the machine and the versions with which the rows were measured."""
     info = calseg.info()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
@@ -68,7 +70,7 @@ def header(*, quick: bool) -> dict[str, Any]:
 
 
 def _verdict(row: Row, metric: str, shown: str) -> str:
-    """The figure, and its target with a check mark or a cross."""
+    """Return a figure with its target, and a check mark or a cross."""
     target = row["targets"].get(metric)
     if target is None or target["met"] is None:
         return shown
@@ -77,6 +79,7 @@ def _verdict(row: Row, metric: str, shown: str) -> str:
 
 
 def _figure(row: Row, metric: str, unit: str = "") -> str:
+    """Return the cell of a metric."""
     value = row["metrics"].get(metric)
     if value is None:
         return "-"
@@ -85,6 +88,7 @@ def _figure(row: Row, metric: str, unit: str = "") -> str:
 
 
 def _further(row: Row) -> str:
+    """Return the cell of the metrics that have no column of their own."""
     figures = {
         "read": _figure(row, "read", " reads"),
         "ns": _figure(row, "ns", " ns"),
@@ -99,6 +103,7 @@ def _further(row: Row) -> str:
 
 
 def _memory(row: Row) -> str:
+    """Return the cell of the memory."""
     memory = row.get("memory")
     if not memory or memory["calseg"] is None:
         return "-"
@@ -107,6 +112,7 @@ def _memory(row: Row) -> str:
 
 
 def _cells(row: Row) -> list[str]:
+    """Return all cells of a row."""
     ours = row["seconds"]["calseg"]
     batch, classes, *space = row["shape"]
     size = f"{batch}x{space[0]}^{len(space)}" if space else str(batch)
@@ -127,7 +133,7 @@ TEXT_COLUMNS = ("operation", "dtype", "also")
 
 
 def render(head: dict[str, Any], rows: list[Row]) -> str:
-    """Header, table and legend as plain text."""
+    """Return header, table and legend as plain text."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in COLUMNS:
         table.add_column(name, justify="left" if name in TEXT_COLUMNS else "right", no_wrap=True)
@@ -152,6 +158,6 @@ def render(head: dict[str, Any], rows: list[Row]) -> str:
 
 
 def write_json(path: Path, head: dict[str, Any], rows: list[Row]) -> None:
-    """Everything the table shows, and the times behind it."""
+    """Write the content of the table, and the times from which it was computed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"header": head, "rows": rows}, indent=1) + "\n")

@@ -1,12 +1,12 @@
-"""One ``torch.autograd.Function`` an operation, in eager and in compiled code.
+"""One ``torch.autograd.Function`` for each operation, in eager and in compiled code.
 
-A reduced loss makes its gradients in the forward pass, while each tile is in cache; backward hands them out. Where the
-upstream gradient differs per voxel (``reduction="none"``), or the gradient is to go where the logits are, backward runs
-the kernel again.
+A reduced loss computes its gradients in the forward pass, while each tile is in the cache. The backward pass returns
+them. It runs the kernel again in two cases: the upstream gradient differs per voxel (``reduction="none"``), or the
+gradient overwrites the logits.
 
 In eager code a Function calls the engine itself. Under a compiler, with fake tensors or while PyTorch traces, it calls
-an opaque ``torch.library`` operator instead, which does the same: what is opaque stays in the graph. The reference
-needs no Function, since PyTorch differentiates it.
+a ``torch.library`` operator, which calls the engine and stays in the graph as one node. The reference needs no
+Function, since PyTorch differentiates it.
 """
 
 from __future__ import annotations
@@ -39,14 +39,16 @@ from calseg.tensors import class_axis, layout_like, shape_of, voxel_shape
 _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
 
+_is_vmapped, _is_vmapped_in_autograd = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
+
+
 def _is_batched(grad_output: Tensor) -> bool:
-    """Whether several gradients come in at once: ``is_grads_batched``, ``jacobian(vectorize=True)``."""
-    functorch = torch._C._functorch
-    return functorch.is_batchedtensor(grad_output) or functorch.is_legacy_batchedtensor(grad_output)
+    """Return whether PyTorch batches the gradient: ``is_grads_batched``, ``jacobian(vectorize=True)``."""
+    return _is_vmapped(grad_output) or _is_vmapped_in_autograd(grad_output)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether any of the tensors wants a gradient now."""
+    """Return whether any of the tensors needs a gradient, and gradients are enabled."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
@@ -55,8 +57,8 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 
 
 class _OnceDifferentiable(Function):
-    """``(gradient, *what it depends on) -> gradient``, whose own gradient is an error: second derivatives are refused,
-    not silently missing.
+    """``(gradient, *inputs) -> gradient``, where the gradient depends on the inputs. Differentiating it is an error, so
+    that second derivatives are not silently missing.
     """
 
     @staticmethod
@@ -71,7 +73,7 @@ class _OnceDifferentiable(Function):
 
 
 def _guarded(gradients: Sequence[Tensor | None], *inputs: Tensor | None) -> Sequence[Tensor | None]:
-    """In a pass with ``create_graph=True``, gradients that refuse to be differentiated again."""
+    """Return gradients that, in a pass with ``create_graph=True``, refuse to be differentiated again."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return gradients
     given = [tensor for tensor in inputs if tensor is not None]
@@ -79,24 +81,24 @@ def _guarded(gradients: Sequence[Tensor | None], *inputs: Tensor | None) -> Sequ
 
 
 def _save(ctx: Any, *structures: Any) -> None:
-    """Keep structures for backward, their tensors where autograd sees that they change."""
+    """Save structures for backward. Autograd raises an error if one of their tensors is changed until then."""
     packed = pack(*structures)
     ctx.save_for_backward(*packed.tensors)
     ctx.kinds, ctx.rest = tuple(type(structure) for structure in structures), tuple(packed[1:])
 
 
 def _saved(ctx: Any) -> Any:
-    """The structures that :func:`_save` kept."""
+    """Return the structures that :func:`_save` saved."""
     return unpack(ctx.kinds, Packed(list(ctx.saved_tensors), *ctx.rest))
 
 
 def _empty_if(needed: Sequence[bool], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Memory for the gradients that are needed."""
+    """Return memory for the gradients that are needed."""
     return [None if t is None or not need else native.empty_like(t) for need, t in zip(needed, tensors)]  # noqa: B905
 
 
 def _fake_if(needed: Sequence[bool], tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    """Fake tensors for the gradients that are needed."""
+    """Return fake tensors for the gradients that are needed."""
     return [_fake_like(t) for need, t in zip(needed, tensors, strict=True) if need and t is not None]
 
 
@@ -105,7 +107,7 @@ def _fake_like(scores: Tensor) -> Tensor:
 
 
 def _placed(needed: Sequence[bool], present: Sequence[Tensor]) -> list[Tensor | None]:
-    """Every tensor at the place where it is needed, None elsewhere."""
+    """Return a list with the tensors at the places where they are needed, and None elsewhere."""
     rest = iter(present)
     return [next(rest) if need else None for need in needed]
 
@@ -121,7 +123,7 @@ def loss_operator(
     backend: str, tensors: list[Tensor | None], integers: list[int], numbers: list[float], words: str,
     needed: list[bool], grad_output: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
-    """The loss, and the gradients that are needed, of a packed :class:`LossSpec` and its tensors."""
+    """Compute the loss of a packed :class:`LossSpec` and its tensors, and the gradients that are needed."""
     spec, inputs = unpack((LossSpec, LossTensors), Packed(tensors, integers, numbers, words))
     gradients = LossTensors(*_empty_if(needed, inputs))
     value = engine(backend).loss(spec, inputs, gradients, grad_output)
@@ -141,7 +143,7 @@ def _run_loss(
     backend: str, spec: LossSpec, tensors: LossTensors, needed: Sequence[bool], traced: bool,
     grad_output: Tensor | None = None,
 ) -> tuple[Tensor, LossTensors]:  # fmt: skip
-    """The loss and the gradients that are needed, by the engine, or where PyTorch is to see it by the operator."""
+    """Compute the loss and the gradients that are needed, by the operator if ``traced``, else by the engine."""
     if traced:
         value, *present = loss_operator(backend, *pack(spec, tensors), list(needed), grad_output)
         return value, LossTensors(*_placed(needed, present))
@@ -150,8 +152,10 @@ def _run_loss(
 
 
 def _needs_upstream_first(backend: str, spec: LossSpec, tensors: LossTensors) -> bool:
-    """Whether gradients can only be made in backward: where the upstream gradient differs per voxel, and on a GPU where
-    they are float16, which a mean's gradients underflow before backward brings the factor of the gradient scaler.
+    """Return whether the gradients can only be computed in backward.
+
+    This is so if the upstream gradient differs per voxel. On a GPU it is so for float16 too: the gradients of a mean
+    underflow unless the factor of the gradient scaler, which backward brings, is in them.
     """
     if spec.reduction == "none":
         return True
@@ -159,95 +163,106 @@ def _needs_upstream_first(backend: str, spec: LossSpec, tensors: LossTensors) ->
 
 
 class Loss(Function):
-    """``((backend, spec, reuse_logits, traced), *tensors) -> loss``, with the four tensors of :class:`LossTensors`.
+    """``(made, call, *tensors) -> loss``. One of ``made`` and ``call`` is None.
 
-    ``traced``: by the operator, which PyTorch sees. The options come in a tuple, as every argument of a Function costs
-    time, and small losses have none to spare.
+    ``made`` is ``(loss, backend, gradients)``: the engine has computed the loss of the tensors already, with its
+    gradients. ``call`` is ``(backend, spec, reuse_logits, traced)``: the Function computes the loss of the four tensors
+    of :class:`LossTensors`, by the operator if ``traced``. Both are tuples, since every argument of a Function takes
+    time.
     """
 
     @staticmethod
-    def forward(ctx: Any, call: tuple[str, LossSpec, bool, bool], *given: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, made: tuple[Tensor, str, list[Tensor | None]] | None, call: tuple[str, LossSpec, bool, bool],
+        *given: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        if made is not None:
+            # The gradients are not saved, as that takes time and copies them in backward. Nobody else sees them. The
+            # inputs are kept for create_graph, which needs their place in the graph.
+            ctx.gradients_for, ctx.made, ctx.inputs = _gradients_made, made, given
+            return made[0]
         backend, spec, reuse_logits, traced = call
-        tensors = LossTensors._make(given)
-        ctx.later = reuse_logits or _needs_upstream_first(backend, spec, tensors)
-        if ctx.later:
+        tensors = LossTensors(*given)
+        if reuse_logits or _needs_upstream_first(backend, spec, tensors):
             _save(ctx, spec, tensors)
-            ctx.backend, ctx.reuse_logits = backend, reuse_logits
+            ctx.gradients_for, ctx.backend, ctx.reuse_logits = _gradients_in_backward, backend, reuse_logits
             return _run_loss(backend, spec, tensors, NONE_NEEDED, traced)[0]
-        value, gradients = _run_loss(backend, spec, tensors, ctx.needs_input_grad[1:], traced)
-        ctx.traced = traced
-        if traced:
-            ctx.save_for_backward(*gradients)
-        else:
-            # Not saved, which takes time and would copy gradients in backward: nobody else sees these, so they are
-            # handed over; and of the inputs only their place in the graph is wanted, for create_graph.
-            ctx.made = backend, gradients, given
+        value, gradients = _run_loss(backend, spec, tensors, ctx.needs_input_grad[2:], traced)
+        ctx.gradients_for = _gradients_of_operator
+        ctx.save_for_backward(*gradients)
         return value
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        (grad_output,) = grad_outputs
-        if not ctx.later and ctx.traced:
-            return None, *(None if g is None else g * grad_output for g in ctx.saved_tensors)
-        make = _gradients_in_backward if ctx.later else _gradients_of_forward
-        gradients, inputs = make(ctx, grad_output)
-        return None, *_guarded(gradients, grad_output, *inputs)
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        return None, None, *ctx.gradients_for(ctx, grad_output)
 
 
-def _gradients_of_forward(ctx: Any, grad_output: Tensor) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
-    """What the forward pass made, times the gradient that comes in."""
+def _gradients_of_operator(ctx: Any, grad_output: Tensor) -> Sequence[Tensor | None]:
+    """Multiply the operator's gradients by the upstream gradient, in operations that a compiler sees."""
+    return [None if g is None else g * grad_output for g in ctx.saved_tensors]
+
+
+def _gradients_made(ctx: Any, grad_output: Tensor) -> Sequence[Tensor | None]:
+    """Multiply the engine's gradients by the upstream gradient, in place if nobody needs them again."""
     if ctx.made is None:
         raise RuntimeError(
             "Trying to backward through the graph a second time (or directly access saved tensors after they have "
             "already been freed). Specify retain_graph=True if you need to backward through the graph a second "
             "time."
         )
-    backend, gradients, inputs = ctx.made
+    _, backend, gradients = ctx.made
     if _graph_is_kept() or _is_batched(grad_output):
-        return [None if g is None else g.mul(grad_output) for g in gradients], inputs
-    ctx.made = None
-    engine(backend).scale_gradients(gradients, grad_output)  # in place: nobody wants the unscaled ones again
-    return gradients, inputs
+        gradients = [None if g is None else g.mul(grad_output) for g in gradients]
+    else:
+        ctx.made = None
+        engine(backend).scale_gradients(gradients, grad_output)
+    return _guarded(gradients, grad_output, *ctx.inputs) if torch.is_grad_enabled() else gradients
 
 
-def _gradients_in_backward(ctx: Any, grad_output: Tensor) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
-    """The kernel again, with the gradient that comes in."""
+def _gradients_in_backward(ctx: Any, grad_output: Tensor) -> Sequence[Tensor | None]:
+    """Run the kernel again, with the upstream gradient."""
     spec, inputs = _saved(ctx)
-    needed, logits, traced = ctx.needs_input_grad[1:], inputs.logits, is_traced(*inputs)
+    needed, logits, traced = ctx.needs_input_grad[2:], inputs.logits, is_traced(*inputs)
     if not traced and _is_batched(grad_output):
         again = lambda *t: reference.loss(spec, LossTensors(*t))  # noqa: E731
-        return reference.gradients(again, inputs, needed, grad_output), inputs
+        return _guarded(reference.gradients(again, inputs, needed, grad_output), grad_output, *inputs)
     upstream = grad_output.expand(voxel_shape(inputs.like()))
     if ctx.reuse_logits and not _graph_is_kept():
         to = LossTensors(logits.detach(), *_empty_if(needed[1:], inputs[1:]))
         engine(ctx.backend).loss(spec, inputs, to, upstream)
-        # whoever saved the logits for its own backward is told, as by any in-place operation
+        # Tell autograd, as any in-place operation does, that the logits have changed.
         torch.autograd.graph.increment_version(logits)
-        return to, inputs
-    return _run_loss(ctx.backend, spec, inputs, needed, traced, upstream)[1], inputs
+        return _guarded(to, grad_output, *inputs)
+    return _guarded(_run_loss(ctx.backend, spec, inputs, needed, traced, upstream)[1], grad_output, *inputs)
 
 
-# Function.apply less its detour for torch.func, whose calls never come here: it takes 2 of a small loss's 35 us.
+# Function.apply without its support of torch.func, whose calls do not come here. It saves 2 of a small loss's 37 us.
 _attach_loss = super(Function, Loss).apply
 
 
 def loss(
     backend: str, spec: LossSpec, tensors: LossTensors, reuse_logits: bool = False, traced: bool | None = None
 ) -> Tensor:
-    """The loss of a spec and its tensors by a backend, with what of autograd the call needs.
+    """Compute the loss of a spec and its tensors by a backend, attached to autograd's graph if needed.
 
-    ``traced`` is what :func:`calseg.backends.choice.is_traced` says of the tensors, where that is known already.
+    ``traced`` is the result of :func:`calseg.backends.choice.is_traced` for the tensors, if it is known already.
     """
     value: Tensor
     if backend == "reference":
         return reference.loss(spec, tensors)
     traced = is_traced(*tensors) if traced is None else traced
-    if not needs_gradient(*tensors):
-        value, _ = _run_loss(backend, spec, tensors, NONE_NEEDED, traced)
-    elif torch.compiler.is_compiling():
-        value = Loss.apply((backend, spec, reuse_logits, traced), *tensors)
+    only_logits = tensors.soft_labels is tensors.mu is tensors.logvar is None
+    given = tensors[:1] if only_logits else tensors
+    if not needs_gradient(*given):
+        return _run_loss(backend, spec, tensors, NONE_NEEDED, traced)[0]
+    if traced:
+        value = Loss.apply(None, (backend, spec, reuse_logits, True), *tensors)
+    elif reuse_logits or _needs_upstream_first(backend, spec, tensors):
+        value = _attach_loss(None, (backend, spec, reuse_logits, False), *tensors)
     else:
-        value = _attach_loss((backend, spec, reuse_logits, traced), *tensors)
+        gradients = [None if t is None or not t.requires_grad else native.empty_like(t) for t in given]
+        value = engine(backend).loss(spec, tensors, LossTensors(*gradients))
+        value = _attach_loss((value, backend, gradients), None, *given)
     return value
 
 
@@ -258,7 +273,7 @@ def loss(
 def sample_operator(
     backend: str, tensors: list[Tensor | None], integers: list[int], numbers: list[float], words: str
 ) -> Tensor:
-    """The soft labels of a packed :class:`SampleSpec` and its tensors."""
+    """Sample the soft labels of a packed :class:`SampleSpec` and its tensors."""
     spec, inputs = unpack((SampleSpec, GaussianTensors), Packed(tensors, integers, numbers, words))
     soft_labels: Tensor = engine(backend).sample_soft_labels(spec, inputs)
     return soft_labels
@@ -275,7 +290,7 @@ def sample_backward_operator(
     backend: str, tensors: list[Tensor | None], integers: list[int], numbers: list[float], words: str,
     grad_output: Tensor, needed: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients of :func:`sample_operator` that are needed."""
+    """Compute the gradients of :func:`sample_operator` that are needed."""
     spec, inputs = unpack((SampleSpec, GaussianTensors), Packed(tensors, integers, numbers, words))
     gradients = GaussianTensors(*_empty_if(needed, inputs))
     engine(backend).sample_soft_labels_backward(spec, inputs, grad_output, gradients)
@@ -326,7 +341,7 @@ def _run_sample(backend: str, spec: SampleSpec, tensors: GaussianTensors) -> Ten
 
 
 def sample_soft_labels(backend: str, spec: SampleSpec, tensors: GaussianTensors) -> Tensor:
-    """The soft labels of a spec and its tensors by a backend, with what of autograd the call needs."""
+    """Sample the soft labels of a spec and its tensors by a backend, attached to autograd's graph if needed."""
     if backend == "reference":
         return reference.sample_soft_labels(spec, tensors)
     if needs_gradient(*tensors):
@@ -364,7 +379,7 @@ class AccumulateSoftmax(Function):
 
 
 def accumulate_softmax(backend: str, spec: AccumulateSpec, total: Tensor, logits: Tensor) -> Tensor:
-    """The total with the softmax of another map of logits."""
+    """Add the softmax of another map of logits to the total."""
     if backend == "reference" or is_traced(total, logits):  # a compiler fuses the reference's operations
         return reference.accumulate_softmax(spec, total, logits)
     result: Tensor
@@ -380,7 +395,7 @@ def blend_operator(
     backend: str, tensors: list[Tensor | None], integers: list[int], numbers: list[float], words: str,
     total: Tensor,
 ) -> Tensor:  # fmt: skip
-    """The soft labels of a packed :class:`BlendSpec` and the total."""
+    """Compute the soft labels of a packed :class:`BlendSpec` and the total."""
     (spec,) = unpack((BlendSpec,), Packed(tensors, integers, numbers, words))
     blended: Tensor = engine(backend).blend_soft_labels(spec, total.clone(memory_format=layout_like(total)))
     return blended
@@ -421,7 +436,7 @@ def _run_blend(backend: str, spec: BlendSpec, total: Tensor) -> Tensor:
 
 
 def blend_soft_labels(backend: str, spec: BlendSpec, total: Tensor) -> Tensor:
-    """Soft labels from a total, which is written over where nothing forbids it."""
+    """Compute soft labels from a total. The total is overwritten in eager code."""
     if backend == "reference":
         return reference.blend_soft_labels(spec, total)
     if needs_gradient(total):
@@ -431,7 +446,7 @@ def blend_soft_labels(backend: str, spec: BlendSpec, total: Tensor) -> Tensor:
 
 
 def _ignored(labels: Labels, like: Tensor) -> Tensor:
-    """Where the label is ignored, ``[N, 1, *S]``."""
+    """Return a mask of the voxels whose label is ignored, ``[N, 1, *S]``."""
     return labels.ignored().unsqueeze(class_axis(like))
 
 
@@ -443,7 +458,7 @@ def ace_moments_operator(
     backend: str, tensors: list[Tensor | None], integers: list[int], numbers: list[float], words: str,
     logits: Tensor,
 ) -> Tensor:  # fmt: skip
-    """The moments of a packed :class:`AceSpec` and the logits."""
+    """Compute the moments of a packed :class:`AceSpec` and the logits."""
     (spec,) = unpack((AceSpec,), Packed(tensors, integers, numbers, words))
     moments: Tensor = engine(backend).ace_moments(spec, logits)
     return moments
@@ -461,7 +476,7 @@ def ace_moments_backward_operator(
     backend: str, tensors: list[Tensor | None], integers: list[int], numbers: list[float], words: str,
     logits: Tensor, grad_moments: Tensor,
 ) -> Tensor:  # fmt: skip
-    """The gradient of :func:`ace_moments_operator`."""
+    """Compute the gradient of :func:`ace_moments_operator`."""
     (spec,) = unpack((AceSpec,), Packed(tensors, integers, numbers, words))
     gradient: Tensor = engine(backend).ace_moments_backward(spec, logits, grad_moments)
     return gradient
@@ -501,7 +516,7 @@ def _run_ace(backend: str, spec: AceSpec, logits: Tensor) -> Tensor:
 
 
 def ace_bins(backend: str, spec: AceSpec, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mass, confidences and hits of every bin, with what of autograd the call needs."""
+    """Compute mass, confidences and hits of every bin, attached to autograd's graph if needed."""
     if backend == "reference":
         return reference.ace_bins(spec, logits)
     moments = AceMoments.apply(backend, spec, logits) if needs_gradient(logits) else _run_ace(backend, spec, logits)
@@ -513,7 +528,7 @@ def ace_bins(backend: str, spec: AceSpec, logits: Tensor) -> tuple[Tensor, Tenso
 
 @custom_op("calseg::draw_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def draw_seed_operator() -> Tensor:
-    """One seed from the default generator; opaque, so that a compiled call draws what an eager one does."""
+    """Draw a seed from the default generator. As an operator, it draws the same in compiled code as in eager code."""
     return _draw_seed()
 
 
@@ -523,5 +538,5 @@ def _() -> Tensor:
 
 
 def draw_seed() -> Tensor:
-    """A fresh seed, from PyTorch's default generator."""
+    """Draw a seed from PyTorch's default generator."""
     return draw_seed_operator() if torch.compiler.is_compiling() else _draw_seed()

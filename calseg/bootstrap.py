@@ -1,9 +1,9 @@
-"""Confidence intervals over cases: the percentile bootstrap.
+"""Confidence intervals over cases, by the percentile bootstrap.
 
-Voxels of one volume are not independent, volumes of different patients are: what is drawn with replacement are
-whole cases. :func:`mean_interval` and :func:`pooled_interval` put the cases in an order of their own first, and every
-sum is of integers or over a sorted axis: an interval is the same, bit for bit, whatever the order in which cases came.
-To compare methods on the same draws, weigh each method's cases by :func:`case_weights` instead.
+The voxels of a volume are not independent of each other, but the volumes of different patients are. So the bootstrap
+draws whole cases with replacement. :func:`mean_interval` and :func:`pooled_interval` sort the cases first, and every
+sum is over integers or over a sorted axis. So an interval is the same, bit for bit, for any order of the cases. To
+compare methods on the same draws, use :func:`case_weights`.
 
 Source: Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 13.
 """
@@ -24,11 +24,14 @@ NUM_RESAMPLES = 2000
 BLOCK_BYTES = 1 << 25
 
 Sums = TypeVar("Sums", bound=tuple[Tensor, ...])
-"""A named tuple of int64 sums with one item per case along the first axis, such as ``CalibrationBins``."""
+"""Named tuple of int64 sums, such as ``CalibrationBins``, whose first axis is the cases."""
 
 
 class Interval(NamedTuple):
-    """A value and the ends of its interval, float64; NaN where there is no case, the ends also for fewer than two."""
+    """A value and the ends of its interval, float64.
+
+    The value is NaN if there is no case. The ends are NaN if there are fewer than two cases.
+    """
 
     value: Tensor
     lower: Tensor
@@ -36,7 +39,7 @@ class Interval(NamedTuple):
 
 
 def check_options(confidence_level: float, num_resamples: int, seed: int) -> None:
-    """The options that the intervals of this module share."""
+    """Check the options that all intervals share."""
     check.check_number("confidence_level", confidence_level, 0.0, 1.0, "between 0 and 1", open_low=True)
     if confidence_level == 1:
         raise ValueError("confidence_level: got 1, wanted a number below 1")
@@ -47,8 +50,10 @@ def check_options(confidence_level: float, num_resamples: int, seed: int) -> Non
 def mean_interval(
     values: Tensor, *, confidence_level: float = 0.95, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> Interval:
-    """The mean over the cases of ``values`` float ``[cases]``, and its interval. NaN, a case without a value, is left
-    out before anything is drawn."""
+    """Return the mean of ``values``, float ``[cases]``, and its interval.
+
+    A NaN stands for a case without a value. Such cases are left out before cases are drawn.
+    """
     check_options(confidence_level, num_resamples, seed)
     present = values.detach().double().cpu()
     present = present[~present.isnan()].sort().values
@@ -65,10 +70,16 @@ def pooled_interval(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """``statistic`` of the sums over all ``cases``, and its interval over the cases drawn with replacement.
+    """Return a statistic of the sums over all cases, and its interval.
 
-    ``cases`` has one item per case, and ``statistic`` takes any number of items at once: ``[items, ...]`` to
-    ``[items]`` or ``[items, K]``. Cases without a voxel are left out before anything is drawn.
+    Args:
+        cases: the sums, with one item per case.
+        statistic: a function of sums ``[items, ...]`` that returns ``[items]`` or ``[items, K]``.
+        confidence_level: the probability that the interval should cover.
+        num_resamples: how often the cases are drawn with replacement.
+        seed: seed of the draws.
+
+    Cases without a voxel are left out before cases are drawn.
     """
     check_options(confidence_level, num_resamples, seed)
     rows = _as_rows(cases)[cases.num_voxels > 0]
@@ -81,10 +92,10 @@ def pooled_interval(
 
 
 def case_weights(cases: int, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Tensor:
-    """Count how often each case is drawn in each resample: int64 ``[num_resamples, cases]``.
+    """Return how often each case is drawn in each resample, int64 ``[num_resamples, cases]``.
 
-    Every row sums to ``cases``. The weights depend on the arguments only: two methods that are weighed by them are
-    compared on the same cases.
+    Every row sums to ``cases``. The weights depend on the arguments alone, so they are the same for every method that
+    is compared.
     """
     check.check_integer("cases", cases, 1)
     check.check_integer("num_resamples", num_resamples, 1)
@@ -93,26 +104,26 @@ def case_weights(cases: int, num_resamples: int = NUM_RESAMPLES, seed: int = 0) 
 
 
 def weighted_sums(cases: Sums, weights: Tensor) -> Sums:
-    """The sums over the cases, each counted as often as int64 ``weights[B, cases]`` says; one item per row of it."""
+    """Return the sums over cases, each multiplied by its weight. Row b of int64 ``weights[B, cases]`` makes item b."""
     return _from_rows(cases, weights @ _as_rows(cases))
 
 
 def percentile_interval(drawn: Tensor, confidence_level: float = 0.95) -> tuple[Tensor, Tensor]:
-    """The ends of the interval of a value over the resamples, from ``drawn`` ``[num_resamples, ...]``."""
+    """Return the ends of the interval of a value, of which ``drawn`` ``[num_resamples, ...]`` holds the resamples."""
     tail = (1 - confidence_level) / 2
-    # Both ends are values that were drawn: a point between two of them is undefined where one is infinite.
+    # Take values that were drawn as ends. A point between two of them would be undefined if one is infinite.
     lower = torch.quantile(drawn, tail, dim=0, interpolation="lower")
     upper = torch.quantile(drawn, 1 - tail, dim=0, interpolation="higher")
     return lower, upper
 
 
 def _as_rows(cases: tuple[Tensor, ...]) -> Tensor:
-    """All sums of a case in one row, ``[cases, numbers]``."""
+    """Return all sums of a case in one row, ``[cases, numbers]``."""
     return torch.cat([field.reshape(len(field), -1) for field in cases], 1)
 
 
 def _from_rows(like: Sums, rows: Tensor) -> Sums:
-    """The inverse of :func:`_as_rows`, for sums of the shapes of ``like``."""
+    """Return sums with the type and the shapes of ``like``: the inverse of :func:`_as_rows`."""
     shapes = [field.shape[1:] for field in like]
     parts = rows.split([shape.numel() for shape in shapes], 1)
     make: Any = type(like)
@@ -121,18 +132,18 @@ def _from_rows(like: Sums, rows: Tensor) -> Sums:
 
 
 def _times_drawn(index: Tensor) -> Tensor:
-    """Count how often each of the cases stands in each row of ``index[B, cases]``: int64 of the same shape."""
+    """Return how often each case number occurs in each row of ``index[B, cases]``, int64 of the same shape."""
     return torch.zeros_like(index).scatter_add_(1, index, torch.ones_like(index))
 
 
 def _case_numbers(cases: int, num_resamples: int, seed: int) -> Tensor:
-    """Case numbers drawn with replacement, int64 ``[num_resamples, cases]``."""
+    """Draw case numbers with replacement, int64 ``[num_resamples, cases]``."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(cases, (num_resamples, cases), generator=generator, device="cpu")
 
 
 def _draws(cases: int, num_resamples: int, seed: int, bytes_each: int) -> list[Tensor]:
-    """:func:`_case_numbers` in blocks that bound the memory of their use; none for fewer than two cases."""
+    """Draw case numbers in blocks of resamples, which bound the memory in use. Fewer than two cases give no block."""
     if cases < 2:
         return []
     index = _case_numbers(cases, num_resamples, seed)
@@ -140,6 +151,7 @@ def _draws(cases: int, num_resamples: int, seed: int, bytes_each: int) -> list[T
 
 
 def _interval(value: Tensor, drawn: list[Tensor], cases: int, confidence_level: float) -> Interval:
+    """Return the interval of a value from its resamples, which are absent for fewer than two cases."""
     if cases < 2:
         return Interval(value, torch.full_like(value, torch.nan), torch.full_like(value, torch.nan))
     return Interval(value, *percentile_interval(torch.cat(drawn), confidence_level))

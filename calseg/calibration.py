@@ -1,4 +1,7 @@
-"""Calibration error: how far confidences are from accuracies, from integer sums per bin that are exact at any size."""
+"""Calibration error, which measures how far confidences are from accuracies.
+
+It is computed from integer sums per bin, which are exact for any number of voxels.
+"""
 
 from __future__ import annotations
 
@@ -14,30 +17,32 @@ from calseg.operations import UNIT, BinsSpec, Labels
 from calseg.tensors import shape_of
 
 NORMS = ("l1", "l2", "max", "average")
-EQUAL_MASS_CELLS = 4096  # of equal width, from which bins of equal mass are made
+EQUAL_MASS_CELLS = 4096  # number of cells of equal width, from which bins of equal mass are made
 
 
 class CalibrationBins(NamedTuple):
-    """Integer sums from which every calibration figure follows; sums of two volumes, slabs or ranks just add.
+    """Integer sums over voxels, from which calibration errors, negative log-likelihood and Brier score follow.
 
-    All tensors are int64 on the CPU. ``*P`` is empty, or ``[N]`` if the sums are per batch item; ``*K`` is empty for
-    top-label bins, and the number of classes for class-wise ones. Nothing is rounded when sums are added, so they are
-    the same, bit for bit, for any number of threads, order of updates and number of ranks.
+    The sums of two volumes, slabs or ranks can be added. All tensors are int64 on the CPU. ``*P`` is ``N`` if the sums
+    are per batch item, and empty otherwise. ``*K`` is the number of classes for class-wise bins, and empty for
+    top-label bins. Nothing is rounded when sums are added. So the sums are the same, bit for bit, for any number of
+    threads, any order of updates and any number of ranks.
 
     Args:
-        count: voxels in a bin, ``[*P, *K, n_bins]``.
-        confidence: their summed confidences in units of 2^-24, ``[*P, *K, n_bins]``. Each is rounded to the unit: a
-            float32 confidence of 1/2 or more is held exactly.
-        hits: those of them where the class is the label, ``[*P, *K, n_bins]``.
-        nll: summed negative log-likelihood of the labels, ``[*P, 2]``: whole nats, and the rest in units of 2^-24.
-        brier: summed squared error of the probabilities (over all classes, in [0, 2] a voxel) in units of 2^-24,
-            ``[*P]``.
-        num_voxels: voxels that count, ``[*P]``.
-        num_nan: those of them with a NaN among their probabilities: in no bin, and in neither ``nll`` nor ``brier``.
-        num_infinite: those of them whose label has probability 0 (or a negative log-likelihood above 2^25): in the
-            bins and in ``brier``, not in ``nll``.
+        count: number of voxels in each bin, ``[*P, *K, n_bins]``.
+        confidence: sum of the confidences in each bin, in units of 2^-24, ``[*P, *K, n_bins]``. Each confidence is
+            rounded to a multiple of the unit, which is exact for a float32 confidence of 1/2 or more.
+        hits: number of voxels in each bin for which the class of the confidence is the label, ``[*P, *K, n_bins]``.
+        nll: sum of the negative log-likelihoods of the labels, ``[*P, 2]``: whole nats, and the rest in units of 2^-24.
+        brier: sum of the squared errors of the probabilities, in units of 2^-24, ``[*P]``. The squared error of a voxel
+            is summed over all classes and lies in [0, 2].
+        num_voxels: number of voxels that count, ``[*P]``.
+        num_nan: number of those with a NaN among their probabilities, ``[*P]``. They are in no bin, and in neither
+            ``nll`` nor ``brier``.
+        num_infinite: number of those whose label has probability 0, or a negative log-likelihood above 2^25, ``[*P]``.
+            They are in the bins and in ``brier``, but not in ``nll``.
 
-    No sum can overflow below 2^38 voxels.
+    No sum can overflow with fewer than 2^38 voxels.
 
     Example:
         >>> import torch, calseg
@@ -49,7 +54,7 @@ class CalibrationBins(NamedTuple):
         tensor([0, 6])
     """
 
-    count: Tensor  # type: ignore[assignment]  # tuple.count, which nobody asks of these
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
     confidence: Tensor
     hits: Tensor
     nll: Tensor
@@ -59,7 +64,7 @@ class CalibrationBins(NamedTuple):
     num_infinite: Tensor
 
     def merge(self, other: CalibrationBins) -> CalibrationBins:
-        """The sums over the voxels of both."""
+        """Return the sums over the voxels of both."""
         if not isinstance(other, CalibrationBins):
             raise TypeError(f"other: got {check.describe(other)}, wanted CalibrationBins")
         if self.count.shape != other.count.shape or self.num_voxels.shape != other.num_voxels.shape:
@@ -67,29 +72,32 @@ class CalibrationBins(NamedTuple):
         return CalibrationBins(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
     def __add__(self, other: Any) -> CalibrationBins:
-        """:meth:`merge`; not the concatenation of two tuples."""
+        """Do as :meth:`merge`. The fields are added, and not concatenated as those of a tuple would be."""
         return self.merge(other)
 
     def pool(self) -> CalibrationBins:
-        """The sums over all batch items, where they are per item."""
+        """Return the sums over all batch items, if they are per item."""
         return CalibrationBins(*(sums.sum(0) for sums in self)) if self.num_voxels.dim() else self
 
     def mean_confidence(self) -> Tensor:
-        """Mean confidence of each bin, float64 ``[*P, *K, n_bins]``; NaN where a bin is empty."""
+        """Return the mean confidence of each bin, float64 ``[*P, *K, n_bins]``. It is NaN where a bin is empty."""
         return self.confidence.double() / UNIT / self.count
 
     def accuracy(self) -> Tensor:
-        """Share of hits in each bin, float64 ``[*P, *K, n_bins]``; NaN where a bin is empty."""
+        """Return the share of hits in each bin, float64 ``[*P, *K, n_bins]``. It is NaN where a bin is empty."""
         return self.hits.double() / self.count
 
     def mean_nll(self) -> Tensor:
-        """Mean negative log-likelihood in nats, float64 ``[*P]``; Inf with ``num_infinite``, NaN without a voxel."""
+        """Return the mean negative log-likelihood in nats, float64 ``[*P]``.
+
+        It is Inf if ``num_infinite`` is above 0, and NaN if no voxel counts.
+        """
         whole, rest = self.nll.double().unbind(-1)
         mean = (whole + rest / UNIT) / (self.num_voxels - self.num_nan)
         return torch.where(self.num_infinite > 0, torch.inf, mean)
 
     def mean_brier(self) -> Tensor:
-        """Mean Brier score (summed over classes, in [0, 2]), float64 ``[*P]``; NaN without a voxel."""
+        """Return the mean Brier score, summed over classes, float64 ``[*P]``. It is NaN if no voxel counts."""
         return self.brier.double() / UNIT / (self.num_voxels - self.num_nan)
 
 
@@ -107,40 +115,41 @@ def calibration_bins(
     right_closed: bool = False,
     backend: str | None = None,
 ) -> CalibrationBins:
-    r"""Counts, confidences and hits per bin of confidence, and NLL and Brier score, in one pass over the volume.
+    r"""Compute the sums of :class:`CalibrationBins` in one pass over the volume.
 
-    A confidence :math:`p` falls into bin :math:`b` where :math:`b / n \le p < (b + 1) / n`, and 1 into the last. The
-    edges are :math:`b / n` rounded to the dtype of the arithmetic (float64 for float64, else float32).
+    A confidence :math:`p` falls into bin :math:`b` if :math:`b / n \le p < (b + 1) / n`. A confidence of 1 falls into
+    the last bin. The edges are :math:`b / n` rounded to the dtype of the arithmetic: float64 for float64, else float32.
 
     Args:
-        input: logits, or with ``from_logits=False`` probabilities, ``[C]``, ``[N, C]`` or ``[N, C, *S]``; float32,
-            float64, bfloat16 or float16. ``[N, C]`` is one batch item of N voxels.
+        input: logits, or probabilities if ``from_logits=False``, of shape ``[C]``, ``[N, C]`` or ``[N, C, *S]`` and
+            dtype float32, float64, bfloat16 or float16. ``[N, C]`` is one batch item of N voxels.
         target: class indices ``[N, *S]`` or ``[N, 1, *S]`` of any integer dtype.
-        n_bins: bins of equal width over [0, 1], 1 to 65536. Default 15.
-        from_logits: whether ``input`` holds logits, whose softmax is taken, or probabilities. Never guessed.
+        n_bins: number of bins of equal width over [0, 1], 1 to 65536. Default 15.
+        from_logits: True if ``input`` holds logits, whose softmax is computed, False if it holds probabilities.
             Default True.
-        class_wise: False: one confidence a voxel, the largest probability, a hit where the first class that has it is
-            the label (top-label). True: one for every class, its probability, a hit where it is the label.
-            Default False.
-        include_background: False leaves the background out as each kind is used in the field. Top-label: voxels whose
-            *label* is 0 do not count, for NLL and Brier neither. Class-wise: class 0 has no bins, and every voxel
-            counts for the other classes. (Class-wise over the voxels of the foreground: ``mask=target != 0``.)
-            Default True.
-        ignore_index: voxels with this label count nowhere. Default -100.
-        mask: bool ``[N, *S]`` or ``[N, 1, *S]``: where False, a voxel counts nowhere, whatever its label. Default:
-            all count.
-        per_item: sums per batch item, not over all. Default False.
-        right_closed: bins :math:`b / n < p \le (b + 1) / n` instead, with 0 in the first. Default False.
-        backend: ``"cpu"`` (native), ``"cuda"`` or ``"triton"`` (on a GPU) or ``"reference"`` (plain PyTorch); default:
-            the fastest that there is.
+        class_wise: False for top-label bins: the confidence of a voxel is its largest probability, and it is a hit if
+            the first class with that probability is the label. True for class-wise bins: every class has its own bins,
+            a confidence is the probability of the class, and it is a hit if that class is the label. Default False.
+        include_background: False leaves out the background, in the way that is usual for either kind of bins.
+            Top-label: voxels whose *label* is 0 do not count, neither in the bins nor in NLL and Brier score.
+            Class-wise: class 0 has no bins, and all voxels count for the other classes. For class-wise bins over
+            the voxels of the foreground, use ``mask=target != 0``. Default True.
+        ignore_index: label of voxels that do not count. Default -100.
+        mask: bool ``[N, *S]`` or ``[N, 1, *S]``. A voxel does not count where it is False, whatever its label.
+            Default: all voxels count.
+        per_item: True for separate sums of every batch item. Default False.
+        right_closed: True for bins :math:`b / n < p \le (b + 1) / n`, with 0 in the first bin. Default False.
+        backend: ``"cpu"`` (native), ``"cuda"`` or ``"triton"`` (on a GPU) or ``"reference"`` (plain PyTorch).
+            Default: the fastest one that is available.
 
     Returns:
         :class:`CalibrationBins`.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range; probabilities of a voxel
-            that counts that do not sum to 1 within 0.001 (0.01 for bfloat16 and float16) or lie below 0 by as much.
-        IndexError: the label of a voxel that counts is no class.
+        TypeError, ValueError: an argument has the wrong type, shape, dtype, device or range. Or the probabilities of a
+            voxel that counts do not sum to 1, or one of them lies below 0, by more than 0.001 (0.01 for bfloat16 and
+            float16).
+        IndexError: the label of a voxel that counts is not a class.
 
     Example:
         >>> import torch, calseg
@@ -187,34 +196,34 @@ def calibration_bins(
 
 
 def calibration_error_from_bins(bins: CalibrationBins, norm: str = "l1", *, equal_mass: int | None = None) -> Tensor:
-    r"""A calibration error, in float64, from sums per bin.
+    r"""Compute a calibration error from sums per bin.
 
-    With :math:`n_b` voxels in bin :math:`b`, of mean confidence :math:`c_b` and accuracy :math:`a_b`, and
-    :math:`n = \sum_b n_b`:
+    Let bin :math:`b` have :math:`n_b` voxels, mean confidence :math:`c_b` and accuracy :math:`a_b`, and let
+    :math:`n = \sum_b n_b`. The norms are:
 
     - ``"l1"``: :math:`\sum_b \frac{n_b}{n} |c_b - a_b|`, the expected calibration error (ECE)
     - ``"l2"``: :math:`\sqrt{\sum_b \frac{n_b}{n} (c_b - a_b)^2}` (RMSCE)
     - ``"max"``: the largest :math:`|c_b - a_b|` (MCE)
     - ``"average"``: the mean of :math:`|c_b - a_b|` over the bins that are not empty (ACE)
 
-    Voxels with NaN are in no bin: they are left out, with a warning that says how many.
+    Voxels with NaN are in no bin. They are left out, and a warning says how many there are.
 
     Args:
         bins: from :func:`calibration_bins`.
         norm: ``"l1"``, ``"l2"``, ``"max"`` or ``"average"``. Default ``"l1"``.
-        equal_mass: a number of bins of equal mass into which the cells, the fine bins that ``bins`` holds, are
-            regrouped: group :math:`g` of :math:`G` takes the voxels of ranks :math:`n g / G` to :math:`n (g + 1) / G`
-            in order of confidence, and a cell that lies across a boundary is divided in proportion, its confidences
-            and hits with it. That is the equal-mass error of the voxels with the confidence and accuracy of each
-            replaced by the mean of its cell; confidences change by less than a cell's width. Default None: the bins
-            as they are.
+        equal_mass: number :math:`G` of bins of equal mass. The fine bins that ``bins`` holds, called cells, are then
+            regrouped: group :math:`g` takes the voxels of ranks :math:`n g / G` to :math:`n (g + 1) / G` in order of
+            confidence. A cell across the boundary of two groups is divided between them in proportion, and its
+            confidences and hits too. The result is the equal-mass error after the confidence and accuracy of every
+            voxel are replaced by the means of its cell, so a confidence changes by less than the width of a cell.
+            Default None: the bins are used as they are.
 
     Returns:
-        float64 of the shape of ``bins.count`` without its last axis: per item and class where ``bins`` are. NaN where
-        no voxel counts.
+        A float64 tensor with the shape of ``bins.count`` without its last axis, so per item and per class if ``bins``
+        are. It is NaN where no voxel counts.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or range.
+        TypeError, ValueError: an argument has the wrong type or range.
 
     Example:
         >>> import torch, calseg
@@ -252,7 +261,10 @@ def calibration_error_from_bins(bins: CalibrationBins, norm: str = "l1", *, equa
 
 
 def _equal_mass(count: Tensor, confidence: Tensor, hits: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``[..., cells]`` regrouped into ``[..., groups]`` of equal counts; straddling cells divided in proportion."""
+    """Return the sums of cells ``[..., cells]`` as sums of groups with equal counts ``[..., groups]``.
+
+    A cell across the boundary of two groups is divided between them in proportion.
+    """
     upper = count.cumsum(-1)
     edges = upper[..., -1:] * torch.arange(groups + 1, dtype=torch.float64, device=upper.device) / groups
     cell = torch.searchsorted(upper, edges, right=False).clamp(max=count.shape[-1] - 1)
@@ -282,32 +294,33 @@ def calibration_error(
     equal_mass: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    r"""How far confidence is from accuracy: ECE, ACE, MCE or RMSCE, exact at any number of voxels.
+    r"""Compute a calibration error: ECE, ACE, MCE or RMSCE.
 
-    The fused engine reads the volume once and holds nothing of its size. Counts are integers, so a bin of more than
-    2^24 voxels counts right, and the value does not depend on the number of threads.
+    The fused engine reads the volume once and allocates nothing of its size. Counts are integers, so they stay exact in
+    bins of more than 2^24 voxels, and the value does not depend on the number of threads.
 
     Args:
-        input: logits, or with ``from_logits=False`` probabilities, ``[C]``, ``[N, C]`` or ``[N, C, *S]``.
+        input: logits, or probabilities if ``from_logits=False``, ``[C]``, ``[N, C]`` or ``[N, C, *S]``.
         target: class indices ``[N, *S]`` or ``[N, 1, *S]`` of any integer dtype.
         n_bins: number of bins. Default 15.
-        norm: ``"l1"`` (ECE), ``"l2"`` (RMSCE), ``"max"`` (MCE) or ``"average"`` (ACE); the formulas are at
-            :func:`calibration_error_from_bins`. Default ``"l1"``.
+        norm: ``"l1"`` (ECE), ``"l2"`` (RMSCE), ``"max"`` (MCE) or ``"average"`` (ACE).
+            :func:`calibration_error_from_bins` has the formulas. Default ``"l1"``.
         from_logits: as in :func:`calibration_bins`. Default True.
-        class_wise: the mean over the classes of the error of each class's own probability, not the error of the top
-            label. Default False.
-        include_background: as in :func:`calibration_bins`. False: top-label, only voxels whose label is not 0;
-            class-wise, only classes 1 and up. Default True.
+        class_wise: True for the mean over classes of the error of each class's own probability. False for the error of
+            the top label. Default False.
+        include_background: as in :func:`calibration_bins`. If False, top-label errors are over the voxels whose label
+        is
+            not 0, and class-wise errors are over the classes from 1 on. Default True.
         ignore_index: as in :func:`calibration_bins`. Default -100.
         mask: as in :func:`calibration_bins`.
-        per_item: a value per batch item. Default False: one over all.
+        per_item: True for one value per batch item, False for one value over all. Default False.
         right_closed: as in :func:`calibration_bins`. Default False.
-        equal_mass: bins of equal mass (adaptive) instead of equal width: ``n_bins`` groups of 4096 cells, as
-            :func:`calibration_error_from_bins` says. Default False.
+        equal_mass: True for bins of equal mass (adaptive bins): ``n_bins`` groups made from 4096 cells, as in
+            :func:`calibration_error_from_bins`. False for bins of equal width. Default False.
         backend: as in :func:`calibration_bins`.
 
     Returns:
-        float64 on the CPU, 0-d, or ``[N]`` with ``per_item``; NaN where no voxel counts.
+        A float64 tensor on the CPU, 0-d, or ``[N]`` if ``per_item``. It is NaN where no voxel counts.
 
     Raises:
         TypeError, ValueError, IndexError: as :func:`calibration_bins`.

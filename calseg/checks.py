@@ -1,4 +1,4 @@
-"""Argument checks shared by the operations: which argument, what was given, what is wanted."""
+"""Checks of arguments, which all operations share. An error names the argument, what was given and what is wanted."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ MAX_BINS = 1 << 16
 
 
 def describe(value: Any) -> str:
-    """A value as an error message shows it: a tensor by dtype, shape and device."""
+    """Describe a value for an error message. A tensor is described by dtype, shape and device."""
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)} on {value.device}"
     return f"{value!r} ({type(value).__name__})"
 
 
 def check_scores(name: str, value: Any) -> None:
-    """A floating tensor with a class axis: ``[C]``, ``[N, C]`` or ``[N, C, *S]``."""
+    """Check that a value is a floating tensor ``[C]``, ``[N, C]`` or ``[N, C, *S]``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {describe(value)}, wanted a tensor [C], [N, C] or [N, C, *S]")
     if value.dtype not in FLOAT_DTYPES:
@@ -33,7 +33,7 @@ def check_scores(name: str, value: Any) -> None:
 
 
 def check_like(name: str, value: Any, other_name: str, other: Tensor) -> None:
-    """A floating tensor of the same shape, on the same device."""
+    """Check that a value is a floating tensor with the shape and the device of ``other``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {describe(value)}, wanted a tensor like {other_name}")
     if value.dtype not in FLOAT_DTYPES:
@@ -45,7 +45,7 @@ def check_like(name: str, value: Any, other_name: str, other: Tensor) -> None:
 
 
 def check_labels(name: str, value: Any, scores: Tensor) -> Tensor:
-    """Integer labels ``[N, *S]``, or ``[N, 1, *S]``, which loses its singleton axis."""
+    """Check that a value is integer labels ``[N, *S]`` or ``[N, 1, *S]`` for these scores, and return ``[N, *S]``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {describe(value)}, wanted a tensor of class indices")
     if value.dtype not in LABEL_DTYPES:
@@ -67,14 +67,14 @@ def check_labels(name: str, value: Any, scores: Tensor) -> Tensor:
 
 
 def check_mask(name: str, value: Any, scores: Tensor) -> Tensor:
-    """A bool tensor ``[N, *S]`` or ``[N, 1, *S]``, as uint8 ``[N, *S]``."""
+    """Check that a value is a bool tensor ``[N, *S]`` or ``[N, 1, *S]``, and return it as uint8 ``[N, *S]``."""
     if not isinstance(value, Tensor) or value.dtype != torch.bool:
         raise TypeError(f"{name}: got {describe(value)}, wanted a bool tensor")
     return check_labels(name, value.view(torch.uint8), scores)
 
 
 def check_weight(weight: Any, scores: Tensor) -> None:
-    """Class weights ``[C]``."""
+    """Check that a value is class weights ``[C]`` or None."""
     if weight is None:
         return
     classes = scores.shape[1 if scores.dim() > 1 else 0]
@@ -89,13 +89,16 @@ def check_weight(weight: Any, scores: Tensor) -> None:
 
 
 def check_reduction(reduction: Any) -> None:
-    """A reduction by its name."""
+    """Check that a value is the name of a reduction."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {describe(reduction)}, wanted 'none', 'mean' or 'sum'")
 
 
 def check_number(name: str, value: Any, low: float, high: float, wanted: str, *, open_low: bool = False) -> None:
-    """A number from ``low`` to ``high``, ``low`` itself not with ``open_low``; ``wanted`` says so in words."""
+    """Check that a value is a number from ``low`` to ``high``. With ``open_low``, ``low`` itself is excluded.
+
+    ``wanted`` is the range in words, for the error message.
+    """
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise TypeError(f"{name}: got {describe(value)}, wanted a number {wanted}")
     if not (low <= value <= high) or (open_low and value == low):  # NaN fails the comparison
@@ -103,7 +106,7 @@ def check_number(name: str, value: Any, low: float, high: float, wanted: str, *,
 
 
 def check_finite(name: str, value: Any) -> None:
-    """A finite number."""
+    """Check that a value is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {describe(value)}, wanted a finite number")
     if not math.isfinite(value):
@@ -111,13 +114,13 @@ def check_finite(name: str, value: Any) -> None:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """A bool."""
+    """Check that a value is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: got {describe(value)}, wanted True or False")
 
 
 def check_integer(name: str, value: Any, low: int | None = None) -> None:
-    """An integer, of at least ``low``."""
+    """Check that a value is an integer, and that it is at least ``low`` if that is given."""
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, int)):
         raise TypeError(f"{name}: got {describe(value)}, wanted an integer")
     if low is not None and value < low:
@@ -125,14 +128,14 @@ def check_integer(name: str, value: Any, low: int | None = None) -> None:
 
 
 def check_bins(n_bins: Any) -> None:
-    """A number of bins."""
+    """Check that a value is a number of bins."""
     check_integer("n_bins", n_bins, 1)
     if n_bins > MAX_BINS:
         raise ValueError(f"n_bins: got {n_bins}, wanted at most {MAX_BINS}")
 
 
 def check_sampling(num_samples: Any, temperature: Any) -> None:
-    """The number of samples and the temperature of their softmax."""
+    """Check the number of samples and the temperature of their softmax."""
     check_integer("num_samples", num_samples, 1)
     check_number("temperature", temperature, 0.0, math.inf, "above 0", open_low=True)
     if temperature == math.inf:
@@ -140,14 +143,14 @@ def check_sampling(num_samples: Any, temperature: Any) -> None:
 
 
 def check_prior(beta: Any, prior_mu: Any, prior_logvar: Any) -> None:
-    """The factor of the KL term and its prior."""
+    """Check the factor of the KL term and the parameters of its prior."""
     check_finite("beta", beta)
     check_finite("prior_mu", prior_mu)
     check_finite("prior_logvar", prior_logvar)
 
 
 def check_seed(seed: Any, device: torch.device) -> int | Tensor:
-    """A 64-bit int, or a 0-d int64 tensor on the device."""
+    """Check that a value is a 64-bit int or a 0-d int64 tensor on the device, and return it."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != device:
             raise ValueError(f"seed: got {describe(seed)}, wanted a 0-d int64 tensor on {device}")
@@ -158,7 +161,7 @@ def check_seed(seed: Any, device: torch.device) -> int | Tensor:
     return int(seed)
 
 
-# ---- values, which only reading the tensors shows ----
+# ---- values of tensors ----
 
 
 def check_classes(labels: Tensor, num_classes: int, ignore_index: int) -> None:
@@ -170,7 +173,7 @@ def check_classes(labels: Tensor, num_classes: int, ignore_index: int) -> None:
 
 
 def label_error(value: int, position: int, shape: tuple[int, ...], num_classes: int, ignore_index: int) -> IndexError:
-    """The error for label ``value`` at linear index ``position`` of a target of ``shape``."""
+    """Return the error for label ``value`` at linear index ``position`` of a target of ``shape``."""
     return IndexError(
         f"target[{', '.join(map(str, place_of(position, shape)))}] is {value}: wanted a class in [0, {num_classes}) "
         f"or ignore_index={ignore_index}"
@@ -178,7 +181,7 @@ def label_error(value: int, position: int, shape: tuple[int, ...], num_classes: 
 
 
 def place_of(position: int, shape: tuple[int, ...]) -> list[int]:
-    """Linear index ``position`` of ``shape`` as an index per axis."""
+    """Return the index per axis of linear index ``position`` of ``shape``."""
     where: list[int] = []
     for size in reversed(shape):
         position, index = divmod(position, size)
@@ -187,12 +190,12 @@ def place_of(position: int, shape: tuple[int, ...]) -> list[int]:
 
 
 def probability_tolerance(dtype: torch.dtype) -> float:
-    """By how much the probabilities of a voxel may miss 1 in sum, or lie below 0."""
+    """Return the tolerance for probabilities: how far their sum may be from 1, and how far one may lie below 0."""
     return 1e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-3
 
 
 def probability_error(total: float, least: float, position: int, shape: tuple[int, ...]) -> ValueError:
-    """The error for a voxel, at linear index ``position`` of ``shape``, whose scores are no probabilities."""
+    """Return the error for the voxel at linear index ``position`` of ``shape``, whose scores are no probabilities."""
     where: list[object] = [*place_of(position, shape)]
     where.insert(1 if shape else 0, ":")
     return ValueError(
@@ -202,13 +205,13 @@ def probability_error(total: float, least: float, position: int, shape: tuple[in
 
 
 def label_at(position: int, labels: Tensor, num_classes: int, ignore_index: int) -> IndexError:
-    """The error for the label at linear index ``position``, which is no class."""
+    """Return the error for the label at linear index ``position``, which is neither a class nor ignored."""
     shape = tuple(labels.shape)
     return label_error(int(labels[tuple(place_of(position, shape))]), position, shape, num_classes, ignore_index)
 
 
 def probabilities_at(position: int, scores: Tensor) -> ValueError:
-    """The error for the voxel at linear index ``position``, whose scores are no probabilities."""
+    """Return the error for the voxel at linear index ``position``, whose scores are no probabilities."""
     shape = voxel_shape(scores)
     probabilities = scores.movedim(class_axis(scores), -1)[tuple(place_of(position, shape))]
     return probability_error(float(probabilities.float().sum()), float(probabilities.min()), position, shape)

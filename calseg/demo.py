@@ -1,7 +1,7 @@
-"""Demonstration behind ``calseg demo``: cross-entropy and CALSeg, trained on simulated lesions and compared.
+"""The demo of ``calseg demo``, which compares cross-entropy and CALSeg on simulated lesions.
 
-Training sees one rater's map of each case (:mod:`calseg.simulation`). The demo scores the predictions against the maps
-of all other raters and against the true probabilities.
+Each case is trained on the map of one rater (:mod:`calseg.simulation`). The demo scores the predictions against the
+maps of all other raters and against the true probabilities.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from calseg.volumes.probabilities import read_soft_labels, soft_labels_path
 
 COMPARED = ("cross_entropy", "calseg")
 FOLDS = 2
-"""Folds of the first stage: so few that the demo takes no more than a minute or two."""
+"""Number of folds of the first stage. It is small, so that the demo takes no more than a minute or two."""
 
 
 def run_demo(
@@ -41,12 +41,13 @@ def run_demo(
     device: str = "cpu",
     progress: Progress = no_progress,
 ) -> dict[str, dict[str, Any]]:
-    """Make ``out/data``, train ``out/cross_entropy`` and ``out/calseg``; ``{method: metrics}``.
+    """Write data to ``out/data``, train in ``out/cross_entropy`` and ``out/calseg``, and return ``{method: metrics}``.
 
-    A folder that holds a demo with the same settings is continued where it stopped (a finished one is only
-    scored again); with other settings, or with other content, ``overwrite`` is needed. The metrics of a run
-    get two entries more: ``raters``, the scores against all other raters' maps, and ``truth``, the squared
-    distance to the true probabilities summed over the classes.
+    If ``out`` holds a demo with the same settings, the demo continues where it stopped. A finished one is only scored
+    again. For a demo with other settings, or a folder with other content, ``overwrite`` is needed.
+
+    The metrics of a run have two more entries than usual. ``raters`` is the scores against the maps of all other
+    raters. ``truth`` is the squared distance to the true probabilities, summed over classes.
     """
     root = Path(out)
     folder = demo_folder(root)
@@ -56,7 +57,7 @@ def run_demo(
     else:
         write_json(folder.state_path, {"config": asdict(config)})
     data = root / "data"
-    if not (data / "dataset.json").is_file():  # make_dataset writes it last
+    if not (data / "dataset.json").is_file():  # make_dataset() writes this file last
         make_dataset(data, config)
     results: dict[str, dict[str, Any]] = {}
     judges: dict[str, Judge] = {}
@@ -89,29 +90,29 @@ def run_demo(
 
 
 def demo_folder(root: Path) -> RunFolder:
-    """The folder of a demo, which continues by itself when it is started again."""
+    """Return the run folder of a demo. A demo continues whenever it is started again."""
     of_runs = (f"{method}/{name}" for method in COMPARED for name in (*RUN_FILES, SUMMARY))
     files = ("demo.json", "demo.png", "data/dataset.json", *of_runs)
     return RunFolder(root, "demo.json", files, continued_by="calseg demo")
 
 
-# --------------------------------------------------------------------------------------------- judgement
+# ------------------------------------------------------------------------------------------------ scores
 
 
 class Judge:
-    """Scores predictions against what training did not see: the other raters and the true probabilities."""
+    """Scores of predictions against the maps of the other raters and against the true probabilities."""
 
     def __init__(self, data: Path, config: DemoConfig) -> None:
         self._data, self._config = data, config
         self.raters: CaseScores | None = None
-        """Sums against every map of every other rater."""
+        """Sums against the maps of all other raters."""
         self.truth: dict[str, TruthBins] | None = None
         """Sums against the true probabilities, by region."""
         self.example: tuple[str, Tensor] | None = None
         """The first case and its probabilities ``[3, x, y, z]``."""
 
     def add(self, name: str, logits: Tensor) -> None:
-        """Take the prediction ``logits`` float ``[3, x, y, z]`` of one case."""
+        """Add the prediction ``logits``, float ``[3, x, y, z]``, of a case."""
         index = int(name.rsplit("_", 1)[1])
         for rater in range(self._config.raters):
             if rater != training_rater(index, self._config):
@@ -126,7 +127,7 @@ class Judge:
             self.example = name, torch.softmax(logits.double(), 0).cpu()
 
     def scores(self) -> dict[str, Any]:
-        """The scores, to be merged into a run's metrics."""
+        """Return the scores, in the form in which they are added to the metrics of a run."""
         assert self.raters is not None
         assert self.truth is not None
         brier = TRUTH_STATISTICS["brier"].function(self.truth["all"])
@@ -134,7 +135,7 @@ class Judge:
 
 
 def read_truth(data: Path, name: str) -> Tensor:
-    """The true probabilities ``[3, x, y, z]``."""
+    """Return the true probabilities of a case, ``[3, x, y, z]``."""
     return torch.from_numpy(read_volume(truth_file(data, name))).movedim(-1, 0).double()
 
 
@@ -142,12 +143,13 @@ def read_truth(data: Path, name: str) -> Tensor:
 
 
 def draw(data: Path, soft_labels: Path, judges: Mapping[str, Judge]) -> bytes:
-    """The demo in one picture, as a PNG file.
+    """Draw the demo in one picture, and return it as a PNG file.
 
-    Above, a case that was trained on: image, one rater's label, the soft label, the true probability. Below, for each
-    method, a case that was not: the predicted probability, its distance from the truth, and the reliability diagram
-    over all such cases against the other raters' maps. Everything is of the lesion (with its core), in the slice
-    through the most disputed voxels.
+    The first row shows a case that was trained on: its image, the label of one rater, the soft label, and the true
+    probability. Each other row shows, for one method, a case that was not trained on: its image, the predicted
+    probability, its difference from the true one, and the reliability diagram over all such cases against the maps of
+    the other raters. Probabilities are those of the lesion with its core. The slice is the one in which the true
+    probability is most uncertain.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -194,11 +196,12 @@ def draw(data: Path, soft_labels: Path, judges: Mapping[str, Judge]) -> bytes:
 
 
 def _most_disputed(truth: NDArray[np.float64]) -> int:
-    """The slice along the last axis in which the truth is furthest from certainty."""
+    """Return the slice along the last axis in which the true probability is most uncertain."""
     return int((truth[0] * (1 - truth[0])).sum((0, 1)).argmax())
 
 
 def _slice(figure: Any, ax: Any, title: str, pixels: NDArray[Any], style: dict[str, Any]) -> None:
+    """Draw a slice with its colour bar."""
     shown = ax.imshow(pixels.T, origin="lower", interpolation="nearest", **style)
     figure.colorbar(shown, ax=ax, shrink=0.8)
     ax.set_title(title, fontsize=9)

@@ -13,7 +13,7 @@ from calseg.backends import choice, cuda
 
 
 def info() -> dict[str, Any]:
-    """Versions, backends, instruction set, threads and GPU.
+    """Return versions, backends, instruction set, threads and GPU.
 
     Returns:
         A flat dictionary of strings, numbers, lists and None, ready for JSON.

@@ -1,8 +1,9 @@
-"""Scores of probability maps against label maps, folder against folder: what ``calseg evaluate`` runs.
+"""Evaluation of a folder of probability maps against a folder of label maps, for ``calseg evaluate``.
 
-A report is a folder: ``config.json``; ``cases.jsonl``, with one line of integer sums per case, written when the case is
-done; and at the end the files of :mod:`calseg.report`, which follow from the sums. An interrupted evaluation goes on
-where it stopped, and ends with the same bytes. Needs nibabel and matplotlib (the extra ``calseg[train]``).
+The result is a folder. It holds ``config.json``, ``cases.jsonl`` with one line of integer sums per case, which is
+written when the case is done, and the files of :mod:`calseg.report`, which are written last and follow from the sums.
+An interrupted evaluation can be resumed, and then ends with the same bytes. The module needs nibabel and matplotlib
+(the extra ``calseg[train]``).
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ FOLDER_FILES = (CONFIG, STORE, *REPORT_FILES)
 
 
 def preset_metrics(names: Sequence[str], classes: int) -> dict[str, CalibrationError]:
-    """The metric of one case by the convention of each package in ``names``; needs torchmetrics if there is any."""
+    """Return the metric of one case as each package in ``names`` defines it. This needs torchmetrics."""
     if not names:
         return {}
     from calseg.metrics import PRESETS, CalibrationError
@@ -80,17 +81,18 @@ def score_case(
     presets: Mapping[str, CalibrationError],
     memory: int = MEMORY,
 ) -> CaseScores:
-    """Read one case slab by slab and add it up."""
+    """Read a case slab by slab, and return its sums."""
     conventions = {preset_key(name): metric.item_bins for name, metric in presets.items()}
     total: CaseScores | None = None
     for slab in read_slabs(case, classes, config.ignore_label, memory):
         scores = _score_slab(slab, case, config.n_bins, conventions)
         total = scores if total is None else total + scores
-    assert total is not None  # check_headers refuses empty axes
+    assert total is not None  # check_headers() raises for empty axes
     return total
 
 
 def _score_slab(slab: Slab, case: MapCase, n_bins: int, conventions: Mapping[str, BinsOf]) -> CaseScores:
+    """Return the sums of a slab."""
     probabilities, label = torch.from_numpy(slab.probabilities), torch.from_numpy(slab.label)
     try:
         return CaseScores.of(
@@ -105,14 +107,14 @@ def _score_slab(slab: Slab, case: MapCase, n_bins: int, conventions: Mapping[str
 
 @dataclass
 class Store:
-    """The cases that are done, one JSON line each; a line that an interruption cut short is taken off."""
+    """File of the finished cases, one line of JSON per case. An incomplete last line is removed."""
 
     path: Path
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path) -> Store:
-        """Read what an earlier run left."""
+        """Read the cases of an earlier run, if the file exists."""
         store = cls(path)
         if not path.exists():
             return store
@@ -127,7 +129,7 @@ class Store:
         return store
 
     def add(self, case: MapCase, scores: CaseScores) -> None:
-        """Append a case and flush it to the disk."""
+        """Append a case, and flush the file to disk."""
         record = {"case": case.name, "files": _stamps(case), **scores.to_json()}
         try:
             with open(self.path, "ab") as file:
@@ -139,7 +141,7 @@ class Store:
         self.records[case.name] = record
 
     def check_files(self, cases: Sequence[MapCase]) -> None:
-        """Refuse to mix with cases that were done from other files."""
+        """Raise :class:`RunError` if a finished case was computed from other files."""
         present = {case.name: case for case in cases}
         for name, record in self.records.items():
             if name not in present:
@@ -151,7 +153,7 @@ class Store:
 
 
 def _stamps(case: MapCase) -> dict[str, list[int]]:
-    """Size and time of last change of each file."""
+    """Return size and time of last change of each file of a case."""
     stamps = {}
     for path in case.files:
         try:
@@ -177,25 +179,26 @@ def evaluate_folders(
     memory: int = MEMORY,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Score every probability map of one folder against the label map of that name in another.
+    """Score every probability map of a folder against the label map with the same name in another folder.
 
     Args:
         probabilities: folder of the probability maps, in a form that :mod:`calseg.volumes.probabilities` reads.
         labels: folder of the label maps.
         out: folder of the report.
-        config: the settings of the report.
-        dataset_json: file with the names of the classes. Default: that beside or above the maps, if there is one.
-        resume: go on where an interrupted evaluation with the same settings stopped.
-        overwrite: replace the report that ``out`` holds.
-        memory: about how many bytes to work in.
-        progress: called after every case.
+        config: settings of the report.
+        dataset_json: file with the names of the classes. Default: the ``dataset.json`` beside or above the maps, if
+            there is one.
+        resume: True to continue an interrupted evaluation with the same settings.
+        overwrite: True to replace the report that ``out`` holds.
+        memory: number of bytes of memory to use, approximately.
+        progress: function that is called after every case.
 
     Returns:
         The content of ``report.json``.
 
     Raises:
-        CalsegError: what the user can mend.
-        CasesInterruptedError: after Ctrl-C, the cases that were done kept in ``out``.
+        CalsegError: a file or a setting is wrong, and the user can fix it.
+        CasesInterruptedError: Ctrl-C was pressed. The finished cases are kept in ``out``.
     """
     maps, truth, folder = Path(probabilities), Path(labels), RunFolder(Path(out), CONFIG, FOLDER_FILES)
     cases, left_out = find_map_cases(maps, truth)
@@ -225,11 +228,16 @@ def evaluate_folders(
 
 
 def _few(names: Sequence[str]) -> str:
+    """Return the first three names, separated by commas."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _check_cases(cases: Sequence[MapCase], class_names: tuple[str, ...] | None) -> tuple[tuple[str, ...], list[str]]:
-    """Read the headers of all files, before anything is computed or written; class names, and notes of what is odd."""
+    """Check the headers of all files before anything is computed or written.
+
+    Returns:
+        The names of the classes, and notes for the report on what is unusual.
+    """
     notes, first = [], cases[0]
     for case in cases:
         classes, odd = check_headers(case)

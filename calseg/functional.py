@@ -25,15 +25,15 @@ from calseg.operations import (
     SampleSpec,
     Sampling,
 )
-from calseg.tensors import compute_dtype, is_walkable, layout_like, shape_of
+from calseg.tensors import FLOAT_DTYPES, compute_dtype, is_walkable, layout_like, shape_of
 
 
 def _loss_dtype(scores: Tensor) -> torch.dtype:
-    """The input's dtype; float32 for low precision under autocast, as for ``F.cross_entropy``."""
-    is_low = scores.dtype in (torch.bfloat16, torch.float16)
-    if is_low and not scores.is_meta and torch.is_autocast_enabled(scores.device.type):  # "meta" has no autocast
-        return torch.float32
-    return scores.dtype
+    """Return the input's dtype, or float32 for low precision under autocast, as ``F.cross_entropy`` does."""
+    dtype = scores.dtype
+    if dtype is torch.float32 or dtype is torch.float64 or scores.is_meta:  # "meta" has no autocast
+        return dtype
+    return torch.float32 if torch.is_autocast_enabled(scores.device.type) else dtype
 
 
 def _seed(seed: int | Tensor | None, device: torch.device) -> int | Tensor:
@@ -64,15 +64,18 @@ def _check_reuse(logits: Tensor, backend: str) -> None:
 def _unchecked_cross_entropy(
     input: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float
 ) -> Tensor | None:
-    """The commonest call without the checks, which take longer than a small loss itself.
+    """Compute the loss of the commonest call without the checks, which take longer than a small loss itself.
 
-    The engine refuses tensors that it cannot read. None: this is such a call, or not the commonest one.
+    Returns None if the call is another one, or if the engine refuses a tensor. Then the checks find out why.
     """
     if type(input) is not Tensor or not input.is_cpu or native.extension is None or not is_plain():
         return None
     if type(label_smoothing) is not float or not 0.0 <= label_smoothing <= 1.0 or type(ignore_index) is not int:
         return None
-    spec = LossSpec("cross_entropy", Labels(target, ignore_index), None, reduction, _loss_dtype(input), label_smoothing)
+    dtype = _loss_dtype(input)
+    if dtype not in FLOAT_DTYPES:
+        return None
+    spec = LossSpec("cross_entropy", Labels(target, ignore_index), None, reduction, dtype, label_smoothing)
     try:
         return autograd.loss("cpu", spec, LossTensors(input), traced=False)
     except native.Unreadable:

@@ -1,10 +1,11 @@
 """The methods that CALSeg is compared with, and :data:`METHODS`, the table of all methods that ``calseg train`` knows.
 
-Each comparison method is a soft target for the fused cross-entropy, or a penalty beside it. Uniform label smoothing
-needs no function of its own: it is ``calseg.vls_cross_entropy(..., label_smoothing=0.1)``. In every public function
-``input`` is logits ``[N, C, *S]``, ``target`` class indices ``[N, *S]`` of any integer dtype with ``ignore_index``
-where a voxel does not count, and ``reduction`` is ``"mean"`` (over the voxels that count), ``"sum"`` or ``"none"``
-(``[N, *S]``). The defaults are the published settings.
+Each comparison method is a soft target for the fused cross-entropy, or a penalty that is added to it. Uniform label
+smoothing has no function of its own: it is ``calseg.vls_cross_entropy(..., label_smoothing=0.1)``.
+
+In every public function, ``input`` is logits ``[N, C, *S]``. ``target`` is class indices ``[N, *S]`` of any integer
+dtype, and ``ignore_index`` where a voxel does not count. ``reduction`` is ``"mean"`` (over the voxels that count),
+``"sum"`` or ``"none"``, which gives ``[N, *S]``. The defaults are the published settings.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from torch import Tensor
 
 from calseg import checks as check
 from calseg.functional import vls_cross_entropy, vls_elbo
+from calseg.tensors import compute_dtype
 
 
 def svls_labels(target: Tensor, num_classes: int, *, sigma: float = 1.0, ignore_index: int = -100) -> Tensor:
-    """Soft labels of spatially varying label smoothing: the one-hot map under a Gaussian of 3 voxels a side.
+    """Return the soft labels of spatially varying label smoothing.
 
-    The centre weighs as much as its neighbours together, so a voxel amid its own class keeps a hard label, and its
-    class has at least 0.5 everywhere. Beyond the border the nearest voxel is repeated. Neighbours that are ignored
-    leave their share to the others; an ignored voxel's own soft label is 0 in every class.
+    They are the one-hot map, filtered by a Gaussian with a side of 3 voxels. The centre weighs as much as all
+    neighbours together. So a voxel whose neighbours have the same class keeps its hard label, and the class of a voxel
+    has a share of at least 0.5 everywhere. Beyond the border the nearest voxel is repeated. The weight of ignored
+    neighbours goes to the others. The soft label of an ignored voxel is 0 in every class.
 
     Args:
         target: class indices ``[N, *S]``.
@@ -55,8 +58,8 @@ def svls_labels(target: Tensor, num_classes: int, *, sigma: float = 1.0, ignore_
     check.check_number("sigma", sigma, 0.0, math.inf, "above 0", open_low=True)
     onehot = _onehot(target, num_classes, ignore_index)
     side = math.exp(-0.5 / sigma**2)
-    centre = (1 / (1 + 2 * side)) ** (target.dim() - 1)  # of the normalised Gaussian
-    if centre == 1.0:  # a sigma so small that no neighbour has a share
+    centre = (1 / (1 + 2 * side)) ** (target.dim() - 1)  # weight of the centre in the normalised Gaussian
+    if centre == 1.0:  # sigma is so small that neighbours have no weight
         return onehot
     neighbours = (_filter(onehot, side / (1 + 2 * side), 1 / (1 + 2 * side)) - centre * onehot) / (1 - centre)
     return _renormalise(0.5 * (onehot + neighbours).clamp(min=0)) * onehot.sum(1, keepdim=True)
@@ -65,7 +68,7 @@ def svls_labels(target: Tensor, num_classes: int, *, sigma: float = 1.0, ignore_
 def svls_cross_entropy(
     input: Tensor, target: Tensor, *, sigma: float = 1.0, ignore_index: int = -100, reduction: str = "mean"
 ) -> Tensor:
-    """Cross-entropy with :func:`svls_labels`.
+    """Return the cross-entropy with the soft labels of :func:`svls_labels`.
 
     Args:
         input: logits ``[N, C, *S]``.
@@ -95,7 +98,7 @@ def svls_cross_entropy(
 def focal_cross_entropy(
     input: Tensor, target: Tensor, *, gamma: float = 3.0, ignore_index: int = -100, reduction: str = "mean"
 ) -> Tensor:
-    r"""Focal loss, ``(1 - p_y)^gamma * -log p_y``: well-classified voxels count less.
+    r"""Return the focal loss ``(1 - p_y)^gamma * -log p_y``, in which well-classified voxels count less.
 
     Args:
         input: logits ``[N, C, *S]``.
@@ -119,7 +122,7 @@ def focal_cross_entropy(
     Source: Lin et al., *Focal Loss for Dense Object Detection*, ICCV 2017; for calibration: Mukhoti et al., NeurIPS
     2020.
     """
-    if gamma != 0:  # between 0 and 1 the gradient has no bound where p_y is 1
+    if gamma != 0:  # for gamma between 0 and 1, the gradient is unbounded where p_y is 1
         check.check_number("gamma", gamma, 1.0, math.inf, "that is 0 or at least 1")
     nll = vls_cross_entropy(input, target, ignore_index=ignore_index, reduction="none")
     return _reduce((-torch.expm1(-nll)).clamp(min=0) ** gamma * nll, target, ignore_index, reduction)
@@ -134,15 +137,16 @@ def mbls_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """Margin-based label smoothing: cross-entropy, and a penalty where a logit is more than ``margin`` below the top.
+    """Return the loss of margin-based label smoothing: cross-entropy plus ``alpha`` times a penalty.
 
-    The penalty of a voxel is ``mean_c relu(max_j x_j - x_c - margin)``.
+    The penalty of a voxel is ``mean_c relu(max_j x_j - x_c - margin)``. It is above 0 if a logit is more than
+    ``margin`` below the largest one.
 
     Args:
         input: logits ``[N, C, *S]``.
         target: class indices ``[N, *S]``.
         alpha: weight of the penalty. Default 0.1.
-        margin: distance below the top logit that costs nothing. Default 5.
+        margin: distance from the largest logit up to which there is no penalty. Default 5.
         ignore_index: label of voxels that do not count. Default -100.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. Default ``"mean"``.
 
@@ -171,10 +175,10 @@ def mbls_cross_entropy(
 def nacl_cross_entropy(
     input: Tensor, target: Tensor, *, alpha: float = 0.1, ignore_index: int = -100, reduction: str = "mean"
 ) -> Tensor:
-    """Neighbour-aware calibration: cross-entropy, and the logits drawn to the class shares around the voxel.
+    """Return the loss of neighbour-aware calibration: cross-entropy plus ``alpha`` times a penalty.
 
-    The penalty of a voxel is ``mean_c |t_c - x_c|``, ``t`` the share of each class among the labelled voxels of the
-    3-voxel neighbourhood (3 a side; beyond the border the nearest voxel is repeated).
+    The penalty of a voxel is ``mean_c |t_c - x_c|``, where ``t_c`` is the share of class c among the labelled voxels of
+    the neighbourhood. The neighbourhood has a side of 3 voxels. Beyond the border the nearest voxel is repeated.
 
     Args:
         input: logits ``[N, C, *S]``.
@@ -205,10 +209,10 @@ def nacl_cross_entropy(
 
 
 def fit_temperature(logits: Sequence[Tensor], targets: Sequence[Tensor], *, ignore_index: int = -100) -> float:
-    """The temperature ``T`` for which ``softmax(logits / T)`` has the least negative log-likelihood.
+    """Return the temperature ``T`` for which ``softmax(logits / T)`` has the least negative log-likelihood.
 
-    Fitted after training, on cases that training did not see. The likelihood is convex in ``1 / T``, so the sign of
-    its derivative is bisected, in [0.01, 100].
+    Fit it after training, on cases that were not trained on. The negative log-likelihood is convex in ``1 / T``, so the
+    function finds the zero of its derivative by bisection, for ``T`` in [0.01, 100].
 
     Args:
         logits: one tensor ``[C, *S]`` per case; shapes may differ.
@@ -216,10 +220,10 @@ def fit_temperature(logits: Sequence[Tensor], targets: Sequence[Tensor], *, igno
         ignore_index: label of voxels that do not count. Default -100.
 
     Returns:
-        The temperature; above 1 where the logits are over-confident.
+        The temperature. It is above 1 if the logits are over-confident.
 
     Raises:
-        ValueError: no case, cases that do not pair up, or no voxel that counts.
+        ValueError: there is no case, the numbers of logits and targets differ, or no voxel counts.
 
     Example:
         >>> import torch
@@ -237,7 +241,7 @@ def fit_temperature(logits: Sequence[Tensor], targets: Sequence[Tensor], *, igno
         raise ValueError(f"targets: every voxel is {ignore_index} (ignored), wanted some that count")
 
     def slope(inverse: float) -> float:
-        """The derivative of the summed NLL by ``1 / T``: the expected logit minus that of the label."""
+        """Return the derivative of the summed NLL by ``1 / T``: the expected logit minus that of the label."""
         total = 0.0
         for scores, target, mask in zip(logits, targets, valid, strict=True):
             flat, label = scores[:, mask].double(), target[mask].long()
@@ -253,7 +257,7 @@ def fit_temperature(logits: Sequence[Tensor], targets: Sequence[Tensor], *, igno
 
 
 def _onehot(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """float32 ``[N, C, *S]``, 0 in every class where a voxel is ignored."""
+    """Return the one-hot map, float32 ``[N, C, *S]``, which is 0 in every class where a voxel is ignored."""
     check.check_integer("num_classes", num_classes, 1)
     if target.dim() < 2:
         raise ValueError(f"target: got {check.describe(target)}, wanted [N, *S] with at least one spatial axis")
@@ -267,7 +271,7 @@ def _onehot(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
 
 
 def _filter(maps: Tensor, side: float, centre: float) -> Tensor:
-    """``[N, C, *S]`` under the kernel ``(side, centre, side)`` along every spatial axis, borders repeated."""
+    """Filter maps ``[N, C, *S]`` by ``(side, centre, side)`` along every spatial axis, with repeated borders."""
     for axis in range(2, maps.dim()):
         last = maps.shape[axis] - 1
         padded = torch.cat([maps.narrow(axis, 0, 1), maps, maps.narrow(axis, last, 1)], axis)
@@ -276,26 +280,30 @@ def _filter(maps: Tensor, side: float, centre: float) -> Tensor:
 
 
 def _renormalise(shares: Tensor) -> Tensor:
-    """Shares that sum to 1 over the classes; 0 where there is none."""
+    """Divide shares by their sum over classes. Where the sum is 0, they stay 0."""
     total = shares.sum(1, keepdim=True)
     return shares / torch.where(total > 0, total, 1)
 
 
 def _reduce(loss: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """``loss[N, *S]`` reduced over the voxels that count, 0 in the others."""
+    """Reduce ``loss[N, *S]`` over the voxels that count. Other voxels count as 0.
+
+    Sums have the compute dtype: in float16, that of a patch is beyond the largest number.
+    """
     check.check_reduction(reduction)
     valid = target.reshape(loss.shape) != ignore_index
     loss = torch.where(valid, loss, 0)
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / valid.sum()
+    total = loss.sum(dtype=compute_dtype(loss.dtype))
+    return (total if reduction == "sum" else total / valid.sum()).to(loss.dtype)
 
 
 # ------------------------------------------------------------------------------------- the table of methods
 
 
 class Output(NamedTuple):
-    """What a network gives: ``logits``, and from a dense head ``mu`` and ``logvar``, all float ``[N, C, *S]``."""
+    """The output of a network, float ``[N, C, *S]`` each. Without a dense head, ``mu`` and ``logvar`` are None."""
 
     logits: Tensor
     mu: Tensor | None
@@ -303,12 +311,12 @@ class Output(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What a network is trained on.
+    """The target that a network is trained on.
 
     Args:
-        label: class indices ``[N, *S]``; -100 where a voxel does not count.
-        soft_labels: probabilities ``[N, C, *S]`` for a method that trains on soft labels, else None.
-        seeds: two seeds of the noise of this update, for a method that draws some.
+        label: class indices ``[N, *S]``, and -100 where a voxel does not count.
+        soft_labels: probabilities ``[N, C, *S]`` if the method trains on soft labels, else None.
+        seeds: two seeds of noise for this update, which a method may use.
     """
 
     label: Tensor
@@ -322,12 +330,12 @@ class Method:
 
     Attributes:
         title: Name for readers, as tables and help texts show it.
-        loss: Called as ``loss(output, target, **settings)`` with an :class:`Output` and a :class:`Target`; the sum
-            over the voxels that count, a 0-d tensor.
+        loss: Function that is called as ``loss(output, target, **settings)`` with an :class:`Output` and a
+            :class:`Target`. It returns the sum over the voxels that count, a 0-d tensor.
         settings: The settings of :class:`calseg.training.TrainConfig` that the method takes, with their published
-            defaults. None: fitted during the training.
+            defaults. A default of None means that the setting is fitted during training.
         dense_head: Whether the network gets a head for ``mu`` and ``logvar``.
-        soft_labels: Whether a first stage estimates soft labels that the network is then trained on.
+        soft_labels: Whether a first stage estimates soft labels, on which the network is then trained.
     """
 
     title: str
@@ -338,7 +346,7 @@ class Method:
 
 
 def _of_logits(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The :attr:`Method.loss` that applies ``function``, one of this module's, to the logits and the label."""
+    """Return a :attr:`Method.loss` that calls ``function``, a loss of logits and labels."""
 
     def loss(output: Output, target: Target, **settings: float) -> Tensor:
         return function(output.logits, target.label, reduction="sum", **settings)
@@ -347,13 +355,17 @@ def _of_logits(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _label_smoothing_loss(output: Output, target: Target, *, alpha: float) -> Tensor:
+    """Return the cross-entropy with uniform label smoothing."""
     return vls_cross_entropy(output.logits, target.label, label_smoothing=alpha, reduction="sum")
 
 
 def _vls_loss(
     output: Output, target: Target, *, alpha: float, temperature: float, num_samples: int, beta: float
 ) -> Tensor:
-    """The stage-1 ELBO of (mu, logvar), plus the cross-entropy with the soft labels that they, held fixed, give."""
+    """Return the ELBO of mu and logvar, plus the cross-entropy with soft labels sampled from them.
+
+    The cross-entropy has no gradient with respect to mu and logvar.
+    """
     mu, logvar = output.mu, output.logvar
     assert mu is not None
     assert logvar is not None
@@ -365,7 +377,7 @@ def _vls_loss(
 
 
 def _calseg_loss(output: Output, target: Target, **settings: float) -> Tensor:
-    """The cross-entropy with the soft labels of the first stage, which alone takes ``settings``."""
+    """Return the cross-entropy with the soft labels of the first stage. Only that stage uses ``settings``."""
     return vls_cross_entropy(output.logits, target.label, soft_labels=target.soft_labels, reduction="sum")
 
 
@@ -390,13 +402,18 @@ METHODS: dict[str, Method] = {
         soft_labels=True,
     ),
 }  # fmt: skip
-"""Every method of ``calseg train`` by its name. A new comparison method is a loss and an entry here, and a field of
-:class:`calseg.training.TrainConfig` if it takes a setting of a new name.
+"""Every method of ``calseg train`` by its name.
 
-The experiment behind the defaults of "vls" and "calseg" is in benchmarks/README.md, "Does it calibrate?"; the figures
-here are of its tuning cases. CALSeg: with ``alpha`` 1 hippocampus' Dice is .834, with 0.5 it is .844. A fitted
-temperature had a lower NLL than cross-entropy on each of the three data sets; one of 2 has a lower foreground ECE on
-two of them, and a higher NLL than the fitted one on all. Over the codes drawn the foreground's probabilities vary by
-.01 to .04, so 8 are enough. Of "vls", ``alpha`` 0.3 with temperature 2 had a lower foreground ECE and a higher NLL
-than these.
+To add a comparison method, write its loss and add an entry here. If it has a setting with a new name, also add a field
+to :class:`calseg.training.TrainConfig`.
+
+The defaults of "vls" and "calseg" come from the experiment of benchmarks/README.md, "Does it calibrate?". The numbers
+here are for its tuning cases:
+
+- "calseg", ``alpha``: the Dice on hippocampus is .834 with 1, and .844 with 0.5.
+- "calseg", ``temperature``: a fitted one has a lower NLL than cross-entropy on each of the three data sets. A
+  temperature of 2 has a lower foreground ECE on two of them, and a higher NLL than the fitted one on all.
+- "calseg", ``num_samples``: the foreground probabilities vary by .01 to .04 over the latent codes that are drawn, so 8
+  are enough.
+- "vls": ``alpha`` 0.3 with temperature 2 has a lower foreground ECE than the defaults, and a higher NLL.
 """

@@ -1,9 +1,10 @@
 """Streaming metrics of calibration for torchmetrics (the extra ``calseg[metrics]``).
 
-State is the integer sums of :class:`calseg.CalibrationBins`, a few kilobytes for a data set of any size: nothing of
-a volume is kept, nothing is rounded when sums are added, and the value is the same, bit for bit, whatever the order
-of updates and merges and however volumes are spread over ranks. Metrics with the same settings have the same state,
-so that in a ``torchmetrics.MetricCollection`` they share one pass over each volume (``compute_groups``, its default).
+The state of a metric is the integer sums of :class:`calseg.CalibrationBins`, a few kilobytes for a data set of any
+size. Nothing is rounded when sums are added. So the value is the same, bit for bit, for any order of updates and
+merges, and for any distribution of the volumes over ranks. Metrics with the same settings have the same state. A
+``torchmetrics.MetricCollection`` then makes one pass over each volume for all of them (``compute_groups``, its
+default).
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ from calseg.tensors import compute_dtype
 __all__ = ["PRESETS", "BrierScore", "CalibrationError", "NegativeLogLikelihood", "PerCase", "preset_metric"]
 
 Plot = tuple[Any, Any]
-"""The figure (None if it was drawn into given axes) and the axes."""
+"""The figure, which is None if the caller gave the axes, and the axes."""
 
 
 class _ExactMetric(Metric):
-    """Base of the metrics of this module: states of exact integers, which are never cast or mixed up."""
+    """Base class of the metrics of this module. Their states are integers, which are never cast to another dtype."""
 
     is_differentiable = False
     higher_is_better = False
@@ -52,11 +53,12 @@ class _ExactMetric(Metric):
     settings: Tensor
 
     def _add_settings(self, *values: int) -> None:
-        # The settings are a state: a collection then does not merge metrics whose first sums happen to be equal, and
-        # states of different metrics are refused when they are merged or loaded.
+        # Keep the settings as a state. A collection then does not group metrics with different settings whose first
+        # sums happen to be equal. Also, a state with other settings is rejected when it is merged or loaded.
         self.add_state("settings", torch.tensor(values, dtype=torch.int64), dist_reduce_fx="max")
 
     def _differs(self, settings: Any) -> bool:
+        """Return whether these settings are not those of this metric."""
         mine = cast(Tensor, self._defaults["settings"]).cpu()
         return not (isinstance(settings, Tensor) and torch.equal(settings.cpu(), mine))
 
@@ -66,11 +68,11 @@ class _ExactMetric(Metric):
         if isinstance(state, dict) and self._differs(state.get("settings")):
             raise ValueError("incoming_state: got the state of a metric with other settings, wanted the same")
         super().merge_state(incoming_state)
-        self._update_count += 1  # counts for a metric that never had an update of its own
+        self._update_count += 1  # the merged state counts as an update
         self._computed = None
 
     def set_dtype(self, dst_type: str | torch.dtype) -> Metric:
-        """Leaves the state alone: integers stay exact."""
+        """Do nothing, so that the state stays exact integers."""
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -82,7 +84,7 @@ class _ExactMetric(Metric):
 
 
 class _BinMetric(_ExactMetric):
-    """Sums per bin over all voxels that count, and a value from them."""
+    """Base class of the metrics that are computed from the sums of :class:`calseg.CalibrationBins`."""
 
     count: Tensor
 
@@ -138,17 +140,17 @@ class _BinMetric(_ExactMetric):
 
     @property
     def bins(self) -> CalibrationBins:
-        """The sums of this process so far, on the CPU."""
+        """Sums of all updates in this process, on the CPU."""
         return CalibrationBins(*(getattr(self, name).cpu() for name in CalibrationBins._fields))
 
     def update(self, input: Tensor | CalibrationBins, target: Tensor | None = None, mask: Tensor | None = None) -> None:
-        """Add a volume, a batch of them, or a slab of one.
+        """Add a volume, a batch of volumes, or a slab of a volume.
 
         Args:
-            input: logits, or with ``from_logits=False`` probabilities, ``[N, C]`` or ``[N, C, *S]``; or the sums that
-                ``calibration_bins`` made of such a tensor with the same settings.
+            input: logits, or probabilities if ``from_logits=False``, ``[N, C]`` or ``[N, C, *S]``. Or the result of
+                :func:`calseg.calibration_bins` for such a tensor with the same settings.
             target: class indices ``[N, *S]`` or ``[N, 1, *S]``.
-            mask: bool ``[N, *S]`` or ``[N, 1, *S]``: where False, a voxel does not count.
+            mask: bool ``[N, *S]`` or ``[N, 1, *S]``. A voxel does not count where it is False.
         """
         for name, sums in self.item_bins(input, target, mask).pool()._asdict().items():
             setattr(self, name, getattr(self, name) + sums.to(self.device))
@@ -156,7 +158,7 @@ class _BinMetric(_ExactMetric):
     def item_bins(
         self, input: Tensor | CalibrationBins, target: Tensor | None = None, mask: Tensor | None = None
     ) -> CalibrationBins:
-        """The sums that :meth:`update` adds, one item per batch item of ``input``."""
+        """Return the sums that :meth:`update` adds, with one item per batch item of ``input``."""
         if isinstance(input, CalibrationBins):
             bins = input if input.num_voxels.dim() else CalibrationBins(*(sums[None] for sums in input))
         elif target is None:
@@ -168,6 +170,7 @@ class _BinMetric(_ExactMetric):
         return bins
 
     def _item_bins(self, input: Tensor, target: Tensor, mask: Tensor | None) -> CalibrationBins:
+        """Do as :meth:`item_bins` for a tensor."""
         counted = None if mask is None else check.check_mask("mask", mask, input).bool()
         if self.foreground_only:
             foreground = check.check_labels("target", target, input) != 0
@@ -186,44 +189,49 @@ class _BinMetric(_ExactMetric):
         return (below + one)._replace(**{name: torch.cat(sums, -1) for name, sums in binned.items()})
 
     def value_of(self, bins: CalibrationBins) -> Tensor:
-        """The metric of any number of items ``[items, ...]`` at once: float64 ``[items]`` or ``[items, K]``."""
+        """Return the metric of every item of sums ``[items, ...]``, float64 ``[items]`` or ``[items, K]``."""
         raise NotImplementedError
 
     def compute(self) -> Tensor:
-        """The value over everything so far (of all ranks), float64 0-d, or ``[K]`` with ``average="none"``."""
+        """Return the value over all updates of all ranks, float64 0-d, or ``[K]`` with ``average="none"``."""
         bins = self.bins
         warn_of_nan(bins, stacklevel=4)
         return self.value_of(bins)
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Plot:
-        """The value or values ``val``, by default the current one, as torchmetrics draws them; figure and axes."""
+        """Draw the value or values ``val``, by default the current one, as torchmetrics does.
+
+        Returns:
+            The figure and the axes.
+        """
         return cast(Plot, self._plot(val, ax))
 
 
 class CalibrationError(_BinMetric):
-    r"""Expected, average, maximum or root-mean-square calibration error of a stream of volumes.
+    r"""Expected, average, maximum or root-mean-square calibration error over a stream of volumes.
 
     Args:
-        norm: ``"l1"`` (ECE), ``"l2"`` (RMSCE), ``"max"`` (MCE) or ``"average"`` (ACE); the formulas are at
-            :func:`calseg.calibration_error_from_bins`. Default ``"l1"``.
+        norm: ``"l1"`` (ECE), ``"l2"`` (RMSCE), ``"max"`` (MCE) or ``"average"`` (ACE).
+            :func:`calseg.calibration_error_from_bins` has the formulas. Default ``"l1"``.
         n_bins: number of bins. Default 15.
-        from_logits: whether inputs are logits or probabilities. Never guessed. Default True.
-        class_wise: the error of each class's own probability, not that of the top label. Needs ``num_classes``.
-            Default False.
-        num_classes: the number of classes C; with ``class_wise=True`` only.
-        average: with ``class_wise``, ``"macro"`` for the mean over the classes, ``"none"`` for a value per class.
-            Default ``"macro"``.
-        include_background: False leaves the background out: top-label, voxels whose label is 0; class-wise, class 0.
-            Default True.
-        foreground_only: only voxels whose label is not 0 count, class-wise too. Default False.
-        ignore_index: voxels with this label count nowhere. Default -100.
-        right_closed: bins :math:`(lo, hi]` instead of :math:`[lo, hi)`. Default False.
-        equal_mass: bins of equal mass (adaptive) made from 4096 cells. Default False.
-        separate_one: confidences that are exactly 1 get a bin of their own, as in torchmetrics, at the price of
-            temporary memory of a volume. Default False.
-        kwargs: those of ``torchmetrics.Metric``.
+        from_logits: True if inputs are logits, False if they are probabilities. Default True.
+        class_wise: True for the error of each class's own probability, which needs ``num_classes``. False for the error
+            of the top label. Default False.
+        num_classes: number of classes C. Give it only with ``class_wise=True``.
+        average: ``"macro"`` for the mean over the classes, ``"none"`` for one value per class. It matters only with
+            ``class_wise=True``. Default ``"macro"``.
+        include_background: False leaves out the background: for the top label, voxels whose label is 0, and class-wise,
+            class 0. Default True.
+        foreground_only: True if only voxels whose label is not 0 count, also class-wise. Default False.
+        ignore_index: label of voxels that do not count. Default -100.
+        right_closed: True for bins :math:`(lo, hi]`, False for :math:`[lo, hi)`. Default False.
+        equal_mass: True for bins of equal mass (adaptive bins), made from 4096 cells. Default False.
+        separate_one: True if confidences that are exactly 1 get a bin of their own, as in torchmetrics. This needs
+            temporary memory of the size of a volume. Default False.
+        kwargs: arguments of ``torchmetrics.Metric``.
 
-    ``compute`` gives float64. A voxel with a NaN probability is in no bin, and ``compute`` warns of how many there are.
+    ``compute`` returns float64. A voxel with a NaN probability is in no bin. If there are such voxels, ``compute``
+    warns and says how many.
 
     Example:
         >>> import torch
@@ -260,12 +268,16 @@ class CalibrationError(_BinMetric):
         self.equal_mass = equal_mass
 
     def value_of(self, bins: CalibrationBins) -> Tensor:  # noqa: D102
-        # The warning of NaN is left to compute.
+        # Give no warning of NaN here: compute() does.
         error = quiet_calibration_error(bins, self.norm, equal_mass=self.n_bins if self.equal_mass else None)
         return error.mean(-1) if self.class_wise and self.average == "macro" else error
 
     def diagram_bins(self, bins: CalibrationBins) -> CalibrationBins:
-        """Bins of equal width to draw: 16 of the cells of ``equal_mass``, and 1 in the last bin."""
+        """Return bins of equal width, which a diagram can show.
+
+        With ``equal_mass``, every 16 cells become one bin. With ``separate_one``, the bin of the confidence 1 is added
+        to the last one.
+        """
         if not (self.equal_mass or self.separate_one):
             return bins
         binned = {name: getattr(bins, name) for name in ("count", "confidence", "hits")}
@@ -278,14 +290,16 @@ class CalibrationError(_BinMetric):
         return bins._replace(**binned)
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Plot:
-        """The reliability diagram of everything so far; with ``val``, that value or those values.
+        """Draw the reliability diagram of all updates, or given values.
 
         Args:
-            val: what ``compute`` or ``forward`` gave, or a sequence of that: drawn as torchmetrics draws values.
-            ax: axes to draw into, the diagram without its histogram; not with ``class_wise``.
+            val: a result of ``compute`` or ``forward``, or a sequence of results. If it is given, these values are
+            drawn
+                as torchmetrics draws values.
+            ax: axes to draw the diagram into, without its histogram. Must be None with ``class_wise``.
 
         Returns:
-            The figure (None with ``ax``) and the axes.
+            The figure, which is None if ``ax`` is given, and the axes.
         """
         if val is not None:
             return super().plot(val, ax)
@@ -299,13 +313,15 @@ class CalibrationError(_BinMetric):
 class NegativeLogLikelihood(_BinMetric):
     """Mean negative log-likelihood of the labels, in nats, from the same state as :class:`CalibrationError`.
 
+    The arguments have the names and the defaults of :class:`CalibrationError`.
+
     Args:
-        from_logits: as for :class:`CalibrationError`; so are all others.
-        include_background: with ``class_wise=False``, False leaves out voxels whose label is 0.
-        foreground_only: only voxels whose label is not 0 count.
-        ignore_index: voxels with this label count nowhere.
-        n_bins: of no effect on the value, as the four that follow. A collection reads a volume once for all metrics in
-            which these, too, are equal.
+        from_logits: True if inputs are logits, False if they are probabilities.
+        include_background: False leaves out voxels whose label is 0, if ``class_wise`` is False.
+        foreground_only: True if only voxels whose label is not 0 count.
+        ignore_index: label of voxels that do not count.
+        n_bins: as for :class:`CalibrationError`. This argument and those below do not change the value. A collection
+            reads a volume only once for all metrics in which they are equal too.
         class_wise: see ``n_bins``.
         num_classes: see ``n_bins``.
         right_closed: see ``n_bins``.
@@ -329,15 +345,17 @@ class NegativeLogLikelihood(_BinMetric):
 
 
 class BrierScore(_BinMetric):
-    """Mean squared error of the probabilities, summed over the classes (0 to 2 a voxel).
+    """Brier score: squared error of the probabilities, summed over classes (0 to 2 per voxel), mean over voxels.
+
+    The arguments have the names and the defaults of :class:`CalibrationError`.
 
     Args:
-        from_logits: as for :class:`CalibrationError`; so are all others.
-        include_background: with ``class_wise=False``, False leaves out voxels whose label is 0.
-        foreground_only: only voxels whose label is not 0 count.
-        ignore_index: voxels with this label count nowhere.
-        n_bins: of no effect on the value, as the four that follow. A collection reads a volume once for all metrics in
-            which these, too, are equal.
+        from_logits: True if inputs are logits, False if they are probabilities.
+        include_background: False leaves out voxels whose label is 0, if ``class_wise`` is False.
+        foreground_only: True if only voxels whose label is not 0 count.
+        ignore_index: label of voxels that do not count.
+        n_bins: as for :class:`CalibrationError`. This argument and those below do not change the value. A collection
+            reads a volume only once for all metrics in which they are equal too.
         class_wise: see ``n_bins``.
         num_classes: see ``n_bins``.
         right_closed: see ``n_bins``.
@@ -360,23 +378,23 @@ class BrierScore(_BinMetric):
 
 
 class PerCase(_ExactMetric):
-    """A metric per case, its mean over the cases, and the bootstrap interval of that mean.
+    """Mean over cases of a metric, and its bootstrap interval.
 
-    Every batch item of an ``update`` is a case. The state is the sums of each case, a few kilobytes a case; of rank or
-    order of arrival nothing depends on it but the order of :attr:`values`.
+    Every batch item of an ``update`` is a case. The state is the sums of each case, a few kilobytes per case. Only the
+    order of :attr:`values` depends on the order of the updates and on the ranks.
 
     Args:
-        metric: the metric of one case, whose settings hold for all. Its own state is not used.
-        pooled: the value of all cases together, that is of ``metric`` over the stream, and its interval, instead of
-            the mean of the cases' values. Default False.
-        confidence_level: of the interval. Default 0.95.
+        metric: metric of one case. Its settings are used, and its state is not.
+        pooled: True for the value of all cases together, which is that of ``metric`` over the stream. False for the
+            mean of the values of the cases. Default False.
+        confidence_level: probability that the interval should cover. Default 0.95.
         num_resamples: how many times the cases are drawn with replacement. Default 2000.
-        seed: of these draws. Default 0.
-        kwargs: those of ``torchmetrics.Metric``.
+        seed: seed of these draws. Default 0.
+        kwargs: arguments of ``torchmetrics.Metric``.
 
-    ``compute`` gives ``{"value", "lower", "upper"}``, float64 (``[K]`` each where ``metric`` gives a value per class).
-    A case without a value, where no voxel counts, is left out before anything is drawn. ``lower`` and ``upper`` are NaN
-    with fewer than two cases.
+    ``compute`` returns ``{"value", "lower", "upper"}``, each float64, 0-d or ``[K]`` if ``metric`` gives a value per
+    class. Cases where no voxel counts are left out before cases are drawn. ``lower`` and ``upper`` are NaN if there are
+    fewer than two cases.
 
     Example:
         >>> import torch
@@ -414,7 +432,7 @@ class PerCase(_ExactMetric):
 
     @property
     def cases(self) -> CalibrationBins:
-        """The sums of the cases of this process so far, one item per case, on the CPU."""
+        """Sums of all cases of this process, with one item per case, on the CPU."""
         empty = CalibrationBins(*(sums[None][:0] for sums in self.metric.bins))
         state = {name: getattr(self, name) for name in CalibrationBins._fields}
         parts = {name: [sums] if isinstance(sums, Tensor) else sums for name, sums in state.items()}
@@ -422,11 +440,13 @@ class PerCase(_ExactMetric):
 
     @property
     def values(self) -> Tensor:
-        """The metric of each case so far (this process), float64 ``[cases]`` or ``[cases, K]``, in order of arrival."""
+        """Metric of each case of this process, float64 ``[cases]`` or ``[cases, K]``, in the order of the updates."""
         return self.metric.value_of(self.cases)
 
     def update(self, input: Tensor | CalibrationBins, target: Tensor | None = None, mask: Tensor | None = None) -> None:
-        """Add every batch item as a case. A case that comes in slabs is added as the sum of their ``calibration_bins``.
+        """Add every batch item as a case.
+
+        For a case that comes in slabs, give the sum of their :func:`calseg.calibration_bins`.
 
         Args:
             input: as for :meth:`CalibrationError.update`.
@@ -437,7 +457,7 @@ class PerCase(_ExactMetric):
             getattr(self, name).append(sums.to(self.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """``{"value", "lower", "upper"}`` over the cases of all ranks."""
+        """Return ``{"value", "lower", "upper"}`` over the cases of all ranks."""
         options: dict[str, Any] = {name: getattr(self, name) for name in ("confidence_level", "num_resamples", "seed")}
         cases = self.cases
         warn_of_nan(cases, stacklevel=4)
@@ -453,7 +473,7 @@ class PerCase(_ExactMetric):
         }
 
     def plot(self, val: Any = None, ax: Any = None) -> Plot:
-        """Draw as :meth:`CalibrationError.plot`; the diagram shows all cases pooled and the spread over them."""
+        """Draw as :meth:`CalibrationError.plot`. The diagram shows all cases pooled, and the spread over the cases."""
         if val is not None or not isinstance(self.metric, CalibrationError):
             return cast(Plot, self._plot(val, ax))
         with self.sync_context(
@@ -463,13 +483,15 @@ class PerCase(_ExactMetric):
         return _draw(self.metric, cases.pool(), cases, ax)
 
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        # Replaces the state of a rank without a case, of which torchmetrics makes a float tensor of one axis.
+        # Replace the state of a rank without a case by empty sums. torchmetrics would make a float tensor of one axis
+        # of it.
         for name, sums in self.cases._asdict().items():
             setattr(self, name, [sums.to(self.device)])
         super()._sync_dist(*args, **kwargs)
 
 
 def _draw(metric: CalibrationError, bins: CalibrationBins, cases: CalibrationBins | None, ax: Any) -> Plot:
+    """Draw the reliability diagram of these bins, and the spread over cases if they are given."""
     from calseg import plots
 
     if metric.class_wise and ax is not None:
@@ -487,31 +509,33 @@ PRESETS: dict[str, dict[str, Any]] = {
     "monai": {"n_bins": 20, "class_wise": True, "right_closed": True},
     "marginloss": {"n_bins": 15, "foreground_only": True, "right_closed": True},
 }
-"""The settings of :class:`CalibrationError` by which other packages' figures come out; see :func:`preset_metric`."""
+"""Settings of :class:`CalibrationError` that give the values of other packages; see :func:`preset_metric`."""
 
 
 def preset_metric(name: str, **settings: Any) -> CalibrationError | PerCase:
-    """The calibration error as another package defines it.
+    """Return a metric that computes the calibration error as another package defines it.
 
-    - ``"torchmetrics"``: ``MulticlassCalibrationError``: top-label, pooled over all voxels, 15 bins ``[lo, hi)``, a
-      confidence of exactly 1 in a bin of its own. Norms ``"l1"``, ``"l2"``, ``"max"``.
-    - ``"monai"``: ``CalibrationErrorMetric``: one error per image and class, 20 bins, mean over classes and images. The
-      bins are ``(lo, hi]``, as its code has it by default (its documentation says ``[lo, hi)``). Its "expected",
-      "average" and "maximum" are the norms ``"l1"``, ``"average"`` and ``"max"``. Needs ``num_classes``.
-    - ``"marginloss"``: MarginLoss, and CRaC and NACL after it: voxels whose label is not 0, one top-label error per
-      volume, 15 bins ``(lo, hi]``, mean over the volumes. With ``class_wise=True`` and ``num_classes``, its CECE.
-      MarginLoss also rounds the error of each volume to 4 digits, which is not done here.
+    - ``"torchmetrics"``: as ``MulticlassCalibrationError``. The error is top-label and pooled over all voxels, with 15
+      bins ``[lo, hi)``. A confidence of exactly 1 has a bin of its own. Norms are ``"l1"``, ``"l2"`` and ``"max"``.
+    - ``"monai"``: as ``CalibrationErrorMetric``. There is one error per image and class, with 20 bins, and the value is
+      the mean over classes and images. The bins are ``(lo, hi]``, as in MONAI's code, although its documentation says
+      ``[lo, hi)``. MONAI's "expected", "average" and "maximum" are the norms ``"l1"``, ``"average"`` and ``"max"``.
+      This preset needs ``num_classes``.
+    - ``"marginloss"``: as in MarginLoss, and after it CRaC and NACL. There is one top-label error per
+      volume, over the voxels whose label is not 0, with 15 bins ``(lo, hi]``. The value is the mean over the volumes.
+      With ``class_wise=True`` and ``num_classes`` it is MarginLoss's CECE. MarginLoss also rounds the error of each
+      volume to 4 digits, which is not done here.
 
     Args:
         name: ``"torchmetrics"``, ``"monai"`` or ``"marginloss"``.
-        settings: what to add to or change in the preset, as for :class:`CalibrationError`.
+        settings: arguments of :class:`CalibrationError` that are added to the preset or replace those of the preset.
 
     Returns:
-        :class:`CalibrationError` for ``"torchmetrics"``; for the others :class:`PerCase`, whose ``"value"`` is the
-        figure.
+        A :class:`CalibrationError` for ``"torchmetrics"``. For the other presets a :class:`PerCase`, in whose result
+        ``"value"`` is the value of that package.
 
     Raises:
-        TypeError, ValueError: an unknown name, and what :class:`CalibrationError` raises.
+        TypeError, ValueError: the name is unknown, or :class:`CalibrationError` raises.
 
     Example:
         >>> import torch

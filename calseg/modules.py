@@ -1,6 +1,6 @@
-"""``nn.Module`` forms of the losses: the options of the functions in :mod:`calseg.functional`, held.
+"""``nn.Module`` forms of the losses of :mod:`calseg.functional`.
 
-A module has the options that the signature of its function has, but for the tensors of a batch.
+A module takes the keyword arguments of its function when it is made, and the tensors of a batch when it is called.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from calseg import functional
 
 
 class _Loss(nn.Module):
-    """A loss with its options; class weights, where the function takes them, are a buffer."""
+    """Base class of the losses. Class weights, if the function takes any, are a buffer."""
 
     function: ClassVar[Callable[..., Tensor]]
     of_a_batch: ClassVar[tuple[str, ...]]  # arguments of the function that ``forward`` takes
@@ -33,19 +33,20 @@ class _Loss(nn.Module):
         self.options = options
 
     def extra_repr(self) -> str:
-        """The options that were given."""
+        """Return the options that were given, for ``repr``."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
 class VLSCrossEntropyLoss(_Loss):
-    """:func:`calseg.vls_cross_entropy` as a module; a drop-in for :class:`torch.nn.CrossEntropyLoss`.
+    """:func:`calseg.vls_cross_entropy` as a module, which can replace :class:`torch.nn.CrossEntropyLoss`.
 
     Args:
-        weight: class weights ``[C]``, kept as a buffer (it moves with ``.to(device)``, and is not in the state).
+        weight: class weights ``[C]``, kept as a buffer. It moves with ``.to(device)`` and is not in the state
+            dictionary.
         options: every other keyword argument of :func:`calseg.vls_cross_entropy` that is not a tensor of the batch.
 
     Raises:
-        TypeError: an option that the function does not have.
+        TypeError: the function does not have an option of that name.
 
     Example:
         >>> import torch, calseg
@@ -68,7 +69,7 @@ class VLSCrossEntropyLoss(_Loss):
         logvar: Tensor | None = None,
         soft_labels: Tensor | None = None,
     ) -> Tensor:
-        """The loss of a batch; see :func:`calseg.vls_cross_entropy`."""
+        """Return the loss of a batch; see :func:`calseg.vls_cross_entropy`."""
         return functional.vls_cross_entropy(
             input, target, self.weight, mu=mu, logvar=logvar, soft_labels=soft_labels, **self.options
         )
@@ -82,7 +83,7 @@ class SoftCrossEntropyLoss(_Loss):
         options: ``label_smoothing``, ``reduction`` and ``backend`` of :func:`calseg.soft_cross_entropy`.
 
     Raises:
-        TypeError: an option that the function does not have.
+        TypeError: the function does not have an option of that name.
 
     Example:
         >>> import torch, calseg
@@ -95,7 +96,7 @@ class SoftCrossEntropyLoss(_Loss):
     of_a_batch = ("input", "soft_target", "ignore_mask")
 
     def forward(self, input: Tensor, soft_target: Tensor, *, ignore_mask: Tensor | None = None) -> Tensor:
-        """The loss of a batch; see :func:`calseg.soft_cross_entropy`."""
+        """Return the loss of a batch; see :func:`calseg.soft_cross_entropy`."""
         return functional.soft_cross_entropy(input, soft_target, self.weight, ignore_mask=ignore_mask, **self.options)
 
 
@@ -107,7 +108,7 @@ class VLSElboLoss(_Loss):
         options: every other keyword argument of :func:`calseg.vls_elbo`.
 
     Raises:
-        TypeError: an option that the function does not have.
+        TypeError: the function does not have an option of that name.
 
     Example:
         >>> import torch, calseg
@@ -121,7 +122,7 @@ class VLSElboLoss(_Loss):
     of_a_batch = ("mu", "logvar", "target")
 
     def forward(self, mu: Tensor, logvar: Tensor, target: Tensor) -> Tensor:
-        """The loss of a batch; see :func:`calseg.vls_elbo`."""
+        """Return the loss of a batch; see :func:`calseg.vls_elbo`."""
         return functional.vls_elbo(mu, logvar, target, self.weight, **self.options)
 
 
@@ -132,7 +133,7 @@ class GaussianKLLoss(_Loss):
         options: ``prior_mu``, ``prior_logvar``, ``reduction`` and ``backend`` of :func:`calseg.gaussian_kl`.
 
     Raises:
-        TypeError: an option that the function does not have.
+        TypeError: the function does not have an option of that name.
 
     Example:
         >>> import torch, calseg
@@ -147,7 +148,7 @@ class GaussianKLLoss(_Loss):
         super().__init__(None, **options)
 
     def forward(self, mu: Tensor, logvar: Tensor) -> Tensor:
-        """The divergence of a batch; see :func:`calseg.gaussian_kl`."""
+        """Return the KL divergence of a batch; see :func:`calseg.gaussian_kl`."""
         return functional.gaussian_kl(mu, logvar, **self.options)
 
 
@@ -155,11 +156,11 @@ class ACELoss(_Loss):
     """:func:`calseg.ace_loss` as a module.
 
     Args:
-        weight: a factor of the error of each class ``[C]``, kept as a buffer.
+        weight: factors of the errors of the classes ``[C]``, kept as a buffer.
         options: every other keyword argument of :func:`calseg.ace_loss`.
 
     Raises:
-        TypeError: an option that the function does not have.
+        TypeError: the function does not have an option of that name.
 
     Example:
         >>> import torch, calseg
@@ -172,5 +173,5 @@ class ACELoss(_Loss):
     of_a_batch = ("input", "target")
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of a batch; see :func:`calseg.ace_loss`."""
+        """Return the loss of a batch; see :func:`calseg.ace_loss`."""
         return functional.ace_loss(input, target, self.weight, **self.options)

@@ -1,4 +1,4 @@
-"""The compiled extension, or why it is absent, and the memory of results."""
+"""The compiled extension, or the reason for its absence, and the memory of results."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ except ImportError as error:
     )
 
 POOLED_BYTES = 0 if extension is None else extension.POOLED_BYTES
-PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # whose memory is their own
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # types of tensors that have memory of their own
 
 
 def empty_like(scores: Tensor) -> Tensor:
-    """``torch.empty_like`` in the layout of :func:`calseg.tensors.layout_like`; a large one on pooled memory."""
+    """Return ``torch.empty_like`` in the layout of :func:`calseg.tensors.layout_like`, on pooled memory if large."""
     large = extension is not None and scores.nbytes >= POOLED_BYTES and scores.device.type == "cpu"
     if not large and scores.is_contiguous():
         return torch.empty_like(scores)
@@ -47,15 +47,15 @@ def empty_like(scores: Tensor) -> Tensor:
 
 
 def empty_voxels(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory for a number per voxel, ``[N, *S]``, of scores like ``like``."""
+    """Return memory for a number per voxel, ``[N, *S]``, where ``like`` is ``[N, C, *S]``."""
     return like.new_empty(voxel_shape(like), dtype=dtype)
 
 
 def empty_cache() -> None:
-    """Give the memory that is kept for the next step's gradients back to the system.
+    """Return the memory that is kept for the gradients of the next step to the system.
 
-    Large results (4 MiB and more) of the CPU engine live in memory that is kept after they are freed, because the next
-    training step asks for the same sizes again. The pool never holds more than was in use at once.
+    The CPU engine keeps the memory of large results (4 MiB and more) after they are freed, because the next training
+    step asks for the same sizes again. The pool never holds more than was in use at once.
 
     Example:
         >>> import calseg

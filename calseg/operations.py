@@ -1,8 +1,8 @@
 """The specs: one structure for each operation, which travels from the public function to the kernels.
 
-A spec holds the options of a call and the tensors that get no gradient. The tensors that do come beside it, in a
-structure of their own. Their gradients have another one of the same kind. Every backend takes both as they are. A field
-is named here and nowhere else: the build makes the structures of the C++ engine from this file (csrc/python/specs.py).
+A spec holds the options of a call and the tensors that get no gradient. The tensors that can get one are in a second
+structure, and their gradients in a third of the same type. Every backend takes these structures as they are. A field is
+named in this file only: the build makes the structures of the C++ engine from it (csrc/python/specs.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Reduction = str  # "none", "mean" or "sum"
 
 
 class Labels(NamedTuple):
-    """Class indices, or a mask that only says which voxels are ignored.
+    """Class indices, or a mask of the voxels that are ignored.
 
     A voxel is ignored where ``tensor`` equals ``ignore_index``. With ``is_mask`` the other values are no classes.
     """
@@ -30,12 +30,12 @@ class Labels(NamedTuple):
     is_mask: bool = False
 
     def ignored(self) -> Tensor:
-        """Where a voxel is ignored. Compared as numbers: a label of 8 bits is never -100."""
+        """Return a mask of the voxels that are ignored. Labels are compared as numbers: one of 8 bits is never -100."""
         return self.tensor.long() == self.ignore_index
 
 
 class Sampling(NamedTuple):
-    """How the Gaussian over the logits is sampled, and its KL term."""
+    """Options of the sampling from the Gaussian over the logits, and of its KL term."""
 
     num_samples: int = 1
     temperature: float = 1.0
@@ -46,7 +46,7 @@ class Sampling(NamedTuple):
 
 
 class LossTensors(NamedTuple):
-    """The tensors of a loss that can get a gradient, or these gradients; None where there is none."""
+    """The tensors of a loss that can get a gradient, or their gradients. None where there is none."""
 
     logits: Scores | None = None
     soft_labels: Scores | None = None
@@ -54,24 +54,24 @@ class LossTensors(NamedTuple):
     logvar: Scores | None = None
 
     def like(self) -> Tensor:
-        """The tensor that gives a call its shape, dtype and device: the logits, else mu."""
+        """Return the tensor that gives a call its shape, dtype and device: the logits, or mu if there are none."""
         like = self.mu if self.logits is None else self.logits
         assert like is not None
         return like
 
     def gaussian(self) -> tuple[Tensor, Tensor]:
-        """mu and logvar, of a loss that has them."""
+        """Return mu and logvar, of a loss that has them."""
         assert self.mu is not None
         assert self.logvar is not None
         return self.mu, self.logvar
 
 
 class LossSpec(NamedTuple):
-    """A loss, by the name of its operation.
+    """Options of a loss. ``operation`` is the name of the loss:
 
-    - ``cross_entropy``: of the logits on ``labels``, or on soft labels where they are among the tensors
-    - ``vls_cross_entropy``: of the logits on labels sampled from mu and logvar, plus the KL term
-    - ``vls_elbo``: the expected cross-entropy of the samples of mu and logvar, plus the KL term
+    - ``cross_entropy``: cross-entropy of the logits, with ``labels`` or with soft labels if they are among the tensors
+    - ``vls_cross_entropy``: cross-entropy of the logits, with labels sampled from mu and logvar, plus the KL term
+    - ``vls_elbo``: mean cross-entropy of the samples of mu and logvar, with ``labels``, plus the KL term
     - ``gaussian_kl``: the KL term alone
     """
 
@@ -86,20 +86,20 @@ class LossSpec(NamedTuple):
 
 
 class GaussianTensors(NamedTuple):
-    """The Gaussian over the logits of every voxel, or the gradients of both; None where there is none."""
+    """The Gaussian over the logits of every voxel, or the gradients of both. None where there is none."""
 
     mu: Scores | None = None
     logvar: Scores | None = None
 
     def both(self) -> tuple[Tensor, Tensor]:
-        """mu and logvar, where both are there."""
+        """Return mu and logvar, of a structure that has both."""
         assert self.mu is not None
         assert self.logvar is not None
         return self.mu, self.logvar
 
 
 class SampleSpec(NamedTuple):
-    """Soft labels sampled from a Gaussian; ``alpha`` is their share where there are ``labels``."""
+    """Options of soft labels sampled from a Gaussian. With ``labels``, ``alpha`` is the share of the samples."""
 
     labels: Labels | None
     alpha: float
@@ -107,14 +107,14 @@ class SampleSpec(NamedTuple):
 
 
 class AccumulateSpec(NamedTuple):
-    """The softmax of one map of logits, added to a running total; ignored voxels get no gradient."""
+    """Options of adding the softmax of a map of logits to a running total. Ignored voxels get no gradient."""
 
     labels: Labels | None
     temperature: float
 
 
 class BlendSpec(NamedTuple):
-    """Soft labels from the total of ``num_maps`` maps: ``(1 - alpha) * onehot(labels) + alpha * total / num_maps``."""
+    """Options of the blend ``(1 - alpha) * onehot(labels) + alpha * total / num_maps``."""
 
     labels: Labels | None
     alpha: float
@@ -125,10 +125,10 @@ UNIT = 2**24  # 1 in the fixed-point sums per bin
 
 
 class BinsSpec(NamedTuple):
-    """Sums per bin of confidence.
+    """Options of sums per bin of confidence.
 
-    ``mask`` is uint8 and 0 where a voxel counts nowhere. ``first_class`` is the first class with bins of its own
-    (class-wise). ``tolerance`` is by how much the probabilities of a voxel may miss 1 in sum.
+    ``mask`` is uint8, and 0 where a voxel does not count. With ``class_wise``, the classes from ``first_class`` on have
+    bins of their own. ``tolerance`` is how far the sum of the probabilities of a voxel may be from 1.
     """
 
     labels: Labels
@@ -144,7 +144,7 @@ class BinsSpec(NamedTuple):
 
 
 class AceSpec(NamedTuple):
-    """The moments of the average calibration error, by cells of confidence; ``soft`` bins share a voxel."""
+    """Options of the moments of the average calibration error. With ``soft``, neighbouring bins share a voxel."""
 
     labels: Labels
     n_bins: int
@@ -153,5 +153,5 @@ class AceSpec(NamedTuple):
 
 
 def num_kinds(spec: BinsSpec, num_classes: int) -> int:
-    """The number of confidences of a voxel that have bins: 1 for the top label, else the classes from the first on."""
+    """Return how many confidences of a voxel have bins: 1 for the top label, or the classes from ``first_class`` on."""
     return num_classes - spec.first_class if spec.class_wise else 1

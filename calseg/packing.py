@@ -1,4 +1,8 @@
-"""Specs in the types that a ``torch.library`` operator takes, and back: tensors, integers, numbers and words."""
+"""Conversion of specs to the types that a ``torch.library`` operator takes, and back.
+
+An operator takes lists of tensors, integers and floats, and a string. :func:`pack` writes the fields of several
+structures into these, and :func:`unpack` restores the structures.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +16,16 @@ from calseg import operations
 
 
 class Packed(NamedTuple):
-    """The values of structures, by their types; :func:`unpack` puts them together again."""
+    """The fields of several structures, sorted by type."""
 
     tensors: list[Tensor | None]
     integers: list[int]
     numbers: list[float]
-    words: str  # with spaces between
+    words: str  # separated by spaces
 
 
 def pack(*structures: Any) -> Packed:
-    """Take structures apart. A structure that is None leaves a mark of that."""
+    """Return the fields of structures. Before the fields of a nested structure, a mark says whether it is None."""
     lists: Lists = ([], [], [], [])
     for structure in structures:
         _pack(type(structure), structure, lists)
@@ -30,7 +34,7 @@ def pack(*structures: Any) -> Packed:
 
 
 def unpack(kinds: tuple[type, ...], packed: Packed) -> Any:
-    """The structures that :func:`pack` was given, of these types."""
+    """Return the structures of these types that :func:`pack` was given."""
     tensors, integers, numbers, words = packed
     rest = (iter(tensors), iter(integers), iter(numbers), iter(words.split()))
     return tuple(_unpack(kind, rest) for kind in kinds)
@@ -40,6 +44,7 @@ Lists = tuple[list[Tensor | None], list[int], list[float], list[str]]
 
 
 def _pack(kind: type, structure: Any, lists: Lists) -> None:
+    """Append the fields of a structure of type ``kind`` to the lists."""
     tensors, integers, numbers, words = lists
     for form, value in zip(_FORMS[kind], structure, strict=True):
         if isinstance(form, type):
@@ -51,7 +56,7 @@ def _pack(kind: type, structure: Any, lists: Lists) -> None:
         elif form == "seed":
             is_tensor = isinstance(value, Tensor)
             tensors.append(value if is_tensor else None)
-            integers.append(0 if is_tensor else value if value < 2**63 else value - 2**64)  # as an int64 holds it
+            integers.append(0 if is_tensor else value if value < 2**63 else value - 2**64)  # as a signed number
         elif form == "integer":
             integers.append(value)
         elif form == "flag":
@@ -63,6 +68,7 @@ def _pack(kind: type, structure: Any, lists: Lists) -> None:
 
 
 def _unpack(kind: type, rest: tuple[Iterator[Any], ...]) -> Any:
+    """Take the fields of a structure of type ``kind`` from the rest of the lists, and return the structure."""
     tensors, integers, numbers, words = rest
     values: list[Any] = []
     for form in _FORMS[kind]:
@@ -84,7 +90,7 @@ def _unpack(kind: type, rest: tuple[Iterator[Any], ...]) -> Any:
 
 
 def _form(hint: Any) -> Any:
-    """How a field of this type is packed: by a word, or a structure by its own type."""
+    """Return the form in which a field of this type is packed: a word, or the type itself for a structure."""
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
     if len(kinds) > 1:
         return "seed"

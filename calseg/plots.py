@@ -1,7 +1,8 @@
 """Reliability diagrams with the histogram of confidences, drawn with matplotlib (the extra ``calseg[plots]``).
 
-What is drawn are the counts and sums of :class:`calseg.CalibrationBins`, so that the diagram of a whole data set
-needs no volume in memory. Bars, gaps and spread differ in lightness and texture, and survive a grey-scale printer.
+The diagrams show the counts and sums of :class:`calseg.CalibrationBins`, so that the diagram of a whole data set needs
+no volume in memory. Bars, gaps and spread differ in lightness and texture, so that they can be told apart in grey-scale
+print.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ __all__ = ["class_reliability_diagrams", "reliability_diagram"]
 BAR, GAP, INK = "#9ecae1", "#b2182b", "#222222"
 QUANTILES = (0.05, 0.95)
 LEAST_CASES = 3
-"""Number of cases with voxels in a bin from which on their spread is drawn."""
+"""Least number of cases with voxels in a bin for which the spread over the cases is drawn."""
 
 
 def reliability_diagram(
@@ -37,23 +38,24 @@ def reliability_diagram(
     title: str | None = None,
     ax: Any = None,
 ) -> tuple[Any, Any]:
-    """Accuracy against confidence per bin, and below it how many voxels each bin holds, on a logarithmic axis.
+    """Draw the accuracy of each bin over confidence, and below it a histogram of the voxels, on a logarithmic axis.
 
-    The bar of a bin ends at its accuracy; the hatched part lies between accuracy and mean confidence, whose difference
-    the calibration error sums up. The corner gives the ECE and the number of voxels.
+    The bar of a bin ends at its accuracy. The hatched part between accuracy and mean confidence is the gap that the
+    calibration error sums up. A text in the corner gives the ECE and the number of voxels.
 
     Args:
         bins: top-label bins ``[n_bins]``, or those of one class.
-        cases: the same per case, ``[cases, n_bins]``: adds, where at least three cases have voxels in a bin, a line
-            from the 5 % to the 95 % quantile of the cases' accuracies, with a dot at their median.
-        title: above the diagram.
+        cases: the bins of each case, ``[cases, n_bins]``. If they are given, every bin in which at least three cases
+            have voxels gets a line from the 5 % to the 95 % quantile of the accuracies of the cases, with a dot at the
+            median.
+        title: title of the diagram.
         ax: axes to draw the diagram into, without the histogram. Default: a new figure with both.
 
     Returns:
-        The figure (None with ``ax``) and the axes (two of them in a new figure).
+        The figure, which is None if ``ax`` is given, and the axes. A new figure has two of them.
 
     Raises:
-        TypeError, ValueError: bins of another kind or shape.
+        TypeError, ValueError: the bins have the wrong type or shape.
 
     Example:
         >>> import torch, calseg
@@ -87,19 +89,19 @@ def class_reliability_diagrams(
     cases: CalibrationBins | None = None,
     title: str | None = None,
 ) -> tuple[Any, Any]:
-    """A diagram and a histogram per class, in one figure with the same axes for all.
+    """Draw a reliability diagram and a histogram for each class, in one figure with shared axes.
 
     Args:
         bins: class-wise bins ``[K, n_bins]``: the probability of each class against its frequency.
-        names: of the K classes.
-        cases: the same per case, ``[cases, K, n_bins]``: adds the spread over the cases.
-        title: of the figure.
+        names: names of the K classes.
+        cases: the bins of each case, ``[cases, K, n_bins]``. If they are given, the spread over the cases is drawn.
+        title: title of the figure.
 
     Returns:
         The figure, and an array ``[K, 2]`` of axes: diagram and histogram of each class.
 
     Raises:
-        TypeError, ValueError: bins of another kind or shape, or another number of names.
+        TypeError, ValueError: the bins have the wrong type or shape, or the number of names is not K.
 
     Example:
         >>> import torch, calseg
@@ -141,6 +143,7 @@ def class_reliability_diagrams(
 
 
 def _check(bins: Any, axes: int, cases: Any) -> None:
+    """Check that bins have ``axes`` axes, and that those of the cases have one more."""
     for name, given, wanted in (("bins", bins, axes), ("cases", cases, axes + 1)):
         if given is None and name == "cases":
             continue
@@ -151,11 +154,13 @@ def _check(bins: Any, axes: int, cases: Any) -> None:
 
 
 def _of_class(bins: CalibrationBins, number: int) -> CalibrationBins:
+    """Return the bins of one class."""
     binned = {name: getattr(bins, name)[..., number, :] for name in ("count", "confidence", "hits")}
     return bins._replace(**binned)
 
 
 def _draw_diagram(ax: Any, bins: CalibrationBins, cases: CalibrationBins | None, what: str = "accuracy") -> None:
+    """Draw a reliability diagram into given axes."""
     width = 1 / len(bins.count)
     filled = np.flatnonzero(bins.count.numpy())
     edges = filled * width
@@ -181,7 +186,7 @@ def _draw_diagram(ax: Any, bins: CalibrationBins, cases: CalibrationBins | None,
 
 
 def _short(count: int) -> str:
-    """Three digits and a unit of thousands: 1.23 million."""
+    """Return a count in three digits with a unit, such as "1.23 million"."""
     for unit, word in ((10**9, "billion"), (10**6, "million")):
         if count >= unit:
             return f"{count / unit:.3g} {word}"
@@ -189,10 +194,12 @@ def _short(count: int) -> str:
 
 
 def _draw_legend(figure: Any, ax: Any, columns: int) -> None:
+    """Draw the legend of these axes below the figure."""
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize="x-small")
 
 
 def _draw_spread(ax: Any, cases: CalibrationBins, width: float) -> None:
+    """Draw the quantiles of the accuracy over the cases."""
     accuracy = cases.accuracy().numpy()
     drawn = np.flatnonzero((cases.count > 0).sum(0).numpy() >= LEAST_CASES)
     if len(drawn):
@@ -204,9 +211,11 @@ def _draw_spread(ax: Any, cases: CalibrationBins, width: float) -> None:
 
 
 def _draw_histogram(ax: Any, bins: CalibrationBins) -> None:
+    """Draw the number of voxels in each bin."""
     count = bins.count.numpy()
     ax.bar(np.arange(len(count)) / len(count), count, width=1 / len(count), align="edge", color="#737373")
-    ax.set_ylim(0.8, max(10.0, 2 * float(count.max())))  # set first: a log scale finds no limits for zeros
+    # Set the limits before the logarithmic scale, which cannot find them if a count is 0.
+    ax.set_ylim(0.8, max(10.0, 2 * float(count.max())))
     ax.set_yscale("log")
     ax.set_xlabel("Confidence")
     ax.set_ylabel("Voxels")

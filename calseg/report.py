@@ -1,6 +1,6 @@
 """The report of ``calseg evaluate``: ``report.json``, ``cases.csv`` and the reliability diagrams.
 
-Every figure follows from the integer sums of the cases (:class:`calseg.scores.CaseScores`): equal sums give equal
+All values follow from the integer sums of the cases (:class:`calseg.scores.CaseScores`), so equal sums give equal
 files.
 """
 
@@ -34,7 +34,7 @@ REPORT_FILES = ("report.json", "cases.csv", *(f"{name}.{ending}" for name in DIA
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """The settings that decide a report on given files."""
+    """The settings of a report."""
 
     n_bins: int = setting(
         N_BINS, "Number of confidence bins of equal width, for every calibration error.", whole(1, 1000)
@@ -58,7 +58,7 @@ class EvaluateConfig:
 
 
 def preset_key(name: str) -> str:
-    """The entry of :attr:`CaseScores.bins` with the bins of a preset."""
+    """Return the name of the entry of :attr:`CaseScores.bins` that holds the bins of a preset."""
     return f"preset_{name}"
 
 
@@ -70,7 +70,7 @@ def write_report(
     presets: Mapping[str, CalibrationError],
     notes: Sequence[str],
 ) -> dict[str, Any]:
-    """Write ``report.json``, ``cases.csv`` and the diagrams; returns the report."""
+    """Write ``report.json``, ``cases.csv`` and the diagrams, and return the content of ``report.json``."""
     together = stack(list(cases.values()))
     columns = case_columns(together, class_names, presets)
     report = {
@@ -95,7 +95,7 @@ def write_report(
 def case_columns(
     together: CaseScores, class_names: Sequence[str], presets: Mapping[str, CalibrationError]
 ) -> dict[str, Tensor]:
-    """The scores of each case, float64 ``[cases]`` by the name of the CSV's column; NaN where there is no value."""
+    """Return the scores of all cases, float64 ``[cases]``, by the names of the CSV columns. NaN stands for no value."""
     bins = together.bins
     columns = {
         f"dice_{name}": values for name, values in zip(class_names, together.counts.dice().unbind(1), strict=True)
@@ -115,7 +115,7 @@ def _intervals(
     columns: Mapping[str, Tensor],
     config: EvaluateConfig,
 ) -> dict[str, Any]:
-    """The report's scores: pooled over all voxels and as the mean over the cases, each with its interval."""
+    """Return the scores of the report, pooled over all voxels and as means over cases, each with its interval."""
     options: dict[str, Any] = {
         "confidence_level": CONFIDENCE_LEVEL,
         "num_resamples": config.num_resamples,
@@ -149,11 +149,12 @@ def _intervals(
 
 
 def _number(value: float) -> float | str | None:
-    """``value`` as JSON can hold it: None for NaN, "inf" for infinity."""
+    """Return a value that JSON can hold: None for NaN, "inf" for infinity."""
     return None if math.isnan(value) else "inf" if math.isinf(value) else value
 
 
 def _entry(interval: Interval) -> dict[str, Any]:
+    """Return an interval in the form of the report."""
     value, lower, upper = (_number(float(each)) for each in interval)
     return {"value": value, "interval": None if lower is None or upper is None else [lower, upper]}
 
@@ -161,7 +162,7 @@ def _entry(interval: Interval) -> dict[str, Any]:
 def _write_csv(
     path: Path, names: Sequence[str], bins: Mapping[str, CalibrationBins], columns: Mapping[str, Tensor]
 ) -> None:
-    """One row per case: counts, Dice and scores; empty where there is no value."""
+    """Write one row of counts, Dice and scores per case. A cell without a value is empty."""
     counts = {
         "voxels": bins["all"].num_voxels,
         "foreground_voxels": bins["foreground"].num_voxels,
@@ -178,7 +179,7 @@ def _write_csv(
 
 
 def draw_diagrams(out: Path, bins: Mapping[str, CalibrationBins], class_names: Sequence[str]) -> None:
-    """Write every diagram of :data:`DIAGRAMS` as PNG and PDF; ``bins`` has the cases along the first axis."""
+    """Write all diagrams of :data:`DIAGRAMS` as PNG and PDF files. The first axis of ``bins`` is the cases."""
     import matplotlib.pyplot as plt
 
     from calseg.plots import class_reliability_diagrams, reliability_diagram
@@ -194,7 +195,7 @@ def draw_diagrams(out: Path, bins: Mapping[str, CalibrationBins], class_names: S
     for name, figure in figures.items():
         for ending in ("png", "pdf"):
             buffer = io.BytesIO()
-            # PDF files get no time of creation, so that equal reports are equal files.
+            # Leave the creation time out of PDF files, so that equal reports are equal files.
             figure.savefig(buffer, format=ending, dpi=200, metadata={"CreationDate": None} if ending == "pdf" else None)
             write_atomic(out / f"{name}.{ending}", buffer.getvalue())
         plt.close(figure)

@@ -1,7 +1,7 @@
-"""Folders of results: files written whole or not at all, the rule by which a run is resumed, progress, errors.
+"""Run folders: atomic writing of files, the rule by which a run is resumed, progress, and errors.
 
-Training, soft labels, prediction, evaluation and the demo each write one folder, and all follow the rule of
-:class:`RunFolder`. Of calseg this module imports the errors alone.
+Training, soft labels, prediction, evaluation and the demo each write their results to one folder, and all follow the
+rule of :class:`RunFolder`.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ Progress = Callable[[str, int, int, float | None], None]
 
 
 def no_progress(stage: str, done: int, total: int, loss: float | None) -> None:
-    """Report nothing: the default of every argument ``progress``."""
+    """Report nothing. This is the default of every argument ``progress``."""
 
 
 # ------------------------------------------------------------------------------------------------ errors
 
 
 class RunError(CalsegError):
-    """A run cannot start or go on: a setting is out of range, or the folder does not allow it."""
+    """A run cannot start or continue, because a setting is out of range or the folder does not allow it."""
 
 
 class RunInterruptedError(Exception):
-    """A signal stopped a run, and what was done is kept on disk; ``code`` is the shell's exit code for that signal."""
+    """A signal stopped a run, and the results so far are kept on disk. ``code`` is the exit code of a shell for it."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
@@ -40,7 +40,7 @@ class RunInterruptedError(Exception):
 
 
 class CasesInterruptedError(RunInterruptedError):
-    """Ctrl-C stopped a run that goes case by case; the cases that were done are kept in ``place``."""
+    """Ctrl-C stopped a run that goes case by case. The finished cases are kept in ``place``."""
 
     def __init__(self, place: Path, done: int, total: int) -> None:
         super().__init__(f"interrupted after {done} of {total} cases, which are kept in {place}", signal.SIGINT)
@@ -50,7 +50,10 @@ class CasesInterruptedError(RunInterruptedError):
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write a whole file or leave the old one as it was: temporary file, flush to disk, rename."""
+    """Write a file completely, or leave an existing one unchanged.
+
+    The content goes to a temporary file, which is flushed to disk and then renamed.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -66,12 +69,12 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as JSON, atomically. NaN and infinity, which JSON lacks, raise ``ValueError``."""
+    """Write ``content`` as JSON, atomically. NaN and infinity raise ``ValueError``, because JSON has neither."""
     write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON, or raise a :class:`RunError` that names the file."""
+    """Read a JSON file. A :class:`RunError` that names the file is raised if that fails."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -83,7 +86,7 @@ def read_json(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one run, and the rule by which a run starts in it or goes on.
+    """The folder of a run, and the rule by which a run starts or continues in it.
 
     ========================== ================================= ======================================
     the folder                 ``resume``                        neither ``resume`` nor ``overwrite``
@@ -94,18 +97,18 @@ class RunFolder:
     holds other files          refused: there is no run          refused: not empty
     ========================== ================================= ======================================
 
-    With ``overwrite`` the files of the earlier run are removed and a new run starts; files that are not the run's stay.
+    With ``overwrite``, the files of the earlier run are removed and a new run starts. Other files in the folder stay.
 
-    Call :meth:`open` first; where it returns True, compare what the earlier run was started with by
-    :meth:`check_same_settings` (and :meth:`check_same_data`).
+    Call :meth:`open` first. If it returns True, compare the settings of the earlier run by :meth:`check_same_settings`,
+    and its data by :meth:`check_same_data`.
 
     Attributes:
         path: The folder.
         state: Name of the file whose presence says that a run was started here.
         files: Patterns (of ``Path.glob``, relative to ``path``) of every file that belongs to the run.
-        folders: Folders within ``path`` that the run needs; :meth:`open` makes them.
-        continued_by: Name of the command that continues its run by itself when it is started again, as "calseg demo"
-            does. Empty where the user has to ask for it with ``--resume``.
+        folders: Folders within ``path`` that the run needs. :meth:`open` makes them.
+        continued_by: Name of the command, if it continues its run whenever it is started again, as "calseg demo" does.
+            Empty if the user has to ask for that with ``--resume``.
     """
 
     path: Path
@@ -116,18 +119,19 @@ class RunFolder:
 
     @property
     def state_path(self) -> Path:
-        """The file whose presence says that a run was started here."""
+        """Path of the file whose presence says that a run was started here."""
         return self.path / self.state
 
     @property
     def holds_run(self) -> bool:
-        """Whether there is a run to resume."""
+        """Whether the folder holds a run that can be resumed."""
         return self.state_path.is_file()
 
     def open(self, *, resume: bool = False, overwrite: bool = False) -> bool:
-        """Make the folder ready by the rule above; whether an earlier run goes on.
+        """Prepare the folder by the rule above, and return whether an earlier run continues.
 
-        Raises :class:`RunError` where the rule refuses.
+        Raises:
+            RunError: the rule does not allow the run.
         """
         if resume and overwrite:
             raise RunError("--resume and --overwrite exclude each other")
@@ -147,12 +151,13 @@ class RunFolder:
         return resume
 
     def _not_empty(self) -> str:
+        """Return the message for a folder that is not empty."""
         if self.continued_by:
             return f"not empty and not made by {self.continued_by}; give --overwrite or another --out"
         return "not empty; give --resume to continue the run in it, or --overwrite to start anew"
 
     def _clear(self, *, leftovers_only: bool) -> None:
-        """Remove the run's files, or only the temporary files of a process that was killed while it wrote one."""
+        """Remove the files of the run, or only the temporary files that a killed process left."""
         for pattern in {self.state, *self.files}:
             folder, _, name = pattern.rpartition("/")
             beside = f"{folder}/" if folder else ""
@@ -161,10 +166,11 @@ class RunFolder:
                     file.unlink()
 
     def check_same_settings(self, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-        """Refuse to resume with settings other than the ``saved`` ones of the run; the message names each difference.
+        """Raise :class:`RunError` if settings differ from those of the saved run. The message names each difference.
 
-        ``saved`` was read from the run's files, ``wanted`` is what the run would write now, in JSON's types
-        (:func:`as_json`).
+        Args:
+            saved: settings that were read from the files of the run.
+            wanted: settings that the run would write now, in the types of JSON (:func:`as_json`).
         """
         changed = "; ".join(
             f"{name} is {value!r} but was {saved.get(name)!r}"
@@ -180,9 +186,12 @@ class RunFolder:
             raise RunError(f"{self.state_path}: cannot be resumed with other settings: {changed}")
 
     def check_same_data(self, saved: Mapping[str, Any], wanted: Mapping[str, Any], names: Mapping[str, str]) -> None:
-        """Refuse to resume on other data: the entries ``names`` of ``saved`` and ``wanted`` must be equal.
+        """Raise :class:`RunError` if data differ from those of the saved run.
 
-        ``names`` maps each entry to the words for it in the message, as in ``{"split": "the split of DATA"}``.
+        Args:
+            saved: content of the files of the run.
+            wanted: content that the run would write now.
+            names: the entries that must be equal, with words for the message, as in ``{"split": "the split of DATA"}``.
         """
         for key, words in names.items():
             if saved.get(key) != wanted[key]:
@@ -190,5 +199,5 @@ class RunFolder:
 
 
 def as_json(content: Mapping[str, Any]) -> dict[str, Any]:
-    """``content`` after a trip through JSON: tuples become lists, so that it compares with what a file holds."""
+    """Return ``content`` as it would be read from a JSON file, with lists instead of tuples."""
     return dict(json.loads(json.dumps(content)))

@@ -1,8 +1,8 @@
 """Scores of a prediction: the sums of a case, and the table of statistics that follow from them.
 
-:class:`CaseScores` holds integer sums over the voxels of a case. Sums of slabs and of cases just add, and nothing is
-rounded when they do. :data:`STATISTICS` is the one table of the figures of merit: the report of ``calseg evaluate``,
-the metrics of a training run, the demo and the calibration benchmark take names, titles and values from it.
+:class:`CaseScores` holds integer sums over the voxels of a case. The sums of slabs and of cases can be added without
+rounding. :data:`STATISTICS` is the only table of figures of merit. The report of ``calseg evaluate``, the metrics of a
+training run, the demo and the calibration benchmark take names, titles and values from it.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from calseg.operations import UNIT
 
 N_BINS = 15
 BLOCK_BYTES = 1 << 22
-"""Bytes of probabilities in a block: small enough to stay in a processor's cache while all its sums are made."""
+"""Size in bytes of a block of probabilities. A block stays in the cache while all of its sums are computed."""
 
 BinsOf = Callable[[Tensor, Tensor], CalibrationBins]
-"""Bins by another convention, of scores ``[1, C, *S]`` and labels ``[1, *S]``; see :meth:`CaseScores.of`."""
+"""Function that makes bins by another convention from scores ``[1, C, *S]`` and labels ``[1, *S]``."""
 
 
 # ------------------------------------------------------------------------------------- the table of statistics
 
 
 def quiet_calibration_error(bins: CalibrationBins, norm: str = "l1", *, equal_mass: int | None = None) -> Tensor:
-    """:func:`calseg.calibration_error_from_bins` without its warning, for callers that report NaN themselves."""
+    """Do as :func:`calseg.calibration_error_from_bins`, but give no warning of NaN."""
     silent = bins._replace(num_nan=torch.zeros_like(bins.num_nan))
     return calibration_error_from_bins(silent, norm, equal_mass=equal_mass)
 
 
 class Statistic(NamedTuple):
-    """A figure of merit of a region of voxels.
+    """A figure of merit over the voxels of a region.
 
     Args:
-        title: how tables and diagrams name it.
-        function: its value from bins of any number of cases at once: ``[*P, ...]`` to float64 ``[*P]``; NaN where no
-            voxel counts.
-        class_wise: whether ``function`` takes class-wise bins; else it takes top-label bins.
+        title: name in tables and diagrams.
+        function: function of bins ``[*P, ...]`` that returns values, float64 ``[*P]``. A value is NaN if no voxel
+            counts.
+        class_wise: True if ``function`` takes class-wise bins, False if it takes top-label bins.
     """
 
     title: str
@@ -50,12 +50,12 @@ class Statistic(NamedTuple):
     class_wise: bool = False
 
     def key(self, region: str) -> str:
-        """The entry of :attr:`CaseScores.bins` that :attr:`function` takes for ``region``."""
+        """Return the name of the entry of :attr:`CaseScores.bins` that :attr:`function` takes for a region."""
         return f"{region}_classes" if self.class_wise else region
 
 
 REGIONS = {"all": "all voxels", "foreground": "foreground (label not 0)"}
-"""The regions over which every statistic is taken, with their titles."""
+"""The regions over which every statistic is computed, with their titles."""
 
 STATISTICS: dict[str, Statistic] = {
     "nll": Statistic("NLL", CalibrationBins.mean_nll),
@@ -65,23 +65,23 @@ STATISTICS: dict[str, Statistic] = {
     "mce": Statistic("MCE", lambda bins: quiet_calibration_error(bins, "max")),
     "class_wise_ece": Statistic("class-wise ECE", lambda bins: quiet_calibration_error(bins).mean(-1), class_wise=True),
 }
-"""Every figure of merit of a prediction against labels, by its name in JSON and CSV."""
+"""All figures of merit of predictions against labels, by their names in JSON and CSV files."""
 
 MAIN_STATISTICS = ("nll", "brier", "ece")
 """The statistics that are computed after every training run. They need no class-wise bins."""
 
 
 class TruthBins(NamedTuple):
-    """Integer sums of a prediction against a known true probability of every class. All tensors are int64 on the CPU.
+    """Integer sums of a prediction against known true probabilities. All tensors are int64 on the CPU.
 
-    ``*P`` is empty, or ``[N]`` for the sums of N cases.
+    ``*P`` is ``N`` for the sums of N cases, and empty for those of one case. Units are 2^-24.
 
     Args:
-        count: voxels in a bin of top-label confidence, ``[*P, n_bins]``.
-        confidence: their summed confidences in units of 2^-24, ``[*P, n_bins]``.
-        truth: the summed true probabilities of their predicted classes, in the same units, ``[*P, n_bins]``.
-        squared_error: squared differences of the probabilities, summed over classes, in the same units, ``[*P]``.
-        absolute_error: absolute differences, their mean over the classes, in the same units, ``[*P]``.
+        count: number of voxels in each bin of top-label confidence, ``[*P, n_bins]``.
+        confidence: sum of the confidences in each bin, in units, ``[*P, n_bins]``.
+        truth: sum of the true probabilities of the predicted classes in each bin, in units, ``[*P, n_bins]``.
+        squared_error: sum over voxels and classes of the squared errors of the probabilities, in units, ``[*P]``.
+        absolute_error: sum over voxels of the mean absolute error over classes, in units, ``[*P]``.
     """
 
     count: Tensor  # type: ignore[assignment]  # hides tuple.count
@@ -91,28 +91,28 @@ class TruthBins(NamedTuple):
     absolute_error: Tensor
 
     def __add__(self, other: Any) -> TruthBins:
-        """Add the sums of both; this is not the concatenation of two tuples."""
+        """Return the sums over the voxels of both. The fields are added, not concatenated as those of a tuple."""
         return TruthBins(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
     def num_voxels(self) -> Tensor:
-        """Voxels in all bins, ``[*P]``."""
+        """Return the number of voxels in all bins, ``[*P]``."""
         return self.count.sum(-1)
 
     def calibration_error(self) -> Tensor:
-        """Expected calibration error with true probabilities instead of hits, float64 ``[*P]``."""
+        """Return the expected calibration error with true probabilities instead of hits, float64 ``[*P]``."""
         return (self.confidence - self.truth).abs().sum(-1).double() / UNIT / self.num_voxels()
 
     def mean_squared_error(self) -> Tensor:
-        """Squared distance to the true probabilities, summed over the classes, float64 ``[*P]``."""
+        """Return the mean squared distance to the true probabilities, summed over classes, float64 ``[*P]``."""
         return self.squared_error.double() / UNIT / self.num_voxels()
 
     def mean_absolute_error(self) -> Tensor:
-        """Absolute error of a class's probability, float64 ``[*P]``."""
+        """Return the mean absolute error of the probability of a class, float64 ``[*P]``."""
         return self.absolute_error.double() / UNIT / self.num_voxels()
 
 
 class TruthStatistic(NamedTuple):
-    """A figure of merit against known true probabilities; the counterpart of :class:`Statistic`."""
+    """A figure of merit against known true probabilities. It corresponds to :class:`Statistic`."""
 
     title: str
     function: Callable[[TruthBins], Tensor]
@@ -123,43 +123,49 @@ TRUTH_REGIONS = {
     "all": "all voxels",
     "disputed": f"voxels whose true probability of background is under {CERTAIN_BACKGROUND}",
 }
-"""The regions over which every statistic of :data:`TRUTH_STATISTICS` is taken, with their titles."""
+"""The regions over which every statistic of :data:`TRUTH_STATISTICS` is computed, with their titles."""
 
 TRUTH_STATISTICS: dict[str, TruthStatistic] = {
     "ece": TruthStatistic("ECE to the truth", TruthBins.calibration_error),
     "brier": TruthStatistic("squared error", TruthBins.mean_squared_error),
     "absolute_error": TruthStatistic("distance to the truth", TruthBins.mean_absolute_error),
 }
-"""Every figure of merit of a prediction against true probabilities, by its name."""
+"""All figures of merit of predictions against true probabilities, by their names."""
 
 
 # ------------------------------------------------------------------------------------------------- Dice
 
 
 class ClassCounts(NamedTuple):
-    """Voxels of each class, int64 ``[*P, C]`` on the CPU: in both maps, in the prediction, in the label map."""
+    """Numbers of voxels of each class, int64 ``[*P, C]`` on the CPU.
+
+    Args:
+        hits: voxels that have the class in the prediction and in the label map.
+        predicted: voxels that have it in the prediction.
+        labelled: voxels that have it in the label map.
+    """
 
     hits: Tensor
     predicted: Tensor
     labelled: Tensor
 
     def __add__(self, other: Any) -> ClassCounts:
-        """Add the counts of both; this is not the concatenation of two tuples."""
+        """Return the counts over the voxels of both. The fields are added, not concatenated as those of a tuple."""
         return ClassCounts(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
     def dice(self) -> Tensor:
-        """Dice of each class, float64 ``[*P, C]``; NaN where neither map holds the class."""
+        """Return the Dice of each class, float64 ``[*P, C]``. It is NaN if neither map holds the class."""
         return 2.0 * self.hits.double() / (self.predicted + self.labelled)
 
 
 def count_classes(prediction: Tensor, label: Tensor, classes: int, *, ignore_index: int = -100) -> ClassCounts:
-    """Count the voxels of ``prediction`` and ``label``, class indices of one shape; ignored voxels count nowhere."""
+    """Count the voxels of each class in two maps of class indices with the same shape, without ignored voxels."""
     wide = label.long()
     return _count(prediction, wide, wide != ignore_index, classes)
 
 
 def _count(prediction: Tensor, label: Tensor, counted: Tensor, classes: int) -> ClassCounts:
-    """Count the voxels where ``counted`` is True; all three arguments have one shape, ``label`` is int64."""
+    """Count the voxels where ``counted`` is True. The three tensors have the same shape, and ``label`` is int64."""
     pairs = torch.bincount(label[counted] * classes + prediction[counted], minlength=classes**2)
     table = pairs.cpu().view(classes, classes)
     return ClassCounts(table.diagonal().clone(), table.sum(0), table.sum(1))
@@ -169,13 +175,13 @@ def _count(prediction: Tensor, label: Tensor, counted: Tensor, classes: int) -> 
 
 
 class CaseScores(NamedTuple):
-    """Sums of a case, or of a slab of it. ``+`` merges slabs and cases.
+    """Sums over the voxels of a case, or of a slab of a case. The operator ``+`` adds slabs and cases.
 
     Args:
-        bins: :class:`calseg.CalibrationBins` of each region of :data:`REGIONS` by the region's name: top-label, and
-            under ``NAME_classes`` class-wise. Further entries hold bins by other conventions.
-        counts: voxels of each class in prediction and label map. A voxel with a NaN probability is in no count.
-        truth: :class:`TruthBins` of each region of :data:`TRUTH_REGIONS`; empty where no true probability is known.
+        bins: :class:`calseg.CalibrationBins` by name. Every region of :data:`REGIONS` has top-label bins under its
+            name, and class-wise bins under ``NAME_classes``. Further entries hold bins by other conventions.
+        counts: numbers of voxels of each class, without voxels that have a NaN probability.
+        truth: :class:`TruthBins` of each region of :data:`TRUTH_REGIONS`. Empty if no true probabilities are known.
     """
 
     bins: dict[str, CalibrationBins]
@@ -195,20 +201,20 @@ class CaseScores(NamedTuple):
         conventions: Mapping[str, BinsOf] | None = None,
         ignore_index: int = -100,
     ) -> CaseScores:
-        """Add up a volume or a slab, block by block.
+        """Compute the sums of a volume or a slab, block by block.
 
-        A block of :data:`BLOCK_BYTES` is read from memory once and stays in the cache while all its sums are made.
-        Sums are integers, so the result has the same bits whatever the blocks.
+        A block of :data:`BLOCK_BYTES` is read from memory once, and stays in the cache while all of its sums are
+        computed. Sums are integers, so the result does not depend on the blocks.
 
         Args:
             scores: logits or probabilities, float ``[C, *S]``.
             label: class indices ``[*S]``.
-            from_logits: whether ``scores`` are logits. Default True.
-            n_bins: bins of confidence, of equal width. Default 15.
-            class_wise: whether class-wise bins are made, too. Default True.
-            truth: the true probability of every class, ``[C, *S]``, where it is known.
-            conventions: functions that make bins by another convention, by the name of their entry in ``bins``.
-            ignore_index: label of voxels that count nowhere. Default -100.
+            from_logits: True if ``scores`` are logits, False if they are probabilities. Default True.
+            n_bins: number of bins of confidence, of equal width. Default 15.
+            class_wise: True to compute class-wise bins too. Default True.
+            truth: true probability of every class, ``[C, *S]``, or None.
+            conventions: functions that make bins by other conventions, by the names of their entries in ``bins``.
+            ignore_index: label of voxels that do not count. Default -100.
         """
         total: CaseScores | None = None
         for part in _blocks(scores):
@@ -226,11 +232,11 @@ class CaseScores(NamedTuple):
                 known = truth_bins(x[0], truth[:, part], counted[0], from_logits=from_logits, n_bins=n_bins)
             block = cls(bins, counts, known)
             total = block if total is None else total + block
-        assert total is not None  # an empty volume is one block
+        assert total is not None  # even an empty volume has one block
         return total
 
     def __add__(self, other: Any) -> CaseScores:
-        """Add the sums of both; this is not the concatenation of two tuples."""
+        """Return the sums over the voxels of both. The fields are added, not concatenated as those of a tuple."""
         return CaseScores(
             {name: bins + other.bins[name] for name, bins in self.bins.items()},
             self.counts + other.counts,
@@ -238,7 +244,7 @@ class CaseScores(NamedTuple):
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Nested lists of integers."""
+        """Return the sums as nested lists of integers, which JSON can hold."""
         content = {"bins": {name: lists_of(bins) for name, bins in self.bins.items()}, **lists_of(self.counts)}
         if self.truth:
             content["truth"] = {name: lists_of(bins) for name, bins in self.truth.items()}
@@ -246,7 +252,7 @@ class CaseScores(NamedTuple):
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> CaseScores:
-        """The inverse of :meth:`to_json`; entries of other names are left alone."""
+        """Return the sums from the result of :meth:`to_json`. Entries with other names are ignored."""
         return cls(
             {name: CalibrationBins(**_tensors(bins)) for name, bins in content["bins"].items()},
             ClassCounts(**_tensors({name: content[name] for name in ClassCounts._fields})),
@@ -255,16 +261,17 @@ class CaseScores(NamedTuple):
 
 
 def lists_of(sums: CalibrationBins | TruthBins | ClassCounts) -> dict[str, Any]:
-    """The sums by name, as nested lists of integers."""
+    """Return the fields by name, as nested lists of integers."""
     return {name: each.tolist() for name, each in sums._asdict().items()}
 
 
 def _tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return int64 tensors from nested lists."""
     return {name: torch.tensor(sums, dtype=torch.int64, device="cpu") for name, sums in content.items()}
 
 
 def stack(cases: Sequence[CaseScores]) -> CaseScores:
-    """All cases in one object, whose tensors have a first axis ``[cases]``."""
+    """Return all cases in one object, whose tensors have the cases as first axis."""
     return CaseScores(
         {name: CalibrationBins(*_stacked([case.bins[name] for case in cases])) for name in cases[0].bins},
         ClassCounts(*_stacked([case.counts for case in cases])),
@@ -273,11 +280,12 @@ def stack(cases: Sequence[CaseScores]) -> CaseScores:
 
 
 def _stacked(parts: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Stack each field of several tuples."""
     return [torch.stack(sums) for sums in zip(*parts, strict=True)]
 
 
 def _blocks(scores: Tensor) -> Iterator[slice]:
-    """Cut the first axis of space of ``[C, *S]`` into slices; on a GPU, whose memory is fast, into one."""
+    """Cut the first spatial axis of ``[C, *S]`` into slices. A GPU gets a single one, because its memory is fast."""
     length = scores.shape[1]
     rows = length
     if scores.device.type == "cpu" and length:
@@ -289,7 +297,7 @@ def _blocks(scores: Tensor) -> Iterator[slice]:
 def _region_bins(
     scores: Tensor, label: Tensor, from_logits: bool, n_bins: int, class_wise: bool, ignore_index: int
 ) -> dict[str, CalibrationBins]:
-    """The entries of :attr:`CaseScores.bins` for scores ``[1, C, *S]`` and labels ``[1, *S]``."""
+    """Return the entries of :attr:`CaseScores.bins` for scores ``[1, C, *S]`` and labels ``[1, *S]``."""
     masks = {"all": None, "foreground": label > 0}
     kinds = {"": False, "_classes": True} if class_wise else {"": False}
     return {
@@ -305,14 +313,15 @@ def _region_bins(
 def truth_bins(
     scores: Tensor, truth: Tensor, counted: Tensor | None = None, *, from_logits: bool = True, n_bins: int = N_BINS
 ) -> dict[str, TruthBins]:
-    """Sums of ``scores`` against the true probabilities ``truth``, both float ``[C, *S]``, by region.
+    """Return the sums of a prediction against true probabilities, by region.
 
     Args:
-        scores: logits or probabilities.
-        truth: the true probability of every class.
-        counted: bool ``[*S]``: where False, a voxel counts nowhere, and it may then be NaN. Default: all count.
-        from_logits: whether ``scores`` are logits. Default True.
-        n_bins: bins of top-label confidence, of equal width. Default 15.
+        scores: logits or probabilities, float ``[C, *S]``.
+        truth: true probability of every class, float ``[C, *S]``.
+        counted: bool ``[*S]``. A voxel does not count where it is False, and may be NaN there. Default: all voxels
+            count.
+        from_logits: True if ``scores`` are logits, False if they are probabilities. Default True.
+        n_bins: number of bins of top-label confidence, of equal width. Default 15.
     """
     p = (torch.softmax(scores.double(), 0) if from_logits else scores.double()).flatten(1)
     t = truth.to(p).flatten(1)
@@ -346,7 +355,7 @@ def truth_bins(
 
 
 def warn_of_nan(bins: CalibrationBins, stacklevel: int = 3) -> None:
-    """Warn of how many voxels are left out because a probability is NaN."""
+    """Warn if voxels are left out because a probability is NaN, and say how many."""
     if num_nan := int(bins.num_nan.sum()):
         total = int(bins.num_voxels.sum())
         message = f"{num_nan} of {total} voxels have a NaN probability and are left out"
@@ -354,7 +363,7 @@ def warn_of_nan(bins: CalibrationBins, stacklevel: int = 3) -> None:
 
 
 def values_of(bins: Mapping[str, CalibrationBins], names: Sequence[str] = tuple(STATISTICS)) -> dict[str, Any]:
-    """``{region: {statistic: value}}`` of the sums over all cases; None where a region has no voxel."""
+    """Return ``{region: {statistic: value}}`` from the sums over all cases, with None for regions without voxels."""
     return {
         region: {
             name: float(STATISTICS[name].function(bins[STATISTICS[name].key(region)]))
@@ -367,12 +376,16 @@ def values_of(bins: Mapping[str, CalibrationBins], names: Sequence[str] = tuple(
 
 
 def summarise(cases: Mapping[str, CaseScores], class_names: Sequence[str]) -> dict[str, Any]:
-    """Summary of the validation cases of a training run: Dice, and :data:`MAIN_STATISTICS`.
+    """Summarise the validation cases of a training run: Dice, and :data:`MAIN_STATISTICS`.
 
     Returns:
-        ``dice``: ``{class: mean over the cases that hold it}``, from class 1 on; ``dice_mean``: the mean over these
-        classes; ``voxels``: ``{region: count}``; for each region ``{statistic: value over the voxels of all cases}``;
-        ``cases``: ``{case: {class: Dice}}``. None stands where there is no value.
+        A dictionary, in which None stands for a value that does not exist:
+
+        - ``dice``: ``{class: mean over the cases that hold it}``, from class 1 on
+        - ``dice_mean``: the mean over these classes
+        - ``voxels``: ``{region: number of voxels}``
+        - the name of each region: ``{statistic: value over the voxels of all cases}``
+        - ``cases``: ``{case: {class: Dice}}``
     """
     dice: dict[str, dict[str, float | None]] = {}
     for case, scores in cases.items():
@@ -392,6 +405,6 @@ def summarise(cases: Mapping[str, CaseScores], class_names: Sequence[str]) -> di
 
 
 def mean_of(values: Sequence[float | None]) -> float | None:
-    """The mean of the values that there are."""
+    """Return the mean of the values that are not None, or None if there is none."""
     present = [value for value in values if value is not None]
     return sum(present) / len(present) if present else None

@@ -1,13 +1,14 @@
-"""A small data set with real ambiguity at the borders, simulated for ``calseg demo``.
+"""Simulation of a small data set with ambiguous borders, for ``calseg demo``.
 
-Every case has a latent field ``f``, smooth and positive inside a lesion. Rater ``r`` marks the lesion where
-``f + b_r + g_r > 0`` and its core where ``f + b_r + g_r > CORE``, with a bias ``b_r`` of the whole case and a
-smooth field ``g_r`` of errors, both normal. The standard deviation of their sum is ``SPREAD``, so that the
-probability that a rater drawn at random marks a voxel is known exactly: ``Phi(f / SPREAD)`` for the lesion,
-``Phi((f - CORE) / SPREAD)`` for its core. The image shows ``f`` through a soft ramp, with a bias field, noise
-and a contrast of its own per case. The training label of a case is one rater's map, as it mostly is in
-practice; the other raters' maps and the true probabilities serve to score what was learned. Needs nibabel (the extra
-``calseg[train]``).
+Every case has a smooth latent field ``f``, which is positive inside a lesion. Rater ``r`` marks the lesion where
+``f + b_r + g_r > 0``, and its core where ``f + b_r + g_r > CORE``. Here ``b_r`` is a bias for the whole case and
+``g_r`` is a smooth field of errors, both normally distributed. The standard deviation of their sum is ``SPREAD``. So
+the probability that a random rater marks a voxel is known exactly: ``Phi(f / SPREAD)`` for the lesion,
+``Phi((f - CORE) / SPREAD)`` for its core.
+
+The image shows ``f`` after a smooth ramp function, with a bias field, noise, and a random contrast per case. The
+training label of a case is the map of one rater, as it often is in practice. The maps of the other raters and the true
+probabilities are used to score predictions. The module needs nibabel (the extra ``calseg[train]``).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SPREAD = 0.35
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """The settings that decide the result of a demo."""
+    """The settings of a demo."""
 
     cases: int = setting(
         16, "Number of volumes to simulate; half of them are trained on, the others are scored.", at_least(4)
@@ -49,10 +50,10 @@ class DemoConfig:
 
 
 def _smooth_field(rng: np.random.Generator, shape: Sequence[int], length: float) -> NDArray[np.float64]:
-    """Gaussian random field ``[*shape]``, variance 1 at every voxel, correlated over ``length`` voxels.
+    """Return a Gaussian random field ``[*shape]`` with variance 1 at every voxel, correlated over ``length`` voxels.
 
-    White noise under a periodic Gaussian filter, applied in the Fourier domain; the padding keeps opposite
-    faces apart.
+    It is white noise, filtered by a periodic Gaussian in the Fourier domain. Padding removes the correlation between
+    opposite faces.
     """
     padded = [side + int(np.ceil(4 * length)) for side in shape]
     squares = sum(
@@ -65,14 +66,19 @@ def _smooth_field(rng: np.random.Generator, shape: Sequence[int], length: float)
 
 
 def _phi(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The standard normal distribution function."""
+    """Return the standard normal distribution function of ``x``."""
     return np.asarray(torch.special.ndtr(torch.from_numpy(x)))
 
 
 def make_case(
     seed: int, index: int, config: DemoConfig
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.float32]]:
-    """Image float32 ``[x, y, z]``, maps uint8 ``[raters, x, y, z]``, truth float32 ``[3, x, y, z]``."""
+    """Simulate a case.
+
+    Returns:
+        The image, float32 ``[x, y, z]``, the maps of the raters, uint8 ``[raters, x, y, z]``, and the true
+        probabilities, float32 ``[3, x, y, z]``.
+    """
     rng = np.random.default_rng((seed, index))
     shape = [int(side) for side in rng.integers(config.side - 4, config.side + 5, 3)]
     grid = np.meshgrid(*(np.arange(side) - side / 2 for side in shape), indexing="ij")
@@ -100,7 +106,7 @@ def make_case(
 
 
 def make_dataset(folder: Path, config: DemoConfig) -> None:
-    """Write the cases in the Decathlon's layout, with ``raters/CASE_rK.nii.gz`` and ``truth/CASE.nii.gz``."""
+    """Write the cases in the layout of the Decathlon, plus ``raters/CASE_rK.nii.gz`` and ``truth/CASE.nii.gz``."""
     try:
         for part in ("imagesTr", "labelsTr", "raters", "truth"):
             (folder / part).mkdir(parents=True, exist_ok=True)
@@ -133,19 +139,20 @@ def make_dataset(folder: Path, config: DemoConfig) -> None:
 
 
 def training_rater(index: int, config: DemoConfig) -> int:
-    """The rater whose map is the training label of the case ``index``: the raters take turns."""
+    """Return the rater whose map is the training label of case ``index``. The raters take turns."""
     return index % config.raters
 
 
 def rater_file(folder: Path, name: str, rater: int) -> Path:
-    """The label map of one rater of the case ``name``."""
+    """Return the path of the label map of a rater for case ``name``."""
     return folder / "raters" / f"{name}_r{rater}.nii.gz"
 
 
 def truth_file(folder: Path, name: str) -> Path:
-    """The true probabilities of the case ``name``, ``[x, y, z, classes]``."""
+    """Return the path of the true probabilities of case ``name``, ``[x, y, z, classes]``."""
     return folder / "truth" / f"{name}.nii.gz"
 
 
 def _save(voxels: NDArray[Any], path: Path) -> None:
+    """Write voxels to a NIfTI file."""
     nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), path)

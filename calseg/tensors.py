@@ -1,7 +1,8 @@
-"""Dtypes, shapes and memory layouts of tensors, as every backend sees them.
+"""Dtypes, shapes and memory layouts of tensors.
 
-Kernels see every tensor as ``[N, C, S]``, its spatial axes collapsed to one stride. So channel-first, channels-last and
-slices of either are read where they are. The few other layouts are copied first.
+Kernels see every tensor as ``[N, C, S]``, where one axis S with one stride stands for all spatial axes. They can so
+read channel-first tensors, channels-last tensors, and slices of either in place. Tensors of other layouts are copied
+first.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ LABEL_DTYPES = (
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a value of ``dtype`` is computed: at least float32."""
+    """Return the dtype in which values of ``dtype`` are computed: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def shape_of(scores: Tensor) -> tuple[int, int, int]:
-    """``(N, C, S)`` of ``[C]``, ``[N, C]`` or ``[N, C, *S]``; the rows of ``[N, C]`` are the voxels of one item."""
+    """Return ``(N, C, S)`` of scores ``[C]``, ``[N, C]`` or ``[N, C, *S]``.
+
+    The rows of ``[N, C]`` count as the voxels of one batch item.
+    """
     sizes = scores.shape
     if len(sizes) == 1:
         return 1, sizes[0], 1
@@ -33,13 +37,13 @@ def shape_of(scores: Tensor) -> tuple[int, int, int]:
 
 
 def voxel_shape(scores: Tensor) -> tuple[int, ...]:
-    """``[N, *S]`` of ``[N, C, *S]``."""
+    """Return the shape ``[N, *S]`` of labels for scores ``[N, C, *S]``."""
     sizes = tuple(scores.shape)
     return sizes[:1] + sizes[2:] if len(sizes) > 1 else ()
 
 
 def class_axis(scores: Tensor) -> int:
-    """The axis of the classes: 0 of ``[C]``, else 1."""
+    """Return the axis of the classes: 0 for ``[C]``, else 1."""
     return 1 if scores.dim() > 1 else 0
 
 
@@ -47,7 +51,7 @@ def class_axis(scores: Tensor) -> int:
 
 
 def one_stride(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
-    """The stride with which these axes are walked in row-major order, if there is one."""
+    """Return the one stride by which these axes can be read in row-major order, or None if there is none."""
     step, extent = 1, None
     for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
         if size == 1:
@@ -61,36 +65,39 @@ def one_stride(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
 
 
 def is_walkable(scores: Tensor) -> bool:
-    """Whether the kernels see this tensor itself, not a copy: one stride walks its spatial axes."""
+    """Return whether kernels can read this tensor in place: one stride stands for all of its spatial axes."""
     if scores.dim() < 4 or scores.is_contiguous():
         return True
     return one_stride(scores.shape[2:], scores.stride()[2:]) is not None
 
 
 def layout_like(scores: Tensor) -> torch.memory_format:
-    """The layout of a result like ``scores``: its own, if the kernels can write that in place, else contiguous."""
+    """Return the memory format of a result like ``scores``.
+
+    It is that of ``scores`` if kernels can write it in place, else contiguous.
+    """
     if scores.is_contiguous() or is_walkable(torch.empty_like(scores, device="meta")):
         return torch.preserve_format
     return torch.contiguous_format
 
 
-# ---- one shape for all: [N, C, S] ----
+# ---- conversion to the shape [N, C, S] and back ----
 
 
 def flat(scores: Tensor) -> Tensor:
-    """``[N, C, S]``, with the voxels numbered as :func:`shape_of` counts them."""
+    """Return scores as ``[N, C, S]``, the shape that :func:`shape_of` gives."""
     if scores.dim() == 1:
         return scores[None, :, None]
     return scores.transpose(0, 1)[None] if scores.dim() == 2 else scores.flatten(2)
 
 
 def flat_voxels(voxels: Tensor) -> Tensor:
-    """``[N, S]`` of ``[]``, ``[N]`` or ``[N, *S]``."""
+    """Return ``[]``, ``[N]`` or ``[N, *S]`` as ``[N, S]``."""
     return voxels.reshape(1, -1) if voxels.dim() < 2 else voxels.flatten(1)
 
 
 def unflat(scores: Tensor, like: Tensor) -> Tensor:
-    """``[N, C, S]`` back in the shape of ``like``."""
+    """Return ``[N, C, S]`` in the shape of ``like``: the inverse of :func:`flat`."""
     if like.dim() == 1:
         return scores[0, :, 0]
     return scores[0].transpose(0, 1) if like.dim() == 2 else scores.view(like.shape)

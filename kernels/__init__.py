@@ -1,8 +1,12 @@
-"""GPU kernels: one file for each operation, with its Triton kernel and the launch of it.
+"""GPU kernels in Triton and in CUDA C++.
 
-``launch`` cuts work into tiles, and ``tile``, ``labels``, ``softmax``, ``noise``, ``gaussian``, ``reductions`` and
-``sample_statistics`` are what the operations share. :mod:`calseg.backends.triton` calls the launches. Kernels import
-PyTorch, Triton and each other, and take the specs of :mod:`calseg.operations` as they are. A loss is the file of its
-name: its ``kind`` says what the tiles must be, its ``launch`` runs it. ``calibration_bins.cu`` is the same operation in
-CUDA C++, which the native module calls.
+Every operation has a file of its name. It holds the Triton kernel and a function ``launch`` that launches it. The file
+of a loss also has a function ``tile_demands``, which says what its tiles must be like. ``calibration_bins.cu`` is the
+kernel of that operation in CUDA C++, which the native module calls.
+
+The other files are shared by the operations: ``launch`` cuts work into tiles, and ``tile``, ``labels``, ``softmax``,
+``noise``, ``gaussian``, ``reductions`` and ``sample_statistics`` hold functions and small kernels.
+
+:mod:`calseg.backends.triton` calls the launches. The files import PyTorch, Triton and each other, and nothing else of
+calseg. They receive the specs of :mod:`calseg.operations` as they are.
 """

@@ -1,6 +1,6 @@
-"""The softmax of a map of logits, added to a running total, and its gradient.
+"""Softmax of a map of logits, added to a running total, and the gradient of the logits.
 
-Floor: two reads and one write.
+Least memory traffic, in both directions: two reads and one write of a tensor of the logits' size.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from calseg.kernels.tile import View, classes, load, locate, store
 
 @triton.jit
 def _softmax(x, top, total, per_temperature):
-    """Return the softmax of a block of classes, given :func:`top_and_sum` of all."""
+    """Return the softmax of a block of classes, given the results of :func:`top_and_sum` for all classes."""
     return exp_of((x - top[None, :]) * per_temperature) * reciprocal(total)[None, :]
 
 
 @triton.jit
 def accumulate_softmax(
     logits,  # [N, C, S]
-    other,  # [N, C, S]: the running total, or the gradient that comes in
-    out,  # out [N, C, S]: the total, or the gradient of the logits
+    other,  # [N, C, S]: the running total, or the upstream gradient
+    out,  # out [N, C, S]: the running total, or the gradient of the logits
     S,
     per_temperature,
     BACKWARD: tl.constexpr,
     C: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """Compute ``out = other + softmax(logits * per_temperature)``, or its gradient."""
+    """Compute ``out = other + softmax(logits * per_temperature)`` or, if BACKWARD, the gradient of the logits."""
     BLOCK_C: tl.constexpr = tile.BLOCK_C
     n, first, inside = locate(tl.program_id(0), S, tile)
     c = classes(0, tile)

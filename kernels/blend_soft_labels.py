@@ -1,6 +1,6 @@
-"""Soft labels from a total of softmax maps, blended with labels in place.
+"""Soft labels from the total of several softmax maps, blended with one-hot labels in place.
 
-Floor: one read and one write.
+Least memory traffic: one read and one write of the total.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ def blend_soft_labels(
     estimate,  # in and out [N, C, S]
     labels,  # [N, S] or none
     S,
-    alpha,  # 1 without labels
+    alpha,  # 1 if there are no labels
     scale,
     C: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """Compute ``estimate = (1 - alpha) * onehot(labels) + scale * estimate``, 0 where ignored."""
+    """Compute ``estimate = (1 - alpha) * onehot(labels) + scale * estimate``. Ignored voxels get 0."""
     n, first, inside = locate(tl.program_id(0), S, tile)
     label, ok, bad = load_labels_or_none(labels, n, first, inside, C, tile)
     for start in range(0, C, tile.BLOCK_C):

@@ -1,12 +1,16 @@
-// Calibration on a GPU: softmax, the class of the largest probability, its bin, and integer sums per bin, with the negative
-// log-likelihood and the Brier score, in one pass. Floor: one read of the scores and of the labels.
+// CUDA kernel of calibration_bins: sums per bin of confidence, and sums of the negative log-likelihood and the Brier score.
 //
-// The mathematics is that of csrc/cpu/calibration.cpp (csrc/voxel/calibration.h). Every sum is an integer, so that the order
-// of the additions does not matter. A thread takes a voxel, up to 16 classes at once, and keeps the totals in registers.
+// For each voxel it computes the softmax, the class with the largest probability, the bin of that probability, the negative
+// log-likelihood and the Brier score, all in one pass. csrc/voxel/calibration.h has the mathematics, which the CPU kernel
+// uses too. All sums are integers, so the order of the additions does not matter.
 //
-// Bins are added up in a block's shared memory. If they are few, every thread has words of its own, in columns, so that no
-// two threads add to one word and no bank is asked twice. If they are many, the block has one set. Most voxels of a
-// segmentation fall into one bin, so a warp adds up the voxels of two bins first, and only the others one by one.
+// Least memory traffic: one read of the logits or probabilities, and one of the labels.
+//
+// A thread holds up to 16 classes of a voxel at once, and keeps its totals in registers. The bins lie in the shared memory
+// of the block. If there are few bins, every thread has a set of its own. The sets are columns of an array, so that no two
+// threads of a warp use the same memory bank. If there are many bins, the block has one set. Most voxels of a segmentation
+// fall into the same bin. So the threads of a warp add up their voxels in two bins with warp instructions, and add only the
+// other voxels one by one.
 #include <cfloat>
 #include <stdexcept>
 #include <string>
@@ -21,8 +25,8 @@ namespace CALSEG_ISA {
 namespace {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kCountShift = 16;  // of the count, which lies above the hits
-constexpr int kWarpRounds = 2;   // number of bins that a warp adds up before the rest goes one by one
+constexpr int kCountShift = 16;  // lowest bit of the count in ColumnBin::count_and_hits; the hits lie below
+constexpr int kWarpRounds = 2;   // number of bins that a warp adds up together, before it adds other voxels one by one
 
 CALSEG_INLINE float widened(float x) { return x; }
 CALSEG_INLINE float widened(BF16 x) { return float_of_bits(static_cast<uint32_t>(x.bits) << 16); }
@@ -34,25 +38,26 @@ CALSEG_INLINE F16 minus_infinity(F16) { return {0xfc00}; }
 CALSEG_INLINE int lane() { return static_cast<int>(threadIdx.x) % kCudaWarp; }
 CALSEG_INLINE int warp() { return static_cast<int>(threadIdx.x) / kCudaWarp; }
 
-// Adds up a warp's numbers. Lane 0 gets the sum.
+// Returns the sum of the numbers of a warp in lane 0, and other numbers in the other lanes.
 CALSEG_INLINE unsigned long long sum_of_warp(unsigned long long x) {
     for (int step = kCudaWarp / 2; step > 0; step /= 2) x += __shfl_down_sync(kAllLanes, x, step);
     return x;
 }
 
+// Adds to a sum in global memory.
 CALSEG_INLINE void add_to(int64_t* to, unsigned long long x) {
     if (x) atomicAdd(reinterpret_cast<unsigned long long*>(to), x);
 }
 
 // ---- bins ----
 
-// Bin of a thread, of up to kMostVoxels voxels.
+// Bin of one thread, which sums up to kMostVoxels voxels.
 struct alignas(8) ColumnBin {
     unsigned confidence, count_and_hits;
 };
 
-// Bin of a block. 64-bit additions in shared memory are loops of compare and swap, so the confidence is two halves with a
-// carry.
+// Bin of a block. The sum of the confidences is kept in two 32-bit halves with a carry. A 64-bit atomic addition in shared
+// memory would be a slow loop of compare and swap.
 struct SharedBin {
     unsigned count, hits, low, high;
 
@@ -64,6 +69,7 @@ struct SharedBin {
     }
 };
 
+// Bins of a block, in the memory that the plan chose.
 class Bins {
  public:
     CALSEG_MEMBER Bins(const CalibrationLaunch& launch, int64_t* sums)
@@ -75,7 +81,7 @@ class Bins {
           shared_(reinterpret_cast<SharedBin*>(shared_memory() + launch.bins_offset)),
           sums_(sums) {}
 
-    // Called by all threads, which wait for each other at its end.
+    // Sets the bins in shared memory to 0. All threads of the block must call it. They wait for each other at its end.
     CALSEG_MEMBER void clear() {
         static_assert(sizeof(ColumnBin) * 2 == sizeof(SharedBin));
         const int words = bins_in_ == BinsIn::columns ? bins_ * kCudaThreads : bins_in_ == BinsIn::shared ? bins_ * 2 : 0;
@@ -83,7 +89,7 @@ class Bins {
         __syncthreads();
     }
 
-    // Adds a voxel's confidence to a kind of bins. Called by all threads of a warp.
+    // Adds the confidence p of a voxel to set number `kind` of the bins, if `counts`. All threads of a warp must call it.
     CALSEG_MEMBER void add(int32_t kind, float p, bool hit, bool counts) {
         p = within_unit<float>(p);
         const int32_t bin = bin_of<float>(p, n_bins_, static_cast<int32_t>(n_bins_.n) - 1, right_closed_);
@@ -95,6 +101,8 @@ class Bins {
             word = {word.confidence + confidence, word.count_and_hits + (1u << kCountShift | static_cast<unsigned>(hit))};
             return;
         }
+        // In each of the first rounds, the warp takes the bin of its first voxel that is left, and adds up all of its
+        // voxels in that bin. In the round after these, each thread adds its own voxel.
         unsigned left = __ballot_sync(kAllLanes, counts);
 #pragma unroll 1
         for (int round = 0; left; ++round) {
@@ -118,7 +126,7 @@ class Bins {
         }
     }
 
-    // Adds the bins in shared memory to the call's sums. Called by all threads, after they have waited for each other.
+    // Adds the bins in shared memory to the sums of the call. All threads of the block must call it, after a barrier.
     CALSEG_MEMBER void finish() {
         if (bins_in_ == BinsIn::columns) {
             for (int bin = warp(); bin < bins_; bin += kCudaWarps) {
@@ -162,11 +170,11 @@ class Bins {
 
 // ---- totals ----
 
-// Totals of a thread, of up to kMostVoxels voxels. finish() adds up those of the block.
+// Totals of one thread, which sum up to kMostVoxels voxels. finish() adds up the totals of the block.
 struct Totals {
     unsigned whole = 0, rest = 0, brier = 0, voxels = 0, nans = 0, infinites = 0;
 
-    // Adds a voxel that is in the bins.
+    // Adds a voxel that goes to the bins.
     CALSEG_MEMBER void add(float nll, float squared) {
         brier += static_cast<unsigned>(in_units<float>(squared));
         if (!(nll < static_cast<float>(kMaxNll))) {
@@ -179,7 +187,7 @@ struct Totals {
         rest += static_cast<unsigned>(in_units<float>(nll - to_values(nats, nll)));
     }
 
-    // Called by all threads, which wait for each other in it.
+    // Adds the totals of the block to those of the call. All threads of the block must call it. It contains a barrier.
     CALSEG_MEMBER void finish(int64_t* to) const {
         unsigned long long* of_warps = reinterpret_cast<unsigned long long*>(shared_memory());  // [kCudaWarps][kTotals]
         const unsigned sums[kTotals] = {whole, rest, brier, voxels, nans, infinites};
@@ -198,13 +206,13 @@ struct Totals {
 
 // ---- memory ----
 
-// Clamps a number of elements that are left to 0 .. kMost.
+// Clamps the number of elements that are left to the range 0 to kMost.
 template <int kMost>
 CALSEG_INLINE int up_to(int64_t left) {
     return left < kMost ? left < 0 ? 0 : static_cast<int>(left) : kMost;
 }
 
-// Reads a voxel's label: its class, kSkipped or kNoClass.
+// Reads the label of a voxel. Returns its class, kSkipped or kNoClass.
 CALSEG_INLINE int32_t load_class(const CalibrationLaunch& launch, int64_t n, int64_t s) {
     const TensorView& mask = launch.args.spec.mask;
     if (mask.data && !static_cast<const uint8_t*>(mask.data)[n * mask.stride_n + s * mask.stride_s]) return kSkipped;
@@ -229,11 +237,12 @@ CALSEG_INLINE int32_t load_class(const CalibrationLaunch& launch, int64_t n, int
     return bits == 0 && launch.args.spec.skip_background ? kSkipped : static_cast<int32_t>(bits);
 }
 
-// Reads the scores of classes c to c + K for a thread's voxels s, s + kCudaThreads and so on, and `missing` beyond the tensor.
+// Reads the scores of classes c to c + K for the voxels of a thread, which are s, s + kCudaThreads and so on. Places
+// outside of the tensor get the score `missing`.
 //
-// Transposed, a warp's lanes read K classes of 32 / K voxels at once, and exchange them in shared memory. Rows there have an
-// odd length, so that no bank is asked twice. `missing` is chosen before the conversion: with a choice after it, registers
-// would hold all conditions until then.
+// In a transposed read, the lanes of a warp read K classes of 32 / K voxels at once, and then exchange the scores in shared
+// memory. The rows there have an odd length, so that no two lanes use the same memory bank. The code selects `missing`
+// before it converts a score to float. If it did so afterwards, registers would have to hold all conditions until then.
 template <int K, int V, class From>
 CALSEG_INLINE void load_scores(float (&x)[V][K], const CalibrationLaunch& launch, int64_t n, int64_t s, int c, From missing) {
     const TensorView& scores = launch.args.scores;
@@ -250,7 +259,7 @@ CALSEG_INLINE void load_scores(float (&x)[V][K], const CalibrationLaunch& launch
         }
         return;
     }
-    constexpr int kAtOnce = kCudaWarp / K;  // voxels
+    constexpr int kAtOnce = kCudaWarp / K;  // number of voxels that a warp reads at once
     const int own_class = lane() % K, own_voxel = lane() / K;
     s += own_voxel - lane();
     const int voxels = own_class < classes ? up_to<V * kCudaThreads>(launch.args.shape.S - s) : 0;
@@ -276,7 +285,8 @@ CALSEG_INLINE void load_scores(float (&x)[V][K], const CalibrationLaunch& launch
 
 // ---- voxels ----
 
-// Sums over classes of logits minus the largest so far. shift() is the largest, or the lowest number where all are -inf.
+// Accumulator for the classes of a voxel with logits. It subtracts the largest logit so far, and rescales its sums when a
+// larger one comes.
 class LogitFold {
  public:
     // Adds the classes c to c + K of C. Turns their logits into exp(logit - shift).
@@ -306,19 +316,21 @@ class LogitFold {
             x[j + 1] = pair[1];
         }
     }
+    // Returns the number that was subtracted: the largest logit so far, or the lowest float if all are -inf.
     CALSEG_MEMBER float shift() const { return larger(top_, -FLT_MAX); }
     CALSEG_MEMBER LogitSums<float> result() const {
         LogitSums<float> sums = sum_.result(top_class_);
-        if (sums.total == 0.0f) sums.total = NAN;  // all are -inf: no distribution
+        if (sums.total == 0.0f) sums.total = NAN;  // all logits are -inf, which is no distribution
         return sums;
     }
 
  private:
-    LogitSum<float> sum_;
+    LogitAccumulator<float> sum_;
     float top_ = -INFINITY;
     int32_t top_class_ = 0;
 };
 
+// Accumulator for the classes of a voxel with probabilities.
 class ProbabilityFold {
  public:
     template <int K>
@@ -336,7 +348,7 @@ class ProbabilityFold {
 template <bool kLogits>
 using Fold = std::conditional_t<kLogits, LogitFold, ProbabilityFold>;
 
-// Adds a voxel to the totals, and records its faults. Returns whether it is in the bins.
+// Adds a voxel to the totals, and records its faults. Returns whether it goes to the bins.
 template <class Sums>
 CALSEG_INLINE bool add_totals(Totals& totals, const CalibrationLaunch& launch, const Sums& sums, float confidence, int32_t label,
                               int64_t position) {
@@ -351,7 +363,7 @@ CALSEG_INLINE bool add_totals(Totals& totals, const CalibrationLaunch& launch, c
     return binned;
 }
 
-// Adds K classes from c on to their bins. `scale` turns x into a probability.
+// Adds K classes from c on to their bins. The probability of a class is x * scale.
 template <int K>
 CALSEG_INLINE void add_classes(Bins& bins, const CalibrationLaunch& launch, int32_t label, int c, const float (&x)[K], float scale,
                                bool binned) {
@@ -361,7 +373,7 @@ CALSEG_INLINE void add_classes(Bins& bins, const CalibrationLaunch& launch, int3
         if (c + j >= first && c + j < C) bins.add(c + j - first, x[j] * scale, label == c + j, binned);
 }
 
-// Kernel whose threads hold K classes of V voxels.
+// Kernel whose threads hold K classes of V voxels at once. From is the type in which the scores are stored.
 template <class From, int K, int V, bool kLogits, bool kClassWise>
 __global__ void __launch_bounds__(kCudaThreads, kCudaResident) calibration_bins(const CalibrationLaunch launch) {
     const From missing = kLogits ? minus_infinity(From()) : From();
@@ -400,7 +412,7 @@ __global__ void __launch_bounds__(kCudaThreads, kCudaResident) calibration_bins(
                 const float scale = kLogits ? confidence : 1.0f;
                 for (int c = 0; c < C; c += K) {
                     if constexpr (V == 1)
-                        if (C > K) {  // more classes than the thread keeps: read again
+                        if (C > K) {  // the thread does not hold all classes, so it reads them again
                             load_scores(x, launch, n, first, c, missing);
                             if constexpr (kLogits) {
                                 for (auto& each : x[v]) each -= fold.shift();
@@ -413,11 +425,11 @@ __global__ void __launch_bounds__(kCudaThreads, kCudaResident) calibration_bins(
         }
         if (++of_item == launch.tiles_per_item) of_item = 0, ++n;
     }
-    totals.finish(launch.args.totals + group * kTotals);  // the threads wait for each other in it
+    totals.finish(launch.args.totals + group * kTotals);  // has the barrier that bins.finish() needs
     bins.finish();
 }
 
-// ---- the host's side ----
+// ---- launch, on the host ----
 
 using Function = void (*)(CalibrationLaunch);
 
@@ -448,7 +460,7 @@ void check(cudaError_t error) {
     if (error != cudaSuccess) throw std::runtime_error(std::string("calibration_bins on CUDA: ") + cudaGetErrorString(error));
 }
 
-// Makes a device the current one while it lives.
+// Guard that makes a device the current one during its lifetime.
 class OnDevice {
  public:
     explicit OnDevice(int device) : device_(device) {
@@ -482,7 +494,7 @@ void cuda_calibration_bins(const BinsArgs& args, int64_t* faults, int device, vo
     CalibrationLaunch launch = calibration_launch(args, limits);
     launch.faults = faults;
     const auto kernel = kernel_of_dtype(launch);
-    // the same value in every call, as another thread's call may come between this and the launch
+    // Set the same value in every call, because the call of another thread may come between this line and the launch.
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limits.shared_per_block)));
     int resident = 0;
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kCudaThreads, launch.shared_bytes));

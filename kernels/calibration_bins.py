@@ -1,12 +1,16 @@
-"""Calibration bins: softmax, arg max, bins, negative log-likelihood and Brier score in one pass.
+"""Calibration bins: sums per bin of confidence, and sums of the negative log-likelihood and the Brier score.
 
-Floor: one read of the scores and of the labels.
+For each voxel the kernel computes the softmax, the class with the largest probability, the bin of that probability, the
+negative log-likelihood and the Brier score, all in one pass.
 
-Every sum is an integer, as in csrc/voxel/calibration.h: confidences, Brier scores and fractions of a nat count in units
-of 2^-24. So the order of the atomic additions does not show in the result. A voxel is one word,
-``[count | hits | confidence]``. A program adds up the words of its tile bin by bin, and adds each sum to memory once.
-With many bins it adds voxels one by one, except those in the highest and the lowest bin of the tile, which are most of
-a segmentation.
+Least memory traffic: one read of the logits or probabilities, and one of the labels.
+
+All sums are integers, as in csrc/voxel/calibration.h: confidences, Brier scores and fractions of a nat are in fixed
+point, in units of 2^-24. So the result does not depend on the order of the atomic additions.
+
+Each voxel is one word ``[count | hits | confidence]``. If there are few bins, a program adds up the words of its tile
+bin by bin, and adds each sum to memory once. If there are many bins, it does so for the highest and the lowest bin of
+the tile only, which hold most voxels of a segmentation. It adds the words of the other voxels one by one.
 """
 
 from __future__ import annotations
@@ -21,12 +25,12 @@ from calseg.kernels.softmax import INF, exp_of
 from calseg.kernels.tile import View, classes, load, locate, voxel_pointers
 from torch import Tensor
 
-BINS_AT_ONCE = 16  # of the top label; class-wise 1, for a thread holds the sums of many classes
-MOST_BINS_AT_ONCE = 64  # with more bins, voxels are added one by one
+BINS_AT_ONCE = 16  # for the top label; class-wise it is 1, because a thread then holds the sums of many classes
+MOST_BINS = 64  # with more bins, voxels are added one by one
 
-UNIT = tl.constexpr(16777216.0)  # 1 in the fixed-point sums
+UNIT = tl.constexpr(16777216.0)  # the number 1 in fixed point
 HALF_UNIT = tl.constexpr(8388608.0)  # every float32 from here on is an integer
-MAX_NLL = tl.constexpr(33554432.0)  # above, a negative log-likelihood is infinite
+MAX_NLL = tl.constexpr(33554432.0)  # a negative log-likelihood that is not below this number counts as infinite
 # A word holds up to 2^12 voxels: 13 bits of count, 13 of hits and 37 of confidence.
 HIT_SHIFT, COUNT_SHIFT = tl.constexpr(37), tl.constexpr(50)
 ONE, ONE_HIT = tl.constexpr(1 << 50), tl.constexpr(1 << 37)
@@ -36,7 +40,7 @@ NO_FAULT = tl.constexpr(2**63 - 1)
 
 @triton.jit
 def to_units(x):
-    """Return ``x`` in [0, 2^7) in units of 2^-24, rounded to the nearest, ties to even."""
+    """Return ``x``, which is in [0, 2^7), in units of 2^-24, rounded to the nearest, ties to even."""
     x = x * UNIT
     return tl.where(x < HALF_UNIT, (x + HALF_UNIT) - HALF_UNIT, x).to(tl.int32)
 
@@ -45,7 +49,9 @@ def to_units(x):
 def bin_of(confidence, n_bins, RIGHT_CLOSED: tl.constexpr):
     """Return the bin of a confidence in [0, 1].
 
-    Edge k is k / n_bins, rounded. Rounding can put only the nearest edge on the wrong side, so that one is compared.
+    Edge k of the bins is the rounded number k / n_bins. The product confidence * n_bins is rounded too, so it can lie
+    on the wrong side of the edge nearest to it, but of no other edge. The function compares the confidence with that
+    edge.
     """
     bins = n_bins.to(tl.float32)
     nearest = tl.floor(confidence * bins + 0.5)
@@ -59,7 +65,7 @@ def bin_of(confidence, n_bins, RIGHT_CLOSED: tl.constexpr):
 
 @triton.jit
 def add_words(sums, kind, bin, n_bins, word):
-    """Add words to their bins ``[kinds, n_bins, 3]``. An empty word writes nothing."""
+    """Add words to their bins ``[kinds, n_bins, 3]``. A word that is 0 writes nothing."""
     to = sums + (kind.to(tl.int64) * n_bins + bin) * 3
     some = word != 0
     tl.atomic_add(to, word >> COUNT_SHIFT, mask=some, sem="relaxed")
@@ -72,9 +78,10 @@ def add_to_bins(
     sums, kind, confidence, hit, counted, n_bins,
     RIGHT_CLOSED: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Add rows of confidences ``[R, TILE]`` to the bins of ``kind`` ``[R]``: AT_ONCE bins at a time, or by voxel if 0.
+    """Add rows of confidences ``[R, TILE]`` to the sets of bins with the numbers ``kind`` ``[R]``.
 
-    A voxel that is not ``counted`` is in no bin.
+    Only voxels that are ``counted`` are added. AT_ONCE bins are summed at a time. If it is 0, voxels are added one by
+    one.
     """
     confidence = tl.where(counted, tl.minimum(tl.maximum(confidence, 0.0), 1.0), 0.0)
     bin = bin_of(confidence, n_bins, RIGHT_CLOSED)
@@ -98,7 +105,7 @@ def add_to_bins(
 
 @triton.jit
 def report_first(fault, positions, bad):
-    """Lower ``fault`` to the first position that is bad, over all programs."""
+    """Lower ``fault``, which all programs share, to the first position that is bad."""
     first = tl.min(tl.where(bad, positions, NO_FAULT), 0)
     if first != NO_FAULT:
         tl.atomic_min(fault, first, sem="relaxed")
@@ -106,7 +113,11 @@ def report_first(fault, positions, bad):
 
 @triton.jit
 def fold_logits(top, top_class, total, squares, on_label, x, c, label, C: tl.constexpr):
-    """Fold in a block of logits: the largest, its first class, ``sum exp(x - top)``, that of squares, the label's."""
+    """Return the first five arguments after another block of logits.
+
+    They are the largest logit, the first class that has it, ``sum exp(x - top)``, the sum of the squares of these
+    exponentials, and the logit of the label.
+    """
     x = tl.where((c < C)[:, None], x, -INF)
     block_top = tl.max(x, 0)
     block_class = tl.min(tl.where((x == block_top[None, :]) & (c < C)[:, None], c[:, None], C), 0)
@@ -123,7 +134,11 @@ def fold_logits(top, top_class, total, squares, on_label, x, c, label, C: tl.con
 
 @triton.jit
 def fold_probabilities(top, top_class, total, squares, on_label, least, p, c, label, C: tl.constexpr):
-    """Fold in a block of probabilities: as :func:`fold_logits`, with the squared errors and the smallest."""
+    """Return the first six arguments after another block of probabilities.
+
+    They are the largest probability, the first class that has it, the sum of the probabilities, the sum of squared
+    errors, the probability of the label, and the smallest probability.
+    """
     valid = (c < C)[:, None]
     p = tl.where(valid, p, 0.0)
     block_top = tl.max(p, 0)
@@ -149,21 +164,21 @@ def calibration_bins(
     labels,  # [N, S]
     mask,  # [N, S]: 0 where a voxel does not count; or None
     sums,  # in and out [kinds, n_bins, 3]: count, confidence, hits
-    totals,  # in and out [6]: whole nats, parts of a nat, Brier score, voxels that count, with NaN, with infinite NLL
+    totals,  # in and out [6]: whole nats, parts of a nat, Brier scores, voxels that count, with NaN, with infinite NLL
     faults,  # in and out [2]: the first voxel whose label is not a class, the first whose scores are not probabilities
     S,
     n_bins,
-    first_class,  # the first class with bins of its own, where CLASS_WISE
-    tolerance,  # by how much the sum of probabilities may miss 1, and one of them 0
+    first_class,  # the first class that has bins, if CLASS_WISE
+    tolerance,  # the sum of probabilities may differ from 1, and a probability may lie below 0, by so much
     FROM_LOGITS: tl.constexpr,
     CLASS_WISE: tl.constexpr,
     SKIP_BACKGROUND: tl.constexpr,
     RIGHT_CLOSED: tl.constexpr,
-    AT_ONCE: tl.constexpr,  # bins that are summed at once, or 0 where there are too many
+    AT_ONCE: tl.constexpr,  # number of bins that are summed at once, 0 if there are too many
     C: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """Add to the sums per bin and over all voxels."""
+    """Add the voxels of a tile to the sums per bin and to the totals."""
     BLOCK_C: tl.constexpr = tile.BLOCK_C
     n, first, inside = locate(tl.program_id(0), S, tile)
     if mask is not None:
@@ -189,7 +204,7 @@ def calibration_bins(
             top, top_class, total, squares, on_label = fold_logits(
                 top, top_class, total, squares, on_label, x, start + c, label, C
             )  # fmt: skip
-        total = tl.where(top == -INF, float("nan"), total)  # such logits are no distribution
+        total = tl.where(top == -INF, float("nan"), total)  # all logits are -inf, which is no distribution
     else:
         top, top_class, total, squares, on_label, least = fold_probabilities(
             top, top_class, total, squares, on_label, least, x, c, label, C
@@ -220,12 +235,13 @@ def calibration_bins(
     tl.atomic_add(totals, tl.sum(whole.to(tl.int64), 0), sem="relaxed")
     tl.atomic_add(totals + 1, tl.sum(to_units(nll - whole).to(tl.int64), 0), sem="relaxed")
     tl.atomic_add(totals + 2, tl.sum(to_units(brier).to(tl.int64), 0), sem="relaxed")
-    kinds = ok.to(tl.int64) + ((ok & (total != total)).to(tl.int64) << 20)
-    kinds = tl.sum(kinds + ((binned & (finite == 0)).to(tl.int64) << 40), 0)
-    tl.atomic_add(totals + 3, kinds & 0xFFFFF, sem="relaxed")
-    if kinds >> 20 != 0:
-        tl.atomic_add(totals + 4, (kinds >> 20) & 0xFFFFF, sem="relaxed")
-        tl.atomic_add(totals + 5, kinds >> 40, sem="relaxed")
+    # Count three kinds of voxels in one sum, with 20 bits for each.
+    counts = ok.to(tl.int64) + ((ok & (total != total)).to(tl.int64) << 20)
+    counts = tl.sum(counts + ((binned & (finite == 0)).to(tl.int64) << 40), 0)
+    tl.atomic_add(totals + 3, counts & 0xFFFFF, sem="relaxed")
+    if counts >> 20 != 0:
+        tl.atomic_add(totals + 4, (counts >> 20) & 0xFFFFF, sem="relaxed")
+        tl.atomic_add(totals + 5, counts >> 40, sem="relaxed")
 
     if CLASS_WISE:
         for start in range(0, C, BLOCK_C):
@@ -250,7 +266,7 @@ def launch(
 ) -> None:
     """Launch the kernel."""
     at_once = 1 if spec.class_wise else BINS_AT_ONCE
-    if spec.n_bins > MOST_BINS_AT_ONCE:
+    if spec.n_bins > MOST_BINS:
         at_once = 0
     call.launch(
         calibration_bins, scores, labels, mask, sums, totals, faults, call.S, spec.n_bins, spec.first_class,

@@ -1,7 +1,8 @@
-"""Cross-entropy on one-hot or given soft labels: loss and gradients in one pass.
+"""Cross-entropy with one-hot labels or given soft labels, and its gradients, in one pass.
 
-Floor: one read of the logits (and soft labels), one write of each gradient. A tile stays in registers between the two.
-Where there are more classes than fit there, blocks of them are read one after another, twice.
+Least memory traffic: one read of the logits and of the soft labels, and one write of each gradient. A tile stays in
+registers from the read to the write. If there are too many classes for that, the kernel reads them block by block, and
+does so twice.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from calseg.kernels.labels import class_weights, label_weights, load_labels
-from calseg.kernels.launch import HARD, SOFT, WEIGHTED, Call, Kind
+from calseg.kernels.labels import class_weights, label_weights, load_labels, weighted
+from calseg.kernels.launch import HARD, SOFT, WEIGHTED, Call, TileDemands
 from calseg.kernels.reductions import LossArguments, load_upstream, store_loss
 from calseg.kernels.softmax import INF, exp_of, online_top_and_sum, reciprocal, top_and_sum
 from calseg.kernels.tile import classes, load, locate, store
@@ -19,9 +20,10 @@ from calseg.kernels.tile import classes, load, locate, store
 
 @triton.jit
 def _log_of_product(total, tile: tl.constexpr):
-    """Return logarithms whose sum is that of ``log(total)``: one for up to four adjacent voxels of a thread.
+    """Return numbers with the same sum as ``log(total)``, from fewer logarithms.
 
-    A total is in [1, C], so a product of four cannot overflow.
+    Each number is the logarithm of a product over two or four adjacent voxels of a thread. A total is in [1, C], so a
+    product of four cannot overflow.
     """
     VEC_S: tl.constexpr = tile.VEC_S
     TILE: tl.constexpr = tile.TILE
@@ -36,7 +38,7 @@ def _log_of_product(total, tile: tl.constexpr):
 
 @triton.jit
 def _hard_terms(x, c, label, weight, top, SMOOTHED: tl.constexpr, C: tl.constexpr):
-    """Return ``d[label]`` and ``sum_c w[c] d[c]`` of a block of classes, where d = x - top."""
+    """Return ``d[label]`` and ``sum_c w[c] d[c]`` for a block of classes, where d = x - top."""
     d = x - top[None, :]
     label_d = tl.sum(tl.where(c[:, None] == label[None, :], d, 0.0), 0)
     weighted_d = label_d
@@ -49,9 +51,9 @@ def _hard_terms(x, c, label, weight, top, SMOOTHED: tl.constexpr, C: tl.constexp
 def _hard_gradient(
     x, c, label, weight, top, scale_e, scale_label, scale_weight, SMOOTHED: tl.constexpr, C: tl.constexpr
 ):
-    """Return the gradient of a block of classes."""
-    # Make the compiler believe that this label differs from the one in _hard_terms. Else it keeps the comparisons from
-    # there, packed into registers bit by bit, which costs three times as much.
+    """Return the gradient of the logits of a block of classes."""
+    # Hide from the compiler that this label is the one in _hard_terms(). Otherwise it keeps the results of the
+    # comparisons there as single bits in registers, and to unpack them takes three times as long as to compare again.
     label = tl.where(scale_e == scale_e, label, -1)
     g = exp_of(x - top[None, :]) * scale_e[None, :]
     g = tl.where(c[:, None] == label[None, :], g - scale_label[None, :], g)
@@ -70,12 +72,12 @@ def hard_cross_entropy(
     partials,  # out [1, programs] or None
     grad,  # out [N, C, S] or None
     S,
-    smoothing,  # None: no label smoothing
+    smoothing,  # None if there is no label smoothing
     C: tl.constexpr,
     NUM_SUMS: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """Compute ``-log softmax(x)[label]`` with weights and smoothing, and its gradient."""
+    """Compute ``-log softmax(x)[label]`` with class weights and label smoothing, and the gradient of x."""
     BLOCK_C: tl.constexpr = tile.BLOCK_C
     SMOOTHED: tl.constexpr = smoothing is not None
     n, first, inside = locate(tl.program_id(0), S, tile)
@@ -155,17 +157,18 @@ def _soft_block(
     x, y, c, weight, top, log_total, scale_p, up, keep, spread, grad, grad_soft, n, first, inside,
     C: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    """Return ``- sum_c w[c] Y[c] log p[c]`` of a block of classes, and store its gradients."""
+    """Return ``- sum_c w[c] Y[c] log p[c]`` over a block of classes, and store the gradients of the block."""
     log_p = (x - top[None, :]) - log_total[None, :]
     w = class_weights(weight, c, C)[:, None]
     smoothed = keep * y + spread
-    # t log t has the limit 0, also where log p is -inf
-    value = -tl.sum(tl.where((smoothed == 0.0) | (c >= C)[:, None], 0.0, w * smoothed * log_p), 0)
+    share = weighted(w, smoothed)
+    # Where Y is 0, the term is 0 even if log p is -inf: it is the limit of t log t.
+    value = -tl.sum(tl.where((smoothed == 0.0) | (c >= C)[:, None], 0.0, share * log_p), 0)
     if grad is not None:
-        g = exp_of(log_p) * scale_p[None, :] - up[None, :] * (w * smoothed)
+        g = exp_of(log_p) * scale_p[None, :] - up[None, :] * share
         store(grad, n, first, inside, c, g, C, tile)
     if grad_soft is not None:
-        # an impossible class without mass adds nothing to the loss, and so nothing to the gradient
+        # Where Y is 0 and log p is -inf, the term of the loss is 0, and so is its gradient.
         finite = tl.where((log_p == -INF) & (y == 0.0), 0.0, log_p)
         g = tl.where((up == 0.0)[None, :], 0.0, -(keep * up)[None, :] * w * finite)
         store(grad_soft, n, first, inside, c, g, C, tile)
@@ -176,7 +179,7 @@ def _soft_block(
 def soft_cross_entropy(
     logits,  # [N, C, S]
     soft,  # [N, C, S]
-    labels,  # [N, S] or none: a mask, or class indices that only say which voxels are ignored
+    labels,  # [N, S] or none: a mask, or class indices of which only the ignored ones matter
     weight,  # [C] or None
     upstream,
     loss,  # out [N, S] or None
@@ -190,7 +193,7 @@ def soft_cross_entropy(
     IS_MASK: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """Compute ``- sum_c w[c] Y[c] log softmax(x)[c]``, and its gradients."""
+    """Compute ``- sum_c w[c] Y[c] log softmax(x)[c]``, and the gradients of x and Y."""
     BLOCK_C: tl.constexpr = tile.BLOCK_C
     n, first, inside = locate(tl.program_id(0), S, tile)
     if labels.ptr is None:
@@ -207,7 +210,7 @@ def soft_cross_entropy(
         x = load(logits, n, first, inside, counted, c, C, tile)
         y = load(soft, n, first, inside, counted, c, C, tile)
         top, total = top_and_sum(x, c, 1.0, C)
-        mass = tl.sum(class_weights(weight, c, C)[:, None] * (keep * y + spread), 0)
+        mass = tl.sum(weighted(class_weights(weight, c, C)[:, None], keep * y + spread), 0)
     else:
         top = tl.full([tile.TILE], -INF, tl.float32)
         total = tl.full([tile.TILE], 0.0, tl.float32)
@@ -216,7 +219,7 @@ def soft_cross_entropy(
             x = load(logits, n, first, inside, counted, start + c, C, tile)
             y = load(soft, n, first, inside, counted, start + c, C, tile)
             top, total = online_top_and_sum(top, total, x, start + c, 1.0, C)
-            mass += tl.sum(class_weights(weight, start + c, C)[:, None] * (keep * y + spread), 0)
+            mass += tl.sum(weighted(class_weights(weight, start + c, C)[:, None], keep * y + spread), 0)
     log_total = tl.log(tl.where(bad, float("nan"), total))
     up, _ = load_upstream(upstream, n, first, inside, ok, NUM_SUMS, tile)
     scale_p = up * mass
@@ -238,7 +241,7 @@ def soft_cross_entropy(
     store_loss(loss, partials, value, None, None, n, first, inside, tile)
 
 
-def kind(spec: Any, tensors: Any) -> Kind:
+def tile_demands(spec: Any, tensors: Any) -> TileDemands:
     """Return the demands of the kernel on its tiles."""
     if tensors.soft_labels is not None:
         return SOFT
@@ -246,7 +249,7 @@ def kind(spec: Any, tensors: Any) -> Kind:
 
 
 def launch(call: Call, spec: Any, given: LossArguments) -> None:
-    """Launch the kernel for hard labels, or the one for soft labels where they are among the tensors."""
+    """Launch the kernel for soft labels if they are among the tensors, else the one for one-hot labels."""
     tensors, gradients = given.tensors, given.gradients
     outputs = given.upstream, given.loss, given.partials
     if tensors.soft_labels is None:

@@ -1,4 +1,4 @@
-"""The Gaussian over the logits: its KL term, its samples, and the softmax of a sample."""
+"""Gaussian over the logits on the device: its KL term, its samples, and the softmax of a sample."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Gaussian(NamedTuple):
-    """The sampling of the Gaussian, and the prior of its KL term; ``seed`` is a 0-d int64 tensor, or None."""
+    """The options of the sampling and of the KL term. ``seed`` is a 0-d int64 tensor or None."""
 
     temperature: float
     beta: float
@@ -26,9 +26,10 @@ class Gaussian(NamedTuple):
 
 
 def sampling_arguments(sampling: Any, device: torch.device) -> tuple[Gaussian, int, int]:
-    """Return ``(gaussian, seed, num_samples)``, as kernels that draw samples take a spec's sampling.
+    """Return ``(gaussian, seed, num_samples)``, the arguments by which kernels receive the sampling of a spec.
 
-    A seed tensor on the device stays in ``gaussian``, and the number is 0. Any other seed becomes a signed number.
+    If the seed is a tensor on the device, ``gaussian`` holds it, and ``seed`` is 0. Otherwise ``seed`` is a signed
+    number.
     """
     given = sampling.seed
     tensor = given if isinstance(given, Tensor) and given.device == device else None
@@ -45,14 +46,17 @@ def sampling_arguments(sampling: Any, device: torch.device) -> tuple[Gaussian, i
 
 @triton.jit
 def kl_terms(gaussian, mu, logvar, sigma):
-    """Return the divergence of every class."""
+    """Return the KL divergence of every class from the prior."""
     gap = mu - gaussian.prior_mu
     return 0.5 * ((gaussian.prior_logvar - logvar) + ((sigma * sigma + gap * gap) * gaussian.prior_precision - 1.0))
 
 
 @triton.jit
 def kl_gradients(gaussian, mu, sigma, up):
-    """Return dK/dmu and dK/dlogvar times ``up`` ``[TILE]``: exactly 0 where that is 0, whatever the variance."""
+    """Return the gradients of the KL term with respect to mu and logvar, times ``up`` ``[TILE]``.
+
+    They are exactly 0 where ``up`` is 0, even if the variance is infinite.
+    """
     off = (up == 0.0)[None, :]
     to_mu = up[None, :] * ((mu - gaussian.prior_mu) * gaussian.prior_precision)
     to_logvar = up[None, :] * (0.5 * (sigma * sigma * gaussian.prior_precision - 1.0))
@@ -64,9 +68,9 @@ def kl_gradients(gaussian, mu, sigma, up):
 
 @triton.jit
 def noise(k, start, voxel, k0, k1, C: tl.constexpr, tile: tl.constexpr):
-    """Return the normals ``[P, BLOCK_C, TILE]`` of the classes from ``start`` on, for the P samples from k on.
+    """Return normals ``[P, BLOCK_C, TILE]`` for P samples from k on, and for BLOCK_C classes from ``start`` on.
 
-    P is 4 / C with C <= 2 classes, else 1.
+    P is 4 / C if C <= 2, else 1.
     """
     BLOCK_C: tl.constexpr = tile.BLOCK_C
     TILE: tl.constexpr = tile.TILE
@@ -81,24 +85,24 @@ def noise(k, start, voxel, k0, k1, C: tl.constexpr, tile: tl.constexpr):
 
 @triton.jit
 def samples_at_once(C: tl.constexpr):
-    """Return P of :func:`noise`."""
+    """Return P, the number of samples for which :func:`noise` draws at once."""
     return 4 // C if C <= 2 else 1
 
 
 @triton.jit
 def exists(k, num_samples, C: tl.constexpr):
-    """Return which of the samples from k on exist, ``[P, 1, 1]``."""
+    """Return which of the P samples from k on exist, ``[P, 1, 1]``."""
     P: tl.constexpr = 4 // C if C <= 2 else 1
     return (k + tl.arange(0, P) < num_samples)[:, None, None]
 
 
-# ---- the softmax of a sample, of all classes or of a block of them ----
+# ---- the softmax of a sample, over all classes or over a block of them ----
 
 
 class Statistics(NamedTuple):
-    """The sums over all classes that a block of classes needs, float32 ``[3 + 3 * num_samples, voxels]``.
+    """Sums over all classes, float32 ``[3 + 3 * num_samples, voxels]``, for kernels that take classes in blocks.
 
-    The rows are those of :func:`calseg.kernels.sample_statistics.sample_statistics`.
+    :func:`calseg.kernels.sample_statistics.sample_statistics` describes the rows.
     """
 
     ptr: Any
@@ -107,13 +111,16 @@ class Statistics(NamedTuple):
 
 @triton.jit
 def statistic(statistics, row, voxel, inside):
-    """Load a row for the tile's voxels, ``[TILE]``."""
+    """Load a row of the statistics for the voxels of the tile, ``[TILE]``."""
     return tl.load(statistics.ptr + row * statistics.num_voxels + voxel, mask=inside, other=1.0)
 
 
 @triton.jit
 def softmax_of_sample(mean, deviation, z, c, k, statistics, voxel, inside, C: tl.constexpr):
-    """Return ``(top, e, total)`` of nu = mean + deviation * z: its maximum, exp(nu - top), and the sum over classes."""
+    """Return ``(top, e, total)`` of nu = mean + deviation * z.
+
+    ``top`` is the maximum over classes, ``e`` is exp(nu - top), and ``total`` is the sum of ``e`` over classes.
+    """
     valid = (c < C)[None, :, None]
     nu = tl.where(valid, mean[None, :, :] + deviation[None, :, :] * z, -INF)
     top = tl.max(nu, 1) if statistics is None else statistic(statistics, 3 + 3 * k, voxel, inside)[None, :]
@@ -124,7 +131,7 @@ def softmax_of_sample(mean, deviation, z, c, k, statistics, voxel, inside, C: tl
 
 @triton.jit
 def slope(a, s, k, statistics, voxel, inside):
-    """Return ``s * (a - sum_c a s)``: dLoss/dnu, where ``a`` is dLoss/dsoftmax."""
+    """Return the gradient with respect to nu: ``s * (a - sum_c a s)``, where ``a`` is that with respect to ``s``."""
     if statistics is None:
         dot = tl.sum(a[None, :, :] * s, 1)
     else:

@@ -1,6 +1,6 @@
-"""KL(N(mu, exp(logvar)) || prior), summed over classes: loss and gradients in one pass.
+"""KL(N(mu, exp(logvar)) || prior) summed over classes, and its gradients, in one pass.
 
-Floor: two reads and two writes.
+Least memory traffic: one read of mu and of logvar, and one write of each gradient.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import triton
 import triton.language as tl
 from calseg.kernels.gaussian import kl_gradients, kl_terms, sampling_arguments, store_gradients
-from calseg.kernels.launch import SOFT, Call, Kind
+from calseg.kernels.launch import SOFT, Call, TileDemands
 from calseg.kernels.reductions import LossArguments, load_upstream, store_loss
 from calseg.kernels.softmax import exp_any
 from calseg.kernels.tile import classes, load, locate
@@ -30,7 +30,7 @@ def gaussian_kl(
     C: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """Compute the divergence, and its gradients."""
+    """Compute the KL divergence of every voxel, and its gradients."""
     n, first, inside = locate(tl.program_id(0), S, tile)
     _, up = load_upstream(upstream, n, first, inside, inside, 1, tile)
     value = tl.full([tile.TILE], 0.0, tl.float32)
@@ -46,7 +46,7 @@ def gaussian_kl(
     store_loss(loss, partials, value, None, None, n, first, inside, tile)
 
 
-def kind(spec: Any, tensors: Any) -> Kind:
+def tile_demands(spec: Any, tensors: Any) -> TileDemands:
     """Return the demands of the kernel on its tiles."""
     return SOFT
 

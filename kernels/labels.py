@@ -1,4 +1,4 @@
-"""Labels and class weights: how the host describes them to a kernel, and how a tile reads them."""
+"""Labels and class weights: their description for a kernel, loads, and blending with soft labels."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from calseg.kernels.tile import View, voxel_pointers
 
 
 class Labels(NamedTuple):
-    """Class indices or a mask ``[N, S]`` of any integer dtype; ``ptr`` is None where there are none.
+    """Class indices or a mask ``[N, S]`` of any integer dtype. ``ptr`` is None if there are no labels.
 
-    ``ignore`` is the label of ignored voxels, or None where no label can have that value.
+    ``ignore`` is the label of ignored voxels, or None if the dtype cannot hold that value.
     """
 
     ptr: Any = None
@@ -23,24 +23,31 @@ class Labels(NamedTuple):
 
 
 def labels_argument(view: View | None, labels: Any) -> Labels:
-    """Describe the labels of a spec, or None, to a kernel; ``view`` is the view of their tensor."""
+    """Return the argument by which a kernel receives ``labels``, the labels of a spec or None.
+
+    ``view`` is the view of the tensor of the labels.
+    """
     if view is None:
         return Labels()
     info, ignore_index = torch.iinfo(labels.tensor.dtype), labels.ignore_index
     if not info.min <= ignore_index <= info.max:
         ignore_index = None
-    elif ignore_index >= 2**63:  # kernels compare signed numbers
+    elif ignore_index >= 2**63:  # kernels compare signed numbers of 64 bits
         ignore_index -= 2**64
     return Labels(view.ptr, view.stride_n, view.stride_s, ignore_index)
 
 
 @triton.jit
 def load_labels(labels, n, first, inside, C: tl.constexpr, IS_MASK: tl.constexpr, tile: tl.constexpr):
-    """Load ``(label, ok, bad)``: the label as int32, -1 where ignored; if its voxel counts; if it is not a class."""
+    """Load the labels of the tile and return ``(label, ok, bad)``.
+
+    ``label`` is int32 and -1 where ignored. ``ok`` is true where the voxel counts. ``bad`` is true where the label is
+    neither a class nor ignored. A mask has no bad labels.
+    """
     given = tl.load(voxel_pointers(labels, n, first, tile), mask=inside, other=0)
     NARROW: tl.constexpr = given.dtype.primitive_bitwidth < 32 or given.dtype == tl.int32
     given = given.to(tl.int32 if NARROW else tl.int64)
-    # Make none of the three from another: Triton 3.6 would move it before the one that it depends on.
+    # Compute none of the three results from another one: Triton 3.6 would move it before the one that it depends on.
     label, ok, bad = given, inside, (given < 0) | (given >= C)
     if labels.ignore is not None:
         counts = given != labels.ignore
@@ -51,7 +58,7 @@ def load_labels(labels, n, first, inside, C: tl.constexpr, IS_MASK: tl.constexpr
 
 @triton.jit
 def load_labels_or_none(labels, n, first, inside, C: tl.constexpr, tile: tl.constexpr):
-    """Do as :func:`load_labels`; without labels every voxel counts, and none has a class."""
+    """Do as :func:`load_labels`. If there are no labels, every voxel counts, and all labels are -1."""
     if labels.ptr is None:
         label, ok, bad = tl.full([tile.TILE], -1, tl.int32), inside, inside & False
     else:
@@ -61,20 +68,29 @@ def load_labels_or_none(labels, n, first, inside, C: tl.constexpr, tile: tl.cons
 
 @triton.jit
 def class_weights(weight, c, C: tl.constexpr):
-    """Return the weights of classes ``c``, 1 without ``weight``; 0 past class C."""
+    """Return the weights of classes ``c``. They are 1 if ``weight`` is None, and 0 past class C."""
     valid = c < C
     return tl.where(valid, 1.0, 0.0) if weight is None else tl.load(weight + c, mask=valid, other=0.0).to(tl.float32)
 
 
 @triton.jit
+def weighted(w, share):
+    """Return ``w * share``, or 0 where a class has no share, even if its weight is infinite."""
+    return tl.where(share == 0.0, 0.0, w * share)
+
+
+@triton.jit
 def label_weights(weight, label, C: tl.constexpr):
-    """Return ``weight[label]`` where the label is a class, else 0."""
+    """Return ``weight[label]`` where the label is a class, and 0 elsewhere."""
     return tl.load(weight + label, mask=(label >= 0) & (label < C), other=0.0).to(tl.float32)
 
 
 @triton.jit
 def blend_with_labels(estimate, scale, label, ok, bad, alpha, c):
-    """Return ``(1 - alpha) * onehot(label) + scale * estimate``; 0 where ignored, NaN where a label is not a class."""
+    """Return ``(1 - alpha) * onehot(label) + scale * estimate``.
+
+    It is 0 where the voxel is ignored, and NaN where the label is not a class.
+    """
     hard = tl.where(c[:, None] == label[None, :], 1.0 - alpha, 0.0)
     blended = tl.where(ok[None, :], hard + scale * estimate, 0.0)
     return tl.where(bad[None, :], float("nan"), blended)

@@ -1,9 +1,12 @@
-"""The noise contract on the device (calseg/backends/rng.py): Philox4x32-7, and Box-Muller to a few ulp.
+"""Random normals on the device: the generator Philox4x32-7 and the Box-Muller transform.
 
-A call of Philox makes four words for one quad of one voxel. They become the normals of four classes of one sample or,
-with C <= 2 classes, of 4 / C samples. Values that depend on the voxel alone or on the quad alone stay ``[1, TILE]`` or
-``[Q, 1]`` as long as possible. So the compiler keeps them out of the loop over samples: a quad costs 11 products, not
-14.
+calseg/backends/rng.py defines the numbers. The random words are the same on all backends, and the normals agree to a
+few ulp.
+
+One call of Philox makes the four words of one quad for one voxel. They become the normals of four classes of one
+sample, or of 4 / C samples if there are C <= 2 classes. Values that depend on the voxel alone keep the shape
+``[1, TILE]`` as long as possible, and values that depend on the quad alone ``[Q, 1]``. So the compiler can move them
+out of the loop over samples. A quad then costs 11 products instead of 14.
 """
 
 from __future__ import annotations
@@ -18,7 +21,10 @@ ROUNDS = tl.constexpr(7)
 
 @triton.jit
 def load_seed(seed, seed_tensor):
-    """Return the key's two words of a number or of a 0-d int64 tensor, which a captured graph reads at every replay."""
+    """Return the two words of the key from a number, or from a 0-d int64 tensor if one is given.
+
+    A captured CUDA graph reads the tensor again at every replay.
+    """
     if seed_tensor is not None:
         seed = tl.load(seed_tensor)
     seed = seed.to(tl.int64)
@@ -27,9 +33,9 @@ def load_seed(seed, seed_tensor):
 
 @triton.jit
 def philox4x32(c0, c1, c2, c3, k0, k1):
-    """Return four words; the counters may have any shapes that broadcast."""
+    """Return four random words. The counters may have any shapes that broadcast."""
     for _ in tl.static_range(ROUNDS):
-        p0, p1 = c0.to(tl.uint64) * M0, c2.to(tl.uint64) * M1  # one wide multiplication each
+        p0, p1 = c0.to(tl.uint64) * M0, c2.to(tl.uint64) * M1  # each is one multiplication with a 64-bit result
         c0, c1, c2, c3 = (
             (p1 >> 32).to(tl.uint32) ^ k0 ^ c1,
             p1.to(tl.uint32),
@@ -42,21 +48,20 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def box_muller(a, b):
-    """Return two normals of two words: ``sqrt(-2 ln u1)`` times cos and sin of ``2 pi u2``.
+    """Return the two normals of two words: ``sqrt(-2 ln u1)`` times cosine and sine of ``2 pi u2``.
 
-    Here u1 = ((a >> 8) + 0.5) / 2^24 and u2 = (b >> 8) / 2^24. Polynomials compute them, as in csrc/cpu/vector_math.h.
-    The hardware's own logarithm and sine are good to 2^-21 only, and the library's take a slow path through local
-    memory.
+    Here u1 = ((a >> 8) + 0.5) / 2^24 and u2 = (b >> 8) / 2^24. The functions are polynomials, as in
+    csrc/cpu/vector_math.h. The hardware's own logarithm and sine have errors of 2^-21. Those of the CUDA library have a
+    slow path through local memory.
     """
-    # -2 ln u1 = -2 ln(2) e - 2 f + f^2 (1 - 2 f P(f)), with u1 = (1 + f) 2^e
+    # With u1 = (1 + f) 2^e, -2 ln(u1) is -2 ln(2) e - 2 f + f^2 (1 - 2 f P(f)) for a polynomial P.
     n = (a >> 8).to(tl.int32).to(tl.float32)
     u = n + 0.5
-    bits = u.to(tl.int32, bitcast=True) - 0x4B3504F3  # less the bits of 2^24 sqrt(1/2)
+    bits = u.to(tl.int32, bitcast=True) - 0x4B3504F3  # the bits of 2^24 sqrt(1/2)
     e = (bits >> 23).to(tl.float32)
     f = ((bits & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
-    f += (
-        (n - u) + 0.5
-    ) * 5.9604644775390625e-08  # restores the bit that n + 0.5 loses from 2^23 on: it counts near u1 = 1
+    # From 2^23 on, n + 0.5 is rounded. Add the lost bit to f: near u1 = 1 the logarithm depends on it.
+    f += ((n - u) + 0.5) * 5.9604644775390625e-08
     p = f * -1.740071989e-1 + 2.853495264e-1
     p = p * f - 2.982957404e-1
     p = p * f + 3.315517202e-1
@@ -66,8 +71,8 @@ def box_muller(a, b):
     p = p * f + 1.0
     radius = tl.sqrt(p * (f * f) + (f * -2.0 + e * -1.38629436))
 
-    # The word counts turns. Its two upper bits, rounded, are the quadrant. The rest, signed, is an exact angle in
-    # [-1/8, 1/8] of a turn.
+    # The upper 24 bits of b are u2, in turns. Its two uppermost bits, rounded, are the number of the quadrant. The
+    # other bits, read as a signed number, are the exact angle within the quadrant, in [-1/8, 1/8] of a turn.
     t = ((b << 2) & 0xFFFFFC00).to(tl.int32, bitcast=True).to(tl.float32) * 3.657295198e-10  # (pi / 2) / 2^32
     turns = b + 0x20000000
     z = t * t
@@ -89,7 +94,7 @@ def box_muller(a, b):
 def normals(k0, k1, voxel, quad, LANE_MAJOR: tl.constexpr):
     """Return the normals ``[4 * Q, TILE]`` of the quads ``[Q]`` for the voxels ``[TILE]``.
 
-    A normal's row is ``lane * Q + q`` with LANE_MAJOR, else ``4 * q + lane``.
+    The normal of quad q and lane l is in row ``l * Q + q`` if LANE_MAJOR, else in row ``4 * q + l``.
     """
     voxel, quad = voxel[None, :], quad.to(tl.uint32)[:, None]
     r0, r1, r2, r3 = philox4x32(

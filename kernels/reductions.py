@@ -1,7 +1,7 @@
-"""The reduction of a loss over voxels: the mean's divisors before it, its sum after it, the gradient that comes in.
+"""Reduction of a loss over voxels: the divisors of the mean, the sum over voxels, and the upstream gradient.
 
-Sums are made in a fixed order: within a program, then over programs. No kernel uses atomics, and the host waits for
-nothing.
+All sums are added in a fixed order: first within each program, then over the programs. No kernel uses atomic additions,
+and the host never waits for the device.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ FINISH_BLOCK = 4096
 
 
 class Upstream(NamedTuple):
-    """The gradient that comes in: ``scale`` over the mean's divisors, times a tensor ``[N, S]``.
+    """The upstream gradient of every voxel: ``scale``, divided by the divisors of the mean, times a tensor ``[N, S]``.
 
-    ``sums`` ``[2, NUM_SUMS]`` adds up to the divisors of the loss and of the KL term. It is None where ``scale`` holds
-    them. ``ptr`` is None where the tensor is 1 everywhere.
+    ``sums`` ``[2, NUM_SUMS]`` holds partial sums of the divisors of the loss and of the KL term. It is None if there
+    are no divisors, or if ``scale`` includes them. ``ptr`` is the tensor ``[N, S]``, and None if that is 1 everywhere.
     """
 
     scale: float
@@ -37,10 +37,11 @@ class Upstream(NamedTuple):
 
 
 class LossArguments(NamedTuple):
-    """The arguments that the kernels of all losses share; the host passes them to the launch of a loss.
+    """The arguments of the launch of any loss.
 
-    ``tensors`` and ``gradients`` hold views under the names of the spec's tensors. Of ``loss`` and ``partials`` at most
-    one is there: the loss of every voxel, or the sums of every program over its voxels.
+    ``tensors`` and ``gradients`` are :class:`calseg.operations.LossTensors` of views. At most one of ``loss`` and
+    ``partials`` is given. ``loss`` receives the loss of every voxel. ``partials`` receives the sums of every program
+    over its voxels.
     """
 
     tensors: Any
@@ -50,22 +51,22 @@ class LossArguments(NamedTuple):
     loss: View | None
     partials: Tensor | None
     num_sums: int  # length of ``upstream.sums``
-    with_kl: bool  # there is a KL term beside the loss
+    with_kl: bool  # the loss has a KL term
 
 
-# ---- the gradient that comes in ----
+# ---- the upstream gradient ----
 
 
 @triton.jit
 def divisors(sums, NUM_SUMS: tl.constexpr):
-    """Return the mean's divisors: of the loss, and of the KL term."""
+    """Return the divisors of the mean: of the loss, and of the KL term."""
     i = tl.arange(0, NUM_SUMS)
     return tl.sum(tl.load(sums + i), 0), tl.sum(tl.load(sums + NUM_SUMS + i), 0)
 
 
 @triton.jit
 def load_upstream(upstream, n, first, inside, ok, NUM_SUMS: tl.constexpr, tile: tl.constexpr):
-    """Return dLoss/dl and dLoss/dK of every voxel, by its loss and by its KL term; 0 where it does not count."""
+    """Return the upstream gradients of the loss and of the KL term of every voxel. They are 0 where ``ok`` is false."""
     of_loss = tl.full([tile.TILE], 0.0, tl.float32) + upstream.scale
     of_kl = of_loss
     if upstream.sums is not None:
@@ -77,14 +78,14 @@ def load_upstream(upstream, n, first, inside, ok, NUM_SUMS: tl.constexpr, tile: 
     return tl.where(ok, of_loss, 0.0), tl.where(ok, of_kl, 0.0)
 
 
-# ---- the mean's divisors ----
+# ---- the divisors of the mean ----
 
 
 @triton.jit
 def scan_labels(
     labels,  # [N, S]
     weight,  # [C] or None
-    sums,  # out [2, NUM_SUMS]: the weights of the labels, the number of voxels that count
+    sums,  # out [2, NUM_SUMS]: sums of the weights of the labels, numbers of voxels that count
     N,
     S,
     C: tl.constexpr,
@@ -92,7 +93,7 @@ def scan_labels(
     IS_MASK: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """Sum the mean's divisors, one share for every program."""
+    """Compute partial sums of the divisors of the mean, one per program."""
     steps = N * tl.cdiv(S, tile.TILE).to(tl.int32)
     weights = tl.full([tile.TILE], 0.0, tl.float32)
     counts = tl.full([tile.TILE], 0, tl.int32)
@@ -108,7 +109,7 @@ def scan_labels(
 
 
 def mean_divisors(call: Call, labels: Labels, is_mask: bool, weight: Tensor | None) -> tuple[Tensor, int]:
-    """Return the mean's divisors of the loss and of the KL term as ``[2, NUM_SUMS]``, and NUM_SUMS."""
+    """Return partial sums of the divisors of the loss and of the KL term, ``[2, NUM_SUMS]``, and NUM_SUMS."""
     geometry, like = call.geometry, call.like
     steps = geometry.N * triton.cdiv(geometry.S, SCAN_TILE.TILE)
     num_sums = host.power_of_two(min(steps, MAX_SUMS))
@@ -123,7 +124,7 @@ def mean_divisors(call: Call, labels: Labels, is_mask: bool, weight: Tensor | No
 
 @triton.jit
 def store_sum(partials, row: tl.constexpr, values):
-    """Store this program's share of a sum over all voxels: row 0 of the loss, row 1 of the KL term."""
+    """Store the sum of this program over its voxels. Row 0 is for the loss, row 1 for the KL term."""
     tl.store(partials + row * tl.num_programs(0).to(tl.int64) + tl.program_id(0), tl.sum(values, 0))
 
 
@@ -140,7 +141,7 @@ def store_loss(loss, partials, value, kl, beta, n, first, inside, tile: tl.const
 
 @triton.jit
 def finish_loss(
-    partials,  # [1 or 2, num_partials]: the loss and the KL term
+    partials,  # [1 or 2, num_partials]: sums of the loss and of the KL term
     sums,  # [2, NUM_SUMS] or None
     out,  # out []
     num_partials,
@@ -150,7 +151,7 @@ def finish_loss(
     NUM_SUMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Compute the reduced loss from the partial sums, in one program."""
+    """Compute the reduced loss from the partial sums. The kernel has one program."""
     i = tl.arange(0, BLOCK)
     loss = tl.full([BLOCK], 0.0, tl.float32)
     kl = loss

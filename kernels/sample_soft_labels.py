@@ -1,6 +1,7 @@
-"""Soft labels sampled from the Gaussian over the logits, and their gradients.
+"""Soft labels sampled from the Gaussian over the logits, and the gradients of mu and logvar.
 
-Floor: two reads and one write, in backward three reads and two writes; ``num_samples * C`` normals a voxel.
+Least memory traffic: two reads and one write forward, three reads and two writes backward. Drawing ``num_samples * C``
+normals for each voxel can take longer than that.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def _sampled_block(
     start, mu, logvar, gaussian, k0, k1, num_samples, statistics, label, ok, bad, counted, soft, grad_output, grad_mu,
     grad_logvar, S, n, first, inside, alpha, C: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    """Store the soft labels, or the gradients, of a block of classes."""
+    """Store the soft labels of a block of classes or, given ``grad_output``, the gradients of mu and logvar."""
     BACKWARD: tl.constexpr = grad_output is not None
     c = classes(start, tile)
     valid = (c < C)[:, None]
@@ -69,14 +70,14 @@ def sample_soft_labels(
     gaussian,
     seed: tl.int64,
     num_samples,
-    statistics,  # where classes are taken in blocks, else None
+    statistics,  # if classes are taken in blocks, else None
     labels,  # [N, S] or none
     soft,  # out [N, C, S] or None
     grad_output,  # [N, C, S] or None
     grad_mu,  # out [N, C, S] or None
     grad_logvar,  # out [N, C, S] or None
     S,
-    alpha,  # 1 without labels
+    alpha,  # 1 if there are no labels
     C: tl.constexpr,
     tile: tl.constexpr,
 ):
@@ -106,9 +107,9 @@ def launch(
     soft_labels: View | None = None,
     grad_output: View | None = None,
 ) -> None:
-    """Launch the kernel, after the statistics of the samples where classes are taken in blocks.
+    """Launch the kernel. If classes are taken in blocks, the kernel of the statistics comes first.
 
-    Given ``soft_labels``, it writes them. Given ``grad_output``, it writes the gradients.
+    Either ``soft_labels`` is given and written, or ``grad_output`` is given and the gradients are written.
     """
     sampling = sampling_arguments(spec.sampling, call.like.device)
     statistics = launch_sample_statistics(

@@ -1,6 +1,6 @@
-"""Sums over all classes for kernels of samples that take the classes in blocks.
+"""Sums over all classes, for kernels that draw samples and take the classes in blocks.
 
-They take ``3 + 3 * num_samples`` floats a voxel, which is little beside hundreds of classes.
+The sums are ``3 + 3 * num_samples`` floats per voxel, which is little memory compared with hundreds of classes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 @triton.jit
 def _store_row(statistics, row, voxel, inside, values):
-    """Store what :func:`calseg.kernels.gaussian.statistic` loads."""
+    """Store a row of the statistics, which :func:`calseg.kernels.gaussian.statistic` loads."""
     tl.store(statistics.ptr + row * statistics.num_voxels + voxel, values, mask=inside)
 
 
@@ -43,9 +43,11 @@ def sample_statistics(
 ):
     """Compute the rows of the statistics.
 
-    With logits, rows 0 and 1 are their max and their sum of exp, and row 2 is the sum of the weighted soft labels.
-    Every sample adds three rows: max and sum of exp of nu, and the dot product of its softmax with dl/dy_hat, which is
-    ``w log p`` with logits and else ``grad_output``.
+    Rows 0 to 2 are written if logits are given: the maximum of the logits, ``sum exp(logits - max)``, and the sum over
+    classes of the weighted soft labels.
+
+    Sample k has rows 3 + 3 k to 5 + 3 k: the maximum of nu, ``sum exp(nu - max)``, and the dot product of the softmax
+    of nu with ``w log p`` if logits are given, else with ``grad_output``.
     """
     BLOCK_C: tl.constexpr = tile.BLOCK_C
     n, first, inside = locate(tl.program_id(0), S, tile)
@@ -98,8 +100,10 @@ def sample_statistics(
 
     if logits is not None:
         on_label = 1.0 if weight is None else label_weights(weight, label, C)
-        mass = (1.0 - alpha) * on_label + (alpha / num_samples) * estimated
-        _store_row(statistics, 2, voxel, inside, (1.0 - smoothing) * mass + smoothing / C * weight_sum)
+        # A factor of 0 must not meet the infinite weight of a class that does not occur.
+        mass = (1.0 - alpha) * on_label + tl.where(alpha == 0.0, 0.0, (alpha / num_samples) * estimated)
+        spread = tl.where(smoothing == 0.0, 0.0, smoothing / C * weight_sum)
+        _store_row(statistics, 2, voxel, inside, (1.0 - smoothing) * mass + spread)
 
 
 def launch_sample_statistics(
@@ -115,7 +119,7 @@ def launch_sample_statistics(
     smoothing: float = 0.0,
     alpha: float = 0.0,
 ) -> Statistics | None:
-    """Return the statistics, or None where one block holds all classes."""
+    """Launch the kernel and return the statistics. Return None if one block holds all classes."""
     if call.C <= call.tile.BLOCK_C:
         return None
     voxels, (_, _, num_samples) = call.geometry.N * call.S, sampling

@@ -1,4 +1,7 @@
-"""The upstream factor of a reduced loss, applied to gradients that the forward pass made."""
+"""Multiplication of gradients by the upstream factor of a reduced loss.
+
+The forward pass computes the gradients for a factor of 1. The backward pass multiplies them by the actual one.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ def scale_gradient(
     size,
     BLOCK: tl.constexpr,
 ):
-    """Compute ``gradient *= factor``. A factor of 1, as in most backward passes, touches no memory."""
+    """Compute ``gradient *= factor``. A factor of 1, the usual one, leaves the memory untouched."""
     by = tl.load(factor).to(tl.float32)
     if by != 1.0:
         step = tl.num_programs(0).to(tl.int64) * BLOCK
@@ -29,7 +32,7 @@ def scale_gradient(
 
 
 def launch(gradient: Tensor, factor: Tensor) -> None:
-    """Multiply a gradient in place by a 0-d tensor."""
+    """Launch the kernel, which multiplies a gradient in place by a 0-d tensor."""
     size = gradient.numel()
     programs = min(triton.cdiv(size, BLOCK_SIZE), MAX_PROGRAMS)
     host.launch_kernel(scale_gradient, programs, gradient, (gradient, factor, size, BLOCK_SIZE), 8)

@@ -12,17 +12,17 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 @triton.jit
 def exp_of(x):
-    """Return exp(x) for x <= 0 in two instructions, not six.
+    """Return exp(x) for x <= 0 in two instructions. ``tl.exp`` takes six.
 
-    The relative error is below 2^-24 |x|. It is large only where the result is small.
+    The relative error is below 2^-24 |x|, so it is large only where the result is small.
     """
     return tl.exp2(x * LOG2E)
 
 
 @triton.jit
 def exp_any(x):
-    """Return exp(x) to 2 ulp, for any x."""
-    x = tl.where(x > 89.0, 89.0, tl.where(x < -104.0, -104.0, x))  # keeps NaN
+    """Return exp(x) for any x, with an error of up to 2 ulp."""
+    x = tl.where(x > 89.0, 89.0, tl.where(x < -104.0, -104.0, x))  # NaN stays NaN
     n = tl.floor(x * LOG2E + 0.5)
     rest = (x - n * 0.693359375) + n * 2.12194440e-4
     return tl.exp2(rest * LOG2E) * tl.exp2(n)
@@ -30,22 +30,28 @@ def exp_any(x):
 
 @triton.jit
 def reciprocal(x):
-    """Return 1 / x to 3 ulp for x >= 1, such as a softmax's sum. A division takes three times the instructions."""
+    """Return 1 / x with an error of up to 3 ulp, for x >= 1 such as the sum of a softmax.
+
+    A division would take three times as many instructions.
+    """
     root = tl.rsqrt(x)
     return root * root
 
 
 @triton.jit
 def top_and_sum(x, c, scale, C: tl.constexpr):
-    """Return max and ``sum exp(scale * (x - max))`` over the classes. A NaN makes the sum NaN."""
+    """Return the maximum of x over classes, and ``sum exp(scale * (x - max))``. If a class is NaN, the sum is NaN."""
     top = tl.max(tl.where((c < C)[:, None], x, -INF), 0)
     return top, tl.sum(tl.where((c < C)[:, None], exp_of((x - top[None, :]) * scale), 0.0), 0)
 
 
 @triton.jit
 def online_top_and_sum(top, total, x, c, scale, C: tl.constexpr):
-    """Fold another block of classes into the results of :func:`top_and_sum`, which begin with (-inf, 0)."""
+    """Return ``top`` and ``total`` after another block of classes.
+
+    Starting from (-inf, 0), the blocks of all classes give the results of :func:`top_and_sum`.
+    """
     x = tl.where((c < C)[:, None], x, -INF)
     higher = tl.maximum(top, tl.max(x, 0))
-    shift = tl.where(higher == -INF, 0.0, higher)  # only -inf so far: the result is not NaN yet
+    shift = tl.where(higher == -INF, 0.0, higher)  # avoids -inf - -inf, which is NaN
     return higher, total * exp_of((top - shift) * scale) + tl.sum(exp_of((x - shift[None, :]) * scale), 0)

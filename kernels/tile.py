@@ -1,12 +1,15 @@
-"""Tiles of tensors on the device: where a tile lies, and how it is loaded and stored.
+"""Tiles of tensors on the device: their places in memory, loads and stores.
 
-A program works on one tile ``[BLOCK_C, TILE]``: all classes, or a block of them, of ``TILE`` voxels of one batch item.
-``C`` is known at compile time, so classes that only pad a tile to a power of two cost nothing. Arithmetic is in
-float32: values are widened when they are loaded and narrowed when they are stored. Offsets are 64 bits wide.
+A program (Triton's word for a block of threads) works on one tile ``[BLOCK_C, TILE]``. The tile holds all classes, or a
+block of them, of ``TILE`` voxels of one batch item. ``C`` is known at compile time, so classes that only pad a tile to
+a power of two cost nothing. Arithmetic is in float32: loads convert to float32, and stores convert back. Offsets have
+64 bits.
 
-Kernels take structures as NamedTuples. Two limits of Triton 3.6 shape them. It loses the constants of a tuple inside
-another tuple, so no tuple holds another one. It cannot compare with None a tuple that holds None, so a structure with
-optional fields is never None itself; its ``ptr`` is None instead.
+Kernels take structures as NamedTuples. Two limits of Triton 3.6 shape them:
+
+- Triton loses the constants of a tuple inside another tuple. So no tuple holds another one.
+- Triton cannot compare with None a tuple that holds None. So a structure with optional fields is never None itself. Its
+  ``ptr`` is None instead.
 """
 
 from __future__ import annotations
@@ -19,7 +22,10 @@ import triton.language as tl
 
 
 class View(NamedTuple):
-    """A tensor as ``[N, C, S]``, its spatial axes collapsed to one. Strides count elements; an absent axis has 0."""
+    """A tensor as ``[N, C, S]``, where one axis stands for all spatial axes.
+
+    Strides count elements. The stride of an absent axis is 0.
+    """
 
     ptr: Any
     stride_n: int
@@ -29,13 +35,21 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class Tile:
-    """The shape of a tile and its place in registers; made by :func:`calseg.kernels.launch.choose_tile`.
+    """The shape of a tile and its layout in registers.
 
-    ``ALIGN_C`` and ``ALIGN_S`` divide every stride of their axis, the stride of the batch and S. The compiler must know
-    them to make wide loads. ``VEC_C`` or ``VEC_S`` adjacent elements go to one thread.
+    :func:`calseg.kernels.launch.choose_tile` makes it.
 
-    ``LANE_MAJOR`` orders the rows by lane: first class 0 of every noise quad, then class 1 of every quad, and so on.
-    With few voxels to a row, Triton spreads the rows over the threads. This order keeps a quad in one thread.
+    Attributes:
+        BLOCK_C: number of classes, a power of two.
+        TILE: number of voxels, a power of two.
+        ALIGN_C: a number that divides the strides of the class axis and of the batch, and S.
+        ALIGN_S: a number that divides the strides of the spatial axis and of the batch.
+        VEC_C: number of adjacent classes that one thread loads at once.
+        VEC_S: number of adjacent voxels that one thread loads at once.
+        LANE_MAJOR: the rows are ordered by lane: first class 0 of every noise quad, then class 1 of every quad, and so
+            on. Where rows have few voxels, Triton spreads the rows over threads. This order keeps a quad in one thread.
+
+    The compiler makes wide loads only if it knows the alignments.
     """
 
     BLOCK_C: int
@@ -47,7 +61,7 @@ class Tile:
     LANE_MAJOR: bool = False
 
 
-# ---- where a tile lies ----
+# ---- the place of a tile ----
 
 
 @triton.jit
@@ -58,7 +72,7 @@ def multiple(stride, ALIGN: tl.constexpr):
 
 @triton.jit
 def locate(step, S, tile: tl.constexpr):
-    """Return the batch item of tile number ``step``, its first voxel, and a mask of the TILE voxels that exist."""
+    """Return ``(n, first, inside)`` of tile number ``step``: batch item, first voxel, and a mask of existing voxels."""
     tiles = tl.cdiv(S, tile.TILE).to(tl.int32)
     n = (step // tiles).to(tl.int64)
     first = (step % tiles).to(tl.int64) * tile.TILE
@@ -68,7 +82,7 @@ def locate(step, S, tile: tl.constexpr):
 
 @triton.jit
 def classes(start, tile: tl.constexpr):
-    """Return the class of every row of the tile, counted from ``start``."""
+    """Return the class of every row of a tile whose first class is ``start``."""
     row = tl.arange(0, tile.BLOCK_C)
     if tile.LANE_MAJOR:
         row = 4 * (row % (tile.BLOCK_C // 4)) + row // (tile.BLOCK_C // 4)
@@ -80,7 +94,7 @@ def classes(start, tile: tl.constexpr):
 
 @triton.jit
 def pointers(x, n, first, c, tile: tl.constexpr):
-    """Return pointers ``[BLOCK_C, TILE]`` to the classes ``c`` of the tile's voxels."""
+    """Return pointers ``[BLOCK_C, TILE]`` to classes ``c`` of the voxels of the tile."""
     VEC_C: tl.constexpr = tile.VEC_C
     VEC_S: tl.constexpr = tile.VEC_S
     stride_s = multiple(x.stride_s, tile.ALIGN_S)
@@ -89,7 +103,7 @@ def pointers(x, n, first, c, tile: tl.constexpr):
     columns = tl.arange(0, tile.TILE).to(tl.int64) * stride_s
     tile_pointers = start + (rows[:, None] + columns[None, :])
     if VEC_C * VEC_S == 1:
-        # Give the alignment only. Told that neither axis is contiguous, Triton 3.6 spreads the classes over a warp.
+        # State the alignment only. If told that neither axis is contiguous, Triton 3.6 spreads the classes over a warp.
         BYTES: tl.constexpr = x.ptr.dtype.element_ty.primitive_bitwidth // 8
         tile_pointers = tl.multiple_of(tile_pointers, [BYTES, BYTES])
     else:
@@ -99,7 +113,10 @@ def pointers(x, n, first, c, tile: tl.constexpr):
 
 @triton.jit
 def load(x, n, first, inside, ok, c, C: tl.constexpr, tile: tl.constexpr):
-    """Load classes ``c`` of the tile as float32; 0 past class C and where a voxel does not count, even over a NaN."""
+    """Load classes ``c`` of the tile as float32.
+
+    The value is 0 past class C and where ``ok`` is false, even if memory holds a NaN there. ``ok`` may be None.
+    """
     mask = (c < C)[:, None] & inside[None, :]
     values = tl.load(pointers(x, n, first, c, tile), mask=mask, other=0.0).to(tl.float32)
     return values if ok is None else tl.where(ok[None, :], values, 0.0)
@@ -107,7 +124,7 @@ def load(x, n, first, inside, ok, c, C: tl.constexpr, tile: tl.constexpr):
 
 @triton.jit
 def store(x, n, first, inside, c, values, C: tl.constexpr, tile: tl.constexpr):
-    """Store what :func:`load` loads."""
+    """Store classes ``c`` of the tile: the inverse of :func:`load`."""
     mask = (c < C)[:, None] & inside[None, :]
     tl.store(pointers(x, n, first, c, tile), values.to(x.ptr.dtype.element_ty), mask=mask)
 
@@ -117,7 +134,7 @@ def store(x, n, first, inside, c, values, C: tl.constexpr, tile: tl.constexpr):
 
 @triton.jit
 def voxel_pointers(x, n, first, tile: tl.constexpr):
-    """Return pointers ``[TILE]`` to the tile's voxels in a tensor without class axis."""
+    """Return pointers ``[TILE]`` to the voxels of the tile in a tensor without class axis."""
     VEC_S: tl.constexpr = tile.VEC_S
     start = x.ptr + n * x.stride_n + first * x.stride_s
     return tl.max_contiguous(start + tl.arange(0, tile.TILE).to(tl.int64) * x.stride_s, [VEC_S])
@@ -125,5 +142,5 @@ def voxel_pointers(x, n, first, tile: tl.constexpr):
 
 @triton.jit
 def store_voxels(x, n, first, inside, values, tile: tl.constexpr):
-    """Store a number for every voxel."""
+    """Store one number per voxel of the tile."""
     tl.store(voxel_pointers(x, n, first, tile), values.to(x.ptr.dtype.element_ty), mask=inside)

@@ -1,7 +1,7 @@
-"""Cross-entropy on sampled soft labels plus KL: the loss and the gradients of logits, mu and logvar in one pass.
+"""Cross-entropy with sampled soft labels plus the KL term, and the gradients of logits, mu and logvar, in one pass.
 
-Floor: one read of each input and one write of each gradient, or ``num_samples * C`` normals a voxel, whichever takes
-longer: see benchmarks/notes.md.
+Least memory traffic: one read of each input, and one write of each gradient. Drawing ``num_samples * C`` normals for
+each voxel can take longer than that: see benchmarks/notes.md.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from calseg.kernels.gaussian import (
     statistic,
     store_gradients,
 )
-from calseg.kernels.labels import class_weights, load_labels
-from calseg.kernels.launch import SAMPLED, Call, Kind
+from calseg.kernels.labels import class_weights, load_labels, weighted
+from calseg.kernels.launch import SAMPLED, Call, TileDemands
 from calseg.kernels.noise import load_seed
 from calseg.kernels.reductions import LossArguments, load_upstream, store_loss
 from calseg.kernels.sample_statistics import launch_sample_statistics
@@ -37,7 +37,7 @@ def _block(
     grad_logits, grad_mu, grad_logvar, S, n, first, inside, smoothing, alpha, SAMPLED: tl.constexpr,
     WITH_KL: tl.constexpr, C: tl.constexpr, NUM_SUMS: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    """Return the share of a block of classes in the loss and in the KL term, and store its gradients."""
+    """Return the terms of a block of classes in the loss and in the KL term, and store the gradients of the block."""
     GRADIENT: tl.constexpr = grad_mu is not None or grad_logvar is not None
     c = classes(start, tile)
     valid = (c < C)[:, None]
@@ -63,8 +63,9 @@ def _block(
     estimate = tl.full([tile.BLOCK_C, tile.TILE], 0.0, tl.float32)
     to_mu, to_logvar = estimate, estimate
     if SAMPLED:
-        # dl/dy_hat = -(1 - ls) alpha w log p needs no sample. Keep log p of an impossible class finite here: times a
-        # mass of 0, -inf would make NaN.
+        # The gradient with respect to the estimate, the mean of the samples, is -(1 - smoothing) alpha w log p. It
+        # needs no sample, so it is known before sampling. Keep log p finite here: times a probability of 0, -inf would
+        # give NaN.
         log_p = tl.where(log_p < LOWEST, LOWEST, log_p)
         a = log_p if weight is None else w * log_p
         for k in range(0, num_samples, samples_at_once(C)):
@@ -78,13 +79,12 @@ def _block(
                 to_logvar = tl.where(valid, to_logvar + tl.sum(g * z, 0), 0.0)
         log_p = tl.where(log_p == LOWEST, -INF, log_p)
 
-    up, kl_up = load_upstream(
-        upstream, n, first, inside, ok, NUM_SUMS, tile
-    )  # loaded here, it takes no registers in the loop
+    # Load the upstream gradient only now, so that it takes no registers in the loop.
+    up, kl_up = load_upstream(upstream, n, first, inside, ok, NUM_SUMS, tile)
     hard = tl.where(c[:, None] == label[None, :], 1.0 - alpha, 0.0)
     smoothed = keep * (hard + estimate * (alpha / num_samples)) + smoothing / C
-    y = w * smoothed
-    # t log t has the limit 0, also where log p is -inf
+    y = weighted(w, smoothed)
+    # Where Y is 0, the term is 0 even if log p is -inf: it is the limit of t log t.
     value = -tl.sum(tl.where((smoothed == 0.0) | (c >= C)[:, None], 0.0, y * log_p), 0)
     if grad_logits is not None:
         mass = tl.sum(y, 0) if statistics is None else statistic(statistics, 2, voxel, inside)
@@ -108,7 +108,7 @@ def vls_cross_entropy(
     gaussian,
     seed: tl.int64,
     num_samples,
-    statistics,  # where classes are taken in blocks, else None
+    statistics,  # if classes are taken in blocks, else None
     labels,  # [N, S]
     weight,  # [C] or None
     upstream,
@@ -126,7 +126,7 @@ def vls_cross_entropy(
     NUM_SUMS: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """Compute the loss of every voxel, and its gradients."""
+    """Compute the loss and the KL term of every voxel, and their gradients."""
     n, first, inside = locate(tl.program_id(0), S, tile)
     label, ok, bad = load_labels(labels, n, first, inside, C, False, tile)
     counted = None if labels.ignore is None else ok
@@ -146,13 +146,13 @@ def vls_cross_entropy(
     store_loss(loss, partials, value, kl if WITH_KL else None, gaussian.beta, n, first, inside, tile)
 
 
-def kind(spec: Any, tensors: Any) -> Kind:
+def tile_demands(spec: Any, tensors: Any) -> TileDemands:
     """Return the demands of the kernel on its tiles."""
     return SAMPLED
 
 
 def launch(call: Call, spec: Any, given: LossArguments) -> None:
-    """Launch the kernel, after the statistics of the samples where classes are taken in blocks."""
+    """Launch the kernel. If classes are taken in blocks, the kernel of the statistics comes first."""
     logits, mu, logvar, gradients = given.tensors.logits, given.tensors.mu, given.tensors.logvar, given.gradients
     sampling = sampling_arguments(spec.sampling, call.like.device)
     smoothing, alpha = spec.label_smoothing, spec.alpha

@@ -1,6 +1,7 @@
-"""The objective of stage 1: the expected cross-entropy of the logit samples, plus KL; loss and gradients in one pass.
+"""Objective of stage 1: expected cross-entropy of the sampled logits plus the KL term, and its gradients, in one pass.
 
-Floor: two reads, two writes and ``num_samples * C`` normals a voxel.
+Least memory traffic: one read of mu and of logvar, and one write of each gradient. Drawing ``num_samples * C`` normals
+for each voxel can take longer than that.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from calseg.kernels.gaussian import (
     store_gradients,
 )
 from calseg.kernels.labels import label_weights, load_labels
-from calseg.kernels.launch import SAMPLED, Call, Kind
+from calseg.kernels.launch import SAMPLED, Call, TileDemands
 from calseg.kernels.noise import load_seed
 from calseg.kernels.reductions import LossArguments, load_upstream, store_loss
 from calseg.kernels.sample_statistics import launch_sample_statistics
@@ -33,7 +34,11 @@ def _block(
     start, mu, logvar, gaussian, k0, k1, num_samples, statistics, label, counted, up, kl_up, grad_mu, grad_logvar, S, n,
     first, inside, WITH_KL: tl.constexpr, C: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    """Return a block of classes' share in ``- sum_k log softmax(nu_k)[y]`` and in the KL term; store its gradients."""
+    """Return the terms of a block of classes in the loss and in the KL term, and store the gradients of the block.
+
+    The loss is ``- sum_k log softmax(nu_k)[y]``. The first block of classes adds the logarithms of the sums over all
+    classes.
+    """
     GRADIENT: tl.constexpr = grad_mu is not None or grad_logvar is not None
     c = classes(start, tile)
     valid = (c < C)[:, None]
@@ -47,7 +52,7 @@ def _block(
     value = tl.full([tile.TILE], 0.0, tl.float32)
     to_mu = tl.full([tile.BLOCK_C, tile.TILE], 0.0, tl.float32)
     to_logvar = to_mu
-    # the label's own mean and deviation: a sample then needs its noise alone
+    # Get mean and deviation of the label's class once, so that every sample needs only the noise of that class.
     hit = c[:, None] == label[None, :]
     here = (label >= start) & (label < start + tile.BLOCK_C)
     label_mean, label_sigma = tl.sum(tl.where(hit, mean, 0.0), 0), tl.sum(tl.where(hit, sigma, 0.0), 0)
@@ -82,7 +87,7 @@ def vls_elbo(
     gaussian,
     seed: tl.int64,
     num_samples,
-    statistics,  # where classes are taken in blocks, else None
+    statistics,  # if classes are taken in blocks, else None
     labels,  # [N, S]
     weight,  # [C] or None
     upstream,
@@ -120,13 +125,13 @@ def vls_elbo(
     store_loss(loss, partials, value, kl if WITH_KL else None, gaussian.beta, n, first, inside, tile)
 
 
-def kind(spec: Any, tensors: Any) -> Kind:
+def tile_demands(spec: Any, tensors: Any) -> TileDemands:
     """Return the demands of the kernel on its tiles."""
     return SAMPLED
 
 
 def launch(call: Call, spec: Any, given: LossArguments) -> None:
-    """Launch the kernel, after the statistics of the samples where classes are taken in blocks."""
+    """Launch the kernel. If classes are taken in blocks, the kernel of the statistics comes first."""
     mu, logvar, gradients = given.tensors.mu, given.tensors.logvar, given.gradients
     sampling = sampling_arguments(spec.sampling, call.like.device)
     statistics = launch_sample_statistics(call, mu, logvar, sampling, given.labels, weight=spec.weight)

@@ -1,4 +1,4 @@
-"""Inputs, memory layouts, error bounds and the comparison with an oracle, which all tests of operations share."""
+"""Inputs, memory layouts, error bounds and comparisons for the tests of all operations."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from calseg import CalibrationBins
 REDUCTIONS = ("none", "mean", "sum")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LABELS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
-# Around the widths of vectors, tiles and unrolled class loops.
+# Numbers around the widths of vectors, tiles and unrolled loops over classes.
 CLASSES = (1, 2, 3, 4, 5, 7, 8, 9, 14, 16, 17, 32, 33, 117)
 SIZES = (*range(1, 71), 127, 128, 129, 255, 256, 257, 511, 513, 1000, 1023, 1024, 1025, 1031, 2049)
-# [C], [N, C] and one to four spatial axes, for a number of classes.
+# Shapes [C], [N, C] and with one to four spatial axes, as functions of the number of classes.
 SHAPES: dict[str, Callable[[int], tuple[int, ...]]] = {
     "C": lambda C: (C,),
     "NC": lambda C: (19, C),
@@ -29,7 +29,7 @@ SHAPES: dict[str, Callable[[int], tuple[int, ...]]] = {
 
 
 def id_of(value: object) -> str | None:
-    """Readable test names for dtypes."""
+    """Return a readable test name for a dtype."""
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
 
 
@@ -45,7 +45,7 @@ def voxels_of(shape: tuple[int, ...]) -> tuple[int, ...]:
 def labels(
     shape: tuple[int, ...], *, dtype: torch.dtype = torch.int64, ignore_index: int | None = None, seed: int = 1
 ) -> Tensor:
-    """Labels for scores of ``shape``; a fifth of them ``ignore_index``."""
+    """Return labels for scores of ``shape``. If ``ignore_index`` is given, a fifth of them is ignored."""
     generator = torch.Generator().manual_seed(seed)
     classes, voxels = shape[1 if len(shape) > 1 else 0], voxels_of(shape)
     target = torch.randint(0, classes, voxels, generator=generator)
@@ -58,11 +58,11 @@ def class_weights(classes: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return (torch.arange(classes) % 5 * 0.5 + 0.25).to(dtype)
 
 
-# ---- memory layouts: the same values, other strides ----
+# ---- memory layouts: same values, different strides ----
 
 
 def _padded(t: Tensor, axis: int) -> Tensor:
-    """A slice of a tensor that is longer along ``axis``."""
+    """Return the tensor as a slice of one that is longer along ``axis``."""
     sizes = list(t.shape)
     sizes[axis] += 3
     return torch.full(sizes, torch.nan, dtype=t.dtype).narrow(axis, 1, t.shape[axis]).copy_(t)
@@ -92,7 +92,7 @@ class Result(NamedTuple):
 
 
 def upstream_of(value: Tensor) -> Tensor:
-    """1 for a scalar; else eighths in [-2, 2], which every dtype holds exactly."""
+    """Return an upstream gradient: 1 for a scalar, else multiples of 1/8 in [-2, 2], exact in every dtype."""
     if value.dim() == 0:
         return torch.ones_like(value)
     generator = torch.Generator().manual_seed(5)
@@ -100,7 +100,7 @@ def upstream_of(value: Tensor) -> Tensor:
 
 
 def evaluate(function: Callable[..., Tensor], tensors: Mapping[str, Tensor]) -> Result:
-    """The value, and its gradients with respect to all ``tensors`` (zero where there is no path)."""
+    """Return the value, and its gradients with respect to all ``tensors``, which are zero without dependence."""
     leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
     value = function(**leaves)
     gradients = torch.autograd.grad(
@@ -110,16 +110,17 @@ def evaluate(function: Callable[..., Tensor], tensors: Mapping[str, Tensor]) -> 
 
 
 def _rounding(truth: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half a unit in the last place of ``dtype``, subnormal numbers included."""
+    """Return half a unit in the last place of ``dtype``, also for subnormal numbers."""
     info = torch.finfo(dtype)
     return 0.5 * info.eps * truth.abs().clamp(min=info.smallest_normal)
 
 
 def assert_accurate(actual: Tensor, truth: Tensor, *, ulps: float, scale: float = 0.0, what: str = "") -> None:
-    """``actual`` is ``truth`` (float64) to ``ulps`` of the arithmetic's dtype, rounded once to its own dtype.
+    """Check ``actual`` against ``truth`` in float64.
 
-    One ulp is counted at the largest magnitude that went into a sum: the largest of ``truth``, at least ``scale``.
-    What is not finite must be the same.
+    The error may be ``ulps`` units in the last place of the arithmetic's dtype, plus one rounding to the dtype of
+    ``actual``. A unit is that of the largest number in ``truth``, or of ``scale`` if that is larger. Numbers that are
+    not finite must be equal.
     """
     assert actual.shape == truth.shape, f"{what}: shape {list(actual.shape)}, wanted {list(truth.shape)}"
     dtype, got, truth = actual.dtype, actual.detach().double(), truth.detach().double()
@@ -150,7 +151,10 @@ def assert_matches(
     scale: float = 0.0,
     grad_scale: float = 0.0,
 ) -> Result:
-    """Value and gradients of ``function`` against ``oracle`` in float64; each gradient in its input's dtype."""
+    """Check value and gradients of ``function`` against ``oracle`` in float64.
+
+    A gradient has the dtype of its input.
+    """
     got, truth = evaluate(function, tensors), evaluate(oracle, {name: t.double() for name, t in tensors.items()})
     assert_accurate(got.value, truth.value, ulps=ulps, scale=scale, what="value")
     for name, gradient in got.gradients.items():

@@ -1,4 +1,4 @@
-"""Every backend through the same cases; fresh memory is never zero by luck; long and GPU tests only when asked for."""
+"""Fixtures of all tests: every backend, poisoned memory, and the selection of long tests and GPU tests."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import torch
 from hypothesis import HealthCheck, settings
 from internals import ISAS, MEMORY_OF_RESULTS, TRITON_ERROR, native
 
-# Without a GPU the Triton kernels run in Triton's interpreter: set before anything imports Triton. It is slow, so
-# test_triton.py has a choice of cases; CALSEG_TEST_TRITON=1 takes all that the other backends go through (an hour).
+# Without a GPU, the Triton kernels run in Triton's interpreter, which must be set before anything imports Triton. The
+# interpreter is slow, so test_triton.py has selected cases. With CALSEG_TEST_TRITON=1, all tests of the other backends
+# run with Triton too, which takes an hour.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if TRITON_ERROR is None:
@@ -27,7 +28,8 @@ if not torch.cuda.is_available():
         interpreter.install()
 TRITON = ["triton"] if "CALSEG_TEST_TRITON" in os.environ else []
 
-# Some tests interrupt runs; what a shell starts in the background ignores SIGINT, and so would all it starts.
+# Some tests interrupt runs by SIGINT. A process that a shell starts in the background ignores it, and so do its
+# children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile(
@@ -51,7 +53,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Results are made in memory full of NaN: an element that is never written is seen. Returns their shapes."""
+    """Allocate results in memory full of NaN, so that an element that is never written shows. Return their shapes."""
     asked: list[tuple[int, ...]] = []
 
     def poisoned(make: Callable[..., torch.Tensor], *args: object) -> torch.Tensor:
@@ -66,7 +68,10 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 @contextmanager
 def engine(isa: str) -> Iterator[str]:
-    """The backend's name, under an instruction set; one thread, as there are thousands of tiny calls."""
+    """Set an instruction set, and give the name of its backend.
+
+    Use one thread, as there are thousands of tiny calls.
+    """
     threads, before = torch.get_num_threads(), None if native is None else native.isa()
     torch.set_num_threads(1)
     if isa in ISAS:
@@ -93,7 +98,7 @@ def cpu(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def set_threads() -> Iterator[object]:
-    """``torch.set_num_threads``, undone afterwards."""
+    """Give ``torch.set_num_threads``, and restore the number afterwards."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -101,7 +106,7 @@ def set_threads() -> Iterator[object]:
 
 @pytest.fixture
 def peak_growth() -> Callable[[Callable[[], object]], int]:
-    """By how many bytes a call raises the process's memory at its peak (Linux)."""
+    """Give a function that returns how many bytes a call adds to the peak memory of the process (Linux)."""
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not clear.exists():
         pytest.skip("needs /proc/self/clear_refs")
@@ -111,7 +116,7 @@ def peak_growth() -> Callable[[Callable[[], object]], int]:
 
     def measure(call: Callable[[], object]) -> int:
         gc.collect()
-        clear.write_text("5")  # the peak starts again from what is in use now
+        clear.write_text("5")  # reset the peak to the memory in use
         before = field("VmRSS")
         call()
         return field("VmHWM") - before

@@ -1,4 +1,4 @@
-"""The method's formulas with nothing of calseg in them: one number at a time, and then over tensors, for autograd."""
+"""The formulas of the method, written without calseg: for single numbers, and for tensors with autograd."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def philox(counter: Sequence[int], key: Sequence[int], rounds: int = 7) -> tuple
 
 
 def normal(seed: int, v: int, c: int, k: int, C: int) -> float:
-    """``eps(seed, v, c, k)``, section 6."""
+    """Return the noise ``eps(seed, v, c, k)``."""
     Cp = C if C <= 2 else (C + 3) // 4 * 4
     q, lane = divmod(k * Cp + c, 4)
     seed %= 2**64
@@ -42,7 +42,7 @@ def softmax(x: Sequence[float]) -> list[float]:
 
 
 class Voxel:
-    """Loss, KL and gradients of one voxel that counts: sections 2 to 4 (upstream gradients 1)."""
+    """Loss, KL term and gradients of one voxel that counts, for an upstream gradient of 1."""
 
     def __init__(
         self, x, y, mu, logvar, v, *, weight=None, label_smoothing=0.0, alpha=0.1, temperature=1.0, num_samples=4,
@@ -77,9 +77,9 @@ class Voxel:
 
 
 def calibration_sums(probabilities, labels, n_bins, *, class_wise=False, first_class=0, right_closed=False):
-    """Section 7, voxel by voxel: ``[classes][n_bins]`` of [count, sum of confidences, hits], and NLL and Brier sums.
+    """Return ``[classes][n_bins]`` of [count, sum of confidences, hits], and the sums of NLL and Brier score.
 
-    ``probabilities`` is a list of rows of C, ``labels`` of classes. The edges are real numbers.
+    ``probabilities`` is a list of rows of C numbers, and ``labels`` a list of classes. The edges are real numbers.
     """
     C = len(probabilities[0])
     kinds = range(first_class, C) if class_wise else range(1)
@@ -102,7 +102,7 @@ def calibration_sums(probabilities, labels, n_bins, *, class_wise=False, first_c
 def average_calibration_error(
     probabilities, labels, n_bins, *, soft=False, empty_weight=0.01, ignore_empty_classes=True
 ):  # fmt: skip
-    """mL1-ACE of one item, per class: Barfoot et al., 2024 (hard bins) and 2025 (soft bins)."""
+    """Return mL1-ACE of one item, per class: Barfoot et al., 2024 (hard bins) and 2025 (soft bins)."""
     errors = []
     for c in range(len(probabilities[0])):
         bins = [[0.0, 0.0, 0.0] for _ in range(n_bins)]
@@ -125,15 +125,15 @@ def average_calibration_error(
     return errors
 
 
-# ---- the same over tensors in float64: the oracle of tests/operations.py ----
-# Scores are rows [voxels, C] inside, with the voxels numbered in row-major order over [N, *S].
+# ---- the same for tensors in float64: the oracle of tests/operations.py ----
+# Inside the functions, scores are rows [voxels, C], and voxels are numbered in row-major order over [N, *S].
 
-UNIT = 2**24  # 1 in the fixed-point sums of the calibration bins
+UNIT = 2**24  # the number 1 in fixed point
 
 
 @functools.lru_cache(maxsize=256)
 def normals(seed: int, voxels: int, C: int, k: int) -> Tensor:
-    """``eps(seed, v, c, k)`` of the first ``voxels`` voxels, ``[voxels, C]``: :func:`normal` over an array."""
+    """Return ``eps(seed, v, c, k)`` of the first ``voxels`` voxels, ``[voxels, C]``."""
     Cp = C if C <= 2 else (C + 3) // 4 * 4
     key, v = (seed % 2**32, seed % 2**64 // 2**32), np.arange(voxels, dtype=np.uint64)
     words = {q: philox((v & M32, v >> 32, q, 0), key) for q in range(k * Cp // 4, (k * Cp + C - 1) // 4 + 1)}
@@ -147,12 +147,12 @@ def normals(seed: int, voxels: int, C: int, k: int) -> Tensor:
 
 
 def rows(scores: Tensor) -> Tensor:
-    """``[C]``, ``[N, C]`` or ``[N, C, *S]`` -> ``[voxels, C]``."""
+    """Return scores ``[C]``, ``[N, C]`` or ``[N, C, *S]`` as ``[voxels, C]``."""
     return scores[None] if scores.dim() == 1 else scores.movedim(1, -1).flatten(0, -2)
 
 
 def from_rows(values: Tensor, like: Tensor) -> Tensor:
-    """``[voxels, C]`` -> the shape of ``like``."""
+    """Return ``[voxels, C]`` in the shape of ``like``."""
     if like.dim() == 1:
         return values[0]
     return values.view(like.shape[:1] + like.shape[2:] + like.shape[1:2]).movedim(-1, 1)
@@ -182,7 +182,7 @@ def kl_of_rows(mu: Tensor, logvar: Tensor, prior_mu: float, prior_logvar: float)
 
 
 def counted_rows(target: Tensor, ignore_index: int, *scores: Tensor) -> tuple[Tensor, ...]:
-    """Which voxels count, their classes, and the scores as rows: 0 where a voxel is ignored, whatever lies there."""
+    """Return which voxels count, their classes, and the scores as rows, which are 0 where a voxel is ignored."""
     labels = target.long().reshape(-1)
     counted = labels != ignore_index
     return counted, labels.where(counted, 0), *(rows(t).where(counted[:, None], 0.0) for t in scores)
@@ -197,7 +197,7 @@ def vls_cross_entropy(
     input, target, weight=None, *, mu=None, logvar=None, soft_labels=None, ignore_index=-100, reduction="mean",
     label_smoothing=0.0, alpha=0.1, temperature=1.0, num_samples=4, beta=1.0, prior_mu=0.0, prior_logvar=0.0, seed=0,
 ):  # fmt: skip
-    """With ``mu, logvar`` or ``soft_labels``; without, it is ``F.cross_entropy``."""
+    """Return the loss with ``mu, logvar`` or ``soft_labels``, one of which must be given."""
     w = input.new_ones(rows(input).shape[1]) if weight is None else weight
     if soft_labels is not None:
         counted, labels, x, soft = counted_rows(target, ignore_index, input, soft_labels)
@@ -258,7 +258,10 @@ def ace_loss(
     input, target, weight=None, *, n_bins=20, binning="hard", include_background=True, ignore_empty_classes=True,
     empty_weight=0.01, ignore_index=-100, reduction="mean",
 ):  # fmt: skip
-    """:func:`average_calibration_error` of every item, with every voxel's share of every bin in one array."""
+    """Return :func:`average_calibration_error` of every item, reduced.
+
+    One array holds the share of every voxel in every bin.
+    """
     items = input[None] if input.dim() == 1 else input.t()[None] if input.dim() == 2 else input.flatten(2)
     items = items.unsqueeze(-1) if items.dim() == 2 else items
     counted, labels = target != ignore_index, target.long()
@@ -283,7 +286,7 @@ def ace_loss(
 def calibration_bins(
     input, target, *, n_bins=15, from_logits=True, class_wise=False, include_background=True, ignore_index=-100
 ):  # fmt: skip
-    """Counts, sums of confidences and hits of the bins, then the sums of NLL and Brier score and the voxels' number."""
+    """Return counts, confidences and hits of the bins, then sums of NLL and Brier score, and number of voxels."""
     counted, labels, x = counted_rows(target, ignore_index, input)
     first = 0 if include_background else 1
     if not class_wise:

@@ -33,7 +33,7 @@ class Tolerance(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What ``test_every_size`` takes: the longest size for a number of classes, options, and the tolerance."""
+    """Arguments of ``test_every_size``: longest size for a number of classes, options, and tolerance."""
 
     longest: Mapping[int, int]
     tolerance: Callable[[int], Tolerance]
@@ -87,7 +87,7 @@ class Operation:
 
     @property
     def reductions(self) -> tuple[str, ...]:
-        """The reductions of a loss; of others only the one way."""
+        """The reductions of a loss. An operation without reductions has a single entry."""
         return REDUCTIONS if self.result in ("loss", "items") else ("none",)
 
     @property
@@ -117,7 +117,10 @@ class Operation:
         return {name: make(*shape, dtype=dtype) for name, make in self.tensors.items()}
 
     def target(self, shape: tuple[int, ...], ignore_index: int | None = -100, dtype: torch.dtype = torch.int64):
-        """Labels, a fifth of them ``ignore_index``; or the mask of that fifth. The one voxel of ``[C]`` counts."""
+        """Return labels, a fifth of which is ignored, or the mask of that fifth.
+
+        The voxel of a shape ``[C]`` counts.
+        """
         made = labels(shape, ignore_index=-1 if self.labels == "ignore_mask" else ignore_index, dtype=dtype)
         if len(shape) == 1:
             made = torch.zeros_like(made) if ignore_index != 0 else torch.ones_like(made)
@@ -159,13 +162,13 @@ class Operation:
 
 
 def run(operation: Operation, function: Callable[..., Tensor], tensors: Mapping[str, Tensor]) -> Result:
-    """The value, and the gradients where there are some."""
+    """Return the value, and the gradients if there are any."""
     return evaluate(function, tensors) if operation.differentiable else Result(function(**tensors), {})
 
 
 @functools.cache
 def truth(operation: Operation, shape: tuple[int, ...], dtype: torch.dtype, options: frozenset[tuple[str, Any]]):
-    """The oracle's result for inputs rounded to ``dtype``: one for all backends."""
+    """Return the result of the oracle for inputs rounded to ``dtype``. It is computed once for all backends."""
     wide = {name: t.double() for name, t in operation.inputs(shape, dtype).items()}
     function = operation.bind_oracle(operation.arguments(shape, dtype, **dict(options)))
     return run(operation, function, wide)
@@ -214,7 +217,7 @@ def log_variances(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def masses(*shape: int, dtype: torch.dtype) -> Tensor:
-    """What stands for soft labels: not negative, and of any sum."""
+    """Return numbers in place of soft labels, which are not negative and have any sum."""
     return scores(*shape, dtype=dtype, seed=9).abs()
 
 
@@ -229,7 +232,7 @@ def another_map(seed: int) -> Callable[..., Tensor]:
 GAUSSIAN = {"mu": means, "logvar": log_variances}
 
 
-# ---- the calls that differ from the public function's ----
+# ---- functions that differ from the public ones ----
 
 
 def _accumulate(*, target=None, backend=None, map0, map1, **options):
@@ -298,7 +301,7 @@ ACE = tuple(
         (20, True, {"ignore_empty_classes": False}), (4, False, {"ignore_empty_classes": False, "weighted": True}),
     )
 )  # fmt: skip
-# One class has a gradient of 0, and its error no scale: the sizes have it.
+# One class has a gradient of 0, to which an error cannot be relative. test_every_size covers it.
 TWO_OR_MORE = (2, 5, 14)
 BINS = ({}, {"n_bins": 1}, {"n_bins": 10}, {"n_bins": 64})
 # Around the widths of vectors, tiles and unrolled class loops: cases.CLASSES.

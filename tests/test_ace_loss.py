@@ -1,4 +1,4 @@
-"""The average-calibration-error losses against their formulas, and the engine against the reference in float64."""
+"""Tests of the average-calibration-error losses against their formulas, and of the engine against the reference."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ BINNINGS = ("hard", "soft")
 every_binning = pytest.mark.parametrize("binning", BINNINGS)
 
 
-# In float32 a confidence rounds by up to 2^-25, and its place between two of n_bins centres by n_bins times that. The
-# gradient divides by the mass of a bin, so those of little mass are left out where float32 is judged.
+# In float32 a confidence has a rounding error of up to 2^-25, and its place between two centres one of n_bins times
+# that. The gradient divides by the mass of a bin, so bins of little mass are left out of tests of float32.
 ULPS = {"hard": 8, "soft": 64}
 EMPTY_WEIGHT = 0.5
 
@@ -38,7 +38,10 @@ def oracle(target, weight=None, **options):
 @pytest.mark.parametrize("ignore_empty_classes", [True, False])
 @pytest.mark.parametrize("n_bins", [1, 4, 20])
 def test_naive(backend, binning, n_bins, ignore_empty_classes):
-    """Value per item and class against the formulas in plain Python; class 3 has no label in the second item."""
+    """Compare the values per item and class with the formulas in plain Python.
+
+    Class 3 has no label in the second item.
+    """
     x, target = scores(2, 4, 5, 7), labels((2, 4, 5, 7), ignore_index=-1)
     target[1][target[1] == 3] = 0
     wanted = []
@@ -65,13 +68,13 @@ def test_naive(backend, binning, n_bins, ignore_empty_classes):
 @every_binning
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=id_of)
 def test_several_chunks_and_spills(cpu, binning, dtype):
-    """More voxels in a bin than a packed word can hold, several chunks an item, many classes."""
+    """Sum more voxels in a bin than a packed word can hold, over several chunks per item, with many classes."""
     for shape in ((2, 2, 150000), (1, 117, 6000)):
         x, target = scores(*shape, scale=6.0, dtype=dtype), labels(shape, ignore_index=-100)
         x[:, 0] += 3.0
         got = calseg.ace_loss(x, target, binning=binning, reduction="none", backend=cpu)
         wanted = oracle(target, binning=binning, reduction="none")(x.double())
-        # a float32 confidence may lie beyond an edge: one voxel more in a bin of hundreds
+        # A float32 confidence may be on the other side of an edge, so a bin of hundreds may have one voxel more.
         assert_accurate(got, wanted, ulps=ULPS[binning], scale=1.0 if dtype == torch.float64 else 50.0)
 
 
@@ -85,7 +88,7 @@ def test_is_the_class_wise_calibration_error(backend):
 @every_binning
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
 def test_nan_reaches_the_loss(backend, binning, bad):
-    """Of its item, in every class that has labels; the other items are as they were."""
+    """NaN reaches the loss of its item, in every class that has labels. Other items do not change."""
     x, target = scores(3, 4, 30, dtype=torch.float32), labels((3, 4, 30)) % 3  # no label of class 3
     clean = calseg.ace_loss(x, target, binning=binning, reduction="none", backend=backend)
     x[1, 2, 17] = bad
@@ -99,12 +102,12 @@ def test_nan_reaches_the_loss(backend, binning, bad):
 @every_binning
 @pytest.mark.parametrize("dtype", FLOATS, ids=id_of)
 def test_extreme_logits(backend, binning, dtype):
-    """Probabilities of 0 and 1, logits of -inf and of the dtype's largest numbers."""
+    """Compute the loss for probabilities of 0 and 1, and for logits of -inf and of the largest numbers of the dtype."""
     big = torch.finfo(dtype).max
     x = torch.tensor([[big, -big, 0.0, -torch.inf, 1000.0], [-big, big, -torch.inf, 0.0, 0.0]], dtype=dtype)[None]
     target = torch.tensor([[0, 0, 1, 1, 1]])
     got = evaluate(lambda x: calseg.ace_loss(x, target, binning=binning, reduction="none", backend=backend), {"x": x})
-    # p is 0 and 1: in the last bin of class 0 one hit of three, in the first one of two
+    # The probabilities are 0 and 1. The last bin of class 0 has one hit of three voxels, the first bin one of two.
     wanted = torch.tensor([[(2 / 3 + 1 / 2) / 2, (1 / 2 + 2 / 3) / 2]], dtype=torch.float64)
     assert_accurate(got.value, wanted, ulps=8)
     assert torch.count_nonzero(got.gradients["x"]) == 0
@@ -113,7 +116,10 @@ def test_extreme_logits(backend, binning, dtype):
 @every_binning
 @pytest.mark.parametrize("dtype", FLOATS, ids=id_of)
 def test_low_precision(cpu, binning, dtype):
-    """Against float64 on the same numbers; gradients rounded once to the dtype; float32 under autocast."""
+    """Compare low precision with float64.
+
+    Gradients are rounded once to the dtype. Under autocast the loss is float32.
+    """
     x, target = scores(1, 4, 9, 10, 11, dtype=dtype, seed=4), labels((1, 4, 9, 10, 11))
     got = assert_matches(
         lambda x: calseg.ace_loss(x, target, binning=binning, backend=cpu), oracle(target, binning=binning), {"x": x},
@@ -128,7 +134,7 @@ def test_low_precision(cpu, binning, dtype):
 @needs_native
 @every_binning
 def test_memory(peak_growth, binning):
-    """Nothing of the volume's size but the gradient."""
+    """The gradient is the only allocation of the volume's size."""
     x = scores(1, 4, 128, 128, 64, dtype=torch.float32).requires_grad_()  # 16 MiB
     target = labels((1, 4, 128, 128, 64), dtype=torch.uint8)
     loss = calseg.ace_loss(x, target, binning=binning)
@@ -140,7 +146,7 @@ def test_memory(peak_growth, binning):
 
 @every_binning
 def test_training_lowers_it(backend, binning):
-    """Overconfident logits with one learned temperature: the loss finds a better calibrated one."""
+    """Train a single temperature on overconfident logits. The calibration error falls."""
     x, target = scores(1, 3, 2000, scale=1.0), labels((1, 3, 2000))
     target = torch.distributions.Categorical(probs=torch.softmax(x, 1).movedim(1, -1)).sample()
     scale = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)

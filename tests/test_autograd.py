@@ -1,4 +1,4 @@
-"""Autograd beyond what every operation has (test_operations.py): Hessians, saved inputs, and reuse_logits."""
+"""Tests of autograd for particular operations: Hessians, saved inputs, and reuse_logits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def mu_logvar() -> dict[str, torch.Tensor]:
 
 
 def test_hessian_is_refused_not_zero(cpu):
-    """Differentiating the gradient with respect to the input itself: the graph must lead to the error."""
+    """Differentiating the gradient with respect to the input raises an error, and does not give zero."""
     logits, target = torch.randn(2, 3, 5), torch.tensor([[0, 1, 2, 0, 1]] * 2)
     with pytest.raises(RuntimeError, match="double backward"):
         torch.autograd.functional.hessian(lambda x: calseg.vls_cross_entropy(x, target, backend=cpu), logits)
@@ -57,7 +57,7 @@ every_reuse = pytest.mark.parametrize("name", ["hard", "none", "probabilities", 
 
 
 def hidden_layer(x):
-    """Logits that are no leaf, and whose maker needs neither of them in its backward."""
+    """Return logits that are not a leaf, made by an operation that saves neither input nor output."""
     return x + 0.0
 
 

@@ -1,4 +1,4 @@
-"""The binned reduction, and the calibration errors made of it."""
+"""Tests of the calibration bins and of the calibration errors computed from them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def probabilities(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0
 @pytest.mark.parametrize("right_closed", [False, True])
 @pytest.mark.parametrize("from_logits", [True, False])
 def test_naive(backend, class_wise, right_closed, from_logits):
-    """float64, against the formulas voxel by voxel: counts exactly, sums to their unit."""
+    """Compare float64 with the formulas voxel by voxel. Counts are equal, and sums are equal to one unit."""
     shape, n_bins = (2, 4, 7, 9), 10
     x, target = scores(*shape), labels(shape)
     rows, truth = [softmax(row) for row in x.movedim(1, -1).reshape(-1, 4).tolist()], target.flatten().tolist()
@@ -69,7 +69,7 @@ def test_naive(backend, class_wise, right_closed, from_logits):
 
 
 def _norms(sums: list[list[float]]) -> dict[str, float]:
-    """Section 7, from [count, sum of confidences, hits] per bin."""
+    """Return the calibration errors of all norms from [count, sum of confidences, hits] per bin."""
     gaps = [(n, abs(conf / n - hits / n)) for n, conf, hits in sums if n]
     total = sum(n for n, _ in gaps)
     return {
@@ -98,7 +98,7 @@ def test_norms(backend, norm):
 @pytest.mark.parametrize("norm", ["l1", "l2", "max"])
 @pytest.mark.parametrize("C", [2, 5])
 def test_torchmetrics(backend, norm, C):
-    """Where torchmetrics is right, and defines the same: pooled, top-label, small."""
+    """Compare with torchmetrics for the pooled top-label error on a small volume, where both define the same."""
     x, target = scores(2, C, 11, 13, dtype=torch.float32), labels((2, C, 11, 13), ignore_index=-1)
     for n_bins in (1, 10, 15, 20):
         wanted = multiclass_calibration_error(x, target, C, n_bins=n_bins, norm=norm, ignore_index=-1)
@@ -110,7 +110,7 @@ def test_torchmetrics(backend, norm, C):
 @pytest.mark.parametrize("C", CLASSES)
 @every_kind
 def test_logits_against_float64(backend, dtype, C, kind):
-    """Confidences of the arithmetic's dtype fall on the wrong side of an edge only if they lie next to it."""
+    """Only confidences next to an edge fall on its other side than they do in float64."""
     if C == 1 and not kind.get("include_background", True):
         return
     n_bins, shape = 15, (1, C, 1500)
@@ -139,7 +139,7 @@ def test_logits_against_float64(backend, dtype, C, kind):
 @pytest.mark.parametrize("C", CLASSES)
 @every_kind
 def test_every_size(cpu, C, kind):
-    """Sizes around vectors and tiles. Given probabilities leave nothing to round: every integer is the reference's."""
+    """Compare with the reference for sizes around those of vectors and tiles. Probabilities give equal integers."""
     if C == 1 and kind == KINDS[-1]:
         return
     longest = max(SIZES) if C < 33 else 300
@@ -168,7 +168,7 @@ def test_every_size(cpu, C, kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=id_of)
 @pytest.mark.parametrize("n_bins", [1, 2, 3, 7, 10, 15, 20, 49, 100, 4096, 65536])
 def test_edges(backend, n_bins, dtype, right_closed):
-    """Confidences on every edge, and the numbers next to it: an edge is k / n_bins as the dtype holds it."""
+    """Bin confidences on every edge, which is k / n_bins rounded to the dtype, and the numbers next to it."""
     edges = torch.arange(n_bins + 1, dtype=dtype) / n_bins
     p = torch.cat([edges, edges.nextafter(edges + 1), edges.nextafter(edges - 1)]).clamp(0, 1)
     pair = torch.stack([p, 1 - p], 1)[None].transpose(1, 2).contiguous()
@@ -201,7 +201,7 @@ def test_zero_and_one(backend):
 
 
 def test_slightly_beyond_zero_and_one(backend):
-    """What interpolation makes of probabilities: within the tolerance, the nearest end."""
+    """Probabilities slightly outside of [0, 1], as interpolation makes them, fall into the nearest bin."""
     p = torch.tensor([[1.0004, -0.0004], [0.5, 0.5]])
     bins = calseg.calibration_bins(
         p, torch.tensor([0, 1]), from_logits=False, class_wise=True, n_bins=4, backend=backend
@@ -214,7 +214,7 @@ def test_slightly_beyond_zero_and_one(backend):
 @pytest.mark.parametrize("dtype", FLOATS, ids=id_of)
 @pytest.mark.parametrize("from_logits", [True, False])
 def test_ties(backend, dtype, from_logits):
-    """The first of several largest is the prediction, as torch.argmax has it."""
+    """The first of several largest classes is the prediction, as in torch.argmax."""
     patterns = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 0, 1], [1, 0, 0, 1]])
     x = (patterns if from_logits else patterns / patterns.sum(1, keepdim=True)).to(dtype).repeat(9, 1)
     for y in range(4):
@@ -248,7 +248,7 @@ def test_label_types_and_forms(backend, dtype, form):
 @every_kind
 @pytest.mark.parametrize("from_logits", [True, False])
 def test_mask(backend, kind, from_logits):
-    """A masked voxel is as if it were not there, whatever label and scores lie on it."""
+    """A masked voxel does not count, whatever its label and scores are."""
     shape = (2, 4, 6, 7)
     given, target = (scores(*shape) if from_logits else probabilities(*shape)), labels(shape)
     mask = torch.rand(2, 6, 7, generator=torch.Generator().manual_seed(3)) < 0.7
@@ -263,7 +263,7 @@ def test_mask(backend, kind, from_logits):
 
 
 def test_foreground(backend):
-    """include_background=False: top-label, voxels labelled 0 do not count; class-wise, class 0 has no bins."""
+    """Without background, voxels labelled 0 do not count (top-label), or class 0 has no bins (class-wise)."""
     shape = (2, 3, 50)
     x, target = scores(*shape), labels(shape)
     foreground = target != 0
@@ -281,7 +281,7 @@ def test_foreground(backend):
 
 @every_kind
 def test_nothing_counts(backend, kind):
-    """No voxel: NaN for every figure, as 0 / 0 is, not an error in the middle of an evaluation."""
+    """If no voxel counts, all values are NaN, and there is no error."""
     x = scores(2, 3, 4)
     for target in (torch.full((2, 4), -100), torch.zeros(2, 4, dtype=torch.int64)):
         mask = None if int(target.min()) < 0 else torch.zeros(2, 4, dtype=torch.bool)
@@ -309,7 +309,7 @@ def test_empty(backend, shape):
 
 @every_kind
 def test_nan(backend, kind):
-    """Counted, in no bin, and reported."""
+    """A voxel with NaN is counted in num_nan and num_voxels, and is in no bin."""
     shape = (1, 3, 40)
     x, target = scores(*shape, dtype=torch.float32), labels(shape)
     rest = torch.ones(40, dtype=torch.bool)
@@ -347,7 +347,10 @@ def test_impossible_labels(backend, dtype):
 
 
 def test_likelihoods_of_every_size(backend):
-    """From tiny probabilities and huge gaps; whole nats and their rest do not meet."""
+    """Sum negative log-likelihoods from tiny to huge.
+
+    Whole nats and the rest of a sum do not overflow into each other.
+    """
     gaps = torch.tensor([0.0, 1e-3, 0.5, 1.0, 15.9999, 16.0, 87.3, 88.0, 103.9, 104.0, 1e3, 1e6, 2.0**24, 2.0**25 - 2])
     x = torch.stack([torch.zeros_like(gaps), gaps], 1)
     bins = calseg.calibration_bins(x, torch.zeros(len(gaps), dtype=torch.int64), backend=backend)
@@ -367,7 +370,7 @@ def test_likelihoods_of_every_size(backend):
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("axes", [2, 3])
 def test_layouts(backend, name, axes):
-    """Read as they are, with the same integers as contiguous."""
+    """Every layout gives the integers of contiguous tensors."""
     for C in (3, 5):
         shape = (2, C, *(6, 7, 4)[:axes])
         for dtype in FLOATS:
@@ -390,7 +393,7 @@ def test_shapes(backend, shape):
 
 
 def test_low_precision_is_widened(backend):
-    """bfloat16 and float16 are taken for the float32 numbers that they are."""
+    """bfloat16 and float16 give the result of the same numbers in float32."""
     for dtype in (torch.bfloat16, torch.float16):
         x, target = scores(2, 6, 300, dtype=dtype), labels((2, 6, 300))
         assert_same_bins(
@@ -404,7 +407,7 @@ def test_low_precision_is_widened(backend):
 
 @needs_native
 def test_more_than_two_to_the_24_in_one_bin():
-    """Where float32 counters stop; the sums are the exact multiples of those of one voxel."""
+    """Bins of more than 2^24 voxels have exact sums: multiples of those of one voxel."""
     size = 2**24 + 2**23 + 12345
     x = torch.tensor([[2.0, 0.0], [0.0, 2.5]]).repeat_interleave(torch.tensor([size - 5, 5]), 0).t()[None].contiguous()
     target = torch.zeros(1, size, dtype=torch.uint8)
@@ -475,7 +478,7 @@ def test_no_graph_is_kept(backend):
 
 
 def _sorted_groups(confidence: Tensor, hit: Tensor, groups: int) -> Tensor:
-    """The equal-mass ECE of voxels with these confidences and (mean) hits, by sorting; one voxel may be divided."""
+    """Return the equal-mass ECE of voxels with these confidences and hits, by sorting. A voxel may be divided."""
     order = confidence.argsort(stable=True)
     confidence, hit, n = confidence[order].double(), hit[order].double(), len(confidence)
     ends = torch.arange(1, n + 1, dtype=torch.float64)
@@ -489,7 +492,7 @@ def _sorted_groups(confidence: Tensor, hit: Tensor, groups: int) -> Tensor:
 @pytest.mark.parametrize("groups", [1, 7, 15])
 @pytest.mark.parametrize("spread", [0.3, 2.0, 30.0])
 def test_equal_mass(backend, groups, spread):
-    """What is said: the sort-based error of voxels that carry the means of their cells; and near the plain one."""
+    """The error equals the one by sorting the means of the cells, and is near the one by sorting the voxels."""
     shape = (1, 3, 5000)
     x, target = scores(*shape, scale=spread), labels(shape)
     target = torch.where(
@@ -510,7 +513,7 @@ def test_equal_mass(backend, groups, spread):
 
 
 def test_equal_mass_from_bins(backend):
-    """Any fine bins can be regrouped; one group compares the means of all; as many groups as voxels is Brier-like."""
+    """Regroup bins into one group, which compares overall means, and into as many groups as there are voxels."""
     x, target = scores(2, 3, 400), labels((2, 3, 400))
     bins = calseg.calibration_bins(x, target, n_bins=65536, per_item=True, class_wise=True, backend=backend)
     errors = calseg.calibration_error_from_bins(bins, equal_mass=1)
@@ -524,7 +527,7 @@ def test_equal_mass_from_bins(backend):
 
 
 def test_per_item(backend):
-    """A value per item; the pooled one is not their mean, but that of all voxels."""
+    """per_item gives a value per item. The pooled value is that of all voxels, not the mean of the items."""
     x, target = scores(3, 4, 100), labels((3, 4, 100))
     for norm in NORMS:
         for class_wise in (False, True):
@@ -544,7 +547,7 @@ def test_errors_name_the_argument(backend):
             calseg.calibration_bins(x, wrong, from_logits=False, backend=backend)
     wrong = x.clone()
     wrong[1, 0, 3, 4] += 0.01
-    wrong[0, :, 0, 1] = torch.nan  # is counted, not refused
+    wrong[0, :, 0, 1] = torch.nan  # a NaN is counted and raises nothing
     with pytest.raises(ValueError, match=r"input\[1, :, 3, 4\] sums to 1.01, .*wanted probabilities.*from_logits=True"):
         calseg.calibration_bins(wrong, target, from_logits=False, backend=backend)
     negative = torch.tensor([[0.5, 0.5], [1.01, -0.01]])
@@ -552,7 +555,7 @@ def test_errors_name_the_argument(backend):
         calseg.calibration_bins(negative, torch.tensor([0, 0]), from_logits=False, backend=backend)
     with pytest.raises(ValueError, match=r"input\[:\] sums to 3"):
         calseg.calibration_bins(torch.ones(3), torch.tensor(1), from_logits=False, backend=backend)
-    # not where nobody looks
+    # voxels that do not count are not checked
     calseg.calibration_bins(negative, torch.tensor([0, -100]), from_logits=False, backend=backend)
     calseg.calibration_bins(negative.half() + 0.002, torch.tensor([0, -100]), from_logits=False, backend=backend)
 
@@ -603,7 +606,7 @@ def test_wrong_bins():
 
 @given(data=st.data())
 def test_any_arguments(backend, data):
-    """Probabilities leave nothing to round: every integer is the reference's in float64."""
+    """For probabilities, all integers equal those of the reference in float64, for any arguments."""
     draw = data.draw
     C = draw(st.integers(1, 20), label="C")
     space = draw(st.lists(st.integers(1, 9), max_size=3), label="space")

@@ -1,4 +1,4 @@
-"""The scores of the calibration experiment: they add up over cases, and are calseg's own on the pooled voxels."""
+"""Tests of the scores of the calibration experiment: their sums over cases, and their values on pooled voxels."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_weights_count_cases() -> None:
 
 
 def with_dice(case: CaseScores, dice: Sequence[float]) -> CaseScores:
-    """The case with other counts, whose Dice is as given."""
+    """Return the case with counts that give this Dice."""
     total = torch.full((len(dice),), 1000)
     hits = torch.tensor([round(1000 * value) for value in dice])
     return case._replace(counts=ClassCounts(hits, total, total))

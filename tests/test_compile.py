@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True) of whole programs; that of every operation is in test_operations.py."""
+"""Tests of torch.compile(fullgraph=True) on whole programs. test_operations.py compiles every operation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _fresh_compiler():
 
 
 def test_a_transposed_layout():
-    """What the kernels cannot write in place comes back contiguous, as the fake kernels promise."""
+    """A layout that kernels cannot write gives a contiguous result, as the fake kernels say."""
     tensors = [scores(*SHAPE, seed=k).transpose(2, 3).contiguous().transpose(2, 3) for k in range(3)]
 
     def call(x, mu, logvar):
@@ -46,7 +46,7 @@ def test_a_transposed_layout():
 
 @pytest.mark.parametrize("operation", ["vls", "elbo", "sample"])
 def test_seeds(operation):
-    """seed=None draws in a compiled call what it draws in eager mode; a fresh one every call; tensors are taken."""
+    """seed=None draws the same seed as in eager mode, and a new one in every call. A seed may be a tensor."""
     mu, logvar, x = scores(*SHAPE, seed=1), scores(*SHAPE, seed=2), scores(*SHAPE)
     call = {
         "vls": lambda seed: calseg.vls_cross_entropy(x, TARGET, mu=mu, logvar=logvar, seed=seed, alpha=1.0),

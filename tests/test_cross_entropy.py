@@ -1,4 +1,4 @@
-"""Cross-entropy against hard and soft labels: a drop-in for F.cross_entropy in value and gradient."""
+"""Tests of cross-entropy with hard and soft labels against F.cross_entropy, in value and gradient."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ import calseg
 
 
 def pair(target, backend, **options):
-    """The loss of the backend, and F.cross_entropy, as functions of the logits."""
+    """Return the loss of the backend and F.cross_entropy, as functions of the logits."""
     wide = dict(options)
     if options.get("weight") is not None:
         wide["weight"] = options["weight"].double()
@@ -50,7 +50,7 @@ EXTREMES = [
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 def test_extreme_logits(backend, dtype, weighted, kind):
-    """Impossible classes, NaN and infinities mean what they mean to F.cross_entropy, in the loss and the gradient."""
+    """Logits of -inf, inf and NaN give the loss and gradient of F.cross_entropy."""
     x = torch.tensor(EXTREMES, dtype=torch.float64).to(dtype).repeat(3, 1)
     target = torch.arange(3).repeat_interleave(len(EXTREMES))
     if kind == "soft":
@@ -66,7 +66,10 @@ def test_extreme_logits(backend, dtype, weighted, kind):
 @pytest.mark.parametrize("place", [1, 60_000, -2])
 @pytest.mark.parametrize("reuse_logits", [False, True])
 def test_one_ignored_voxel(C, reduction, place, reuse_logits):
-    """The kernel is the first to meet it; in float64 a mean over one voxel too many shows."""
+    """A single ignored voxel, which only the kernel finds, changes the divisor of the mean.
+
+    float64 shows an error in it.
+    """
     shape = (2, C, 40, 40, 40)
     x, target = scores(*shape).requires_grad_(), labels(shape)
     target.view(-1)[place] = -100
@@ -82,7 +85,7 @@ def test_one_ignored_voxel(C, reduction, place, reuse_logits):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("needs_gradient", [False, True])
 def test_the_first_bad_label_is_named(reduction, needs_gradient):
-    """Also where it comes after an ignored voxel, and another thread may meet another bad label before."""
+    """The error names the first bad label, even if another thread finds a later one before."""
     shape = (2, 3, 50, 50, 50)
     x, target = scores(*shape, dtype=torch.float32).requires_grad_(needs_gradient), labels(shape)
     for place, label in ((60_001, -100), (160_001, 77), (240_001, 78)):
@@ -109,7 +112,7 @@ def test_legacy_reduction_arguments(backend, flags):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(("kind", "C"), [("hard", 2), ("weighted", 5), ("smoothed", 5), ("soft", 3), ("hard", 33)])
 def test_low_precision_is_no_worse_than_pytorch(backend, dtype, reduction, kind, C):
-    """The error against float64 truth is at most that of PyTorch in the same dtype and one rounding of the result."""
+    """The error is at most that of PyTorch in the same dtype, plus one rounding of the result."""
     shape = (2, C, 17, 19)
     x, target, options = scores(*shape, dtype=dtype, scale=3.0), labels(shape), {"reduction": reduction}
     if kind == "weighted":
@@ -140,7 +143,7 @@ def test_low_precision_is_no_worse_than_pytorch(backend, dtype, reduction, kind,
 
 
 def test_impossible_class_without_mass(backend):
-    """t log t -> 0: where F.cross_entropy has NaN, the loss and both gradients are finite."""
+    """Where Y is 0 and log p is -inf, the loss and both gradients are finite, although F.cross_entropy gives NaN."""
     x = torch.tensor([[0.5, -torch.inf, 1.0]], dtype=torch.float64)
     soft = torch.tensor([[0.25, 0.0, 0.75]], dtype=torch.float64)
     got = evaluate(lambda x, y: calseg.soft_cross_entropy(x, y, backend=backend), {"x": x, "y": soft})
@@ -152,3 +155,50 @@ def test_impossible_class_without_mass(backend):
 
 
 # ---- the argument space ----
+
+
+# ---- weights of classes that do not occur ----
+
+
+@pytest.mark.parametrize("weight", [torch.inf, torch.nan])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (40, 7), (2, 14, 70)], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_weight_that_is_not_finite(backend, weight, shape, reduction):
+    """A class that does not occur, with a weight from 1 / bincount, changes neither loss nor gradient."""
+    weights = class_weights(shape[1]).clone()
+    weights[1] = weight
+    target = labels(shape)
+    target[target == 1] = 0
+    options = {"weight": weights, "reduction": reduction}
+    assert_matches(*pair(target, backend, **options), {"input": scores(*shape)})
+
+
+@pytest.mark.parametrize("weight", [torch.inf, torch.nan])
+def test_weight_that_is_not_finite_with_soft_labels(backend, weight):
+    """A class without mass does not count in any of the losses."""
+    x, mu, logvar = (scores(2, 3, 4, 5, seed=seed).requires_grad_() for seed in range(3))
+    target = labels((2, 3, 4, 5))
+    target[target == 1] = 0
+    soft = F.one_hot(target, 3).movedim(-1, 1).to(x.dtype)
+    finite = torch.tensor([0.5, 1.0, 2.0], dtype=x.dtype)
+    other = torch.tensor([0.5, weight, 2.0], dtype=x.dtype)
+
+    def results(weights):
+        options = {"weight": weights, "backend": backend}
+        given = calseg.vls_cross_entropy(x, target, soft_labels=soft, **options)
+        none_sampled = calseg.vls_cross_entropy(x, target, mu=mu, logvar=logvar, alpha=0.0, seed=1, **options)
+        elbo = calseg.vls_elbo(mu, logvar, target, seed=1, **options)
+        losses = (given, none_sampled, elbo)
+        return *losses, *torch.autograd.grad(sum(losses), (x, mu, logvar))
+
+    for got, wanted in zip(results(other), results(finite), strict=True):
+        assert wanted.isfinite().all()
+        torch.testing.assert_close(got, wanted)
+
+
+def test_weights_of_all_labels_are_0(backend):
+    """The mean is 0 / 0, as in PyTorch."""
+    x, target = scores(2, 3, 4), torch.zeros(2, 4, dtype=torch.int64)
+    options = {"weight": torch.tensor([0.0, 1.0, 1.0]).to(x.dtype)}
+    assert F.cross_entropy(x, target, **options).isnan()
+    assert calseg.vls_cross_entropy(x, target, backend=backend, **options).isnan()

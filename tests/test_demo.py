@@ -1,4 +1,4 @@
-"""calseg demo: simulated cases, an interruption, other settings."""
+"""Tests of calseg demo: simulated cases, interruption, and other settings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def stop_after_one_update(stage: str, done: int, total: int, loss: float | None)
 
 
 def without_seconds(content: dict) -> dict:
-    """The results of a demo without what differs between two runs of the same demo."""
+    """Return the results of a demo without its times."""
     return {method: {key: value for key, value in each.items() if key != "seconds"} for method, each in content.items()}
 
 
@@ -56,7 +56,7 @@ def test_demo_runs_resumes_and_refuses(tmp_path: Path) -> None:
         assert 0 < metrics["truth"]["brier"] < 2
     stored = json.loads((out / "demo.json").read_text())
     assert stored["results"]["calseg"]["all"] == results["calseg"]["all"]
-    assert without_seconds(run_demo(out, settings)) == without_seconds(results)  # a finished demo is shown again
+    assert without_seconds(run_demo(out, settings)) == without_seconds(results)  # a finished demo
     whole = run_demo(tmp_path / "whole", settings)
     assert without_seconds(whole) == without_seconds(results)
     dataset = find_cases(out / "data")

@@ -1,4 +1,4 @@
-"""The examples of the public docstrings run and print what they say."""
+"""Tests of public docstrings: examples give the printed results, and every argument is described."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_docstring(module, name):
 
 @pytest.mark.parametrize(("module", "name"), PUBLIC)
 def test_every_argument_is_described(module, name):
-    """Each parameter has a line of its own under Args, and what is raised and returned is said."""
+    """Every parameter has a line under Args, and there are sections on results and exceptions."""
     thing = getattr(module, name)
     documentation = inspect.getdoc(thing) or ""
     parameters = [p for p in inspect.signature(thing).parameters if p not in ("self", "args", "kwargs")]

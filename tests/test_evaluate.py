@@ -1,4 +1,4 @@
-"""calseg evaluate: files of every form, values against arithmetic on the arrays, interruption, errors."""
+"""Tests of calseg evaluate: all forms of files, values against arithmetic on the arrays, interruption, and errors."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ Arrays = dict[str, tuple[np.ndarray, np.ndarray]]
 
 @pytest.fixture
 def real_diagrams() -> None:
-    """For the tests that want pictures."""
+    """Draw the pictures, for the tests that need them."""
 
 
 @pytest.fixture(autouse=True)
 def quick_diagrams(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes seconds: files with the drawn numbers stand in for the pictures."""
+    """Replace the pictures, which take seconds to draw, by files with the drawn numbers."""
     if "real_diagrams" in request.fixturenames:
         return
 
@@ -66,7 +66,7 @@ def save(path: Path, voxels: np.ndarray, affine: np.ndarray | None = None) -> No
 
 
 def arrays(count: int = 4, classes: int = 3) -> Arrays:
-    """Probabilities float32 ``[x, y, z, C]`` and labels uint8 of every case; the last has no tumour."""
+    """Return probabilities, float32 ``[x, y, z, C]``, and labels, uint8, of every case. The last case has no tumour."""
     result = {}
     for index in range(count):
         rng = np.random.default_rng(index)
@@ -103,7 +103,7 @@ def write_channels(folder: Path, cases: Arrays) -> None:
 
 
 def write_npz(folder: Path, cases: Arrays) -> None:
-    """As nnU-Net does: the axes reversed, the segmentation and more beside it."""
+    """Write a .npz file as nnU-Net does: with reversed axes, the segmentation, and another file."""
     for name, (p, _) in cases.items():
         save(folder / f"{name}.nii.gz", p.argmax(-1).astype(np.uint8))
         np.savez_compressed(folder / f"{name}.npz", probabilities=p.T)
@@ -124,12 +124,12 @@ def evaluate(maps: Path, labels: Path, out: Path, config: EvaluateConfig = QUICK
 
 
 def contents(report: Path) -> dict[str, bytes]:
-    """Every file of a report but the store, which holds the paths and times of the files read."""
+    """Return every file of a report except the store, which holds paths and times."""
     return {name: (report / name).read_bytes() for name in FOLDER_FILES if name != "cases.jsonl"}
 
 
 def flat(cases: Arrays) -> tuple[torch.Tensor, torch.Tensor]:
-    """All voxels of all cases: probabilities ``[V, C]`` and labels ``[V]``."""
+    """Return all voxels of all cases: probabilities ``[V, C]`` and labels ``[V]``."""
     p = np.concatenate([p.reshape(-1, p.shape[-1]) for p, _ in cases.values()])
     return torch.from_numpy(p), torch.from_numpy(np.concatenate([label.reshape(-1) for _, label in cases.values()]))
 
@@ -371,7 +371,7 @@ def test_what_is_odd_is_noted(tmp_path: Path) -> None:
 def test_memory_is_that_of_slabs(
     tmp_path: Path, form: str, peak_growth: Callable[[Callable[[], object]], int], set_threads: Callable[[int], None]
 ) -> None:
-    """24 MB of probabilities in 8 MiB."""
+    """24 MB of probabilities are evaluated in 8 MiB of memory."""
     set_threads(1)
     p = np.full((48, 48, 320, 8), 1 / 8, np.float32)
     p[..., 0] += np.float32(1 / 16)
@@ -382,7 +382,7 @@ def test_memory_is_that_of_slabs(
     FORMS[form](tmp_path / "maps", cases)
     size = p.nbytes
     del p, cases
-    small = arrays(1, 8)  # what is imported and allocated once is not counted
+    small = arrays(1, 8)  # exclude imports and one-time allocations
     save(tmp_path / "small" / "labels" / "case_0.nii.gz", small["case_0"][1])
     write_nifti(tmp_path / "small" / "maps", small)
     evaluate(tmp_path / "small" / "maps", tmp_path / "small" / "labels", tmp_path / "warm")
@@ -408,7 +408,7 @@ def test_an_interrupted_evaluation_goes_on(
     assert not (tmp_path / "part" / "report.json").exists()
     store = tmp_path / "part" / "cases.jsonl"
     assert len(store.read_text().splitlines()) == 2
-    with store.open("ab") as file:  # as if the power had gone in the middle of a line
+    with store.open("ab") as file:  # like a loss of power in the middle of a line
         file.write(b'{"case": "case_2", "files": {')
     scored = []
     score = module.score_case
@@ -417,7 +417,7 @@ def test_an_interrupted_evaluation_goes_on(
     assert scored == ["case_2", "case_3", "case_4"]
     assert contents(tmp_path / "whole") == contents(tmp_path / "part")
     assert (tmp_path / "whole" / "cases.jsonl").read_bytes() == store.read_bytes()
-    evaluate(maps, labels, tmp_path / "part", resume=True)  # a finished one is written again
+    evaluate(maps, labels, tmp_path / "part", resume=True)  # a finished report is written again
     assert len(scored) == 3
     assert contents(tmp_path / "whole") == contents(tmp_path / "part")
 
@@ -674,7 +674,7 @@ def test_an_unknown_preset_and_missing_folders(tmp_path: Path) -> None:
 
 
 def test_evaluation_needs_neither_monai_nor_networks(tmp_path: Path) -> None:
-    """Only nibabel and matplotlib are needed; what a command line, training or a network needs is not imported."""
+    """An evaluation imports nibabel and matplotlib, and no package of the command line, of training or of networks."""
     cases = arrays(2)
     labels = write_labels(tmp_path, cases)
     write_nifti(tmp_path / "maps", cases)

@@ -1,4 +1,4 @@
-"""The Gaussian KL term against torch.distributions in float64."""
+"""Tests of the Gaussian KL term against torch.distributions in float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import calseg
 
 
 def test_extremes(backend):
-    """Variances from 0 to infinity and NaN mean what the formula says."""
+    """Variances from 0 to infinity, and NaN, give the result of the formula."""
     mu = torch.tensor([[0.0], [1e4], [0.0], [0.0], [torch.nan], [torch.inf], [0.0]], dtype=torch.float64)
     logvar = torch.tensor([[0.0], [0.0], [-1e4], [80.0], [0.0], [0.0], [torch.nan]], dtype=torch.float64)
     wanted = 0.5 * (logvar.exp() + mu**2 - 1 - logvar)[:, 0]

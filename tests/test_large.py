@@ -1,4 +1,7 @@
-"""More than 2^31 elements and 2^32 voxels: every index is 64 bits wide. `pytest -m large`; up to 20 GiB."""
+"""Tests of more than 2^31 elements and 2^32 voxels, which need 64-bit indices.
+
+`pytest -m large` runs them in 20 GiB.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,11 @@ pytestmark = [pytest.mark.large, pytest.mark.timeout(1800)]
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Overrides the suite's: filling 4 GiB twice is what these tests cannot afford."""
+    """Disable the fixture of all tests, because filling 4 GiB with NaN takes too long."""
 
 
 def pieces(size: int) -> list[slice]:
-    """Looked at: both ends, and (in the second channel) both sides of 2^31 elements."""
+    """Return the slices to check: both ends and, in the second channel, both sides of 2^31 elements."""
     return [slice(max(0, at - 500), min(size, at + 500)) for at in (0, 2**20, 2**31 - size, size)]
 
 
@@ -59,7 +62,7 @@ def test_a_label_out_of_range_is_found_at_the_far_end():
 
 
 def test_sampling_past_two_to_the_32_voxels():
-    """The second word of the noise's counter: the voxels that count all lie around 2^32 and at the end."""
+    """Voxels beyond 2^32 use the second word of the counter. Only voxels around 2^32 and at the end count."""
     size = 2**32 + 3001
     mu, logvar = (torch.tensor([a, b]).view(1, 2, 1).expand(1, 2, size) for a, b in ((0.3, -0.2), (0.5, 0.1)))
     target = torch.full((1, size), 255, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""The compared methods: each against its formula written voxel by voxel, and against MONAI where MONAI has it."""
+"""Tests of the comparison methods against their formulas voxel by voxel, and against MONAI if it has the method."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHAPES = {"1d": (2, 3, 9), "2d": (2, 4, 5, 6), "3d": (2, 3, 4, 3, 5)}
 
 
 def neighbours(label: Tensor, place: tuple[int, ...]) -> list[tuple[float, int]]:
-    """(squared distance, label) of the 3-voxel neighbourhood of ``place``, borders repeated."""
+    """Return (squared distance, label) of the voxels around ``place``, with repeated borders."""
     found = []
     for step in itertools.product((-1, 0, 1), repeat=label.dim()):
         at = tuple(min(max(p + s, 0), size - 1) for p, s, size in zip(place, step, label.shape, strict=True))
@@ -42,7 +42,7 @@ def neighbours(label: Tensor, place: tuple[int, ...]) -> list[tuple[float, int]]
 
 
 def shares(label: Tensor, classes: int, weight: Callable[[float], float]) -> Tensor:
-    """Weighted class shares of the labelled neighbours of every voxel of ``label[*S]``, by loops; ``[C, *S]``."""
+    """Return the weighted class shares of the labelled neighbours of every voxel, ``[C, *S]``, by loops."""
     result = torch.zeros(classes, *label.shape, dtype=torch.float64)
     for place in itertools.product(*map(range, label.shape)):
         near = [(weight(d), y) for d, y in neighbours(label, place) if y >= 0]
@@ -73,7 +73,7 @@ def test_svls_labels_are_the_filtered_one_hot(shape: tuple[int, ...], sigma: flo
 
 
 def test_svls_published_weights() -> None:
-    """Centre, edge and corner in 2-D; centre, face, edge and corner in 3-D; of the authors' kernel of 3 and sigma 1."""
+    """Compare the weights with those of the authors' kernel of size 3 and sigma 1, in 2-D and 3-D."""
     for dims, weights in ((2, (0.5, 0.0778, 0.0472)), (3, (0.5, 0.0308, 0.0187, 0.0113))):
         target = torch.zeros(1, *(3,) * dims, dtype=torch.uint8)
         target[(0, *(1,) * dims)] = 1
@@ -89,7 +89,7 @@ def test_a_tiny_sigma_leaves_hard_labels() -> None:
 
 
 def by_formula(name: str, logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """The loss of every voxel, in plain PyTorch and loops, 0 where ignored."""
+    """Return the loss of every voxel, by plain PyTorch and loops. It is 0 where ignored."""
     classes = logits.shape[1]
     valid = target != ignore_index
     known = torch.where(valid, target, 0).long()
@@ -162,8 +162,8 @@ def test_gradients_of_sure_and_of_ignored_voxels_are_finite(name: str) -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_close_to_float64(name: str, dtype: torch.dtype) -> None:
-    shape = (2, 3, 6, 7)
+@pytest.mark.parametrize("shape", [(2, 3, 6, 7), (1, 2, 400, 500)], ids=["small", "sum beyond float16"])
+def test_low_precision_is_close_to_float64(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     logits, target = scores(*shape, dtype=dtype), labels(shape)
     truth = LOSSES[name](logits.double(), target)
     assert float(LOSSES[name](logits, target)) == pytest.approx(float(truth), rel=4 * torch.finfo(dtype).eps)

@@ -1,4 +1,4 @@
-"""Streaming metrics: exact, mergeable, synchronised, and equal to the packages whose conventions the presets name."""
+"""Tests of the streaming metrics: exact sums, merging, synchronisation, and presets against other packages."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHAPE = (4, 3, 6, 7, 8)
 
 
 def volumes(count: int = 4, *, scale: float = 2.0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Logits and labels that are right more often than not; a fifth of the voxels are ignored."""
+    """Return logits and labels that mostly agree. A fifth of the voxels is ignored."""
     x = scores(count, *SHAPE[1:], dtype=dtype, scale=scale)
     target = labels((count, *SHAPE[1:]), ignore_index=-100)
     guess = torch.rand(target.shape, generator=torch.Generator().manual_seed(3)) < 0.5
@@ -39,7 +39,7 @@ def volumes(count: int = 4, *, scale: float = 2.0, dtype: torch.dtype = torch.fl
 
 
 def probabilities(count: int = 4) -> tuple[Tensor, Tensor]:
-    """The same as probabilities, for tests of bits: torch's softmax rounds by a voxel's place in memory."""
+    """Return the same as probabilities, for tests of equal bits, because torch's softmax rounds by a voxel's place."""
     x, target = volumes(count)
     return x.softmax(1), target
 
@@ -127,7 +127,7 @@ def test_any_order_threads_and_merges_give_the_same_bits(set_threads: Any) -> No
 
 
 def test_counts_far_beyond_float32() -> None:
-    """2^24 + 1 hits, and sums of 2^34 voxels, lose nothing."""
+    """2^24 + 1 hits, and sums of 2^34 voxels, are exact."""
     one = calseg.calibration_bins(torch.tensor([[0.75, 0.25]]), torch.tensor([0]), from_logits=False)
     many = calseg.CalibrationBins(*(sums * (2**24 + 1) for sums in one))
     metric = CalibrationError(from_logits=False)
@@ -148,7 +148,7 @@ def test_forward_gives_the_value_of_the_batch_and_accumulates() -> None:
     assert torch.equal(case.values, calseg.calibration_error(x, target, per_item=True, **P))
 
 
-# ---- collections: one pass for all metrics with the same settings, and never the sums of another ----
+# ---- collections ----
 
 
 def test_a_collection_reads_a_volume_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def test_a_collection_reads_a_volume_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_equal_first_sums_do_not_tie_metrics_together() -> None:
-    """The first volume has foreground only, so that both metrics hold the same sums after it."""
+    """Metrics with different settings are not grouped, even if their first sums are equal, as without background."""
     x, target = probabilities()
     collection = MetricCollection(
         {"all": CalibrationError(**P), "front": CalibrationError(include_background=False, **P)}
@@ -214,7 +214,7 @@ def test_metrics_with_other_settings_are_not_merged() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, here.bins, strict=True))
 
 
-# ---- what frameworks do to a metric ----
+# ---- use by frameworks ----
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_the_state_is_kilobytes() -> None:
 
 
 def _rank(rank: int, port: int, folder: str) -> None:
-    """One of two processes: rank 0 sees the volumes 0, 1, 2, rank 1 the volume 3; no case for the third metric."""
+    """Run one of two processes. Rank 0 has volumes 0 to 2, rank 1 volume 3. The third metric has no case on rank 1."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     x, target = probabilities()
@@ -376,7 +376,7 @@ def test_mean_interval_against_a_loop() -> None:
 
 
 def test_mean_interval_is_that_of_theory() -> None:
-    """For many normal values: the mean, give or take 1.96 standard errors."""
+    """For many normal values, the interval is the mean plus and minus 1.96 standard errors."""
     values = scores(4000, scale=1.0)
     lower, upper = mean_interval(values)[1:]
     half = 1.96 * float(values.std(correction=0)) / 4000**0.5
@@ -453,7 +453,7 @@ def test_preset_torchmetrics(norm: str, scale: float) -> None:
 
 
 def test_the_extra_bin_of_torchmetrics_matters() -> None:
-    """Confidences of exactly 1, all right, beside slightly smaller ones, mostly wrong: one bin hides the error."""
+    """Confidences of exactly 1 are right, and slightly smaller ones mostly wrong. A common bin would hide the error."""
     p = torch.tensor([[1.0, 0.0]] * 50 + [[0.99, 0.01]] * 50)
     target = torch.tensor([0] * 50 + [1] * 50)
     theirs = MulticlassCalibrationError(num_classes=2, norm="max")(p, target)
@@ -478,7 +478,7 @@ def test_preset_monai(norm: str, theirs: str, include_background: bool) -> None:
 
 
 def naive_ece(confidence: np.ndarray, hit: np.ndarray, n_bins: int) -> float:
-    """Bins (lo, hi] by comparison, one after the other."""
+    """Return the ECE with bins (lo, hi], by comparisons for each bin."""
     total = 0.0
     for number in range(n_bins):
         inside = (confidence > np.float32(number / n_bins)) & (confidence <= np.float32((number + 1) / n_bins))

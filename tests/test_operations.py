@@ -54,7 +54,7 @@ SHAPE = (2, 3, 4, 5)
 
 
 def those(condition: Callable[[Operation], object]) -> pytest.MarkDecorator:
-    """The operations that a property is about."""
+    """Parametrise a test by the operations that ``which`` selects."""
     chosen = {name: operation for name, operation in OPERATIONS.items() if condition(operation)}
     return pytest.mark.parametrize("operation", chosen.values(), ids=chosen)
 
@@ -78,7 +78,7 @@ def reducing(operation: Operation, reduction: str) -> dict[str, str]:
 
 
 def same(got, wanted, what: object = "") -> None:
-    """Bit for bit."""
+    """Check that two tensors have the same bits."""
     assert got.value.dtype == wanted.value.dtype
     assert torch.equal(got.value, wanted.value), what
     for name, gradient in wanted.gradients.items():
@@ -120,7 +120,10 @@ def test_every_option(backend, operation, C):
 @every_operation
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_and_dtype(backend, operation, shape):
-    """The voxel's index over [N, *S] picks its noise at every rank; low precision costs one rounding of the result."""
+    """Compare every shape and dtype with the oracle.
+
+    The index over [N, *S] selects the noise of a voxel at every rank.
+    """
     options_of_shapes = operation.options[: {"items": 2}.get(operation.result, 1 if operation.noise else None)]
     for C, dtype, reduction in product(operation.classes_of_shapes, operation.dtypes_of_values, operation.reductions):
         wide = dtype in (torch.float32, torch.float64)
@@ -139,7 +142,10 @@ def test_every_shape_and_dtype(backend, operation, shape):
     [pytest.param(o, C, id=f"{o.name}-{C}") for o in OPERATIONS.values() if o.sizes for C in o.sizes.longest],
 )
 def test_every_size(cpu, operation, C):
-    """Around vectors, tiles and chunks. Where voxels are independent, one call of the oracle serves every size."""
+    """Compare sizes around those of vectors, tiles and chunks.
+
+    If voxels are independent, one call of the oracle suffices.
+    """
     longest, tolerance = operation.sizes.longest[C], operation.sizes.tolerance(C)
     for options in operation.sizes.options:
         shape = (1, C, longest)
@@ -241,7 +247,7 @@ def test_mixed_dtypes(backend, operation):
         assert_result(operation, got, run(operation, operation.bind_oracle(arguments), wide), what=str(given))
 
 
-# ---- what does not count, and what must ----
+# ---- ignored voxels and NaN ----
 
 
 @with_labels
@@ -264,7 +270,7 @@ def test_nothing_of_an_ignored_voxel_counts(backend, operation, bad):
 
 @with_labels
 def test_all_ignored(backend, operation):
-    """The mean of a loss is 0 / 0; everything else, and every gradient, is 0."""
+    """If all voxels are ignored, the mean of a loss is NaN, and everything else, gradients included, is 0."""
     shape = (2, 3, 5)
     target = torch.ones(2, 5, dtype=torch.bool) if operation.labels == "ignore_mask" else torch.full((2, 5), 7)
     for dtype, options, reduction in product((torch.float32, torch.float64), operation.options, operation.reductions):
@@ -293,7 +299,7 @@ def test_empty(backend, operation, shape):
 @those(lambda operation: operation.per_voxel)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_bad_number_reaches_the_result(backend, operation, bad):
-    """Of its voxel, and of no other."""
+    """A NaN reaches the result of its voxel, and of no other one."""
     shape = (1, 3, 40)
     for name in operation.tensors:
         tensors = operation.inputs(shape, torch.float32)
@@ -354,7 +360,7 @@ LABEL_FORMS = {
 @with_labels
 @pytest.mark.parametrize("dtype", LABELS, ids=id_of)
 def test_label_types_and_forms(backend, operation, dtype):
-    """Labels are taken as they are: every integer type up to its largest class, any strides, a singleton axis."""
+    """Labels may have every integer type, up to its largest class, any strides, and a singleton axis."""
     C, ignore_index = 117, 100 if dtype == torch.int8 else 200
     shape = (2, C, 9, 11)
     tensors, wide = operation.inputs(shape, torch.float32), operation.target(shape, ignore_index)
@@ -379,7 +385,7 @@ def test_label_types_and_forms(backend, operation, dtype):
 
 
 def _in_form(wide, dtype, change):
-    """Strides of ``change``, which PyTorch cannot do for every type of labels."""
+    """Apply ``change`` to labels of any type, some of which PyTorch does not support."""
     template = change(wide)
     made = torch.empty_strided(template.shape, template.stride(), dtype=dtype).copy_(wide)
     return torch._neg_view(made.neg_()) if template.is_neg() else made
@@ -393,7 +399,10 @@ def _in_form(wide, dtype, change):
     ids=str,
 )  # fmt: skip
 def test_ignore_index_is_compared_as_a_number(backend, operation, dtype, label, ignore_index):
-    """Not as bits of the labels' type: -100 in uint8 would be 156. No voxel is ignored here."""
+    """ignore_index is not converted to the type of the labels, where -100 in uint8 would be 156.
+
+    No voxel is ignored here.
+    """
     if operation.result == "items" and label > 1000:
         pytest.skip("slow: bins for every class")
     shape = (1, label + 1, 3)
@@ -409,7 +418,7 @@ def test_ignore_index_is_compared_as_a_number(backend, operation, dtype, label, 
 
 @those(lambda operation: operation.takes_weight)
 def test_negative_bit_of_weights(backend, operation):
-    """Memory that holds the negative of what it stands for."""
+    """Weights may have the negative bit, so that memory holds their negatives."""
     tensors, weight = operation.inputs(SHAPE), class_weights(3)
     wanted = run(operation, bound(operation, backend, weight=weight), tensors)
     same(run(operation, bound(operation, backend, weight=torch._neg_view(-weight)), tensors), wanted)
@@ -420,7 +429,7 @@ AXES = [(0,), (1,), (2,), (3,), (2, 3), (0, 2, 3), (0, 1, 2, 3)]
 
 
 def assert_expanded_as_repeated(operation, backend):
-    """Stride 0 along every axis of every tensor, of the labels and of the upstream gradient."""
+    """Check expanded tensors, labels and upstream gradients, with stride 0 along each axis, against repeated ones."""
     tensors, target = operation.inputs(SHAPE), operation.target(SHAPE) if operation.labels else None
     thin = lambda t, axes: functools.reduce(lambda u, axis: u.narrow(axis, 0, 1), axes, t)  # noqa: E731
     for reduction in operation.reductions:
@@ -491,7 +500,7 @@ def test_bit_for_bit_for_any_number_of_threads(cpu, operation, dtype, set_thread
 
 @every_reduction
 def test_every_gradient_is_made_in_poisoned_memory(cpu, operation, reduction, poisoned_memory):
-    """The suite sees every element that is never written, and every element is."""
+    """All gradients are allocated in poisoned memory, and have no NaN."""
     got = evaluate(bound(operation, cpu, **reducing(operation, reduction)), operation.inputs(SHAPE))
     assert poisoned_memory.count(SHAPE) >= len(operation.tensors)
     assert all(bool(t.isfinite().all()) for t in (got.value, *got.gradients.values()))
@@ -499,7 +508,7 @@ def test_every_gradient_is_made_in_poisoned_memory(cpu, operation, reduction, po
 
 @every_reduction
 def test_no_gradient_buffers_without_gradients(cpu, operation, reduction, poisoned_memory):
-    """Under no_grad, and for inputs that need none, the engine asks for no memory but the result's own."""
+    """Under no_grad, and for inputs without gradient, the engine allocates only the result."""
     function, tensors = bound(operation, cpu, **reducing(operation, reduction)), operation.inputs(SHAPE)
     with torch.no_grad():
         value = function(**leaves_of(tensors))
@@ -522,7 +531,10 @@ def test_gradcheck(backend, operation, reduction):
 
 @every_reduction
 def test_upstream_gradient(backend, operation, reduction):
-    """Scaled, in a longer graph, and twice through a kept graph: the same gradients each time, added up."""
+    """Scale the upstream gradient, extend the graph, and run backward twice.
+
+    Gradients are the same, and are added up.
+    """
     function, tensors = bound(operation, backend, **reducing(operation, reduction)), operation.inputs(SHAPE)
     base = evaluate(lambda **t: weighted_sum(function(**t)), tensors)
     for factor in (1.0, -2.5, 0.0):
@@ -557,7 +569,7 @@ def test_only_some_inputs_need_gradients(backend, operation, reduction):
 
 @every_reduction
 def test_double_backward(operation, reduction):
-    """Refused with a way out by the engine; right, to the second derivative, in the reference."""
+    """The engine raises an error that names the reference. The reference has the right second derivative."""
     options, leaves = reducing(operation, reduction), leaves_of(operation.inputs(SHAPE))
     value = bound(operation, "cpu", **options)(**leaves)
     for gradient in torch.autograd.grad((value**2).sum(), list(leaves.values()), create_graph=True):
@@ -580,7 +592,7 @@ def test_create_graph_gives_the_right_first_derivative(cpu, operation, reduction
 
 @every_differentiable
 def test_strides_of_the_upstream_gradient(cpu, operation):
-    """Transposed, strided, negative and expanded (a sum)."""
+    """The upstream gradient may be transposed, strided, negative or expanded."""
     leaves = leaves_of(operation.inputs(SHAPE))
     value = bound(operation, cpu)(**leaves)
     upstream = scores(*value.shape, seed=3)
@@ -601,7 +613,7 @@ def test_strides_of_the_upstream_gradient(cpu, operation):
 
 @every_reduction
 def test_function_transforms(operation, reduction):
-    """torch.func.grad and vmap, which take the reference by themselves, give the numbers of autograd and of a loop."""
+    """torch.func.grad and vmap, which choose the reference, give the results of autograd and of a loop."""
     tensors, options = operation.inputs(SHAPE), reducing(operation, reduction)
     function = bound(operation, None, **options)
     call = by_position(lambda **t: weighted_sum(function(**t)), tensors)
@@ -617,7 +629,7 @@ def test_function_transforms(operation, reduction):
 @every_reduction
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_vmap(operation, reduction, axis):
-    """Over an axis of the scores and of the labels; of nothing but the scores; and of the gradient."""
+    """vmap maps over an axis of scores and labels, of the scores alone, and of the gradient."""
     tensors, options = operation.inputs(SHAPE), reducing(operation, reduction)
     names = [*tensors, *([operation.labels] if operation.labels else [])]
     call = by_position(bound(operation, None, **options), names)
@@ -652,14 +664,9 @@ def tangents_of(tensors):
     return {name: scores(*t.shape, seed=20 + k) for k, (name, t) in enumerate(tensors.items())}
 
 
-# PyTorch's own, where it first differentiates in forward mode.
-forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-
-
-@forward_mode
 @every_reduction
 def test_forward_ad(operation, reduction):
-    """Dual numbers: of all tensors, and of one of them at a time."""
+    """Forward-mode differentiation works for all tensors at once and for each of them."""
     tensors = operation.inputs(SHAPE)
     function = bound(operation, None, **reducing(operation, reduction))
     for chosen in [list(tensors), *([name] for name in tensors)]:
@@ -673,7 +680,6 @@ def test_forward_ad(operation, reduction):
         assert_accurate(got.tangent, wanted, ulps=64, scale=1.0, what=str(chosen))
 
 
-@forward_mode
 @every_reduction
 def test_jvp(operation, reduction):
     """torch.func.jvp, and forward over reverse mode: the Hessian times a vector."""
@@ -696,7 +702,7 @@ def test_jvp(operation, reduction):
 
 @every_differentiable
 def test_jacobian(operation):
-    """All rows in one batched backward (``vectorize=True``): those of one backward after another."""
+    """A Jacobian from one batched backward (``vectorize=True``) equals the one row by row."""
     tensors = {name: t[..., :2, :2] for name, t in operation.inputs(SHAPE).items()}
     shape = (2, 3, 2, 2)
     call = by_position(bound(operation, None, shape), tensors)
@@ -783,7 +789,7 @@ def fresh_compiler():
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_as_eager(operation, reduction, layout):
-    """The numbers of eager mode, from a graph that holds the engine's operators, not the reference traced through."""
+    """A compiled call gives the results of eager mode, and its graph holds the operators of the engine."""
     tensors = {name: LAYOUTS[layout](t) for name, t in operation.inputs(SHAPE).items()}
     function = bound(operation, None, **reducing(operation, reduction))
     seen = []
@@ -802,7 +808,7 @@ def test_compiled_as_eager(operation, reduction, layout):
 
 
 class _Recorder(torch.fx.Interpreter):
-    """Runs a graph and keeps the calls of the engine's operators."""
+    """Interpreter of a graph that records the calls of the engine's operators."""
 
     def __init__(self, graph, calls):
         super().__init__(graph)
@@ -818,7 +824,7 @@ class _Recorder(torch.fx.Interpreter):
 @pytest.mark.parametrize(("operation", "reduction"), CHECKED.values(), ids=CHECKED)
 @pytest.mark.usefixtures("fresh_compiler")
 def test_opcheck(operation, reduction):
-    """What torch.library asks of every operator in the graphs of forward and backward."""
+    """Run torch.library.opcheck on every operator in the graphs of forward and backward."""
     forward, backward = [], []
 
     def recording(calls):
@@ -860,7 +866,7 @@ def test_label_out_of_range(backend, operation, dtype):
 
 @with_ignore_index
 def test_what_the_caller_holds_is_as_it_was_where_a_label_is_bad(backend, operation):
-    """No argument has been written to and no gradient has come."""
+    """If a label is bad, no argument is written to, and there is no gradient."""
     target = operation.target(SHAPE, None)
     target[1, 3, 4] = 3
     given = target.clone()

@@ -1,4 +1,4 @@
-"""Reliability diagrams: what is drawn is what the bins say."""
+"""Tests of the reliability diagrams: they show the numbers of the bins."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def rectangles(ax) -> list[tuple[float, float, float, float]]:
 
 
 def check_diagram(ax, bins: calseg.CalibrationBins) -> None:
-    """Accuracy bars from 0, then bars from accuracy to confidence, of the bins that hold voxels."""
+    """Check the bars of bins with voxels: from 0 to the accuracy, and from there to the confidence."""
     filled = bins.count.nonzero()[:, 0]
     accuracy, confidence = bins.accuracy()[filled], bins.mean_confidence()[filled]
     drawn = torch.tensor(rectangles(ax), dtype=torch.float64)
@@ -47,7 +47,7 @@ def check_diagram(ax, bins: calseg.CalibrationBins) -> None:
     bars = torch.stack([left, torch.zeros_like(left), width, accuracy], 1)
     gaps = torch.stack([left, accuracy, width, confidence - accuracy], 1)
     torch.testing.assert_close(drawn, torch.cat([bars, gaps]), atol=1e-12, rtol=0)
-    assert all(patch.get_hatch() for patch in ax.patches[n:])  # seen without colours
+    assert all(patch.get_hatch() for patch in ax.patches[n:])  # visible without colours
     assert ax.get_xlim() == ax.get_ylim() == (0, 1)
     error = float(calseg.calibration_error_from_bins(bins))
     assert f"ECE {error:.4f}" in ax.texts[0].get_text()
@@ -146,7 +146,7 @@ def test_counts_are_short() -> None:
 
 
 def test_the_picture() -> None:
-    """Rendered: bars up to the accuracy, hatching up to the confidence, white above."""
+    """The rendered picture has bars up to the accuracy, hatching up to the confidence, and white above."""
     p = torch.tensor([[0.9, 0.1]] * 10)
     bins = calseg.calibration_bins(p, torch.tensor([0] * 5 + [1] * 5), n_bins=2, from_logits=False)
     figure, (diagram, _) = reliability_diagram(bins)
@@ -155,7 +155,7 @@ def test_the_picture() -> None:
     image = np.asarray(figure.canvas.buffer_rgba()) / 255.0
 
     def patch(x: float, y: float) -> np.ndarray:
-        """A square of 5 % around a point of the diagram."""
+        """Return the pixels of a square around a point of the diagram."""
         (left, bottom), (right, top) = diagram.transData.transform([(x - 0.025, y - 0.025), (x + 0.025, y + 0.025)])
         height = len(image)
         return image[round(height - top) : round(height - bottom), round(left) : round(right), :3]

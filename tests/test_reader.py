@@ -1,6 +1,9 @@
-"""The reader of tensors: what has no memory of its own is stopped, what has it is read, whatever its type."""
+"""Tests of the reader of tensors: it reads tensors of any type with memory, and rejects others."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,11 +20,11 @@ SHAPE = (2, 3, 4, 5)
 
 
 class Kept(torch.Tensor):
-    """A subclass with memory of its own, as MONAI's MetaTensor."""
+    """A subclass with memory of its own, such as MONAI's MetaTensor."""
 
 
 class Wrapper(torch.Tensor):
-    """A subclass without memory, as DTensor: only its operations know where the numbers are."""
+    """A subclass without memory, such as DTensor. Only its operations know where its numbers are."""
 
     @staticmethod
     def __new__(cls, inner):
@@ -46,14 +49,14 @@ def test_a_subclass_with_memory():
 
 @pytest.mark.parametrize("backend", [None, "cpu"])
 def test_a_wrapper_is_stopped(backend):
-    """By the engine itself too, whatever called it."""
+    """A wrapper is rejected, also if the engine is called directly."""
     x, y = scores(*SHAPE), labels(SHAPE)
     for logits, target in ((Wrapper(x), y), (x, Wrapper(y))):
         with pytest.raises((NotImplementedError, ValueError)):
             calseg.vls_cross_entropy(logits, target, backend=backend)
         spec = LossSpec("cross_entropy", Labels(target, -100), None, "mean", x.dtype)
         with pytest.raises(native.Unreadable, match=r"(logits|tensor): got a tensor"):
-            native.extension.cross_entropy(spec, LossTensors(logits), LossTensors(), None, None, 1)
+            native.extension.cross_entropy(LossTensors(logits), spec, LossTensors(), None, None)
 
 
 def test_freed_memory_is_stopped():
@@ -63,9 +66,58 @@ def test_freed_memory_is_stopped():
         calseg.vls_cross_entropy(x, y)
 
 
+def test_a_view_of_freed_memory_is_stopped():
+    """Its address is that of no memory plus the view's place in it."""
+    for base, place in ((torch.zeros(2, *SHAPE), 1), (torch.zeros(2**12, *SHAPE), 2**12 - 1)):
+        x = base[place]
+        base.untyped_storage().resize_(0)
+        assert x.data_ptr() > 0
+        with pytest.raises(ValueError, match="logits: got a tensor whose memory is not there"):
+            calseg.vls_cross_entropy(x, labels(SHAPE))
+
+
+OLD_TORCH = """
+import torch
+if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+    del torch.Tensor.__dlpack_c_exchange_api__  # before calseg looks for it
+import calseg
+from calseg.operations import Labels, LossSpec, LossTensors
+torch.manual_seed(0)
+F = torch.nn.functional
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for label_dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16):
+        x = torch.randn(2, 3, 4, 5, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+        y = torch.randint(0, 3, (2, 4, 5)).to(label_dtype)
+        calseg.vls_cross_entropy(x, y).backward()
+        wanted = x.detach().double().requires_grad_()
+        F.cross_entropy(wanted, y.long()).backward()
+        torch.testing.assert_close(x.grad.double(), wanted.grad, rtol=0.01, atol=0.001)
+freed = torch.zeros(2, 2, 3, 4, 5)
+view = freed[1]
+freed.untyped_storage().resize_(0)
+for wrong in (view, torch.zeros(2, 3, 4, 5, device="meta"), torch.zeros(2, 3, 4, 5).to_sparse()):
+    spec = LossSpec("cross_entropy", Labels(y, -100), None, "mean", torch.float32)
+    try:
+        calseg.native.extension.cross_entropy(LossTensors(wrong), spec, LossTensors(), None, None)
+    except calseg.native.Unreadable as error:
+        print(error)
+"""
+
+
+def test_a_torch_without_the_c_functions_of_dlpack():
+    """PyTorch before 2.10: tensors are read by their attributes."""
+    done = subprocess.run([sys.executable, "-c", OLD_TORCH], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "logits: got a tensor whose memory is not there (fake, freed, or of a wrapper)",
+        "logits: wanted a tensor on the CPU",
+        "logits: got a tensor without memory of its own (fake, or of a wrapper)",
+    ]
+
+
 @pytest.mark.parametrize("backend", [None, "cpu"])
 def test_zero_tensors_are_no_crash(backend):
-    """PyTorch's tensors of zeros without memory come in as gradients and arguments."""
+    """PyTorch's tensors of zeros without memory are valid gradients and arguments."""
     zeros = torch._efficientzerotensor(SHAPE, dtype=torch.float64)
     with pytest.raises(ValueError, match="memory is not there"):
         calseg.vls_cross_entropy(zeros, labels(SHAPE), backend=backend)
@@ -80,7 +132,7 @@ def test_empty_tensors_are_read():
 @pytest.mark.parametrize("axes", [(0, 1, 2, 3, 4), (0, 2, 3, 4, 1), (0, 3, 1, 2, 4), (2, 0, 1, 3, 4), (0, 1, 4, 3, 2)])
 @pytest.mark.parametrize("expanded", [None, 2, 3, 4])
 def test_python_and_cpp_walk_alike(axes, expanded):
-    """Both tell the same tensors to be copied."""
+    """Python and C++ agree on which tensors must be copied."""
     x = scores(2, 3, 4, 5, 6).permute(axes)
     if expanded is not None:
         x = x.narrow(expanded, 0, 1).expand(*(7 if axis == expanded else -1 for axis in range(5)))
@@ -94,7 +146,10 @@ def test_python_and_cpp_walk_alike(axes, expanded):
 
 
 def test_merged_items():
-    """Items behind one another are one; the strides of voxels without them are those of the items."""
+    """Batch items that follow one another in memory are merged.
+
+    Without spatial axes, the stride of items becomes that of voxels.
+    """
     x, y = scores(2, 3, 4, 5), labels((2, 3, 4, 5))
     assert native.extension.geometry([x], [y]) == (2, 3, 20, [(60, 20, 1)], [(20, 0, 1)])
     last = x.to(memory_format=torch.channels_last)

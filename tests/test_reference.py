@@ -1,4 +1,4 @@
-"""The reference, the oracle of every other test, against the formulas written out one number at a time."""
+"""Tests of the reference backend against the formulas for single numbers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def inputs(C: int):
 
 
 def voxels(C: int, weight, **options):
-    """``{(n, s): Voxel}`` of the voxels that count."""
+    """Return ``{(n, s): Voxel}`` for the voxels that count."""
     x, mu, logvar, target = inputs(C)
     return {
         (n, s): naive.Voxel(
@@ -78,7 +78,7 @@ def test_vls_cross_entropy_and_elbo(C, weighted, options, reduction):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=range(len(OPTIONS)))
 def test_vls_cross_entropy_gradients(weighted, options):
-    """Autograd through the reference gives the closed forms of section 4."""
+    """Autograd through the reference gives the gradients of the formulas."""
     C, options = 3, {"seed": 3, **options}
     weight = class_weights(C) if weighted else None
     x, mu, logvar, target = inputs(C)

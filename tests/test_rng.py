@@ -1,4 +1,4 @@
-"""The noise contract: known answers, addresses, distribution, and the same normals from every backend."""
+"""Tests of the noise contract: known answers, addresses, distribution, and equal normals from every backend."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_philox_known_answers(counter, key, words):
 @pytest.mark.parametrize("C", [1, 2, 3, 4, 5, 14])
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 + 12345, 2**64 - 1])
 def test_address_of_every_normal(C, seed):
-    """v, c, k and the seed give the normal that the contract written out number by number gives."""
+    """Seed, voxel, class and sample give the normal of the naive implementation."""
     for first, k in product((0, 10**6, 2**32 - 2, 2**40 + 7), (0, 1, 2, 3, 7)):
         eps = rng.standard_normal(seed, 4, C, k, first_voxel=first, device=CPU)
         wanted = [[naive.normal(seed, first + v, c, k, C) for v in range(4)] for c in range(C)]
@@ -47,7 +47,7 @@ def test_independent_of_tiling(C):
 
 @pytest.mark.parametrize("seed", [0, 5, -1, -(2**63), 2**63 - 1])
 def test_seed_forms(seed):
-    """A negative seed is its two's complement, and a tensor is the number it holds."""
+    """A negative seed equals its two's complement, and a tensor equals the number that it holds."""
     wanted = rng.standard_normal(seed % 2**64, 10, 3, 0, device=CPU)
     assert torch.equal(rng.standard_normal(seed, 10, 3, 0, device=CPU), wanted)
     assert torch.equal(rng.standard_normal(torch.tensor(seed), 10, 3, 0, device=CPU), wanted)
@@ -93,7 +93,10 @@ def test_draw_seed_follows_the_default_generator():
 
 
 def normals_of(backend: str, shape: tuple[int, ...], dtype: torch.dtype, k: int, seed: int) -> torch.Tensor:
-    """The backend's normals: with variance 1, dl/dlogvar = dl/dnu * eps / 2 and dl/dmu = dl/dnu, sample by sample."""
+    """Return the normals of a backend.
+
+    With variance 1, dl/dlogvar = dl/dnu * eps / 2 and dl/dmu = dl/dnu for a sample.
+    """
     grad_output = torch.arange(shape[1], dtype=dtype).view(-1, *[1] * (len(shape) - 2)).expand(shape)
 
     def gradients(num_samples: int) -> list[torch.Tensor]:
@@ -113,10 +116,10 @@ def normals_of(backend: str, shape: tuple[int, ...], dtype: torch.dtype, k: int,
 @pytest.mark.parametrize("C", [2, 3, 4, 5, 14])
 @pytest.mark.parametrize(("dtype", "k"), [(torch.float32, 0), *((torch.float64, k) for k in (0, 1, 5))], ids=id_of)
 def test_native_normals(cpu, C, shape, dtype, k):
-    """The same normal at every address, over many tiles and batch items: 1e-6 in float32, 1e-12 in float64."""
+    """Normals equal those of the reference over many tiles and items, to 1e-6 in float32 and 1e-12 in float64."""
     seed, shape = 0x0123456789ABCDEF, (shape[0], C, *shape[1:])
     got = normals_of(cpu, shape, dtype, k, seed).double().flatten(2).transpose(0, 1).flatten(1)
     wanted = rng.standard_normal(seed, got.shape[1], C, k, device=CPU)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-12
-    # k > 0: the difference of two rounded sums of up to k + 1 terms, over its own size
+    # For k > 0 it is the difference of two rounded sums of up to k + 1 terms, divided by its size.
     torch.testing.assert_close(got, wanted, rtol=tolerance if k == 0 else 1e-10, atol=tolerance)

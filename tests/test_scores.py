@@ -1,4 +1,4 @@
-"""calseg.scores: sums of slabs and blocks, their JSON, Dice, and one table of statistics for every place."""
+"""Tests of calseg.scores: sums of slabs and blocks, JSON, Dice, and the table of statistics."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ IGNORE = -100
 
 
 def volume(seed: int = 0, shape: tuple[int, ...] = (13, 6, 5), classes: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits and true probabilities ``[C, *S]`` and labels ``[*S]``, some of them ignored."""
+    """Return logits and true probabilities ``[C, *S]``, and labels ``[*S]``, some of which are ignored."""
     generator = torch.Generator().manual_seed(seed)
     truth = torch.softmax(3 * torch.randn(classes, *shape, generator=generator), 0)
     label = torch.multinomial(truth.flatten(1).T, 1, generator=generator).reshape(shape).to(torch.int16)

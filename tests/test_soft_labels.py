@@ -1,4 +1,4 @@
-"""Soft labels, sampled from a dense Gaussian and accumulated from logit maps."""
+"""Tests of soft labels, sampled from a Gaussian and accumulated from maps of logits."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_soft_labels_are_a_distribution(backend, shape):
 
 
 def test_the_estimate_is_the_expected_softmax(backend):
-    """Two classes: the mean over many voxels is E[sigmoid(d)], d ~ N(mu1 - mu0, s0^2 + s1^2), by quadrature."""
+    """For two classes, the mean over many voxels is E[sigmoid(d)], d ~ N(mu1 - mu0, s0^2 + s1^2), by quadrature."""
     voxels, mu, logvar = 2**16, (0.3, -0.8), (0.5, -0.4)
     spread = math.sqrt(sum(math.exp(v) for v in logvar))
     t = torch.linspace(-10, 10, 20001, dtype=torch.float64)
@@ -76,7 +76,7 @@ def test_seeds(backend):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("count", [1, 5])
 def test_number_of_maps(backend, shape, count):
-    """The table of operations has two. Each map gets its gradient."""
+    """Any number of maps works, and each map gets its gradient. The table of operations has two maps."""
     for dtype, (target, options) in product(
         FLOATS,
         (
@@ -110,7 +110,7 @@ def test_maps_come_one_at_a_time_and_stay_as_they_are(backend):
 
 @pytest.mark.parametrize("needing", [(0,), (2,), (0, 1, 2), (1,)], ids=str)
 def test_gradients_of_some_maps(backend, needing):
-    """Maps with and without gradients in any order."""
+    """Maps with and without gradients may come in any order."""
     shape = (2, 3, 40)
     maps = [scores(*shape, seed=k) for k in range(3)]
     target = labels(shape, ignore_index=-100)
@@ -138,7 +138,7 @@ def test_maps_of_several_dtypes(backend):
 
 
 def test_memory_does_not_grow_with_the_maps(peak_growth):
-    """32 maps of 8 MiB, made one at a time: the sum, one map and its making."""
+    """32 maps of 8 MiB need memory for the sum, for one map, and for making that map."""
     noise = scores(1, 4, 128, 64, 64, dtype=torch.float32)
     run = lambda: calseg.accumulate_soft_labels((noise + k for k in range(32)), backend="cpu")  # noqa: E731
     run()

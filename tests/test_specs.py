@@ -1,4 +1,4 @@
-"""The specs: the same fields in Python and C++, packed and unpacked whole; backends with one face."""
+"""Tests of the specs: equal fields in Python and C++, packing, and equal functions in all backends."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ EXAMPLES = [
 
 @pytest.mark.skipif(native.extension is None, reason="no native engine")
 def test_cpp_has_the_same_fields():
-    """In the same order, all but those that C++ has no use for."""
+    """C++ has the fields of Python in the same order, except for those that it does not use."""
     wanted = {name: [f for f in kind._fields if f not in NOT_IN_CPP] for name, kind in STRUCTURES.items()}
     assert wanted == native.extension.FIELDS
 
 
 @pytest.mark.skipif(native.extension is None, reason="no native engine")
 def test_cpp_refuses_other_fields():
-    """A spec of another version of calseg is an error, not a wrong number."""
+    """A spec with other fields, as from another version of calseg, raises an error."""
     with pytest.raises(TypeError, match="the fields of LossTensors differ; build it again"):
-        native.extension.cross_entropy(None, LABELS, None, None, None, 1)
+        native.extension.cross_entropy(LABELS, None, None, None, None)
 
 
 def assert_same(got, wanted):
@@ -72,7 +72,7 @@ FACES = ["cpu"] if choice.TRITON_ERROR else ["cpu", "triton"]
 
 
 def face(backend: str) -> dict[str, inspect.Signature]:
-    """The functions of a backend that take a spec."""
+    """Return the functions of a backend that take a spec."""
     module = choice.engine(backend)
     own = {
         name: inspect.signature(value)
@@ -84,7 +84,7 @@ def face(backend: str) -> dict[str, inspect.Signature]:
 
 @pytest.mark.parametrize("backend", FACES)
 def test_the_reference_has_what_the_backends_have(backend):
-    """The same functions of a spec and tensors, but for gradients, which PyTorch makes of the reference."""
+    """The reference has the functions of the other backends, except for gradients, which autograd computes."""
     reference, mine = face("reference"), face(backend)
     shared = {
         name for name in mine if not name.endswith("_backward") and name not in ("ace_moments", "bins_of_moments")
@@ -119,6 +119,6 @@ def test_every_loss_is_in_every_backend():
 
 
 def test_hints_resolve():
-    """A type that neither C++ nor an operator knows would show here, not at the first call."""
+    """All type hints of the specs can be resolved, so that an unknown type shows here."""
     for kind in STRUCTURES.values():
         assert list(get_type_hints(kind)) == list(kind._fields)

@@ -1,4 +1,4 @@
-"""The rules of imports between the parts of calseg, read from the source: no circle, and no arrow upward."""
+"""Tests of the import rules between the parts of calseg, which are read from the source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""VLS: loss on sampled soft labels plus KL, and its three gradients, against the reference in float64."""
+"""Tests of the cross-entropy with sampled soft labels plus KL term, and of its gradients, against the reference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cases import (
 import calseg
 from calseg.backends import rng
 
-# float32: the noise is good to 1e-6 (8 ulp of 1), a softmax and a sum over samples follow
+# In float32 the noise has an error of 1e-6 (8 ulp of 1), to which a softmax and a sum over samples add.
 ULPS = 48
 
 
@@ -31,7 +31,7 @@ def gaussian(*shape: int, dtype: torch.dtype = torch.float64) -> dict[str, torch
 
 
 def vls(target, backend, *, weighted=False, **options):
-    """The loss of a backend as a function of ``input, mu, logvar``."""
+    """Return the loss of a backend as a function of ``input, mu, logvar``."""
     options = {"seed": 11, **options}
 
     def function(input, mu, logvar):
@@ -44,7 +44,7 @@ def vls(target, backend, *, weighted=False, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=id_of)
 def test_extreme_gaussians(backend, dtype):
-    """Means of 1e4, variances from 0 to 1e8, impossible classes where the estimate has no mass."""
+    """Compute with means of 1e4, variances from 0 to 1e8, and logits of -inf where the estimate is 0."""
     rows = 12
     tensors = gaussian(rows, 3, dtype=dtype)
     tensors["mu"][0], tensors["mu"][1, 0], tensors["mu"][2, 0] = 1e4, 1e4, -1e4
@@ -62,7 +62,7 @@ def test_extreme_gaussians(backend, dtype):
 
 
 def test_impossible_class_without_mass(backend):
-    """Logit -inf where mu leaves the estimate no mass, and the label is another: finite, and as without the class."""
+    """A class with logit -inf, whose estimate is 0 and which is not the label, changes nothing."""
     tensors, target = gaussian(4, 3), torch.tensor([0, 2, 0, 2])
     tensors["input"][:, 1], tensors["mu"][:, 1] = -torch.inf, -1e5
     got = evaluate(vls(target, backend, reduction="none", alpha=0.5, beta=0.0), tensors)
@@ -78,7 +78,7 @@ def test_impossible_class_without_mass(backend):
 
 
 def test_without_gaussian_term_and_estimate_it_is_cross_entropy(backend):
-    """alpha = beta = 0: F.cross_entropy to the last bit of the plain path, and no gradient for mu and logvar."""
+    """With alpha = beta = 0, the loss has the bits of plain cross-entropy, and mu and logvar have gradient 0."""
     shape = (2, 3, 50)
     tensors, target = gaussian(*shape, dtype=torch.float32), labels(shape)
     plain = evaluate(
@@ -91,7 +91,7 @@ def test_without_gaussian_term_and_estimate_it_is_cross_entropy(backend):
 
 
 def test_sampled_is_given_soft_labels_and_kl(backend):
-    """One fused call is sample_soft_labels, then cross-entropy on them, plus gaussian_kl."""
+    """One fused call equals sample_soft_labels, cross-entropy with these labels, and gaussian_kl."""
     shape = (2, 4, 9, 5)
     tensors, target = gaussian(*shape), labels(shape, ignore_index=-100)
 
@@ -172,7 +172,7 @@ def test_module_weight_and_repr():
 
 
 def test_memory_does_not_grow_with_the_samples(peak_growth):
-    """64 samples of 8 MiB of logits: gradients of 3 x 8 MiB, and nothing of 64 x 8 MiB."""
+    """64 samples of 8 MiB of logits need three gradients of 8 MiB, and no memory of 64 x 8 MiB."""
     shape, mib = (1, 4, 128, 64, 64), 2**20
     tensors = {k: t.requires_grad_() for k, t in gaussian(*shape, dtype=torch.float32).items()}
     target = labels(shape, dtype=torch.uint8)

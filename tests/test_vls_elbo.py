@@ -1,4 +1,4 @@
-"""The stage-1 objective against the reference in float64."""
+"""Tests of the objective of stage 1 against the reference in float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def elbo(target, backend, *, weighted=False, **options):
 
 
 def test_small_variance_is_cross_entropy_of_the_mean(backend):
-    """sigma -> 0: the expectation is the cross-entropy of mu, whatever the noise."""
+    """For sigma -> 0, the expectation is the cross-entropy of mu."""
     shape = (2, 3, 50)
     mu, target = scores(*shape), labels(shape)
     got = calseg.vls_elbo(mu, torch.full(shape, -80.0, dtype=torch.float64), target, beta=0.0, backend=backend)

@@ -1,8 +1,8 @@
-"""The three data sets of the experiment, each as two folders in the Decathlon's layout: development and test.
+"""The three data sets of the experiment, each as two folders in the layout of the Decathlon: development and test.
 
-Development is split again, by ``calseg train``, into what trains and what tunes; nothing of the test folder is seen
-before the settings are chosen. Where the probability of every voxel is known, or the share of many annotators, it lies
-in ``truth/NAME.nii.gz`` ``[x, y, z, classes]`` and the label is one rater's, as it mostly is in practice.
+``calseg train`` splits the development cases into training and tuning cases. The test cases are not used before the
+settings are chosen. If the probability of every voxel is known, or the share of many annotators, it is in
+``truth/NAME.nii.gz`` ``[x, y, z, classes]``. The label is then the map of one rater, as it often is in practice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from calseg.simulation import CLASS_NAMES, DemoConfig, make_case
 
 @dataclass(frozen=True)
 class Plan:
-    """Use of a data set: cases to train on, to tune on and to test on, patches, updates of a network."""
+    """The numbers of training, tuning and test cases of a data set, and the settings of training."""
 
     training: int
     tuning: int
@@ -43,13 +43,13 @@ PLANS = {
 
 
 def prepare(name: str, source: Path | None, out: Path, plan: Plan) -> None:
-    """Make ``out/development`` and ``out/test``, unless they are there."""
+    """Make ``out/development`` and ``out/test``, unless they exist."""
     if not (out / "test" / "dataset.json").is_file():
         MAKERS[name](source, out, plan)
 
 
 def _write(out: Path, name: str, labels: Sequence[str], entries: Sequence[dict[str, str]], plan: Plan) -> None:
-    """Deal the cases at random, always alike."""
+    """Split the cases at random with a fixed seed, and write both ``dataset.json``."""
     wanted = plan.training + plan.tuning + plan.test
     if len(entries) < wanted:
         raise SystemExit(f"{name}: {len(entries)} cases, but the plan needs {wanted}")
@@ -68,6 +68,7 @@ def _write(out: Path, name: str, labels: Sequence[str], entries: Sequence[dict[s
 
 
 def _hippocampus(source: Path | None, out: Path, plan: Plan) -> None:
+    """Split the cases of Task04_Hippocampus."""
     if source is None:
         raise SystemExit("hippocampus: --data must name the folder of Task04_Hippocampus")
     meta = json.loads((source / "dataset.json").read_text())
@@ -76,13 +77,14 @@ def _hippocampus(source: Path | None, out: Path, plan: Plan) -> None:
 
 
 def _save(voxels: NDArray[Any], path: Path) -> str:
+    """Write voxels to a NIfTI file, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), path)
     return str(path.resolve())
 
 
 def _multirater(source: Path | None, out: Path, plan: Plan) -> None:
-    """Slices ``[x, y, 1]`` of every second pixel; an image's label is one annotation, the annotators taking turns."""
+    """Make slices ``[x, y, 1]`` from every second pixel. The label of an image is that of one annotator, in turns."""
     if source is None:
         raise SystemExit("multirater: --data must name the folder with images/ and raters/")
     entries = []
@@ -103,7 +105,7 @@ def _multirater(source: Path | None, out: Path, plan: Plan) -> None:
 
 
 def _synthetic(source: Path | None, out: Path, plan: Plan) -> None:
-    """The demo's lesions in smaller volumes: the label is one simulated rater's, the truth is known at every voxel."""
+    """Simulate the lesions of the demo in smaller volumes. The label is that of one simulated rater."""
     config = DemoConfig(raters=2, side=28)
     entries = []
     for index in range(plan.training + plan.tuning + plan.test):

@@ -1,4 +1,4 @@
-"""The README's tables and figure, from benchmarks/results/calibration-*.json.
+"""Tables and figure of the README, from benchmarks/results/calibration-*.json.
 
     python benchmarks/calibration/figures.py
 
@@ -46,10 +46,11 @@ STYLES = {
 }
 NLL_TICKS = (-0.1, -0.05, -0.02, -0.01, -0.005, 0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 DRAWN = ("cross_entropy", "temperature_scaling", "svls", "calseg", "calseg_defaults")
-"""Methods whose reliability is drawn; more lines than these cannot be told apart."""
+"""Methods whose reliability is drawn. More lines could not be told apart."""
 
 
 def _settings(entry: Mapping[str, Any]) -> str:
+    """Return the settings of a method in words."""
     words = [f"{name} {value:g}" for name, value in entry["settings"].items()]
     if "temperatures" in entry and "temperature" not in entry["settings"]:
         words.append("fitted temperatures " + ", ".join(f"{value:.2f}" for value in entry["temperatures"]))
@@ -62,7 +63,7 @@ def _short(value: float, digits: int, *, sign: bool = False) -> str:
 
 
 def table(content: Mapping[str, Any]) -> str:
-    """Markdown: the mean over the seeds, and the paired difference from cross-entropy with its 95 % interval."""
+    """Return a table in Markdown: means over the seeds, and paired differences from cross-entropy with intervals."""
     test = content["test"]
     keys = [key for key in COLUMNS if key in test["cross_entropy"]["scores"]]
     lines = [
@@ -86,7 +87,7 @@ def table(content: Mapping[str, Any]) -> str:
 
 
 def draw(contents: Mapping[str, Mapping[str, Any]]) -> Any:
-    """A row per data set: Dice and NLL against foreground ECE, both less cross-entropy's, and reliability."""
+    """Draw a row per data set: Dice and NLL over ECE, as differences from cross-entropy, and reliability."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.6 * len(contents) + 0.9), layout="constrained")
@@ -95,7 +96,7 @@ def draw(contents: Mapping[str, Mapping[str, Any]]) -> Any:
     for row, (dataset, content) in zip(axes, contents.items(), strict=True):
         test = content["test"]
         plan, seeds = content["plan"], len(test["cross_entropy"]["scores"]["dice"]["seeds"])
-        # The error is taken against many raters where there are some: a probability stands for their share.
+        # Use the error against the true probabilities if they are known.
         error = "disputed_ece" if "disputed_ece" in test["cross_entropy"]["scores"] else "fg_ece"
         for ax, key, name in ((row[0], "dice", "Dice"), (row[1], "nll", "NLL")):
             ax.axhline(0, color="#bbbbbb", lw=0.8, zorder=0)
@@ -108,7 +109,7 @@ def draw(contents: Mapping[str, Mapping[str, Any]]) -> Any:
                         x[0], y[0], xerr=_bars(x), yerr=_bars(y), color=colour, marker=marker,
                         ms=11 if marker == "*" else 7, mec="white", mew=0.6, ls="", elinewidth=1, alpha=0.9,
                     )  # fmt: skip
-            if key == "nll":  # some methods double it, and on a linear axis the others would lie on one line
+            if key == "nll":  # some methods double it, so that a linear axis could not show the others
                 ax.set_yscale("symlog", linthresh=0.01)
                 limits = ax.get_ylim()
                 ax.set_yticks(NLL_TICKS, [f"{tick:g}" for tick in NLL_TICKS])
@@ -127,7 +128,7 @@ def draw(contents: Mapping[str, Mapping[str, Any]]) -> Any:
             curve = test.get(method, {"curves": {}})["curves"].get(curve_name)
             if curve:
                 share = [count / sum(curve["voxels"]) for count in curve["voxels"]]
-                kept = [number for number, part in enumerate(share) if part >= 0.002]  # the others are noise
+                kept = [number for number, part in enumerate(share) if part >= 0.002]  # fewer are noise
                 x, y = ([curve[part][number] for number in kept] for part in ("confidence", "frequency"))
                 colour, marker = STYLES[method]
                 ax.plot(x, y, color=colour, marker=marker, ms=4, lw=1.2)
@@ -154,12 +155,13 @@ def draw(contents: Mapping[str, Mapping[str, Any]]) -> Any:
 
 
 def _difference(score: Mapping[str, Any]) -> tuple[float, float, float]:
-    """Mean, lower and upper end; cross-entropy's own is 0."""
+    """Return mean, lower and upper end of a difference from cross-entropy, which is 0 for cross-entropy itself."""
     entry = score.get("minus_cross_entropy", {"mean": 0.0, "interval": (0.0, 0.0)})
     return (entry["mean"], *entry["interval"])
 
 
 def _bars(values: tuple[float, float, float]) -> list[list[float]]:
+    """Return the lengths of error bars."""
     mean, low, high = values
     return [[max(mean - low, 0.0)], [max(high - mean, 0.0)]]
 

@@ -1,12 +1,12 @@
-"""Train every method alike, tune each on the validation cases, score it on the test cases.
+"""Train every method in the same way, tune it on the tuning cases, and score it on the test cases.
 
     python benchmarks/calibration/run.py hippocampus --data Task04_Hippocampus --out RUNS
 
-Every method has the same network, cases, updates and seeds, and at most three settings to choose from, the published
-one among them. They are tried with the first seed; the choice is the lowest foreground ECE on the tuning cases among
-the settings whose Dice there is at most 0.01 below cross-entropy's. The chosen setting is trained with every seed and
-scored on the test cases, which nothing has seen before. A finished run is a JSON file in RUNS, and an interrupted
-experiment goes on where it stopped. The result is benchmarks/results/calibration-NAME.json.
+Every method has the same network, cases, updates and seeds. It has up to three settings to choose from, one of which is
+the published one. All settings are tried with the first seed. The chosen one has the lowest foreground ECE on the
+tuning cases, among the settings whose Dice there is at most 0.01 below that of cross-entropy. It is trained with every
+seed, and scored on the test cases, which were not used before. Finished runs are kept in RUNS, so an interrupted
+experiment can continue. The result is benchmarks/results/calibration-NAME.json.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ GRID: dict[str, tuple[dict[str, float], ...]] = {
     "vls": ({"alpha": 0.1}, {"alpha": 0.3}, {"alpha": 0.3, "temperature": 2.0}),
     "calseg": ({"alpha": 0.5}, {"alpha": 0.5, "temperature": 2.0}, {"alpha": 0.5, "temperature": 1.5}),
 }
-"""A method's settings, its published one or its default first. With SVLS's 3 voxels a wider sigma changes little."""
+"""The settings of each method. The first one is the published one or the default. SVLS has a kernel of 3 voxels, so a
+larger sigma would change little."""
 
 SCALED = "temperature_scaling"
-"""Cross-entropy's networks, their logits divided by one temperature fitted on the tuning cases."""
-
+"""The networks of cross-entropy, with logits divided by a temperature that is fitted on the tuning cases."""
 
 UNTUNED = "calseg_defaults"
-"""CALSeg as it comes, beside the setting chosen on the tuning cases."""
+"""CALSeg with its default settings, beside the one with the settings chosen on the tuning cases."""
 
 
 class Experiment:
-    """One data set: its plan, its folders and what has been computed."""
+    """The experiment on one data set: its plan, its folders, and its steps."""
 
     def __init__(self, name: str, out: Path, plan: Plan) -> None:
         self.name, self.root, self.plan = name, out / name, plan
@@ -72,7 +72,7 @@ class Experiment:
         self._caches = {part: CaseCache(dataset) for part, dataset in self.data.items()}
 
     def config(self, method: str, settings: Mapping[str, float], seed: int) -> TrainConfig:
-        """Settings of one training run."""
+        """Return the settings of a training run."""
         plan = self.plan
         return TrainConfig(
             method=method,
@@ -85,12 +85,12 @@ class Experiment:
         )
 
     def folder(self, config: TrainConfig, settings: Mapping[str, float]) -> Path:
-        """Folder of a run."""
+        """Return the folder of a run."""
         words = [config.method, *(f"{key}{value:g}" for key, value in settings.items()), f"seed{config.seed}"]
         return self.root / "runs" / "-".join(words)
 
     def trained(self, method: str, settings: Mapping[str, float], seed: int) -> Path:
-        """The folder of the finished run, trained now if it is not there."""
+        """Return the folder of a finished run. The run is made now if it does not exist."""
         config = self.config(method, settings, seed)
         run = self.folder(config, settings)
         if not (run / "metrics.json").is_file():
@@ -101,7 +101,7 @@ class Experiment:
         return run
 
     def _soft_labels(self, run: Path, config: TrainConfig) -> Path:
-        """Soft labels for the run; the networks of the first stage are trained once for all that can share them."""
+        """Return the folder of the soft labels of a run. Runs share the networks of the first stage if they can."""
         shared = replace(config, alpha=1.0, temperature=1.0)
         words = [f"{key}{getattr(config, key):g}" for key in ("folds", "latent_size", "beta", "reconstruction", "seed")]
         networks = self.root / "stage1" / "-".join(words)
@@ -116,7 +116,7 @@ class Experiment:
         return run / "stage1" / "soft_labels"
 
     def predictions(self, run: Path, part: str) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-        """Name, logits and label of the tuning cases, or of the test cases."""
+        """Return name, logits and label of each tuning case or test case."""
         saved = load_checkpoint(run / "checkpoint.pt")
         config = TrainConfig.from_json(saved["config"])
         dataset = self.data["test" if part == "test" else "development"]
@@ -133,7 +133,7 @@ class Experiment:
         return result
 
     def scores(self, run: Path, part: str, temperature: float | None = None) -> list[CaseScores]:
-        """The cases' sums of a finished run on "tuning" or "test", computed now if they are not there."""
+        """Return the sums of the "tuning" or "test" cases of a run. They are computed now if they do not exist."""
         path = run / f"scores-{part}{'' if temperature is None else '-scaled'}.json"
         if not path.is_file():
             cases = {}
@@ -148,7 +148,7 @@ class Experiment:
         return torch.from_numpy(read_volume(path)).movedim(-1, 0) if path.is_file() else None
 
     def temperature(self, run: Path) -> float:
-        """Temperature of temperature scaling, fitted on the tuning cases."""
+        """Return the temperature of temperature scaling, which is fitted on the tuning cases."""
         path = run / "temperature.json"
         if not path.is_file():
             cases = self.predictions(run, "tuning")
@@ -158,7 +158,7 @@ class Experiment:
     # ------------------------------------------------------------------------------------------------ steps
 
     def tune(self, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """``{method: {"settings": chosen, "tried": [...]}}``, from the first seed on the tuning cases."""
+        """Return ``{method: {"settings": chosen, "tried": [...]}}``, from the first seed on the tuning cases."""
         chosen: dict[str, dict[str, Any]] = {}
         floor = 0.0
         for method in methods:
@@ -175,7 +175,7 @@ class Experiment:
         return chosen
 
     def test(self, chosen: Mapping[str, Any], seeds: int) -> dict[str, Any]:
-        """``{method: [the cases' sums of each seed]}``, and the temperatures of those that fit or choose one."""
+        """Return ``{method: [sums of the cases for each seed]}``, and the fitted temperatures of the methods."""
         result: dict[str, list[list[CaseScores]]] = {}
         temperatures: dict[str, list[float]] = {}
         wanted = [(method, method, choice["settings"]) for method, choice in chosen.items()]
@@ -199,9 +199,10 @@ def report(
     tested: Mapping[str, Sequence[Sequence[CaseScores]]],
     temperatures: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
-    """Per method and score the mean over the seeds, each seed and the 95 % interval over cases; and the differences.
+    """Return for each method and score the mean over the seeds, all values, and the 95 % interval over cases.
 
-    ``minus_cross_entropy`` is paired: the same seeds, and in every resample of the bootstrap the same cases.
+    ``minus_cross_entropy`` is the paired difference: seeds are the same, and so are the cases in every resample of the
+    bootstrap.
     """
     weights = case_weights(len(tested["cross_entropy"][0]))
 

@@ -1,7 +1,7 @@
-"""The scores of the calibration experiment: a choice of calseg's statistics, and their values over weighted cases.
+"""The scores of the calibration experiment, which are statistics of calseg over weighted cases.
 
-A case is a :class:`calseg.scores.CaseScores`. :func:`summarise` adds cases up, each as often as a weight says, for one
-weighting of the cases or for many at once.
+A case is a :class:`calseg.scores.CaseScores`. :func:`summarise` adds up cases, each multiplied by its weight, for one
+or for many sets of weights.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from calseg.scores import REGIONS, STATISTICS, TRUTH_REGIONS, TRUTH_STATISTICS, 
 
 
 class Score(NamedTuple):
-    """One figure of the experiment: a statistic of a region, of all cases' voxels together.
+    """One score of the experiment: a statistic over the voxels of a region in all cases.
 
     Args:
         statistic: name in ``STATISTICS``, or in ``TRUTH_STATISTICS`` for a score against true probabilities.
         region: name in ``REGIONS``, or in ``TRUTH_REGIONS``.
-        needs_truth: whether it is a score against true probabilities.
+        needs_truth: True if it is a score against true probabilities.
     """
 
     statistic: str
@@ -32,7 +32,7 @@ class Score(NamedTuple):
 
     @property
     def title(self) -> str:
-        """A short name for tables."""
+        """Short name for tables."""
         title = (TRUTH_STATISTICS if self.needs_truth else STATISTICS)[self.statistic].title
         if self.region == "all":
             return title
@@ -40,13 +40,13 @@ class Score(NamedTuple):
 
     @property
     def description(self) -> str:
-        """The statistic and its region in words."""
+        """Statistic and region in words."""
         if self.needs_truth:
             return f"{TRUTH_STATISTICS[self.statistic].title}, {TRUTH_REGIONS[self.region]}, pooled"
         return f"{STATISTICS[self.statistic].title}, {REGIONS[self.region]}, pooled"
 
     def value(self, together: CaseScores, weights: Tensor) -> Tensor | None:
-        """Float64 ``[B]`` for int64 ``weights[B, cases]``; None where a score needs a truth and there is none."""
+        """Return values float64 ``[B]`` for int64 ``weights[B, cases]``, or None if a needed truth is not known."""
         if self.needs_truth:
             known = together.truth.get(self.region)
             statistic = TRUTH_STATISTICS[self.statistic]
@@ -75,7 +75,7 @@ DESCRIPTIONS = {
 
 
 def summarise(cases: Sequence[CaseScores], weights: Tensor | None = None) -> dict[str, Any]:
-    """Dice and the :data:`SCORES` that the cases allow: float64 ``[B]`` for int64 ``weights[B, cases]``, or floats."""
+    """Return Dice and :data:`SCORES`, float64 ``[B]`` for int64 ``weights[B, cases]``, or floats without weights."""
     together = stack(cases)
     counted = torch.ones(1, len(cases), dtype=torch.int64) if weights is None else weights
     values = {"dice": _mean_dice(together, counted)}
@@ -87,7 +87,7 @@ def summarise(cases: Sequence[CaseScores], weights: Tensor | None = None) -> dic
 
 
 def _mean_dice(together: CaseScores, weights: Tensor) -> Tensor:
-    """The mean over the foreground classes of the weighted mean over the cases where either map holds the class."""
+    """Return the mean over foreground classes of the weighted mean over the cases in which a map holds the class."""
     dice = together.counts.dice()[:, 1:]
     total = weights.double() @ dice.nan_to_num(0.0)
     cases = weights.double() @ (~dice.isnan()).double()
@@ -95,9 +95,10 @@ def _mean_dice(together: CaseScores, weights: Tensor) -> Tensor:
 
 
 def curves(seeds: Sequence[Sequence[CaseScores]]) -> dict[str, Any]:
-    """Reliability diagrams of all seeds' predictions, pooled: per bin voxels, mean confidence, and frequency.
+    """Return reliability diagrams over the predictions of all seeds: voxels, mean confidence and frequency of each bin.
 
-    The frequency is how often the top label is right, or against the truth its mean probability. None: an empty bin.
+    The frequency is the share of correct top labels or, against the truth, the mean true probability of the top label.
+    It is None for an empty bin.
     """
     together = stack([case for cases in seeds for case in cases])
     result = {"fg_curve": _curve(_pooled(together.bins["foreground"]))}
@@ -107,10 +108,12 @@ def curves(seeds: Sequence[Sequence[CaseScores]]) -> dict[str, Any]:
 
 
 def _pooled(bins: CalibrationBins | TruthBins) -> Mapping[str, Tensor]:
+    """Return the sums over all cases."""
     return {name: sums.sum(0).double() for name, sums in bins._asdict().items()}
 
 
 def _curve(sums: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return a reliability diagram as lists."""
     count = sums["count"]
     right = sums["truth"] / UNIT if "truth" in sums else sums["hits"]
     means = [

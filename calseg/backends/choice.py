@@ -1,4 +1,4 @@
-"""Which backend runs a call, and why another one cannot."""
+"""Choice of the backend of a call, and the reasons why a backend cannot run."""
 
 from __future__ import annotations
 
@@ -18,55 +18,60 @@ from calseg.backends import cuda
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 NOT_ON_GPU = ("ace_loss",)  # operations that no GPU backend has
-IN_CUDA = ("calibration_bins",)  # operations that are written in CUDA C++
+IN_CUDA = ("calibration_bins",)  # operations that have a kernel in CUDA C++
 
-MIN_TRITON = (3, 6)  # the oldest that the kernels are tested with
-TRITON_DEVICES = ("cuda", "xpu")  # "cuda" is ROCm too
+MIN_TRITON = (3, 6)  # the oldest version that the kernels are tested with
+TRITON_DEVICES = ("cuda", "xpu")  # "cuda" includes ROCm
 
 
 @cache
 def engine(backend: str) -> Any:
-    """The module of a backend, imported when it is first used."""
+    """Return the module of a backend. It is imported when it is first used."""
     return import_module(f"calseg.backends.{backend}")
 
 
-# ---- how the call is made ----
+# ---- the context of a call ----
 
 _is_compiling = torch.compiler.is_compiling
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
+_jit_tracing_state = torch._C._get_tracing_state
+
+
+def _in_transform() -> bool:
+    return _functorch_level() is not None or forward_ad._current_level >= 0 or _jit_tracing_state() is not None
 
 
 def is_transformed() -> bool:
-    """Whether the call is inside torch.func.grad, vmap and the like, or a level of forward-mode differentiation."""
-    # Dynamo, which has its own way through transforms, sees an object here in any case.
-    return not _is_compiling() and (_functorch_level() is not None or forward_ad._current_level >= 0)
+    """Return whether the call is inside torch.func.grad, vmap and the like, forward mode or torch.jit.trace."""
+    # Exclude Dynamo, which handles transforms itself and always sees an interpreter stack here.
+    return not _is_compiling() and _in_transform()
 
 
 def is_plain() -> bool:
-    """Whether nothing but eager PyTorch sees the call: no compiler, transform or dispatch mode."""
-    return not (
-        _is_compiling() or _functorch_level() is not None or forward_ad._current_level >= 0 or _num_dispatch_modes()
-    )
+    """Return whether the call is plain eager PyTorch, without compiler, transform or dispatch mode."""
+    return not (_is_compiling() or _num_dispatch_modes() or _in_transform())
 
 
 def is_traced(*tensors: Tensor | None) -> bool:
-    """Whether the call must be an operator that PyTorch can see: under a compiler or a dispatch mode (fake tensors,
-    tracing), or with tensors whose memory is not their own.
+    """Return whether the call must be an operator that PyTorch can see.
+
+    That is so under a compiler, in a dispatch mode (fake tensors, tracing), and for tensors without memory of their
+    own.
     """
     if _is_compiling() or _num_dispatch_modes():
         return True
-    for tensor in tensors:  # noqa: SIM110  # a generator takes longer than a small loss can spare
+    for tensor in tensors:  # noqa: SIM110  # any() with a generator is slow for a small loss
         if tensor is not None and (type(tensor) not in native.PLAIN_TYPES or tensor.is_meta):
             return True
     return False
 
 
-# ---- why not ----
+# ---- the availability of Triton ----
 
 
 def triton_version() -> str | None:
-    """The version of Triton, by whatever name it is installed."""
+    """Return the version of Triton, which packages of several names contain, or None."""
     for name in ("triton", "triton-rocm", "pytorch-triton-rocm", "triton-xpu", "pytorch-triton-xpu", "triton-windows"):
         with suppress(metadata.PackageNotFoundError):
             return metadata.version(name)
@@ -74,7 +79,7 @@ def triton_version() -> str | None:
 
 
 def _triton_error() -> str | None:
-    """Why the Triton engine cannot run, or None. Triton itself is imported when it is first used."""
+    """Return the reason why the Triton backend cannot run, or None. Triton itself is not imported here."""
     version = triton_version()
     if version is None:
         return "Triton is not installed: pip install triton"
@@ -87,7 +92,7 @@ TRITON_ERROR = _triton_error()
 
 
 def is_interpreted(scores: Tensor) -> bool:
-    """Whether Triton's interpreter runs the kernels on the CPU: for tests."""
+    """Return whether Triton's interpreter runs the kernels on the CPU, as in tests."""
     return scores.device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
@@ -95,6 +100,7 @@ _warned: set[str] = set()
 
 
 def _warn_once(message: str) -> None:
+    """Give a warning the first time that it occurs in this process."""
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=4)
@@ -104,13 +110,17 @@ def _warn_once(message: str) -> None:
 
 
 def choose(scores: Tensor, backend: str | None, operation: str = "") -> str:
-    """The backend of a call whose main argument is ``scores``: the one asked for, or the fastest that there is."""
+    """Return the backend of a call whose main argument is ``scores``.
+
+    It is ``backend`` if that is given and can run the call, else the fastest one that can.
+    """
     return _fastest(scores, operation) if backend is None else _asked_for(scores, backend, operation)
 
 
 def _fastest(scores: Tensor, operation: str) -> str:
+    """Return the fastest backend that can run the call."""
     device = scores.device.type
-    if is_transformed():  # the reference is differentiable and batched to any depth
+    if is_transformed():  # only the reference supports transforms
         return "reference"
     if device in ("cpu", "meta"):
         return "cpu" if native.extension is not None else "reference"
@@ -126,6 +136,7 @@ def _fastest(scores: Tensor, operation: str) -> str:
 
 
 def _asked_for(scores: Tensor, backend: str, operation: str) -> str:
+    """Return ``backend``, or the reference if the backend lacks the dtype or the operation. Raise if it cannot run."""
     device = scores.device.type
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, wanted None or one of {', '.join(map(repr, BACKENDS))}")
@@ -151,7 +162,7 @@ def _asked_for(scores: Tensor, backend: str, operation: str) -> str:
         return "reference"
     if backend != "reference" and is_transformed():
         raise RuntimeError(
-            f"backend={backend!r}: the engine has no rule for torch.func and forward-mode differentiation; "
+            f"backend={backend!r}: the engine has no rule for torch.func, forward mode and torch.jit.trace; "
             "leave the backend out, or pass backend='reference'"
         )
     return backend

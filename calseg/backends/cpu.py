@@ -1,4 +1,4 @@
-"""The native CPU engine: specs and tensors go to the extension as they are, which reads them by the names of fields."""
+"""The native CPU engine. The extension takes specs and tensors, and reads them by the names of their fields."""
 
 from __future__ import annotations
 
@@ -21,38 +21,41 @@ from calseg.operations import (
     SampleSpec,
     num_kinds,
 )
-from calseg.tensors import compute_dtype, shape_of, voxel_shape
+from calseg.tensors import FLOAT_DTYPES, compute_dtype, shape_of, voxel_shape
 
 NO_GRADIENTS = LossTensors()
+# A 0-d tensor of the type in which a loss of each dtype is computed: empty_like takes half the time of other factories.
+NUMBERS = {dtype: torch.zeros((), dtype=compute_dtype(dtype), device="cpu") for dtype in FLOAT_DTYPES}
 
 
-def _check_labels(outcome: tuple[float, int, int, int], labels: Labels | None) -> float:
-    """The loss of an outcome; IndexError where the engine met a label that is no class."""
-    value, bad_position, bad_value, num_classes = outcome
-    if bad_position >= 0:
-        assert labels is not None
-        raise label_error(bad_value, bad_position, tuple(labels.tensor.shape), num_classes, labels.ignore_index)
-    return value
+def _fault(outcome: tuple[int, int, int], labels: Labels | None) -> IndexError:
+    """Return the error for a label that is no class, from ``(position, label, number of classes)``."""
+    assert labels is not None
+    position, label, num_classes = outcome
+    return label_error(label, position, tuple(labels.tensor.shape), num_classes, labels.ignore_index)
 
 
 def loss(
     spec: LossSpec, tensors: LossTensors, gradients: LossTensors = NO_GRADIENTS, grad_output: Tensor | None = None
 ) -> Tensor:
-    """The loss; the gradients are written into the tensors that are given for them.
+    """Return the loss, and write the gradients into the tensors that are given for them.
 
-    ``grad_output`` is the gradient that comes in, ``[N, *S]``, where it is not 1; no loss is made then.
+    ``grad_output`` is the upstream gradient ``[N, *S]``, or None for 1. With it the function returns 0 for the loss.
     """
-    per_voxel = None
-    if spec.reduction == "none" and grad_output is None:
-        per_voxel = native.empty_voxels(tensors.like(), spec.dtype)
-    run = getattr(native.extension, spec.operation)
-    outcome = run(spec, tensors, gradients, grad_output, per_voxel, torch.get_num_threads())
-    value = _check_labels(outcome, spec.labels)
-    return torch.scalar_tensor(value, dtype=spec.dtype, device="cpu") if per_voxel is None else per_voxel
+    loss = None
+    if grad_output is None:
+        per_voxel = spec.reduction == "none"
+        loss = native.empty_voxels(tensors.like(), spec.dtype) if per_voxel else torch.empty_like(NUMBERS[spec.dtype])
+    fault = getattr(native.extension, spec.operation)(tensors, spec, gradients, grad_output, loss)
+    if fault is not None:
+        raise _fault(fault, spec.labels)
+    if loss is None:
+        return torch.zeros((), dtype=spec.dtype, device="cpu")
+    return loss if loss.dtype is spec.dtype else loss.to(spec.dtype)
 
 
 def scale_gradients(gradients: Sequence[Tensor | None], factor: Tensor) -> None:
-    """Multiply in place by a 0-d tensor."""
+    """Multiply the gradients by a 0-d tensor, in place."""
     value = factor.item()
     if value != 1.0:
         for gradient in gradients:
@@ -61,11 +64,11 @@ def scale_gradients(gradients: Sequence[Tensor | None], factor: Tensor) -> None:
 
 
 def sample_soft_labels(spec: SampleSpec, tensors: GaussianTensors) -> Tensor:
-    """Sampled soft labels, blended with the labels where they are given; the dtype of mu."""
+    """Return sampled soft labels in the dtype of mu, blended with the labels if they are given."""
     mu, _ = tensors.both()
     soft_labels = native.empty_like(mu)
-    outcome = native.extension.sample_soft_labels(spec, tensors, soft_labels, torch.get_num_threads())
-    _check_labels(outcome, spec.labels)
+    if (fault := native.extension.sample_soft_labels(tensors, spec, soft_labels)) is not None:
+        raise _fault(fault, spec.labels)
     return soft_labels
 
 
@@ -73,38 +76,36 @@ def sample_soft_labels_backward(
     spec: SampleSpec, tensors: GaussianTensors, grad_output: Tensor, gradients: GaussianTensors
 ) -> None:
     """Write the gradients of :func:`sample_soft_labels`."""
-    native.extension.sample_soft_labels_backward(spec, tensors, grad_output, gradients, torch.get_num_threads())
+    native.extension.sample_soft_labels_backward(tensors, spec, grad_output, gradients)
 
 
 def accumulate_softmax(spec: AccumulateSpec, total: Tensor, logits: Tensor) -> Tensor:
-    """``total += softmax(logits / temperature)``, in place."""
-    native.extension.accumulate_softmax(spec, total, logits, torch.get_num_threads())
+    """Add ``softmax(logits / temperature)`` to the total, in place."""
+    native.extension.accumulate_softmax(logits, spec, total)
     return total
 
 
 def accumulate_softmax_backward(spec: AccumulateSpec, logits: Tensor, grad_output: Tensor) -> Tensor:
-    """The gradient of :func:`accumulate_softmax` with respect to the logits."""
+    """Return the gradient of :func:`accumulate_softmax` with respect to the logits."""
     gradient = native.empty_like(logits)
-    native.extension.accumulate_softmax_backward(spec, logits, grad_output, gradient, torch.get_num_threads())
+    native.extension.accumulate_softmax_backward(logits, spec, grad_output, gradient)
     return gradient
 
 
 def blend_soft_labels(spec: BlendSpec, total: Tensor) -> Tensor:
-    """``(1 - alpha) * onehot(labels) + alpha * total / num_maps``, 0 where ignored, in place."""
-    outcome = native.extension.blend_soft_labels(spec, total, torch.get_num_threads())
-    _check_labels(outcome, spec.labels)
+    """Replace the total by ``(1 - alpha) * onehot(labels) + alpha * total / num_maps``, or 0 where ignored."""
+    if (fault := native.extension.blend_soft_labels(total, spec)) is not None:
+        raise _fault(fault, spec.labels)
     return total
 
 
 def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums per bin and totals, int64 ``[items, kinds, n_bins, 3]`` and ``[items, 6]``: see csrc/host/arguments.h."""
+    """Return int64 sums per bin ``[items, kinds, n_bins, 3]`` and totals ``[items, 6]``: see csrc/host/arguments.h."""
     N, C, _ = shape_of(scores)
     items, labels = N if spec.per_item else 1, spec.labels
     sums = torch.zeros(items, num_kinds(spec, C), spec.n_bins, 3, dtype=torch.int64, device="cpu")
     totals = torch.zeros(items, 6, dtype=torch.int64, device="cpu")
-    label_position, label, score_position, total, least = native.extension.calibration_bins(
-        spec, scores, sums, totals, torch.get_num_threads()
-    )
+    label_position, label, score_position, total, least = native.extension.calibration_bins(scores, spec, sums, totals)
     if label_position >= 0:
         raise label_error(label, label_position, tuple(labels.tensor.shape), C, labels.ignore_index)
     if score_position >= 0:
@@ -116,16 +117,16 @@ def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ace_moments(spec: AceSpec, logits: Tensor) -> Tensor:
-    """Per item, class and cell of confidence: count, sum of f, of f^2, hits, and sum of f where hit.
+    """Return count, sum of f, sum of f^2, hits, and sum of f where hit, per item, class and cell of confidence.
 
-    float64 ``[N, kinds, cells, 5]``; what cells and f are, csrc/cpu/ace_moments.cpp says. NaN in the sums of f of an
-    item with a NaN among its logits.
+    The result is float64 ``[N, kinds, cells, 5]``. csrc/cpu/ace_moments.cpp defines cells and f. If an item has a NaN
+    among its logits, its sums of f are NaN.
     """
     N, C, _ = shape_of(logits)
     sums = torch.zeros(N, C - spec.first_class, spec.n_bins + spec.soft, 8, dtype=torch.int64, device="cpu")
     nans = torch.zeros(N, dtype=torch.int64, device="cpu")
-    outcome = native.extension.ace_moments(spec, logits, sums, nans, torch.get_num_threads())
-    _check_labels(outcome, spec.labels)
+    if (fault := native.extension.ace_moments(logits, spec, sums, nans)) is not None:
+        raise _fault(fault, spec.labels)
     count, hits, *fractions = sums.double().unbind(-1)
     f, f_squared, f_hits = (
         whole * 2.0**-20 + rest * 2.0**-50 for whole, rest in zip(fractions[::2], fractions[1::2], strict=True)
@@ -135,23 +136,24 @@ def ace_moments(spec: AceSpec, logits: Tensor) -> Tensor:
 
 
 def ace_moments_backward(spec: AceSpec, logits: Tensor, grad_moments: Tensor) -> Tensor:
-    """The gradient of the logits, given that of the moments."""
+    """Return the gradient of the logits, given that of the moments."""
     _, by_f, by_f_squared, _, by_f_hits = grad_moments.unbind(-1)
-    # of f it is by_f + 2 f by_f_squared + by_f_hits where hit; f grows by n_bins (hard bins: 1) with the confidence
+    # The gradient of f is by_f + 2 f by_f_squared, plus by_f_hits where hit. The derivative of f by the confidence is
+    # n_bins for soft bins and 1 for hard ones.
     slopes = torch.stack([by_f, 2 * by_f_squared, by_f_hits], 2) * (spec.n_bins if spec.soft else 1)
     gradient = native.empty_like(logits)
     slopes = slopes.to(compute_dtype(logits.dtype)).contiguous()
-    native.extension.ace_moments_backward(spec, logits, slopes, gradient, torch.get_num_threads())
+    native.extension.ace_moments_backward(logits, spec, slopes, gradient)
     return gradient
 
 
 def bins_of_moments(spec: AceSpec, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`calseg.backends.reference.ace_bins` from :func:`ace_moments`, in differentiable operations."""
+    """Return :func:`calseg.backends.reference.ace_bins` from :func:`ace_moments`, in differentiable operations."""
     count, f, f_squared, hits, f_hits = moments.unbind(-1)
     if not spec.soft:
         return count, f, hits
-    # cell j lies between the centres of bins j - 1 and j, which get shares 1 - f and f of its voxels; the outermost
-    # cells have one neighbour, which gets both; a confidence is (f + j - 1/2) / n_bins
+    # Cell j lies between the centres of bins j - 1 and j, which get shares 1 - f and f of its voxels. The outermost
+    # cells have one neighbour, which gets both shares. A confidence is (f + j - 1/2) / n_bins.
     offset = torch.arange(spec.n_bins + 1, dtype=f.dtype, device=f.device) - 0.5
     upper = f, (f_squared + offset * f) / spec.n_bins, f_hits
     both = count, (f + offset * count) / spec.n_bins, hits
@@ -160,7 +162,7 @@ def bins_of_moments(spec: AceSpec, moments: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def _neighbours(lower: Tensor, upper: Tensor) -> Tensor:
-    """What n + 1 cells give to the n bins below and above them."""
+    """Return the sums that n + 1 cells give to the n bins below and above them."""
     n_bins = lower.shape[-1] - 1
     bins = lower[..., 1:] + upper[..., :n_bins]
     ends = torch.zeros_like(bins)

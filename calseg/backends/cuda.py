@@ -1,4 +1,4 @@
-"""What is written in CUDA C++ (kernels/*.cu), called through the extension."""
+"""The CUDA backend: operations whose kernels are written in CUDA C++ (kernels/*.cu), called through the extension."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from calseg.operations import BinsSpec, num_kinds
 from calseg.tensors import shape_of
 
 DEVICES = ("cuda",)
-CAPABILITY = (8, 0)  # the oldest that CMakeLists.txt compiles for
+CAPABILITY = (8, 0)  # the lowest compute capability that CMakeLists.txt compiles for
 NO_FAULT = 2**63 - 1
 
 
 def error(scores: Tensor) -> str | None:
-    """Why this backend cannot run on the device of a tensor, or None."""
+    """Return the reason why this backend cannot run on the device of a tensor, or None if it can."""
     if native.extension is None:
         return f"the native engine is not available ({native.ERROR})"
     if not native.extension.CUDA_ARCHITECTURES:
@@ -29,14 +29,14 @@ def error(scores: Tensor) -> str | None:
 
 
 def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`calseg.backends.cpu.calibration_bins` on a GPU. Waits for it once."""
+    """Do as :func:`calseg.backends.cpu.calibration_bins` on a GPU. The host waits for the GPU once."""
     N, C, _ = shape_of(scores)
     items, kinds = N if spec.per_item else 1, num_kinds(spec, C)
     results = torch.zeros(2 + items * (6 + kinds * spec.n_bins * 3), dtype=torch.int64, device=scores.device)
     sizes = [2, items * 6, items * kinds * spec.n_bins * 3]
     faults, totals, sums = results.split(sizes)
     faults.fill_(NO_FAULT)
-    native.extension.cuda_calibration_bins(spec, scores, sums, totals, faults, *_device_and_stream(scores))
+    native.extension.cuda_calibration_bins(scores, spec, sums, totals, faults, *_device_and_stream(scores))
     faults, totals, sums = results.cpu().split(sizes)
     label_position, score_position = faults.tolist()
     if label_position != NO_FAULT:
@@ -47,5 +47,5 @@ def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _device_and_stream(tensor: Tensor) -> tuple[int, int]:
-    """The CUDA device of a tensor and the stream that is current on it, as integers."""
+    """Return the CUDA device of a tensor and its current stream, as integers."""
     return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream

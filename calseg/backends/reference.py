@@ -1,8 +1,9 @@
-"""Every operation in plain PyTorch: the oracle of all backends, and the fallback where no other one runs.
+"""The reference backend: every operation in plain PyTorch.
 
-The formulas come first. Their tensors are ``[N, C, S]``, labels ``[N, S]``, with the spatial axes flattened into S. The
-functions of specs and tensors follow, which every backend has. Everything is differentiable by autograd, to any order.
-Low precision is computed in float32.
+Tests compare the other backends with it, and it is used where no other backend can run. The formulas come first. Their
+tensors are ``[N, C, S]`` and labels ``[N, S]``, with the spatial axes flattened into S. The functions of specs and
+tensors follow, which every backend has. Everything is differentiable by autograd, to any order. bfloat16 and float16
+are computed in float32.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ from calseg.operations import (
 )
 from calseg.tensors import compute_dtype, flat, flat_voxels, unflat, voxel_shape
 
-MAX_NLL = 2.0**25  # above, a negative log-likelihood is infinite
+MAX_NLL = 2.0**25  # a negative log-likelihood above this number counts as infinite
 
 
 def one_hot(labels: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
-    """``[N, S]`` labels -> ``[N, C, S]``; a label outside the classes gives a row of zeros."""
+    """Return labels ``[N, S]`` as one-hot ``[N, C, S]``. A label outside the classes is 0 in every class."""
     classes = torch.arange(num_classes, device=labels.device)[None, :, None]
     return (labels[:, None] == classes).to(dtype)
 
 
 def reduce_loss(loss: Tensor, ok: Tensor, divisor: Tensor | None, reduction: str) -> Tensor:
-    """Zero where ``ok`` is false; then none, sum, or sum over ``divisor`` (default: the voxels that count)."""
+    """Reduce a loss over the voxels where ``ok`` is true. A mean is divided by ``divisor``, by default their number."""
     loss = torch.where(ok, loss, 0.0)
     if reduction == "none":
         return loss
@@ -50,38 +51,42 @@ def reduce_loss(loss: Tensor, ok: Tensor, divisor: Tensor | None, reduction: str
 
 
 def weight_of_labels(weight: Tensor | None, labels: Tensor, ok: Tensor) -> Tensor | None:
-    """``sum_ok weight[labels]``, the mean's divisor; None without class weights."""
+    """Return ``sum_ok weight[labels]``, the divisor of the mean, or None without class weights."""
     return None if weight is None else torch.where(ok, weight[torch.where(ok, labels, 0)], 0.0).sum()
 
 
 def nan_where_no_class(loss: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """NaN for a voxel whose label is no class; one that is ignored is taken out later."""
+    """Set the loss to NaN where the label is not a class. Ignored voxels are removed later."""
     return loss.masked_fill((labels < 0) | (labels >= num_classes), torch.nan)
 
 
 def widen_counted(tensor: Tensor, ok: Tensor) -> Tensor:
-    """In the compute dtype, 0 under every ignored voxel: what lies there, NaN included, never counts."""
+    """Convert to the compute dtype, and set ignored voxels to 0, even if they are NaN."""
     return torch.where(ok[:, None], tensor.to(compute_dtype(tensor.dtype)), 0.0)
 
 
 def voxel_cross_entropy(logits: Tensor, distribution: Tensor, weight: Tensor | None) -> Tensor:
-    """``- sum_c w[c] * distribution[c] * log softmax(logits)[c]``: ``[N, S]``."""
+    """Return ``- sum_c w[c] * distribution[c] * log softmax(logits)[c]``, ``[N, S]``."""
     log_p = torch.log_softmax(logits, 1)
-    # An impossible class (logit -inf) with no probability mass adds nothing: the limit of t * log t, not NaN.
+    # Where the probability is 0 and the logit is -inf, the term is 0, the limit of t * log t, and not NaN.
     log_p = log_p.masked_fill((distribution == 0) & (log_p == -torch.inf), 0.0)
-    weighted = distribution if weight is None else distribution * weight[None, :, None]
+    if weight is None:
+        return -(distribution * log_p).sum(1)
+    # A class without mass does not count, even if its weight is infinite or NaN (1 / bincount).
+    weight = weight[None, :, None]
+    weighted = distribution * torch.where((distribution == 0) & ~weight.isfinite(), 0.0, weight)
     return -(weighted * log_p).sum(1)
 
 
 def voxel_kl(mu: Tensor, logvar: Tensor, sampling: Sampling) -> Tensor:
-    """``KL(N(mu, exp(logvar)) || N(prior_mu, exp(prior_logvar)))`` summed over classes: ``[N, S]``."""
+    """Return ``KL(N(mu, exp(logvar)) || N(prior_mu, exp(prior_logvar)))`` summed over classes, ``[N, S]``."""
     prior_mu, prior_logvar = sampling.prior_mu, sampling.prior_logvar
     prior_var = torch.exp(torch.tensor(prior_logvar, dtype=mu.dtype, device=mu.device))
     return 0.5 * (prior_logvar - logvar + (logvar.exp() + (mu - prior_mu) ** 2) / prior_var - 1).sum(1)
 
 
 def logit_samples(mu: Tensor, logvar: Tensor, seed: int | Tensor) -> Callable[[int], Tensor]:
-    """``k -> nu_k = mu + exp(logvar / 2) * eps_k``, ``[N, C, S]``."""
+    """Return a function of k that returns ``nu_k = mu + exp(logvar / 2) * eps_k``, ``[N, C, S]``."""
     batch, classes, size = mu.shape
     sigma = (logvar / 2).exp()
 
@@ -93,7 +98,7 @@ def logit_samples(mu: Tensor, logvar: Tensor, seed: int | Tensor) -> Callable[[i
 
 
 def estimate_soft_labels(mu: Tensor, logvar: Tensor, sampling: Sampling) -> Tensor:
-    """``mean_k softmax(nu_k / temperature)``: ``[N, C, S]``."""
+    """Return ``mean_k softmax(nu_k / temperature)``, ``[N, C, S]``."""
     sample = logit_samples(mu, logvar, sampling.seed)
     estimate = torch.zeros_like(mu)
     for k in range(sampling.num_samples):
@@ -102,21 +107,21 @@ def estimate_soft_labels(mu: Tensor, logvar: Tensor, sampling: Sampling) -> Tens
 
 
 def blend(estimate: Tensor, labels: Tensor, alpha: float, ignore_index: int) -> Tensor:
-    """``(1 - alpha) * onehot(labels) + alpha * estimate``; zeros where the label is ignored."""
+    """Return ``(1 - alpha) * onehot(labels) + alpha * estimate``, and 0 where the label is ignored."""
     blended = (1 - alpha) * one_hot(labels, estimate.shape[1], estimate.dtype) + alpha * estimate
     return torch.where((labels != ignore_index)[:, None], blended, 0.0)
 
 
 def smooth_labels(distribution: Tensor, label_smoothing: float) -> Tensor:
-    """``(1 - label_smoothing) * distribution + label_smoothing / C``."""
+    """Return ``(1 - label_smoothing) * distribution + label_smoothing / C``."""
     return (1 - label_smoothing) * distribution + label_smoothing / distribution.shape[1]
 
 
-# ---- the functions that every backend has; losses ----
+# ---- the functions that every backend has: losses ----
 
 
 def loss(spec: LossSpec, tensors: LossTensors) -> Tensor:
-    """The loss; autograd has its gradients, to any order."""
+    """Return the loss. Autograd can compute its gradients, to any order."""
     flattened = LossTensors(*(None if t is None else flat(t) for t in tensors))
     like = tensors.like()
     weight = None if spec.weight is None else spec.weight.to(compute_dtype(like.dtype))
@@ -126,7 +131,7 @@ def loss(spec: LossSpec, tensors: LossTensors) -> Tensor:
 
 
 def cross_entropy(spec: LossSpec, tensors: LossTensors, labels: Tensor | None) -> Tensor:
-    """Cross-entropy on one-hot labels, or on the given soft labels."""
+    """Return the cross-entropy with one-hot labels, or with soft labels if they are given."""
     assert tensors.logits is not None
     ok = _counted(spec.labels, labels, tensors.logits)
     logits = widen_counted(tensors.logits, ok)
@@ -143,7 +148,7 @@ def cross_entropy(spec: LossSpec, tensors: LossTensors, labels: Tensor | None) -
 
 
 def vls_cross_entropy(spec: LossSpec, tensors: LossTensors, labels: Tensor | None) -> Tensor:
-    """Cross-entropy on sampled soft labels, plus ``beta`` times the KL term."""
+    """Return the cross-entropy with sampled soft labels, plus ``beta`` times the KL term."""
     (mu, logvar), logits = tensors.gaussian(), tensors.like()
     assert labels is not None
     assert spec.labels is not None
@@ -159,7 +164,7 @@ def vls_cross_entropy(spec: LossSpec, tensors: LossTensors, labels: Tensor | Non
 
 
 def vls_elbo(spec: LossSpec, tensors: LossTensors, labels: Tensor | None) -> Tensor:
-    """``-(1/m) sum_k w[y] * log softmax(nu_k)[y] + beta * KL``."""
+    """Return ``-(1/m) sum_k w[y] * log softmax(nu_k)[y] + beta * KL``."""
     mu, logvar = tensors.gaussian()
     assert labels is not None
     ok = _counted(spec.labels, labels, mu)
@@ -176,7 +181,7 @@ def vls_elbo(spec: LossSpec, tensors: LossTensors, labels: Tensor | None) -> Ten
 
 
 def gaussian_kl(spec: LossSpec, tensors: LossTensors, labels: Tensor | None) -> Tensor:
-    """``KL(N(mu, exp(logvar)) || N(prior_mu, exp(prior_logvar)))`` summed over classes."""
+    """Return ``KL(N(mu, exp(logvar)) || N(prior_mu, exp(prior_logvar)))`` summed over classes."""
     mu, logvar = tensors.gaussian()
     ok = _counted(None, labels, mu)
     mu = widen_counted(mu, ok)
@@ -187,15 +192,16 @@ LOSSES = {each.__name__: each for each in (cross_entropy, vls_cross_entropy, vls
 
 
 def _plus_kl(result: Tensor, mu: Tensor, logvar: Tensor, ok: Tensor, spec: LossSpec) -> Tensor:
+    """Return ``result`` plus ``beta`` times the reduced KL term."""
     if not spec.sampling.beta:
         return result
     return result + spec.sampling.beta * reduce_loss(voxel_kl(mu, logvar, spec.sampling), ok, None, spec.reduction)
 
 
 def _flat_labels(labels: Labels, scores: Tensor) -> Tensor:
-    """``[N, S]`` in int64. A label that is no class is an error, which names its place in the caller's shape.
+    """Return labels as int64 ``[N, S]``. Raise IndexError if a label is not a class; the error names its index.
 
-    Inside a transform, whose values cannot be looked at, the loss of such a voxel is NaN instead.
+    Inside a transform, values cannot be read. The loss of such a voxel is then NaN.
     """
     wide = labels.tensor.long()
     if not labels.is_mask and not is_transformed():
@@ -204,7 +210,7 @@ def _flat_labels(labels: Labels, scores: Tensor) -> Tensor:
 
 
 def _counted(labels: Labels | None, flattened: Tensor | None, scores: Tensor) -> Tensor:
-    """Which voxels are not ignored, ``[N, S]``."""
+    """Return which voxels are not ignored, ``[N, S]``."""
     if labels is None or flattened is None:
         return torch.ones_like(scores[:, 0], dtype=torch.bool)
     return flattened != labels.ignore_index
@@ -213,7 +219,7 @@ def _counted(labels: Labels | None, flattened: Tensor | None, scores: Tensor) ->
 def gradients(
     function: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], grad_output: Tensor
 ) -> list[Tensor | None]:
-    """The gradients of a function of these inputs with respect to those that need one."""
+    """Return the gradients of a function with respect to the inputs that need one, and None for the others."""
     with torch.enable_grad():
         leaves = [
             None if t is None else t.detach().requires_grad_(need) for t, need in zip(inputs, needed, strict=True)
@@ -227,7 +233,7 @@ def gradients(
 
 
 def sample_soft_labels(spec: SampleSpec, tensors: GaussianTensors) -> Tensor:
-    """The estimate ``mean_k softmax(nu_k / temperature)``, blended with the labels where they are given."""
+    """Return ``mean_k softmax(nu_k / temperature)``. Labels, if given, are blended in."""
     mu, logvar = tensors.both()
     wide = flat(mu)
     labels = None if spec.labels is None else _flat_labels(spec.labels, mu)
@@ -240,16 +246,16 @@ def sample_soft_labels(spec: SampleSpec, tensors: GaussianTensors) -> Tensor:
 
 
 def accumulate_softmax(spec: AccumulateSpec, total: Tensor, logits: Tensor) -> Tensor:
-    """The total plus ``softmax(logits / temperature)``; a new tensor, and nothing of an ignored voxel counts."""
+    """Return ``total + softmax(logits / temperature)``, a new tensor. Ignored voxels get no gradient."""
     axis = 1 if logits.dim() > 1 else 0
     logits = logits.to(total.dtype)
-    if spec.labels is not None:  # NaN included
+    if spec.labels is not None:  # an ignored voxel may be NaN
         logits = logits.masked_fill(spec.labels.ignored().unsqueeze(axis), 0.0)
     return total + torch.softmax(logits / spec.temperature, axis)
 
 
 def blend_soft_labels(spec: BlendSpec, total: Tensor) -> Tensor:
-    """``(1 - alpha) * onehot(labels) + alpha * total / num_maps``, 0 where ignored."""
+    """Return ``(1 - alpha) * onehot(labels) + alpha * total / num_maps``, and 0 where ignored."""
     estimate = total / spec.num_maps
     if spec.labels is None:
         return estimate
@@ -261,14 +267,20 @@ def blend_soft_labels(spec: BlendSpec, total: Tensor) -> Tensor:
 
 
 def confidence_bins(confidence: Tensor, n_bins: int, *, right_closed: bool = False) -> Tensor:
-    """The bin of confidences in [0, 1]: ``[b / n_bins, (b + 1) / n_bins)``, 1 in the last; or the other way round."""
+    """Return the bins of confidences in [0, 1].
+
+    Bin b is ``[b / n_bins, (b + 1) / n_bins)``, and 1 falls into the last bin. With ``right_closed``, bin b is
+    ``(b / n_bins, (b + 1) / n_bins]``, and 0 falls into the first bin.
+    """
     edges = (torch.arange(1, n_bins, dtype=confidence.dtype, device="cpu") / n_bins).to(confidence.device)
     return torch.bucketize(confidence.contiguous(), edges, right=not right_closed)
 
 
 def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts, confidences and hits ``[items, kinds, n_bins, 3]``; whole nats, their rest, Brier score, voxels that
-    count, those with NaN and those with infinite NLL ``[items, 6]``. int64, on the CPU.
+    """Return the sums per bin and the totals, int64 ``[items, kinds, n_bins, 3]`` and ``[items, 6]`` on the CPU.
+
+    The sums of a bin are count, confidence and hits. The totals are the NLL in whole nats, its rest, the Brier score,
+    and the numbers of voxels that count, that have NaN, and that have infinite NLL.
     """
     labels, ignore_index = spec.labels.tensor.long(), spec.labels.ignore_index
     if spec.mask is not None:
@@ -288,8 +300,10 @@ def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
 def _bins(
     scores: Tensor, labels: Tensor, counted: Tensor, spec: BinsSpec
 ) -> tuple[Tensor, Tensor, tuple[float, float, int] | None]:
-    """The sums of every item, and the first voxel whose scores are no probabilities, if any, as (sum, smallest,
-    position).
+    """Return the sums and the totals of every item, and the first voxel whose scores are no probabilities.
+
+    That voxel is described by (sum, smallest, position), and the first two results are then not valid. It is None if
+    there is no such voxel.
     """
     batch, classes, n_bins = scores.shape[0], scores.shape[1], spec.n_bins
     x = widen_counted(scores, counted)
@@ -305,7 +319,7 @@ def _bins(
 
     truth = torch.where(ok, labels, 0)[:, None]
     if not spec.class_wise:
-        top = x.argmax(1, keepdim=True)  # the first maximum
+        top = x.argmax(1, keepdim=True)  # the first class with the largest score
         confidence, hit = p.gather(1, top), top == truth
     else:
         confidence = p[:, spec.first_class :]
@@ -332,10 +346,11 @@ def _bins(
 
 
 def ace_bins(spec: AceSpec, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mass, confidences and hits of every bin, each ``[N, kinds, n_bins]``.
+    """Return mass, confidences and hits of every bin, each ``[N, kinds, n_bins]``.
 
-    Hard bins hold the voxels whose confidence lies in them. Soft ones share a voxel between the two bins whose centres
-    are nearest, in proportion to the distance. Outside of the outermost centres there is one.
+    With hard bins, a voxel belongs to the bin that contains its confidence. With soft bins, a voxel is divided between
+    the two bins whose centres are nearest. Its share in a bin grows linearly with the distance from the other centre.
+    Beyond the outermost centres, a voxel belongs to a single bin.
     """
     n_bins = spec.n_bins
     labels = _flat_labels(spec.labels, logits)

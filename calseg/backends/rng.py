@@ -1,8 +1,8 @@
-"""The noise contract in plain PyTorch: ``eps`` as a pure function of ``(seed, voxel, class, sample)``.
+"""The noise contract, which defines the noise that all backends draw, in plain PyTorch.
 
-Philox4x32 with 7 rounds (Salmon et al., *Parallel random numbers: as easy as 1, 2, 3*, SC 2011) makes the words,
-Box-Muller the normals. Every backend draws the same noise, so backward regenerates what forward drew and no tiling
-or number of threads changes a result.
+The noise ``eps`` is a pure function of ``(seed, voxel, class, sample)``. Philox4x32 with 7 rounds (Salmon et al.,
+*Parallel random numbers: as easy as 1, 2, 3*, SC 2011) makes random words, and the Box-Muller transform turns them into
+normals. So a backward pass can draw the noise of the forward pass again, and results do not depend on tiles or threads.
 """
 
 from __future__ import annotations
@@ -19,13 +19,18 @@ _MASK32 = 0xFFFFFFFF
 
 
 def _mul_hi_lo(a: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    # int64 wraps: its 64 bits are those of the unsigned product, and the mask undoes the arithmetic shift.
+    """Return the upper and the lower 32 bits of a product of two 32-bit words."""
+    # int64 wraps around, so the 64 bits are those of the unsigned product. The mask removes the sign bits that >>
+    # shifts in.
     product = a * multiplier
     return (product >> 32) & _MASK32, product & _MASK32
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-7: four 32-bit words for a 128-bit counter and a 64-bit key, all held in int64 tensors."""
+    """Return the four 32-bit words of Philox4x32-7 for a 128-bit counter and a 64-bit key.
+
+    Every word is held in an int64 tensor.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(PHILOX_ROUNDS):
@@ -37,6 +42,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
 
 
 def _box_muller(word_a: Tensor, word_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two normals, float64, from two 32-bit words."""
     u1 = ((word_a >> 8).double() + 0.5) * 2.0**-24
     u2 = (word_b >> 8).double() * 2.0**-24
     radius, angle = torch.sqrt(-2.0 * torch.log(u1)), 2.0 * math.pi * u2
@@ -46,15 +52,15 @@ def _box_muller(word_a: Tensor, word_b: Tensor) -> tuple[Tensor, Tensor]:
 def standard_normal(
     seed: int | Tensor, num_voxels: int, num_classes: int, sample: int, *, first_voxel: int = 0, device: torch.device
 ) -> Tensor:
-    """Noise of one sample.
+    """Return the noise of one sample.
 
     Args:
-        seed: 64-bit seed, an int or a 0-d int64 tensor (a negative one stands for its two's complement).
+        seed: 64-bit seed, an int or a 0-d int64 tensor. A negative number stands for its two's complement.
         num_voxels: number of voxels.
         num_classes: number of classes C.
         sample: index k of the sample.
         first_voxel: linear index of the first voxel over ``[N, *S]`` in row-major order.
-        device: where the noise is made.
+        device: device on which the noise is made.
 
     Returns:
         float64 ``[C, num_voxels]``.
@@ -64,7 +70,7 @@ def standard_normal(
     first_quad, last_quad = sample * padded // 4, (sample * padded + num_classes - 1) // 4
     quad = torch.arange(first_quad, last_quad + 1, device=device)[:, None]
     voxel = torch.arange(first_voxel, first_voxel + num_voxels, device=device)[None, :]
-    if isinstance(seed, int):  # two's complement, as an int64 tensor holds it
+    if isinstance(seed, int):  # make it a signed number, which an int64 tensor can hold
         seed = torch.tensor((seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
     key = (seed & _MASK32, (seed >> 32) & _MASK32)
     zero = torch.zeros((), dtype=torch.int64, device=device)
@@ -74,5 +80,5 @@ def standard_normal(
 
 
 def draw_seed() -> Tensor:
-    """One 64-bit seed from PyTorch's default generator, as a 0-d int64 tensor: ``torch.manual_seed`` reproduces it."""
+    """Draw a 64-bit seed from PyTorch's default generator, which ``torch.manual_seed`` seeds, as a 0-d int64 tensor."""
     return torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None)

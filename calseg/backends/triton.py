@@ -1,8 +1,8 @@
 """The Triton backend: operations on a GPU, or in Triton's interpreter.
 
-Nothing waits for the host but :func:`calibration_bins`. The mean's divisor is made by one kernel and read by the next,
-a loss is a tensor, and an upstream factor or a seed tensor is read on the device. So every other call can be captured
-into a CUDA graph.
+Only :func:`calibration_bins` makes the host wait for the GPU. In every other call, all numbers that depend on the data
+stay on the device: the divisor of the mean, the loss, the upstream factor, and a seed given as a tensor. So these calls
+can be captured into a CUDA graph.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from calseg.kernels.blend_soft_labels import launch as launch_blend_soft_labels
 from calseg.kernels.calibration_bins import NO_FAULT
 from calseg.kernels.calibration_bins import launch as launch_calibration_bins
 from calseg.kernels.labels import labels_argument
-from calseg.kernels.launch import BINS, SAMPLED, SOFT, Call, Geometry, Kind
+from calseg.kernels.launch import BINS, SAMPLED, SOFT, Call, Geometry, TileDemands
 from calseg.kernels.reductions import LossArguments, Upstream, mean_divisors, reduced_loss
 from calseg.kernels.sample_soft_labels import launch as launch_sample_soft_labels
 from calseg.kernels.scale_gradients import launch as launch_scale_gradient
@@ -53,13 +53,16 @@ def loss(
 ) -> Tensor:
     """Compute a loss, and write the gradients that are wanted.
 
-    The kernel is in the file of ``calseg.kernels`` that has the name of the operation.
+    The kernel is in the module of ``calseg.kernels`` that has the name of the operation.
 
     Args:
-        spec: which loss.
-        tensors: its tensors.
-        gradients: for each of them, the tensor to write its gradient to, or None.
-        grad_output: the upstream gradient ``[N, *S]``, where it is not 1. Then no loss is made.
+        spec: the loss and its options.
+        tensors: the tensors of the loss.
+        gradients: for each tensor, the tensor to write its gradient to, or None.
+        grad_output: the upstream gradient ``[N, *S]``, or None if it is 1. If it is given, only gradients are computed.
+
+    Returns:
+        The loss, ``[N, *S]`` or a 0-d tensor by the reduction. It is 0 if ``grad_output`` is given.
     """
     operation = import_module(f"calseg.kernels.{spec.operation}")
     tensors = LossTensors._make(_readable_or_none(tensor) for tensor in tensors)
@@ -71,7 +74,7 @@ def loss(
         per_voxel = native.empty_voxels(like, spec.dtype)
     upstream = None if grad_output is None else _readable_voxels(grad_output)
     label_tensor = None if spec.labels is None else spec.labels.tensor
-    call = _call(operation.kind(spec, tensors), (*tensors, *gradients), (label_tensor, upstream, per_voxel))
+    call = _call(operation.tile_demands(spec, tensors), (*tensors, *gradients), (label_tensor, upstream, per_voxel))
     voxels = call.geometry.N * call.S
     if voxels == 0:
         value = math.nan if spec.reduction == "mean" else 0.0
@@ -81,14 +84,17 @@ def loss(
     operation.launch(call, spec, given)
     if per_voxel is not None:
         return per_voxel
-    if given.partials is None:  # in backward nobody reads the loss
+    if given.partials is None:  # only gradients are computed
         return torch.zeros((), dtype=spec.dtype, device=like.device)
     reduced: Tensor = reduced_loss(call, spec, given)
     return reduced
 
 
 def _loss_arguments(call: Call, spec: LossSpec) -> LossArguments:
-    """Return the arguments that all losses share, and sum the mean's divisors where they depend on the labels."""
+    """Return the arguments of the launch of any loss.
+
+    If the divisors of the mean depend on the labels, a kernel that sums them is launched first.
+    """
     tensors = LossTensors._make(call.scores[: len(LossTensors._fields)])
     gradients = LossTensors._make(call.scores[len(LossTensors._fields) :])
     label_view, upstream_view, loss_view = call.voxels
@@ -111,7 +117,7 @@ def _loss_arguments(call: Call, spec: LossSpec) -> LossArguments:
 
 
 def scale_gradients(gradients: Sequence[Tensor | None], factor: Tensor) -> None:
-    """Multiply gradients in place by a 0-d tensor. Where it is 1, no memory is touched."""
+    """Multiply gradients in place by a 0-d tensor. A factor of 1 leaves the memory untouched."""
     for gradient in gradients:
         if gradient is not None:
             launch_scale_gradient(gradient, factor)
@@ -121,7 +127,7 @@ def scale_gradients(gradients: Sequence[Tensor | None], factor: Tensor) -> None:
 
 
 def sample_soft_labels(spec: SampleSpec, tensors: GaussianTensors) -> Tensor:
-    """Return soft labels sampled from a Gaussian, blended with labels where they are given; the dtype of ``mu``."""
+    """Return soft labels sampled from a Gaussian, in the dtype of ``mu``. Labels, if given, are blended in."""
     mu, _ = tensors.both()
     soft_labels = native.empty_like(mu)
     _sample_soft_labels(spec, tensors, soft_labels, None, GaussianTensors())
@@ -142,7 +148,7 @@ def _sample_soft_labels(
     grad_output: Tensor | None,
     gradients: GaussianTensors,
 ) -> None:
-    """Launch either direction."""
+    """Compute ``soft_labels``, or the gradients if ``grad_output`` is given."""
     spec = spec._replace(labels=_readable_labels(spec.labels))
     readable = map(_readable_or_none, tensors)
     label_tensor = None if spec.labels is None else spec.labels.tensor
@@ -171,7 +177,7 @@ def accumulate_softmax_backward(spec: AccumulateSpec, logits: Tensor, grad_outpu
 
 
 def blend_soft_labels(spec: BlendSpec, total: Tensor) -> Tensor:
-    """Compute ``(1 - alpha) * onehot(labels) + alpha * total / num_maps`` in place of the total, 0 where ignored."""
+    """Compute ``(1 - alpha) * onehot(labels) + alpha * total / num_maps`` in place of ``total``, 0 where ignored."""
     spec = spec._replace(labels=_readable_labels(spec.labels))
     call = _call(SOFT, (total,), (None if spec.labels is None else spec.labels.tensor,))
     _check_labels(spec.labels, call.C)
@@ -183,10 +189,13 @@ def blend_soft_labels(spec: BlendSpec, total: Tensor) -> Tensor:
 
 
 def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sums per bin and over all voxels, int64 ``[items, kinds, n_bins, 3]`` and ``[items, 6]`` on the CPU.
+    """Return the sums per bin and the totals, int64 ``[items, kinds, n_bins, 3]`` and ``[items, 6]`` on the CPU.
 
-    Waits for the GPU once, and raises at the first label that is not a class and the first scores that are not
-    probabilities.
+    The host waits for the GPU once.
+
+    Raises:
+        IndexError: a label is neither a class nor ignored. The error names the first one.
+        ValueError: the scores of a voxel are not probabilities. The error names the first one.
     """
     N, C, S = shape_of(scores)
     items, kinds = N if spec.per_item else 1, num_kinds(spec, C)
@@ -214,49 +223,49 @@ def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
     return sums.view(items, kinds, spec.n_bins, 3), totals
 
 
-# ---- tensors as kernels read them ----
+# ---- layouts that kernels can read ----
 
 
 def _readable(scores: Tensor) -> Tensor:
-    """Return scores that kernels can walk: themselves, or a copy."""
+    """Return ``scores`` if kernels can read their layout, else a contiguous copy."""
     scores = scores.resolve_neg()
     return scores if is_walkable(scores) else scores.contiguous()
 
 
 def _readable_or_none(scores: Tensor | None) -> Tensor | None:
-    """Do as :func:`_readable` where there are scores."""
+    """Do as :func:`_readable`, and return None for None."""
     return None if scores is None else _readable(scores)
 
 
 def _readable_voxels(voxels: Tensor) -> Tensor:
-    """Return a tensor without class axis that kernels can walk: itself, or a copy."""
+    """Do as :func:`_readable` for a tensor without class axis."""
     voxels = voxels.resolve_neg()
     walkable = voxels.is_contiguous() or one_stride(voxels.shape[1:], voxels.stride()[1:]) is not None
     return voxels if walkable else voxels.contiguous()
 
 
 def _readable_labels(labels: Labels | None) -> Labels | None:
-    """Return labels that kernels can walk."""
+    """Do as :func:`_readable` for labels, and return None for None."""
     return None if labels is None else labels._replace(tensor=_readable_voxels(labels.tensor))
 
 
 def _check_labels(labels: Labels | None, num_classes: int) -> None:
-    """With CALSEG_CHECK_LABELS=1, wait for the GPU and raise IndexError at the first label that is not a class."""
+    """Raise IndexError at the first label that is not a class, if CALSEG_CHECK_LABELS=1. The host waits for the GPU."""
     if CHECK_LABELS and labels is not None and not labels.is_mask:
         checks.check_classes(labels.tensor.long(), num_classes, labels.ignore_index)
 
 
-def _call(kind: Kind, scores: Sequence[Tensor | None], voxels: Sequence[Tensor | None] = ()) -> Call:
+def _call(demands: TileDemands, scores: Sequence[Tensor | None], voxels: Sequence[Tensor | None] = ()) -> Call:
     """Return the call of a kernel on these tensors."""
-    return Call(kind, geometry_of(scores, voxels), scores, voxels)
+    return Call(demands, geometry_of(scores, voxels), scores, voxels)
 
 
 def geometry_of(scores: Sequence[Tensor | None], voxels: Sequence[Tensor | None]) -> Geometry:
-    """Return the shape and the strides of the tensors of a call, in the form with the fewest batch items.
+    """Return the shape and the strides of the tensors of a call, with batch items merged into one if possible.
 
     Args:
-        scores: the tensors with a class axis that kernels can walk, None where one is absent.
-        voxels: the tensors without a class axis, likewise.
+        scores: the tensors with a class axis, in layouts that kernels can read. An absent one is None.
+        voxels: the tensors without a class axis, in the same form.
     """
     given_scores = [tensor for tensor in scores if tensor is not None]
     given_voxels = [tensor for tensor in voxels if tensor is not None]

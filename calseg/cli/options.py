@@ -41,7 +41,7 @@ def with_options(command: Callable[..., None], config: type, leave_out: Collecti
     for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
         if name == "given":
             parameters += [_option(item, types[item.name]) for item in chosen]
-        elif is_dataclass(parameter.annotation):
+        elif isinstance(parameter.annotation, type) and is_dataclass(parameter.annotation):
             groups[name] = parameter.annotation
             parameters += _options_of(parameter.annotation)
         else:

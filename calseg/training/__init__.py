@@ -1,7 +1,7 @@
-"""Training behind ``calseg train``: settings, networks, both stages, checkpoints, prediction.
+"""Training and prediction, for ``calseg train``, ``calseg soft-labels`` and ``calseg predict``.
 
-Needs the extra ``calseg[train]`` (MONAI, nibabel). Importing this package is cheap: :func:`train` is loaded, and MONAI
-with it, when it is asked for.
+The package needs the extra ``calseg[train]`` (MONAI, nibabel). :func:`train` is imported, and MONAI with it, when it is
+first used. So importing the package is fast.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ __all__ = ["TrainConfig", "TrainingError", "train"]
 
 
 def __getattr__(name: str) -> Any:
+    """Import :func:`train` when it is first used."""
     if name == "train":
         from calseg.training.stage_two import train
 

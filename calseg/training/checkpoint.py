@@ -1,7 +1,7 @@
-"""The folder of a network in training: ``config.json``, ``split.json``, ``checkpoint.pt``, ``metrics.json``.
+"""Checkpoints, and the folder of a network: ``config.json``, ``split.json``, ``checkpoint.pt``, ``metrics.json``.
 
-Each file is written whole or not at all (:func:`calseg.runs.write_atomic`), so that an interruption leaves the previous
-one. A checkpoint holds no state of a random generator: every random draw is a pure function of seed and iteration.
+Every file is written atomically (:func:`calseg.runs.write_atomic`), so that an interruption leaves the previous one. A
+checkpoint holds no state of a random generator, because every random draw is a pure function of seed and iteration.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ RUN_FILES = ("config.json", "split.json", "checkpoint.pt", "metrics.json")
 
 
 def network_folder(path: Path) -> RunFolder:
-    """The folder of one network."""
+    """Return the run folder of a network."""
     return RunFolder(path, "checkpoint.pt", RUN_FILES)
 
 
 def fingerprint(
     dataset: Dataset, config: TrainConfig, training: Sequence[str], validation: Sequence[str]
 ) -> dict[str, Any]:
-    """What a resumed run must share with the run that it continues, in JSON's types."""
+    """Return the content that must be equal in a run and in its resumption, in the types of JSON."""
     return as_json(
         {
             "config": asdict(config),
@@ -50,8 +50,8 @@ def save_checkpoint(
     iteration: int,
     seconds: float,
 ) -> None:
-    """Write network and optimizer after ``iteration`` updates, with ``content``, the :func:`fingerprint`."""
-    buffer = io.BytesIO()  # serialised first, so that a full disk surfaces in write_atomic alone
+    """Write network and optimizer after ``iteration`` updates. ``content`` is the :func:`fingerprint` of the run."""
+    buffer = io.BytesIO()  # serialise to memory, so that a full disk raises in write_atomic() only
     state = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
     counters = {"format": CHECKPOINT_FORMAT, "iteration": iteration, "seconds": seconds}
     torch.save({**content, **state, **counters}, buffer)
@@ -59,12 +59,12 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint without running code from it (``weights_only``)."""
+    """Read a checkpoint. No code from the file is executed (``weights_only``)."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise RunError(f"{path}: not found") from None
-    except Exception as error:  # a broken archive surfaces as one of many kinds of exception
+    except Exception as error:  # a broken archive raises many kinds of exceptions
         raise RunError(f"{path}: corrupt, or not a checkpoint of calseg ({type(error).__name__})") from error
     if not isinstance(content, dict) or "format" not in content:
         raise RunError(f"{path}: not a checkpoint of calseg")
@@ -74,6 +74,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def check_same_run(folder: RunFolder, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse to resume where the :func:`fingerprint` ``wanted`` differs from that of the checkpoint ``saved``."""
+    """Raise :class:`RunError` if the fingerprints of a saved run and of its resumption differ."""
     folder.check_same_settings(saved.get("config", {}), wanted["config"])
     folder.check_same_data(saved, wanted, {key: f"the {key} of DATA" for key in ("classes", "channels", "split")})

@@ -34,11 +34,14 @@ UNUSED: dict[str, float] = {
     "reconstruction": 0.1,
     "folds": 4,
 }
-"""What ``config.json`` holds of a method's settings where the run's method does not take them."""
+"""Values in ``config.json`` of settings that the method of the run does not take."""
 
 
 def _of_method(name: str, help: str, bound: Bound) -> Any:
-    """A setting that only some methods take; its default of None becomes the default of the run's method."""
+    """Return a field for a setting that only some methods take.
+
+    Its default is None, which becomes the default of the method of the run.
+    """
     users: dict[str, list[str]] = {}
     for method, entry in METHODS.items():
         if name in entry.settings:
@@ -50,9 +53,9 @@ def _of_method(name: str, help: str, bound: Bound) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides the result of a run on given cases; ``calseg train --help`` explains each.
+    """The settings of a run, which decide its result on given cases. ``calseg train --help`` explains each of them.
 
-    A setting of None becomes the default of the method, of :data:`calseg.methods.METHODS`; the ``temperature`` of
+    A setting of None becomes the default of the method in :data:`calseg.methods.METHODS`. Only the ``temperature`` of
     "calseg" stays None, and is then fitted (:func:`calseg.training.stage_one.estimate`).
     """
 
@@ -148,7 +151,7 @@ class TrainConfig:
 
     @property
     def spatial_dims(self) -> int:
-        """2 where a patch is one slice, for a network of two dimensions that sees slices only; else 3."""
+        """Number of spatial axes of the network: 2 if a patch is a single slice, else 3."""
         return 2 if self.patch_size[2:] == (1,) else 3
 
     @property
@@ -158,7 +161,7 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """The inverse of ``dataclasses.asdict`` after a trip through JSON."""
+        """Return the settings from a JSON file that holds the result of ``dataclasses.asdict``."""
         try:
             settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
             return cls(**settings)

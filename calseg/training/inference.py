@@ -1,4 +1,4 @@
-"""Predictions of whole volumes by sliding windows."""
+"""Prediction of whole volumes by sliding windows."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from calseg.training.nets import SegmentationNet
 
 
 def predict_volume(net: SegmentationNet, image: NDArray[np.float32], patch_size: Sequence[int]) -> Tensor:
-    """Logits float32 ``[C, x, y, z]`` of a normalised image ``[channels, x, y, z]``, by sliding window.
+    """Return the logits of a normalised image ``[channels, x, y, z]``, float32 ``[C, x, y, z]``.
 
-    Windows of the training patch's size overlap by half and their logits are averaged with Gaussian weights;
-    a volume that one window covers is padded with 0, as in training.
+    Sliding windows with the size of the training patches overlap by half. Their logits are averaged with Gaussian
+    weights. A volume that is smaller than a window is padded with 0, as in training.
     """
 
     def predict(window: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def predict_volume(net: SegmentationNet, image: NDArray[np.float32], patch_size:
 
 
 def in_windows(function: Callable[[Tensor], Tensor], volume: Tensor, patch_size: Sequence[int]) -> Tensor:
-    """``function`` of ``volume[channels, x, y, z]``, over overlapping windows ``[N, channels, *patch_size]``."""
+    """Apply a function of windows ``[N, channels, *patch_size]`` to ``volume[channels, x, y, z]``, with overlap."""
     whole = sliding_window_inference(
         volume[None], roi_size=tuple(patch_size), sw_batch_size=2, predictor=function, overlap=0.5, mode="gaussian"
     )

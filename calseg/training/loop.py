@@ -1,7 +1,7 @@
-"""The training loop, which both stages share: batches, updates, checkpoints, signals.
+"""The training loop of both stages: batches, updates, checkpoints and signals.
 
-Every random draw is a pure function of (seed, iteration): a resumed run ends bit for bit where an uninterrupted one on
-the same machine would.
+Every random draw is a pure function of seed and iteration. So a resumed run ends with the same bits as an uninterrupted
+one on the same machine.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ class Patches(NamedTuple):
 
 
 def _patches(batch: Batch, device: torch.device) -> Patches:
+    """Move a batch to the device."""
     image, label, soft_labels = (None if part is None else torch.from_numpy(part).to(device) for part in batch)
     assert image is not None
     assert label is not None
-    if label.shape[-1] == 1:  # patches of one slice are for networks of two dimensions
+    if label.shape[-1] == 1:  # remove the axis of a single slice for a 2-D network
         return Patches(image[..., 0], label[..., 0], None if soft_labels is None else soft_labels[..., 0])
     return Patches(image, label, soft_labels)
 
@@ -57,19 +58,19 @@ def fit(
     progress: Progress,
     stage: str = "train",
 ) -> float:
-    """Train ``net`` in place; returns the seconds that it took, with those before a resumption.
+    """Train ``net`` in place, and return the seconds that it took, including those before a resumption.
 
     Args:
         net: the network.
-        loss_of: called as ``loss_of(patches, iteration)``; the loss of a batch, a 0-d tensor.
-        run: folder of the checkpoints, which exists.
-        content: the :func:`~calseg.training.checkpoint.fingerprint`.
+        loss_of: function ``loss_of(patches, iteration)`` that returns the loss of a batch, a 0-d tensor.
+        run: existing folder of the checkpoints.
+        content: :func:`~calseg.training.checkpoint.fingerprint` of the run.
         cache: the cases.
         config: the settings.
-        data: the folder that the cases came from, for ``config.json``.
-        resume: go on from the checkpoint in ``run``.
-        checkpoint_every: updates between checkpoints.
-        progress: told of every update.
+        data: folder of the cases, for ``config.json``.
+        resume: True to continue from the checkpoint in ``run``.
+        checkpoint_every: number of updates between checkpoints.
+        progress: function that is called after every update.
         stage: name of this training for ``progress``.
     """
     folder = network_folder(run)
@@ -114,7 +115,7 @@ def fit(
 
 
 def read_all(cache: CaseCache, names: Sequence[str], progress: Progress) -> None:
-    """Read every case once, so that a bad file stops the run now and not after an hour."""
+    """Read every case once, so that a bad file stops the run at its beginning."""
     for done, name in enumerate(names, 1):
         cache.get(name)
         progress("read", done, len(names), None)
@@ -128,7 +129,7 @@ def _step(
     config: TrainConfig,
     iteration: int,
 ) -> float:
-    """One update in place; returns the loss."""
+    """Make one update of the network in place, and return the loss."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, iteration)
     loss = loss_of(patches, iteration)
@@ -146,20 +147,20 @@ def _step(
 
 
 def learning_rate(config: TrainConfig, iteration: int) -> float:
-    """Linear warm-up over the first 5 %, then polynomial decay with exponent 0.9 (as nnU-Net's)."""
+    """Return the learning rate: linear warm-up over the first 5 %, and polynomial decay with exponent 0.9."""
     warm = max(config.iterations // 20, 1)
     decay = (1 - iteration / config.iterations) ** 0.9
     return config.learning_rate * min((iteration + 1) / warm, 1.0) * float(decay)
 
 
 def noise_seed(seed: int, iteration: int, stream: int) -> int:
-    """A 63-bit seed for the noise of one loss call, a pure function of its arguments."""
+    """Return a 63-bit seed for the noise of one call of a loss. It is a pure function of the arguments."""
     high, low = np.random.SeedSequence((seed, 2, iteration, stream)).generate_state(2)
     return (int(high) << 31) ^ int(low)
 
 
 def check_device(name: str) -> torch.device:
-    """The device of that name, or a :class:`RunError`."""
+    """Return the device of that name. Raise :class:`RunError` if it cannot be used."""
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -171,7 +172,7 @@ def check_device(name: str) -> torch.device:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, so that the iteration in progress can end; a second one acts at once."""
+    """Collect SIGINT and SIGTERM in a list, so that the current update can end. A second signal acts at once."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received  # Python delivers signals to the main thread only

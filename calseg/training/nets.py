@@ -1,7 +1,7 @@
 """The networks that ``calseg train`` trains, in 2-D and 3-D.
 
-:class:`SegmentationNet` is what is deployed (the paper's ``f_cal``); :class:`StageOneNet` holds the four networks of
-CALSeg's first stage and estimates soft labels.
+:class:`SegmentationNet` is the network that is deployed, ``f_cal`` in the paper. :class:`StageOneNet` holds the four
+networks of the first stage of CALSeg, which estimate soft labels.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from calseg.methods import METHODS, Output
 from calseg.training.config import TrainConfig
 
 FEATURES = (8, 16, 32, 64, 64)
-"""Channels per resolution: ``FEATURES[0]`` at full resolution, halved once for every further entry but the last."""
+"""Number of channels at each level. The resolution is halved between levels, but not before the last one."""
 
 Net = TypeVar("Net", bound=nn.Module)
 
 
 class StageOneOutput(NamedTuple):
-    """Output of :class:`StageOneNet`: ``logits[N, C, *S]``, the image again, ``mu`` and ``logvar`` ``[N, L]``."""
+    """Output of :class:`StageOneNet`: ``logits[N, C, *S]``, reconstructed image, ``mu`` and ``logvar`` ``[N, L]``."""
 
     logits: Tensor
     image: Tensor
@@ -35,7 +35,7 @@ class StageOneOutput(NamedTuple):
 
 
 class Trunk(nn.Sequential):
-    """MONAI's U-Net, then a norm: features ``[N, features[0], *S]``. Sides must be multiples of ``stride``."""
+    """MONAI's U-Net and a norm, which give features ``[N, features[0], *S]``. Sides must be multiples of ``stride``."""
 
     def __init__(self, spatial_dims: int, in_channels: int, features: tuple[int, ...]) -> None:
         norm = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}[spatial_dims]
@@ -54,17 +54,18 @@ class Trunk(nn.Sequential):
 
 
 def _pointwise(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
-    """A convolution with one tap."""
+    """Return a convolution with a kernel of size 1."""
     conv: nn.Module = {2: nn.Conv2d, 3: nn.Conv3d}[spatial_dims](in_channels, out_channels, 1)
     return conv
 
 
 class SegmentationNet(nn.Module):
-    """MONAI's U-Net with heads of one tap on its last features.
+    """MONAI's U-Net, followed by heads that are convolutions with a kernel of size 1.
 
-    With ``dense_head`` two more heads give a Gaussian over the logits of every voxel, which variational label
-    smoothing samples; they are used in training only. The prediction is ``softmax(logits)`` either way, and both
-    kinds of network start from the same trunk and logits for one random state.
+    With ``dense_head``, two more heads give a Gaussian over the logits of every voxel, from which variational label
+    smoothing draws samples. They are used in training only. The prediction is ``softmax(logits)`` in both cases. For
+    the same random state, networks with and without these heads start with the same trunk and the same head for the
+    logits.
     """
 
     def __init__(
@@ -83,15 +84,17 @@ class SegmentationNet(nn.Module):
         self.mu = _pointwise(spatial_dims, features[0], num_classes) if dense_head else None
         self.logvar = _pointwise(spatial_dims, features[0], num_classes) if dense_head else None
         if self.mu is not None:
-            # Heads that start equal ask the same of the trunk; unequal ones delay each other.
+            # Start the heads of logits and mu equal. Different ones pull the trunk in different directions at first,
+            # which delays training.
             self.mu.load_state_dict(self.logits.state_dict())
         if isinstance(self.logvar, (nn.Conv2d, nn.Conv3d)) and self.logvar.bias is not None:
-            # sigma = exp(logvar / 2) = 0.5 everywhere at first: noise that neither drowns mu nor vanishes.
+            # Start with sigma = exp(logvar / 2) = 0.5 everywhere, so that the noise is neither too large nor too small
+            # compared with mu.
             nn.init.zeros_(self.logvar.weight)
             nn.init.constant_(self.logvar.bias, -1.386)
 
     def forward(self, image: Tensor) -> Output:
-        """``image`` float ``[N, in_channels, *S]``."""
+        """Return the output for ``image``, float ``[N, in_channels, *S]``."""
         features = self.trunk(image)
         return Output(
             self.logits(features),
@@ -100,16 +103,19 @@ class SegmentationNet(nn.Module):
         )
 
     def predict(self, image: Tensor) -> Tensor:
-        """The deployed prediction's logits ``[N, C, *S]``; the dense head is not run."""
+        """Return the logits ``[N, C, *S]`` alone, without running the dense head."""
         logits: Tensor = self.logits(self.trunk(image))
         return logits
 
 
 class StageOneNet(nn.Module):
-    """CALSeg's first stage: a posterior over a latent code of (image, label), and decoders of code and image.
+    """Networks of the first stage of CALSeg.
+
+    An encoder gives the posterior of a latent code for an image and its label. Two decoders of the image and the code
+    give logits and the image.
 
     ======== =========== ==============================================================================
-    paper    attribute   what it is
+    paper    attribute   network
     ======== =========== ==============================================================================
     f_theta  trunk       U-Net on the image: a feature map
     f_omega  encoder     convolutions on (image, one-hot label), pooled: ``mu, logvar`` of the code
@@ -149,7 +155,7 @@ class StageOneNet(nn.Module):
         self.spatial_dims, self.num_classes, self.latent_size = spatial_dims, num_classes, latent_size
         self.trunk = Trunk(spatial_dims, in_channels, features)
         sizes = (in_channels + num_classes, *features[:-1])
-        # One group over all channels: a norm per channel would remove what pooling is to keep, its mean.
+        # Use one group for all channels. A norm per channel would remove the mean, which the pooling needs.
         norm = ("group", {"num_groups": 1})
         self.encoder = nn.Sequential(*(_block(spatial_dims, a, b, strides=2, norm=norm) for a, b in pairwise(sizes)))
         self.code = nn.Linear(sizes[-1], 2 * latent_size)
@@ -157,15 +163,16 @@ class StageOneNet(nn.Module):
         self.reconstruct = self._decoder(features[0], in_channels)
 
     def _decoder(self, width: int, out_channels: int) -> nn.Module:
-        # No norm: the code adds a constant to each channel, which a norm per channel would subtract again. With blocks
-        # of one tap instead, as in the probabilistic U-Net, training needed several times the updates.
+        """Return a decoder of features and code."""
+        # Use no norm. The code adds a constant to each channel, which a norm per channel would subtract again. With
+        # kernels of size 1, as in the probabilistic U-Net, training took several times as many updates.
         return nn.Sequential(
             _block(self.spatial_dims, width + self.latent_size, width),
             _pointwise(self.spatial_dims, width, out_channels),
         )
 
     def encode(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """``mu, logvar`` ``[N, L]`` of the posterior; a label outside the classes is unknown: 0 in every channel."""
+        """Return ``mu`` and ``logvar`` ``[N, L]`` of the posterior. Labels outside the classes count as unknown."""
         classes = torch.arange(self.num_classes, device=label.device).view(-1, *(1,) * self.spatial_dims)
         onehot = (label[:, None] == classes).to(image.dtype)
         pooled = self.encoder(torch.cat([image, onehot], 1)).flatten(2).mean(2)
@@ -173,11 +180,18 @@ class StageOneNet(nn.Module):
         return mu, logvar
 
     def _with_code(self, features: Tensor, code: Tensor) -> Tensor:
+        """Concatenate the code to the features of every voxel."""
         spread = code.view(*code.shape, *(1,) * self.spatial_dims).expand(-1, -1, *features.shape[2:])
         return torch.cat([features, spread], 1)
 
     def forward(self, image: Tensor, label: Tensor, noise: Tensor) -> StageOneOutput:
-        """One draw: ``image`` ``[N, in_channels, *S]``, ``label`` ``[N, *S]``, ``noise`` standard normal ``[N, L]``."""
+        """Return the output for one draw of the code.
+
+        Args:
+            image: float ``[N, in_channels, *S]``.
+            label: class indices ``[N, *S]``.
+            noise: standard normals ``[N, L]``.
+        """
         mu, logvar = self.encode(image, label)
         joined = self._with_code(self.trunk(image), mu + (logvar / 2).exp() * noise)
         return StageOneOutput(self.segment(joined), self.reconstruct(joined), mu, logvar)
@@ -194,22 +208,22 @@ class StageOneNet(nn.Module):
         ignore_index: int = -100,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """``(1 - alpha) onehot(label) + alpha mean_k softmax(logits of code k / temperature)``.
+        """Return soft labels, ``(1 - alpha) onehot(label) + alpha mean_k softmax(logits of code k / temperature)``.
 
-        U-Net and encoder run once, only the decoder runs for every code, and no more than one of its maps is held.
+        U-Net and encoder run once, and the decoder runs for every code. No more than one of its maps is in memory.
 
         Args:
             image: float ``[N, in_channels, *S]``.
             label: class indices ``[N, *S]``.
-            num_samples: codes drawn from the posterior. ``calseg train`` draws 8.
+            num_samples: number of codes that are drawn from the posterior. ``calseg train`` draws 8.
             temperature: temperature of the softmax, above 0. ``calseg train`` fits it (1.1 to 2.0 in
                 benchmarks/README.md).
-            alpha: share of the estimate, in [0, 1]. ``calseg train`` takes 0.5 (benchmarks/README.md).
+            alpha: share of the estimate, in [0, 1]. ``calseg train`` uses 0.5 (benchmarks/README.md).
             ignore_index: label of voxels whose soft label is 0 in every class. Default -100.
-            generator: generator of the codes, on the CPU. Default: PyTorch's.
+            generator: random generator for the codes, on the CPU. Default: PyTorch's.
 
         Returns:
-            Soft labels ``[N, C, *S]``, the dtype of the logits, float32 at least.
+            Soft labels ``[N, C, *S]`` in the dtype of the logits, at least float32.
 
         Raises:
             TypeError, ValueError, IndexError: as :func:`calseg.accumulate_soft_labels`.
@@ -227,7 +241,7 @@ class StageOneNet(nn.Module):
 
 
 def _block(spatial_dims: int, in_channels: int, out_channels: int, *, strides: int = 1, norm: Any = None) -> nn.Module:
-    """Convolution of 3 voxels a side, a norm if there is one, LeakyReLU."""
+    """Return a block of a convolution with a kernel of size 3, a norm if one is given, and LeakyReLU."""
     act = ("leakyrelu", {"negative_slope": 0.1})
     block: nn.Module = Convolution(spatial_dims, in_channels, out_channels, strides=strides, norm=norm, act=act)
     return block
@@ -236,7 +250,7 @@ def _block(spatial_dims: int, in_channels: int, out_channels: int, *, strides: i
 def build_net(
     in_channels: int, num_classes: int, *, spatial_dims: int = 3, dense_head: bool = False, seed: int
 ) -> SegmentationNet:
-    """The network to deploy with weights drawn from ``seed``; PyTorch's global generator is left alone."""
+    """Return the network to deploy, with weights drawn from ``seed``. PyTorch's global generator is not changed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _channels_last(
@@ -254,14 +268,14 @@ def build_net_of_run(config: TrainConfig, in_channels: int, num_classes: int) ->
 def build_stage_one(
     in_channels: int, num_classes: int, *, spatial_dims: int = 3, latent_size: int, seed: int
 ) -> StageOneNet:
-    """The networks of the first stage, likewise."""
+    """Return the networks of the first stage, with weights drawn from ``seed``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _channels_last(StageOneNet(in_channels, num_classes, spatial_dims=spatial_dims, latent_size=latent_size))
 
 
 def _channels_last(net: Net) -> Net:
-    """Convolutions with few channels run faster on a CPU with the channels innermost."""
+    """Convert a network to channels-last, in which convolutions with few channels are faster on a CPU."""
     is_flat = getattr(net, "spatial_dims", 3) == 2
     layout = torch.channels_last if is_flat else torch.channels_last_3d
     return net.to(memory_format=layout)  # type: ignore[call-overload, no-any-return]

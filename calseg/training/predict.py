@@ -1,4 +1,4 @@
-"""Probability maps of a trained network, for ``calseg evaluate`` and others: what ``calseg predict`` runs."""
+"""Prediction of probability maps with a trained network, for ``calseg predict``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WORDS = {
     "data": "the folder DATA",
     "cases": "the cases to predict",
 }
-"""Words for the entries of ``predict.json`` where one of them forbids to resume."""
+"""Words for the entries of ``predict.json``, for the error if one of them has changed."""
 
 
 def predict_folder(
@@ -55,10 +55,22 @@ def predict_folder(
 ) -> dict[str, Any]:
     """Write ``out/NAME.nii.gz``, float32 ``[x, y, z, classes]``, for cases of ``data`` with the network of ``run``.
 
-    ``cases`` is "validation" or "training", by the split of the run, or "all". ``resume`` goes on after an
-    interruption: maps are written whole or not at all. Returns what ``out/predict.json`` holds. Raises
-    :class:`~calseg.volumes.nifti.DataError` or :class:`~calseg.runs.RunError` for what the user can mend,
-    :class:`~calseg.runs.CasesInterruptedError` after Ctrl-C.
+    Args:
+        run: folder of the training run.
+        data: folder of the cases.
+        out: folder of the probability maps.
+        cases: "validation" or "training", by the split of the run, or "all".
+        resume: True to continue an interrupted prediction. Existing maps are complete and are not computed again.
+        overwrite: True to replace the maps that ``out`` holds.
+        device: name of a PyTorch device.
+        progress: function that is called after every case.
+
+    Returns:
+        The content of ``out/predict.json``.
+
+    Raises:
+        CalsegError: a file or a setting is wrong, and the user can fix it.
+        CasesInterruptedError: Ctrl-C was pressed. The finished maps are kept.
     """
     if cases not in CASES:
         raise RunError(f"cases must be one of {', '.join(CASES)}; got {cases!r}")
@@ -100,6 +112,7 @@ def predict_folder(
 
 
 def _names(dataset: Dataset, saved: Mapping[str, Any], cases: str, checkpoint: Path) -> list[str]:
+    """Return the names of the cases to predict, after checking that the data fit the checkpoint."""
     for key, ours in (("classes", dataset.class_names), ("channels", dataset.channel_names)):
         if list(saved[key]) != list(ours):
             raise DataError(

@@ -1,8 +1,8 @@
-"""The first stage of CALSeg: networks that estimate a soft label of every case, and the files of soft labels.
+"""The first stage of CALSeg: training networks that estimate soft labels, and writing the soft labels of every case.
 
-The folder of a run gets two folders more, ``stage1`` with a network per fold, and ``soft_labels`` with ``NAME.nii.gz``
-for every training case, and the file ``soft_labels.json``. Soft labels are cross-fitted: the training cases are dealt
-into folds, and those of a fold get soft labels from a network that did not see them.
+In the folder of a run, ``stage1`` holds a network per fold, ``soft_labels`` holds ``NAME.nii.gz`` for every training
+case, and ``soft_labels.json`` is the summary. Soft labels are cross-fitted: the training cases are split into folds,
+and the cases of a fold get soft labels from a network that was trained on the other folds.
 """
 
 from __future__ import annotations
@@ -57,32 +57,32 @@ def estimate(
     checkpoint_every: int = 50,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Train the first stage and write ``out/soft_labels/NAME.nii.gz`` for ``names`` (default: every case of ``data``).
+    """Train the first stage, and write ``out/soft_labels/NAME.nii.gz`` for every case.
 
-    The maps are 4-D NIfTI, ``[x, y, z, classes]``, uint16 with the slope that makes them probabilities; an ignored
-    voxel is 0 in every class.
+    The files are 4-D NIfTI, uint16 ``[x, y, z, classes]``, with a slope that turns the numbers into probabilities. An
+    ignored voxel is 0 in every class.
 
     Args:
         data: folder in the Medical Segmentation Decathlon's or nnU-Net's raw layout.
         out: folder of the run.
-        config: the settings. A temperature of None is fitted: the estimates of networks that did not see the cases
-            then fit the labels best.
-        names: the cases. Default: every case of ``data``.
+        config: settings of the run. If the temperature is None, it is fitted: it is then the one for which the
+            estimates of networks that were not trained on a case fit the labels best.
+        names: names of the cases. Default: every case of ``data``.
         networks: folder of another run on the same cases, whose first stage is used instead of training one. The
             settings ``alpha``, ``temperature`` and ``num_samples`` may then differ.
-        resume: continue the run in ``out``, which must have the same settings and cases.
-        overwrite: replace the run in ``out``.
-        device: a device of PyTorch's.
-        checkpoint_every: updates between checkpoints.
-        progress: told of everything that is done.
+        resume: True to continue the run in ``out``, which must have the same settings and cases.
+        overwrite: True to replace the run in ``out``.
+        device: name of a PyTorch device.
+        checkpoint_every: number of updates between checkpoints.
+        progress: function that is called after every step.
 
     Returns:
-        What ``soft_labels.json`` holds. ``cases`` tells of each case how good its estimate is before it is blended with
-        the label (:func:`_judge`), ``estimate`` is the mean over the cases, ``temperature`` is the one used.
+        The content of ``soft_labels.json``. ``cases`` holds the quality of each estimate before it is blended with the
+        label (:func:`_quality`), ``estimate`` the means over the cases, and ``temperature`` the one that was used.
 
     Raises:
-        CalsegError: what the user can mend: a bad file, a setting, a folder that is not empty.
-        RunInterruptedError: SIGINT or SIGTERM came; what was done is kept on disk.
+        CalsegError: a file or a setting is wrong, or the folder is not empty. The user can fix it.
+        RunInterruptedError: SIGINT or SIGTERM was received. The results so far are kept on disk.
     """
     target = check_device(device)
     dataset = find_cases(data)
@@ -119,10 +119,10 @@ def _estimate(
     checkpoint_every: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Make the networks, the temperature and the maps; what ``run`` holds of them is not made again."""
+    """Make the networks, the temperature and the maps, except for those that ``run`` already holds."""
     cache = CaseCache(dataset)
     folds = split_folds(names, config.folds, config.split_seed)  # no more than there are cases
-    # Settings that the networks do not depend on get fixed values, so that the networks can serve other estimates.
+    # Fix the settings on which the networks do not depend, so that other runs can use the same networks.
     stage = replace(config, alpha=1.0, temperature=1.0, num_samples=1)
     nets: list[StageOneNet] = []
     seconds = 0.0
@@ -162,28 +162,30 @@ def _estimate(
 
 
 def split_folds(names: Sequence[str], folds: int, seed: int) -> list[list[str]]:
-    """``names`` dealt into ``folds`` parts of about one size; it depends on the arguments only."""
+    """Split names into ``folds`` parts of about equal size. The parts depend on the arguments only."""
     order = sorted(names, key=lambda name: hashlib.sha256(f"fold:{seed}:{name}".encode()).digest())
     return [sorted(order[number::folds]) for number in range(min(folds, len(order)))]
 
 
 def _fold(run: Path, number: int) -> Path:
+    """Return the folder of the network of a fold."""
     return run / "stage1" / f"fold_{number}"
 
 
 def _others(names: Sequence[str], members: Sequence[str]) -> list[str]:
-    """The cases that the network of a fold is trained on: those of the other folds, or all if there is one fold."""
+    """Return the cases that the network of a fold is trained on: those of other folds, or all if there are none."""
     return [name for name in names if name not in set(members)] or list(names)
 
 
 def stage_one_folder(run: Path, folds: int) -> RunFolder:
-    """The folder of a first stage, which may later hold the network to deploy as well."""
+    """Return the run folder of a first stage. The network to deploy may later be in the same folder."""
     files = (SUMMARY, *RUN_FILES, "stage1/fold_*/*.json", "stage1/fold_*/checkpoint.pt", "soft_labels/*.nii.gz")
     folders = (*(f"stage1/fold_{number}" for number in range(folds)), "soft_labels")
     return RunFolder(run, SUMMARY, files, folders)
 
 
 def _build(dataset: Dataset, config: TrainConfig) -> StageOneNet:
+    """Return the networks of the first stage, before training."""
     return build_stage_one(
         len(dataset.channel_names),
         len(dataset.class_names),
@@ -194,9 +196,11 @@ def _build(dataset: Dataset, config: TrainConfig) -> StageOneNet:
 
 
 def _loss_of(net: StageOneNet, config: TrainConfig) -> Callable[[Patches, int], Tensor]:
-    """The first stage's loss: cross-entropy of the label, squared error of the image, KL of the code's posterior.
+    """Return the function that computes the loss of the first stage.
 
-    The first two are means over the labelled voxels, the KL is the mean over the patches of its sum over the code.
+    It is the sum of the cross-entropy of the label, the squared error of the image, and the KL divergence of the
+    posterior from its prior. The first two are means over the labelled voxels. The KL divergence is summed over the
+    code, and is a mean over the patches.
     """
 
     def loss_of(patches: Patches, iteration: int) -> Tensor:
@@ -216,14 +220,14 @@ def _loss_of(net: StageOneNet, config: TrainConfig) -> Callable[[Patches, int], 
 
 
 def estimate_case(net: StageOneNet, case: LoadedCase, config: TrainConfig) -> Tensor:
-    """The estimate of a case, float32 ``[classes, x, y, z]``, not blended with the label, on the device of ``net``.
+    """Return the estimate of a case before it is blended with the label, float32 ``[classes, x, y, z]``.
 
-    Sliding windows of the training patch's size overlap by half, each with codes of its own posterior, and are
-    averaged with Gaussian weights.
+    Sliding windows with the size of the training patches overlap by half. Each window draws codes from its own
+    posterior. The results are averaged with Gaussian weights.
     """
     device = next(net.parameters()).device
     seed = int.from_bytes(hashlib.sha256(case.name.encode()).digest()[:4], "big")
-    # Windows pad with 0, which must not read as background: classes are counted from 1.
+    # Number the classes from 1, because windows are padded with 0, which must not mean background.
     label = np.where(case.label == IGNORE_INDEX, 0, case.label + 1).astype(np.float32)
     volume = torch.from_numpy(np.concatenate([case.image, label[None]])).to(device)
     is_flat = config.spatial_dims == 2
@@ -252,9 +256,10 @@ def estimate_case(net: StageOneNet, case: LoadedCase, config: TrainConfig) -> Te
 def _fit_temperature(
     pairs: Sequence[tuple[StageOneNet, str]], cache: CaseCache, config: TrainConfig, progress: Progress
 ) -> float:
-    """The temperature under which the estimates, of networks that did not see the cases, fit the labels best.
+    """Return the temperature for which the estimates fit the labels best.
 
-    It is fitted to the logarithm of the mean over the codes, which is all there is to keep of a case.
+    It is fitted to the logarithms of the estimates, which are means over the codes. The logits of all codes would take
+    too much memory.
     """
     logits, labels = [], []
     for done, (net, name) in enumerate(pairs, 1):
@@ -267,7 +272,7 @@ def _fit_temperature(
 
 
 def _write(net: StageOneNet, dataset: Dataset, case: LoadedCase, folder: Path, config: TrainConfig) -> dict[str, float]:
-    """Estimate and write the soft labels of a case; returns what :func:`_judge` says of the estimate."""
+    """Estimate and write the soft labels of a case, and return the :func:`_quality` of the estimate."""
     soft = estimate_case(net, case, config).cpu()
     label = torch.from_numpy(case.label).long()
     valid = label != IGNORE_INDEX
@@ -275,11 +280,14 @@ def _write(net: StageOneNet, dataset: Dataset, case: LoadedCase, folder: Path, c
     blended = (1 - config.alpha) * onehot + config.alpha * soft
     like = next(each.label for each in dataset.cases if each.name == case.name)
     write_atomic(soft_labels_path(folder, case.name), soft_labels_file(blended.numpy(), like))
-    return _judge(soft, label, dataset)
+    return _quality(soft, label, dataset)
 
 
-def _judge(soft: Tensor, label: Tensor, dataset: Dataset) -> dict[str, float]:
-    """Dice, and over the foreground the NLL, mean confidence and accuracy: apart, these tell over-confidence."""
+def _quality(soft: Tensor, label: Tensor, dataset: Dataset) -> dict[str, float]:
+    """Return the Dice of an estimate, and its NLL, mean confidence and accuracy over the foreground.
+
+    A mean confidence above the accuracy means that the estimate is over-confident.
+    """
     dice = count_classes(soft.argmax(0), label, len(dataset.class_names)).dice()[1:]
     inside = label > 0
     p, y = soft[:, inside].double(), label[inside]

@@ -1,6 +1,6 @@
-"""The network to deploy: its training with any method, and its scores on the validation cases.
+"""Training of the network to deploy with any method, and its scores on the validation cases.
 
-For the method "calseg" the first stage (:mod:`calseg.training.stage_one`) comes first, in the same folder.
+For the method "calseg", the first stage (:mod:`calseg.training.stage_one`) is run before, in the same folder.
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ def train(
     progress: Progress = no_progress,
     also: Callable[[str, Tensor], None] | None = None,
 ) -> dict[str, Any]:
-    """Train the network to deploy on the cases of ``data`` and score the validation cases.
+    """Train the network to deploy on the cases of ``data``, and score the validation cases.
 
-    For the method "calseg" the first stage comes first, unless ``soft_labels`` names a folder of soft labels.
+    For the method "calseg", the first stage is run before, unless ``soft_labels`` is given.
 
     Args:
         data: folder in the Medical Segmentation Decathlon's or nnU-Net's raw layout.
         out: folder of the run.
-        config: the settings.
-        soft_labels: folder with ``NAME.nii.gz`` for every training case, for the method "calseg" only.
-        resume: continue the run in ``out``, which must have the same settings and data.
-        overwrite: replace the run in ``out``.
-        device: a device of PyTorch's.
-        checkpoint_every: updates between checkpoints.
-        progress: told of everything that is done.
-        also: called as ``also(name, logits)`` with the prediction of every validation case.
+        config: settings of the run.
+        soft_labels: folder with ``NAME.nii.gz`` for every training case. Only for the method "calseg".
+        resume: True to continue the run in ``out``, which must have the same settings and data.
+        overwrite: True to replace the run in ``out``.
+        device: name of a PyTorch device.
+        checkpoint_every: number of updates between checkpoints.
+        progress: function that is called after every step.
+        also: function ``also(name, logits)`` that is called with the prediction of every validation case.
 
     Returns:
-        What ``metrics.json`` holds. Where the first stage was run, an entry ``soft_labels`` tells of its estimates
-        (:func:`~calseg.training.stage_one.estimate`).
+        The content of ``metrics.json``. If the first stage was run, the entry ``soft_labels`` holds the quality of its
+        estimates (:func:`~calseg.training.stage_one.estimate`).
 
     Raises:
-        CalsegError: what the user can mend: a bad file, a setting, a folder that is not empty.
-        RunInterruptedError: SIGINT or SIGTERM came; what was done is kept on disk.
+        CalsegError: a file or a setting is wrong, or the folder is not empty. The user can fix it.
+        RunInterruptedError: SIGINT or SIGTERM was received. The results so far are kept on disk.
     """
     makes_soft_labels = METHODS[config.method].soft_labels
     if soft_labels is not None and not makes_soft_labels:
@@ -72,7 +72,7 @@ def train(
     if not makes_soft_labels or soft_labels is not None:
         return _train_network(data, run, config, soft_labels, resume, overwrite, also, **options)
     is_second = resume and network_folder(run).holds_run
-    if is_second:  # the training of the network checks the settings, and the first stage is complete
+    if is_second:  # the first stage is complete, and _train_network() checks the settings
         summary = read_json(run / SUMMARY)
     else:
         names, _ = split_names(find_cases(data), config)
@@ -85,12 +85,12 @@ def train(
 
 
 def started(run: Path) -> bool:
-    """Whether the folder ``run`` of :func:`train` holds a run to resume, in either stage."""
+    """Return whether the folder ``run`` holds a run of :func:`train` that can be resumed, in either stage."""
     return network_folder(run).holds_run or (run / SUMMARY).is_file()
 
 
 def split_names(dataset: Dataset, config: TrainConfig) -> tuple[list[str], list[str]]:
-    """The cases to train on and to validate on."""
+    """Return the names of the cases to train on and of those to validate on."""
     return split_cases([case.name for case in dataset.cases], config.val_fraction, config.split_seed)
 
 
@@ -107,7 +107,7 @@ def _train_network(
     checkpoint_every: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """The second stage alone, on soft labels that exist; see :func:`train`."""
+    """Train the network to deploy, on existing soft labels if the method needs them; see :func:`train`."""
     target = check_device(device)
     dataset = find_cases(data)
     training, validation = split_names(dataset, config)
@@ -142,9 +142,9 @@ def _train_network(
 def objective(
     output: Output, label: Tensor, config: TrainConfig, iteration: int, soft_labels: Tensor | None = None
 ) -> Tensor:
-    """The loss of the run's method, a 0-d tensor: the mean over the labelled voxels of ``label[N, *S]``.
+    """Return the loss of the method, a 0-d tensor: its mean over the labelled voxels of ``label[N, *S]``.
 
-    The method's sum is divided here, so that a batch without a labelled voxel gives 0 and not NaN.
+    The loss of a method is a sum, which is divided here. So a batch without a labelled voxel gives 0 and not NaN.
     """
     seeds = noise_seed(config.seed, iteration, 0), noise_seed(config.seed, iteration, 1)
     loss = METHODS[config.method].loss(output, Target(label, soft_labels, seeds), **config.method_settings)
@@ -159,7 +159,7 @@ def score_cases(
     progress: Progress,
     also: Callable[[str, Tensor], None] | None = None,
 ) -> Mapping[str, CaseScores]:
-    """Predict whole volumes and score them; ``also(name, logits)`` sees every prediction."""
+    """Predict whole volumes and score them. ``also(name, logits)`` is called with every prediction."""
     net.eval()
     cases: dict[str, CaseScores] = {}
     for done, name in enumerate(names, 1):

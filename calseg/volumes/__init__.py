@@ -1,4 +1,4 @@
-"""Volumes on disk: NIfTI files, folders of cases, patches drawn from them, probability maps.
+"""Volumes on disk: NIfTI files, folders of cases, patches drawn from cases, and probability maps.
 
-Needs the extra ``calseg[train]`` (nibabel).
+The package needs the extra ``calseg[train]`` (nibabel).
 """

@@ -1,14 +1,14 @@
-"""Folders of segmentation cases: ``dataset.json``, the cases that it lists, and one case read and checked.
+"""Folders of segmentation cases: reading ``dataset.json``, finding the cases, and reading a case.
 
-Two folder layouts are read, both with NIfTI volumes:
+Two folder layouts are supported, both with NIfTI volumes:
 
-- the Medical Segmentation Decathlon's (``dataset.json`` with a ``training`` list; several channels in one
-  4-D image; ``labels`` maps numbers to names);
-- nnU-Net's raw layout, version 2 (``imagesTr/case_0000.nii.gz``, one file per channel; ``labels`` maps names
-  to numbers, perhaps with ``"ignore"``).
+- The layout of the Medical Segmentation Decathlon. ``dataset.json`` has a list ``training``, a 4-D image holds all
+  channels, and ``labels`` maps numbers to names.
+- The raw layout of nnU-Net, version 2. Every channel has a file such as ``imagesTr/case_0000.nii.gz``, and ``labels``
+  maps names to numbers. One of the names may be ``"ignore"``.
 
-Axes are nibabel's, ``(x, y, z)``. Every problem with the user's files is a :class:`~calseg.volumes.nifti.DataError`
-that names the file.
+Axes are those of nibabel, ``(x, y, z)``. If a file is wrong, a :class:`~calseg.volumes.nifti.DataError` is raised,
+which names the file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from calseg.volumes.nifti import DataError, read_volume
 
 IGNORE_INDEX = -100
-"""The label of voxels that count nowhere: padding, and nnU-Net's ``ignore``."""
+"""Label of voxels that do not count: padding, and voxels with nnU-Net's label ``ignore``."""
 
 Volume = NDArray[np.float32]
 LabelMap = NDArray[np.int16]
@@ -35,7 +35,7 @@ LabelMap = NDArray[np.int16]
 
 @dataclass(frozen=True)
 class Case:
-    """One image with its label map: one 3-D file per channel, or one 4-D file with all of them."""
+    """The files of an image and its label map. An image is one 3-D file per channel, or one 4-D file for all."""
 
     name: str
     images: tuple[Path, ...]
@@ -44,9 +44,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What ``dataset.json`` says, with every file it implies known to exist.
+    """The content of ``dataset.json``. All files of the cases exist.
 
-    ``class_names[c]`` names class ``c``; ``ignore_label`` is the number on disk that becomes
+    ``class_names[c]`` is the name of class ``c``. ``ignore_label`` is the number on disk that becomes
     :data:`IGNORE_INDEX`, or None.
     """
 
@@ -63,7 +63,7 @@ class Dataset:
 
 
 def find_cases(folder: str | Path) -> Dataset:
-    """Read ``folder/dataset.json`` and list its training cases, sorted by name."""
+    """Read ``folder/dataset.json``, and find its training cases, sorted by name."""
     root = Path(folder)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
@@ -100,6 +100,7 @@ def find_cases(folder: str | Path) -> Dataset:
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
+    """Read a ``dataset.json``."""
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -110,12 +111,12 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 
 def read_class_names(path: Path) -> tuple[tuple[str, ...], int | None]:
-    """The names of the classes 0, 1, ... in a ``dataset.json`` of either layout, and its ignore label or None."""
+    """Return the names of the classes in a ``dataset.json`` of either layout, and the ignore label or None."""
     return _read_labels(_read_meta(path).get("labels"), path)
 
 
 def _read_labels(labels: Any, path: Path) -> tuple[tuple[str, ...], int | None]:
-    """``{"0": name}`` (Decathlon) or ``{name: 0}`` (nnU-Net) -> class names in order, the ignore label."""
+    """Return the class names in order and the ignore label, from ``{"0": name}`` or ``{name: 0}``."""
     if not isinstance(labels, Mapping) or not labels:
         raise DataError(f'{path}: "labels" must map numbers to names or names to numbers')
     by_number: dict[int, str] = {}
@@ -142,6 +143,7 @@ def _read_labels(labels: Any, path: Path) -> tuple[tuple[str, ...], int | None]:
 
 
 def _read_channels(channels: Any, path: Path) -> tuple[str, ...]:
+    """Return the names of the channels in order."""
     if not isinstance(channels, Mapping) or not channels:
         raise DataError(f'{path}: "modality" (Decathlon) or "channel_names" (nnU-Net) must name the channels')
     try:
@@ -151,10 +153,12 @@ def _read_channels(channels: Any, path: Path) -> tuple[str, ...]:
 
 
 def _case_name(file: str) -> str:
+    """Return the name of a case from that of its label map."""
     return re.sub(r"\.nii(\.gz)?$", "", Path(file).name)
 
 
 def _msd_cases(training: Sequence[Any], root: Path, path: Path) -> list[Case]:
+    """Return the cases of a folder in the layout of the Decathlon."""
     cases = []
     for entry in training:
         if not (isinstance(entry, Mapping) and all(isinstance(entry.get(k), str) for k in ("image", "label"))):
@@ -164,6 +168,7 @@ def _msd_cases(training: Sequence[Any], root: Path, path: Path) -> list[Case]:
 
 
 def _nnunet_cases(meta: Mapping[str, Any], root: Path, path: Path, channels: Sequence[str]) -> list[Case]:
+    """Return the cases of a folder in the layout of nnU-Net."""
     listed = meta.get("dataset")
     if isinstance(listed, Mapping):
         try:
@@ -190,9 +195,11 @@ def _nnunet_cases(meta: Mapping[str, Any], root: Path, path: Path, channels: Seq
 
 
 def load_case(case: Case, dataset: Dataset) -> tuple[Volume, LabelMap]:
-    """Read and check one case: image float32 ``[channels, x, y, z]`` as stored, label int16 ``[x, y, z]``.
+    """Read and check a case.
 
-    Labels are classes ``0 .. len(class_names) - 1`` or :data:`IGNORE_INDEX`.
+    Returns:
+        The image as stored, float32 ``[channels, x, y, z]``, and the label map, int16 ``[x, y, z]``. A label is a
+        class, ``0`` to ``len(class_names) - 1``, or :data:`IGNORE_INDEX`.
     """
     channels = [_read_image(file) for file in case.images]
     for file, channel in zip(case.images[1:], channels[1:], strict=True):
@@ -215,7 +222,7 @@ def load_case(case: Case, dataset: Dataset) -> tuple[Volume, LabelMap]:
 
 
 def _read_image(path: Path) -> Volume:
-    """float32 ``[channels, x, y, z]`` from a 3-D or a 4-D (channels last) file."""
+    """Read an image, float32 ``[channels, x, y, z]``, from a 3-D file or a 4-D file with the channels last."""
     voxels = read_volume(path)
     if voxels.dtype.kind not in "biuf":
         raise DataError(f"{path}: voxels of type {voxels.dtype}; real numbers are wanted")
@@ -223,7 +230,7 @@ def _read_image(path: Path) -> Volume:
         raise DataError(f"{path}: shape {voxels.shape}; a 3-D volume, or 4-D with the channels last, is wanted")
     if voxels.ndim == 3:
         voxels = voxels[..., None]
-    with np.errstate(over="ignore"):  # what float32 cannot hold turns infinite, and is reported below
+    with np.errstate(over="ignore"):  # numbers that float32 cannot hold become infinite, and raise below
         image = np.ascontiguousarray(np.moveaxis(voxels, -1, 0), dtype=np.float32)
     bad = image.size - int(np.isfinite(image).sum())
     if bad:
@@ -232,6 +239,7 @@ def _read_image(path: Path) -> Volume:
 
 
 def _read_label(path: Path, dataset: Dataset) -> LabelMap:
+    """Read and check a label map."""
     voxels = read_volume(path)
     if voxels.ndim == 4 and voxels.shape[-1] == 1:
         voxels = voxels[..., 0]
@@ -241,7 +249,7 @@ def _read_label(path: Path, dataset: Dataset) -> LabelMap:
 
 
 def check_label(voxels: NDArray[Any], path: Path, classes: int, ignore_label: int | None) -> LabelMap:
-    """Voxels of the label map ``path`` as classes ``0 .. classes - 1`` or :data:`IGNORE_INDEX`."""
+    """Check the voxels of the label map ``path``, and return classes or :data:`IGNORE_INDEX`."""
     if voxels.dtype.kind not in "biuf":
         raise DataError(f"{path}: labels of type {voxels.dtype}; whole numbers are wanted")
     if voxels.dtype.kind == "f" and not np.array_equal(voxels, np.floor(voxels)):
@@ -253,7 +261,7 @@ def check_label(voxels: NDArray[Any], path: Path, classes: int, ignore_label: in
         found = ", ".join(f"{value:g}" for value in np.unique(voxels[outside])[:5])
         raise DataError(f"{path}: labels outside the classes 0 to {classes - 1} of dataset.json: {found}")
     label = np.where(ignored, 0, voxels).astype(np.int16)
-    label[ignored] = IGNORE_INDEX  # after the cast, for uint8 would wrap it around
+    label[ignored] = IGNORE_INDEX  # after the cast, because uint8 cannot hold -100
     return label
 
 
@@ -261,7 +269,7 @@ def check_label(voxels: NDArray[Any], path: Path, classes: int, ignore_label: in
 
 
 def split_cases(names: Sequence[str], fraction: float, seed: int = 0) -> tuple[list[str], list[str]]:
-    """A fixed split (training, validation): it depends on the names, the fraction and the seed only."""
+    """Split cases into training and validation. The split depends on the names, the fraction and the seed only."""
     if len(names) < 2:
         raise DataError(f"at least two cases are needed, one to train and one to validate; got {len(names)}")
     order = sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())

@@ -1,6 +1,6 @@
-"""NIfTI files: reading voxels and headers, and making files. Every problem with a file is a :class:`DataError`.
+"""NIfTI files: reading voxels and headers, and making files. A problem with a file raises :class:`DataError`.
 
-Axes are nibabel's, ``(x, y, z)``, and channels or classes come last on disk.
+Axes are those of nibabel, ``(x, y, z)``, and channels or classes come last on disk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from calseg.errors import CalsegError
 
 
 class DataError(CalsegError):
-    """A file or folder of the user's is missing, unreadable or not what it should be."""
+    """A file or folder of the user is missing, cannot be read, or has the wrong content."""
 
 
 # ----------------------------------------------------------------------------------------------- reading
@@ -34,7 +34,7 @@ class DataError(CalsegError):
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turns whatever reading a file raises into a :class:`DataError` that names it."""
+    """Turn any exception from reading a file into a :class:`DataError` that names the file."""
     try:
         yield
     except DataError:
@@ -46,17 +46,17 @@ def naming(path: Path) -> Iterator[None]:
             folder = tempfile.gettempdir()
             raise DataError(f"{path}: no space to unpack it in {folder}; TMPDIR names another") from error
         raise DataError(f"{path}: cannot be read; the file is corrupt or truncated ({error})") from error
-    except Exception as error:  # nibabel meets a broken header with many kinds of exception
+    except Exception as error:  # nibabel raises many kinds of exceptions for a broken header
         kind = "NumPy .npz" if path.name.endswith(".npz") else "NIfTI"
         raise DataError(f"{path}: not a readable {kind} file ({type(error).__name__}: {error})") from error
 
 
 @contextmanager
 def open_volume(path: Path, max_bytes: int | None = None) -> Iterator[Any]:
-    """A nibabel image whose voxels are read when its ``dataobj`` is sliced.
+    """Open a NIfTI file as a nibabel image whose voxels are read when its ``dataobj`` is sliced.
 
-    gzip has no random access: a ``.nii.gz`` is unpacked once, to its end, so that its checksum is verified. It
-    is kept in memory; one of more than ``max_bytes`` goes to a temporary file, which is gone at the end.
+    gzip has no random access. So a ``.nii.gz`` is unpacked once, to its end, which also verifies its checksum. It is
+    kept in memory, or in a temporary file if it has more than ``max_bytes`` bytes. That file is removed at the end.
     """
     with ExitStack() as stack:
         with naming(path):
@@ -76,20 +76,23 @@ def open_volume(path: Path, max_bytes: int | None = None) -> Iterator[Any]:
 
 
 def read_header(path: Path) -> Any:
-    """The header of a NIfTI file; of the voxels nothing is read."""
+    """Return the header of a NIfTI file, without reading voxels."""
     with naming(path), (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
         start = file.read(540)
         return _kind_of(start).header_class.from_fileobj(io.BytesIO(start))
 
 
 def _kind_of(start: bytes) -> Any:
-    """The class of the image that begins with ``start``: its header's size, 348 for version 1 and 540 for version 2."""
+    """Return the nibabel class of a file that begins with ``start``, the size of its header.
+
+    The size is 348 for NIfTI version 1 and 540 for version 2.
+    """
     is_nifti2 = start[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")
     return nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image
 
 
 def unpack(packed: Any, max_bytes: int | None = None) -> IO[bytes]:
-    """The content of a compressed stream: in memory, or in a temporary file if it is more than ``max_bytes``."""
+    """Unpack a compressed stream into memory, or into a temporary file if it has more than ``max_bytes`` bytes."""
     file: Any = io.BytesIO()
     while chunk := packed.read(1 << 20):
         if isinstance(file, io.BytesIO) and max_bytes is not None and file.tell() + len(chunk) > max_bytes:
@@ -101,7 +104,7 @@ def unpack(packed: Any, max_bytes: int | None = None) -> IO[bytes]:
 
 
 def read_volume(path: Path) -> NDArray[Any]:
-    """The voxels of a NIfTI file, scaled as it says. Gzip is read to its end: the checksum is verified."""
+    """Return the voxels of a NIfTI file, scaled as its header says. The checksum of a gzip file is verified."""
     with open_volume(path) as nifti, naming(path):
         return np.asanyarray(nifti.dataobj)
 
@@ -110,9 +113,9 @@ def read_volume(path: Path) -> NDArray[Any]:
 
 
 def volume_file(voxels: NDArray[Any], like: Path, *, slope: float | None = None) -> bytes:
-    """A gzipped NIfTI file of ``voxels[x, y, z]`` or ``[x, y, z, C]``, placed in space as the NIfTI file ``like``.
+    """Return a gzipped NIfTI file of ``voxels[x, y, z]`` or ``[x, y, z, C]`` with the affine of the file ``like``.
 
-    With ``slope`` a reader multiplies what is stored by it.
+    A reader of the file multiplies its numbers by ``slope``, if that is given.
     """
     image = nibabel.Nifti1Image(voxels, nibabel.load(like).affine)  # type: ignore[attr-defined]
     if slope is not None:

@@ -1,4 +1,4 @@
-"""Cases in memory, and the patches that training draws from them."""
+"""Cases in memory, and the patches that are drawn from them for training."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from calseg.volumes.probabilities import read_soft_labels
 
 
 def normalise(image: Volume) -> Volume:
-    """Zero mean and unit variance for every channel ``image[c]``; a constant channel becomes 0."""
+    """Scale every channel ``image[c]`` to mean 0 and variance 1. A constant channel becomes 0."""
     result = np.zeros_like(image)
     for channel, out in zip(image, result, strict=True):
         low, high = float(channel.min()), float(channel.max())
         if low < high:
-            # Scaling first keeps float64 sums of squares safe for any finite float32 input.
+            # Scale to [0, 1] first, so that float64 sums of squares cannot overflow for any finite float32 input.
             scaled = (channel.astype(np.float64) - low) / (high - low)
             out[...] = (scaled - scaled.mean()) / scaled.std()
     return result
@@ -29,11 +29,16 @@ def normalise(image: Volume) -> Volume:
 
 @dataclass(frozen=True)
 class LoadedCase:
-    """A case in memory: normalised image float32 ``[channels, x, y, z]``, label int16 ``[x, y, z]``.
+    """A case in memory.
 
-    ``foreground`` and ``labelled`` are up to 4096 flat voxel indices each, spread evenly over the voxels with
-    a label above 0, and over those that are not ignored: enough to centre patches on. ``soft_labels`` is float32
-    ``[classes, x, y, z]``, or None where the cases have none.
+    Attributes:
+        name: Name of the case.
+        image: Normalised image, float32 ``[channels, x, y, z]``.
+        label: Label map, int16 ``[x, y, z]``.
+        foreground: Up to 4096 flat indices, spread evenly over the voxels with a label above 0. Patches are centred on
+            them.
+        labelled: The same for the voxels that are not ignored.
+        soft_labels: Soft labels, float32 ``[classes, x, y, z]``, or None.
     """
 
     name: str
@@ -45,6 +50,7 @@ class LoadedCase:
 
 
 def _spread(indices: NDArray[np.int64], count: int = 4096) -> NDArray[np.int64]:
+    """Return up to ``count`` of the indices, spread evenly."""
     if len(indices) <= count:
         return indices
     return indices[np.linspace(0, len(indices) - 1, count).astype(np.int64)]
@@ -52,9 +58,10 @@ def _spread(indices: NDArray[np.int64], count: int = 4096) -> NDArray[np.int64]:
 
 @dataclass
 class CaseCache:
-    """Cases read on demand and kept, the least recently used leaving once ``max_bytes`` is passed.
+    """Cache of cases, which are read when they are first used.
 
-    ``soft_labels`` gives the file of soft labels of the cases that have one.
+    If the cases take more than ``max_bytes`` bytes, the least recently used one is dropped. ``soft_labels`` maps the
+    names of cases to their files of soft labels.
     """
 
     dataset: Dataset
@@ -67,7 +74,7 @@ class CaseCache:
         self._cases = {case.name: case for case in self.dataset.cases}
 
     def get(self, name: str) -> LoadedCase:
-        """The case of that name, read, checked and normalised."""
+        """Return a case, which is read, checked and normalised if it is not in the cache."""
         if name in self._kept:
             self._kept.move_to_end(name)
             return self._kept[name]
@@ -92,11 +99,15 @@ class CaseCache:
 
 
 def _bytes_of(case: LoadedCase) -> int:
+    """Return the size of a case in memory."""
     return case.image.nbytes + case.label.nbytes + (0 if case.soft_labels is None else case.soft_labels.nbytes)
 
 
 class Batch(NamedTuple):
-    """``image[batch, channels, x, y, z]``, ``label[batch, x, y, z]``, ``soft_labels[batch, classes, x, y, z]``."""
+    """Patches ``image[batch, channels, x, y, z]`` and ``label[batch, x, y, z]``.
+
+    ``soft_labels[batch, classes, x, y, z]`` is None if the cases have no soft labels.
+    """
 
     image: Volume
     label: LabelMap
@@ -105,12 +116,13 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class PatchSampler:
-    """Training patches as a pure function of (seed, iteration): a resumed run sees what it would have seen.
+    """Sampler of training patches.
 
-    Every case appears once per epoch, in an order shuffled anew. A share ``foreground`` of the patches is
-    centred on a voxel of a class above 0. Where a volume is smaller than the patch it lies at a random place
-    in it, the rest being 0 in the image (its mean) and :data:`IGNORE_INDEX` in the label. Images get a random
-    gain, offset and noise; ``flip_axes`` lists the axes (0 to 2) that are mirrored half of the time.
+    The patches are a pure function of seed and iteration, so a resumed run gets the same ones. Every case is used once
+    per epoch, and the order is shuffled in every epoch. A share ``foreground`` of the patches is centred on a voxel of
+    a class above 0. A volume that is smaller than the patch lies at a random place in it. The rest of the patch is 0,
+    the mean, in the image, and :data:`IGNORE_INDEX` in the label. Images get a random gain, offset and noise. Each of
+    the axes ``flip_axes`` (0 to 2) is mirrored with probability 1/2.
     """
 
     names: tuple[str, ...]
@@ -121,7 +133,7 @@ class PatchSampler:
     flip_axes: tuple[int, ...] = ()
 
     def batch(self, cache: CaseCache, iteration: int) -> Batch:
-        """The patches of one iteration."""
+        """Return the patches of an iteration."""
         patches = []
         for number in range(iteration * self.batch_size, (iteration + 1) * self.batch_size):
             epoch, position = divmod(number, len(self.names))
@@ -132,10 +144,11 @@ class PatchSampler:
         return Batch(np.stack(images), np.stack(labels), None if soft[0] is None else np.stack(soft))
 
     def _patch(self, case: LoadedCase, rng: np.random.Generator) -> tuple[Volume, LabelMap, Volume | None]:
+        """Return a patch of a case: image, label and soft labels."""
         wants_foreground = rng.random() < self.foreground
         start = self._start(case, rng, case.foreground if wants_foreground and len(case.foreground) else None)
         label = _crop(case.label[None], start, self.patch_size, IGNORE_INDEX)[0]
-        if not (label != IGNORE_INDEX).any():  # a patch without a label would teach nothing
+        if not (label != IGNORE_INDEX).any():  # choose a patch that has labels
             start = self._start(case, rng, case.labelled)
             label = _crop(case.label[None], start, self.patch_size, IGNORE_INDEX)[0]
         image = _crop(case.image, start, self.patch_size, 0, lambda inside: _vary(inside, rng))
@@ -146,7 +159,7 @@ class PatchSampler:
         return np.flip(image, axes), np.flip(label[None], axes)[0], soft
 
     def _start(self, case: LoadedCase, rng: np.random.Generator, centres: NDArray[np.int64] | None) -> tuple[int, ...]:
-        """The first voxel of the patch on every axis; negative where the volume is smaller than the patch."""
+        """Return the first voxel of the patch on each axis. It may be negative if the volume is smaller."""
         slack = [size - patch for size, patch in zip(case.label.shape, self.patch_size, strict=True)]
         start = [int(rng.integers(min(s, 0), max(s, 0) + 1)) for s in slack]
         if centres is not None:
@@ -160,7 +173,7 @@ class PatchSampler:
 def _crop(
     volume: NDArray[Any], start: Sequence[int], size: Sequence[int], fill: float, change: Any = None
 ) -> NDArray[Any]:
-    """``volume[:, start : start + size]``, ``fill`` outside; ``change`` is applied to what lies inside."""
+    """Return ``volume[:, start : start + size]`` with ``fill`` outside. ``change`` is applied to the part inside."""
     inside, target = [slice(None)], [slice(None)]
     for first, length, extent in zip(start, size, volume.shape[1:], strict=True):
         low, high = max(first, 0), min(first + length, extent)
@@ -173,7 +186,7 @@ def _crop(
 
 
 def _vary(image: Volume, rng: np.random.Generator) -> Volume:
-    """Random gain, offset and white noise, small against the unit variance of a normalised image."""
+    """Apply a random gain, offset and white noise. They are small compared with the unit variance of images."""
     shape = (len(image), 1, 1, 1)
     gain = rng.uniform(0.9, 1.1, shape).astype(np.float32)
     offset = rng.uniform(-0.1, 0.1, shape).astype(np.float32)

@@ -1,14 +1,15 @@
-"""Probability maps on disk beside label maps, read in slabs; files of soft labels.
+"""Probability maps on disk, which are read in slabs together with their label maps, and files of soft labels.
 
-Three forms are read, each case by the name of its label map:
+A case has the name of its label map. Its probability map has one of three forms:
 
-- ``case.nii.gz`` (or ``.nii``), 4-D ``[x, y, z, C]``;
-- ``case_0000.nii.gz``, ``case_0001.nii.gz``, ...: a 3-D file per class;
-- ``case.npz`` with the key ``probabilities`` ``[C, z, y, x]``, which nnU-Net's ``--save_probabilities`` writes, its
-  axes in the reverse order of nibabel's. The segmentation ``case.nii.gz`` that nnU-Net puts beside it is not read.
+- ``case.nii.gz`` or ``case.nii``: a 4-D file ``[x, y, z, C]``.
+- ``case_0000.nii.gz``, ``case_0001.nii.gz``, ...: a 3-D file per class.
+- ``case.npz`` with the key ``probabilities``: an array ``[C, z, y, x]``, as nnU-Net's ``--save_probabilities`` writes
+  it. Its axes are in reverse order to those of nibabel. nnU-Net also writes the segmentation ``case.nii.gz`` beside it,
+  which is not read.
 
-In memory everything is ``[C, z, y, x]``, the order of all three files on disk. A slab is a range of ``z``, the slowest
-axis of space. Every problem with the user's files is a :class:`~calseg.volumes.nifti.DataError` that names the file.
+In memory, arrays are ``[C, z, y, x]``, which is the order of all three forms on disk. A slab is a range of ``z``, the
+slowest spatial axis. If a file is wrong, a :class:`~calseg.volumes.nifti.DataError` is raised, which names the file.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ MEMORY = 1 << 29
 
 @dataclass(frozen=True)
 class MapCase:
-    """The probabilities of a case (one 4-D NIfTI file or ``.npz``, or a 3-D NIfTI file per class) and its label map."""
+    """The files of a probability map and its label map."""
 
     name: str
     maps: tuple[Path, ...]
@@ -60,7 +61,7 @@ class MapCase:
 
 
 def find_map_cases(probabilities: Path, labels: Path) -> tuple[list[MapCase], list[str]]:
-    """Every case of the folder ``probabilities``, sorted by name, and the names of label maps without one."""
+    """Return the cases of the folder ``probabilities``, sorted by name, and the names of label maps without a case."""
     for folder in (probabilities, labels):
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder")
@@ -97,6 +98,7 @@ def find_map_cases(probabilities: Path, labels: Path) -> tuple[list[MapCase], li
 
 
 def _nifti_files(folder: Path) -> dict[str, Path]:
+    """Return the NIfTI files of a folder by their names without ending."""
     files: dict[str, Path] = {}
     for file in sorted(folder.glob("[!.]*.nii*")):
         if not NIFTI.search(file.name):
@@ -112,14 +114,17 @@ def _nifti_files(folder: Path) -> dict[str, Path]:
 
 
 class _Header(NamedTuple):
+    """Shape and affine of a file."""
+
     shape: tuple[int, ...]  # [C, z, y, x]
-    affine: NDArray[np.float64] | None  # None: .npz has none
+    affine: NDArray[np.float64] | None  # None for .npz
 
 
 def check_headers(case: MapCase) -> tuple[int, list[str]]:
-    """The number of classes of a case, from the files' headers alone, and what is odd about it.
+    """Return the number of classes of a case, and notes on what is unusual. Only the headers of its files are read.
 
-    Raises :class:`~calseg.volumes.nifti.DataError` where shapes do not fit.
+    Raises:
+        DataError: the shapes of the files do not fit together.
     """
     first = case.maps[0]
     headers = [_read_header(file) for file in case.maps]
@@ -147,7 +152,7 @@ def check_headers(case: MapCase) -> tuple[int, list[str]]:
 
 
 def _same_place(first: NDArray[np.float64], second: NDArray[np.float64]) -> bool:
-    """Equal to a thousandth of a voxel's size; the corner of the grid to a hundredth of a millimetre."""
+    """Return whether two affines are equal to 0.001 of the voxel size, and their origins to 0.01 mm."""
     size = float(np.abs(second[:3, :3]).max())
     return bool(
         np.allclose(first[:3, :3], second[:3, :3], rtol=0, atol=1e-3 * size)
@@ -156,6 +161,7 @@ def _same_place(first: NDArray[np.float64], second: NDArray[np.float64]) -> bool
 
 
 def _read_header(path: Path) -> _Header:
+    """Read the header of a NIfTI file or of the array in a ``.npz`` file."""
     if path.suffix == ".npz":
         with naming(path), _open_member(path) as member:
             return _Header(_read_npy_header(path, member)[0], None)
@@ -165,6 +171,7 @@ def _read_header(path: Path) -> _Header:
 
 @contextmanager
 def _open_member(path: Path) -> Iterator[Any]:
+    """Open the array of probabilities within a ``.npz`` file."""
     with zipfile.ZipFile(path) as archive:
         if f"{KEY}.npy" not in archive.namelist():
             keys = ", ".join(name.removesuffix(".npy") for name in archive.namelist()) or "nothing"
@@ -174,7 +181,7 @@ def _open_member(path: Path) -> Iterator[Any]:
 
 
 def _read_npy_header(path: Path, member: Any) -> tuple[tuple[int, ...], str, np.dtype[Any]]:
-    """Shape, order and type of the array whose bytes follow in ``member``."""
+    """Return shape, memory order and dtype of an array, and leave ``member`` at its first byte."""
     version = np.lib.format.read_magic(member)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, is_fortran, dtype = read(member)
@@ -189,7 +196,7 @@ def _read_npy_header(path: Path, member: Any) -> tuple[tuple[int, ...], str, np.
 
 
 class Slab(NamedTuple):
-    """Probabilities float ``[C, dz, y, x]`` and labels int16 ``[dz, y, x]`` of the slices from ``start``."""
+    """Probabilities, float ``[C, dz, y, x]``, and labels, int16 ``[dz, y, x]``, of the slices from ``start`` on."""
 
     start: int
     probabilities: NDArray[Any]
@@ -197,10 +204,11 @@ class Slab(NamedTuple):
 
 
 def read_slabs(case: MapCase, classes: int, ignore_label: int | None, memory: int = MEMORY) -> Iterator[Slab]:
-    """The case in slabs of a 32nd of ``memory``, in bytes, from ``z = 0`` on: what is made of a slab may be large.
+    """Read a case in slabs, from ``z = 0`` on.
 
-    ``.nii`` is read slab by slab. What is compressed has no random access: each file is unpacked once, from its
-    start to its end, into memory up to a quarter of ``memory``, else into a temporary file (in ``TMPDIR``).
+    A slab has 1/32 of ``memory``, in bytes, because the caller may need much more memory to process it. A ``.nii`` file
+    is read slab by slab. A compressed file has no random access. It is unpacked once, into memory if its size is at
+    most a quarter of ``memory``, else into a temporary file (in ``TMPDIR``).
     """
     with ExitStack() as stack:
         budget = memory // 4 // len(case.maps)
@@ -223,6 +231,7 @@ Read = Callable[[int, int], NDArray[Any]]
 
 
 def _open_nifti(maps: tuple[Path, ...], budget: int, stack: ExitStack) -> tuple[int, Read]:
+    """Open NIfTI files, and return the number of slices and a function that reads a range of them."""
     volumes = [stack.enter_context(open_volume(path, budget)) for path in maps]
 
     def read(start: int, stop: int) -> NDArray[Any]:
@@ -236,6 +245,7 @@ def _open_nifti(maps: tuple[Path, ...], budget: int, stack: ExitStack) -> tuple[
 
 
 def _open_npz(path: Path, budget: int, stack: ExitStack) -> tuple[int, Read]:
+    """Do as :func:`_open_nifti` for a ``.npz`` file."""
     with naming(path), _open_member(path) as member:
         shape, order, dtype = _read_npy_header(path, member)
         file = stack.enter_context(unpack(member, budget))
@@ -251,16 +261,16 @@ def _open_npz(path: Path, budget: int, stack: ExitStack) -> tuple[int, Read]:
 
 
 def _as_float(voxels: NDArray[Any], path: Path) -> NDArray[Any]:
-    """float16, float32 and float64 as they are, in the machine's byte order; scaled integers as float32."""
+    """Return probabilities in the byte order of the machine. Floats keep their dtype, and integers become float32."""
     if voxels.dtype.kind not in "iuf":
         raise DataError(f"{path}: voxels of type {voxels.dtype}; probabilities are wanted")
     name = voxels.dtype.newbyteorder("=").name
     dtype = name if name in ("float16", "float32", "float64") else np.float32
-    return np.require(voxels, dtype=dtype, requirements=["C", "W"])  # what a file's buffer gives is not writeable
+    return np.require(voxels, dtype=dtype, requirements=["C", "W"])  # "W": the buffer of a file is read-only
 
 
 def explain(error: ValueError, slab: Slab, case: MapCase) -> DataError:
-    """What is wrong with the first voxel whose values are no probabilities, in the terms of the file."""
+    """Return an error that names the file and the first voxel whose values are no probabilities."""
     p = slab.probabilities.astype(np.float64)
     total, least = p.sum(0), p.min(0)
     with np.errstate(invalid="ignore"):
@@ -278,7 +288,7 @@ def explain(error: ValueError, slab: Slab, case: MapCase) -> DataError:
 def class_names_of(
     dataset_json: Path | None, probabilities: Path, labels: Path
 ) -> tuple[tuple[str, ...], int | None] | None:
-    """Class names and ignore label of the ``dataset.json`` given or found beside the maps; None without one."""
+    """Return class names and ignore label from the given ``dataset.json`` or one near the maps, or None."""
     places = (labels / "dataset.json", labels.parent / "dataset.json", probabilities / "dataset.json")
     for path in places if dataset_json is None else (dataset_json,):
         if dataset_json is not None or path.is_file():
@@ -289,27 +299,27 @@ def class_names_of(
 # ------------------------------------------------------------------------------------------- soft labels
 
 SOFT_LABEL_STEPS = 65535
-"""Soft labels are written as uint16 of this many steps; the NIfTI header's slope makes them probabilities."""
+"""Number of steps from 0 to 1 in files of soft labels, which hold uint16. The slope in the header is its inverse."""
 
 
 def soft_labels_path(folder: Path, name: str) -> Path:
-    """The soft labels of the case of that name."""
+    """Return the path of the soft labels of a case."""
     return folder / f"{name}.nii.gz"
 
 
 def soft_labels_file(soft_labels: Volume, like: Path) -> bytes:
-    """A gzipped 4-D NIfTI file, ``[x, y, z, classes]`` in uint16, placed in space as the file ``like``."""
+    """Return a gzipped 4-D NIfTI file, uint16 ``[x, y, z, classes]``, with the affine of the file ``like``."""
     steps = np.rint(np.moveaxis(soft_labels, 0, -1).astype(np.float64) * SOFT_LABEL_STEPS).astype(np.uint16)
     return volume_file(steps, like, slope=1 / SOFT_LABEL_STEPS)
 
 
 def probabilities_file(probabilities: Volume, like: Path) -> bytes:
-    """A gzipped 4-D NIfTI file of float32 ``[classes, x, y, z]``, unrounded, placed in space as the file ``like``."""
+    """Return a gzipped 4-D NIfTI file, float32 ``[x, y, z, classes]``, with the affine of the file ``like``."""
     return volume_file(np.moveaxis(probabilities, 0, -1), like)
 
 
 def read_soft_labels(path: Path, label: LabelMap, classes: int) -> Volume:
-    """float32 ``[classes, x, y, z]`` that sum to 1 where ``label`` is not ignored, and are 0 where it is."""
+    """Read soft labels, float32 ``[classes, x, y, z]``. They sum to 1 in each voxel, and are 0 in ignored voxels."""
     voxels = read_volume(path)
     wanted = (*label.shape, classes)
     if voxels.shape != wanted or voxels.dtype.kind not in "iuf":
@@ -317,7 +327,7 @@ def read_soft_labels(path: Path, label: LabelMap, classes: int) -> Volume:
     soft = np.ascontiguousarray(np.moveaxis(voxels, -1, 0), dtype=np.float32)
     total = soft.sum(0)
     counts = label != IGNORE_INDEX
-    # NaN fails both comparisons. Rounding to 8 bits may take half a step off every class.
+    # NaN fails both comparisons. The tolerance allows for files of 8 bits, which may be off by half a step per class.
     if not ((soft >= 0).all() and (np.abs(total[counts] - 1) < classes / 256).all()):
         raise DataError(f"{path}: soft labels must be probabilities that sum to 1 in every labelled voxel")
     return np.asarray(soft * np.where(counts, 1 / np.where(counts, total, 1), 0).astype(np.float32))

@@ -1,5 +1,7 @@
-// Running total of softmax(logits / temperature) over logit maps, and the gradient of the logits.
-// Floor: two reads, one write.
+// Kernels of accumulate_softmax: the forward one adds softmax(logits / temperature) to a running total, the backward one
+// computes the gradient of the logits.
+//
+// Least memory traffic of both: two reads and one write of a tensor of the logits' size.
 #include "cpu/kernel.h"
 #include "cpu/softmax.h"
 #include "cpu/tile.h"
@@ -12,8 +14,8 @@ template <bool kBackward>
 struct AccumulateSoftmax : TiledForFirstCache<AccumulateArgs, 2, 1 << 15> {
     static DType dtype(const Args& a) { return a.logits.dtype; }
 
-    // Forward, `other` is the running total, which gains the softmax. Backward, it is the upstream gradient, which becomes the
-    // gradient of the logits.
+    // In the forward kernel, `other` is the running total, to which the softmax is added. In the backward kernel, it is the
+    // upstream gradient, which becomes the gradient of the logits.
     template <class T>
     static void compute_chunk(const Args& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
         const int64_t C = a.shape.C;
@@ -29,8 +31,8 @@ struct AccumulateSoftmax : TiledForFirstCache<AccumulateArgs, 2, 1 << 15> {
                 T *x = logits.block(b), *o = other.block(b);
                 const F<T> top = max_over_classes(x, C);
                 F<T> sum = zero<T>(), dot = sum;
-                for_classes(C, [&](auto group, int64_t c) {
-                    constexpr int K = decltype(group)::value;
+                for_classes(C, [&](auto at_once, int64_t c) {
+                    constexpr int K = decltype(at_once)::value;
                     F<T> e[K];
                     for (int j = 0; j < K; ++j) e[j] = (load<F<T>>(x + (c + j) * kLanes) - top) * per_temperature;
                     exp_nonpositive(e);

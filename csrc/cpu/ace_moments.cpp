@@ -1,10 +1,15 @@
-// Sums of the average-calibration-error losses per batch item, class and cell of confidence: the number of voxels, how many
-// of them have the class, and sums of their f; and the gradient of the logits from the slopes of the cells.
-// Floor: one read of the logits, and for the gradient one more with a write.
+// Kernels of the losses that use the average calibration error (ACE).
 //
-// With hard bins, a cell is a bin, and f = p. With soft bins, a voxel is shared between the two nearest bin centres, a cell
-// lies between two centres, and f = p * n_bins + 1/2 - cell is the share of the upper one. The sums of the bins then follow
-// from the cells' sums of f, f^2 and f where the class is the label.
+// The forward kernel computes softmax probabilities p and sums per batch item, class and cell. A cell is an interval of p.
+// The sums of a cell are the number of its voxels, the number of hits (voxels whose label is the class), and sums of a
+// number f. The backward kernel computes the gradient of the logits from three slopes per cell, which Python computes from
+// these sums.
+//
+// With hard bins, a cell is a bin, and f = p. With soft bins, each voxel belongs in part to the two bins whose centres are
+// nearest. A cell then lies between two neighbouring centres, and f = p * n_bins + 1/2 - cell is the share of the upper
+// bin. The sums of the bins follow from the sums of f and f^2 over the voxels of a cell, and of f over its hits.
+//
+// Least memory traffic: one read of the logits forward, one read and one write backward.
 #include "cpu/binned_words.h"
 #include "cpu/kernel.h"
 #include "cpu/labels.h"
@@ -16,20 +21,24 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-// Sums of a cell. Those of f take two places: see add_fraction.
+// Places of the sums of a cell. Sums of f take two places each: see add_fraction().
 enum Sum { kCount, kHits, kF, kFSquared = kF + 2, kFHits = kF + 4, kSums = kF + 6 };
 static_assert(kSums == kAceSums, "host/arguments.h gives the number");
 
+// Number of classes that have cells.
 int64_t kinds(const AceArgs& a) { return a.shape.C - a.spec.first_class; }
+// Number of cells of a class.
 int64_t cells(const AceArgs& a) { return a.spec.n_bins + a.spec.soft; }
 
-// Adds a sum in units of 2^-unit: whole 2^-20 to to[0], and the rest in units of 2^-50 to to[1].
+// Adds a sum, which counts units of 2^-unit. Adds the whole multiples of 2^-20 to to[0], and the rest in units of 2^-50 to
+// to[1].
 CALSEG_INLINE void add_fraction(int64_t* to, uint64_t sum, int unit) {
     to[0] += static_cast<int64_t>(sum >> (unit - 20));
     to[1] += static_cast<int64_t>(sum & ((uint64_t{1} << (unit - 20)) - 1)) << (50 - unit);
 }
 
-// Adds the words of a voxel, or of several in one cell, to the sums.
+// Adds words to the sums of a cell. The words are those of one voxel, or the sum of the words of several voxels. CellFormat
+// describes them. The type of the last argument is the compute type.
 template <bool kSoft>
 void add_words(int64_t* to, const uint64_t* words, float) {
     to[kCount] += static_cast<int64_t>(words[0] >> 52);
@@ -49,9 +58,10 @@ void add_words(int64_t* to, const uint64_t* words, double) {
     add_fraction(to + kFHits, words[1 + 2 * kSoft], 50);
 }
 
-// Words of a voxel.
-//   float:  [count 12 | hits 12 | f 40], and with soft bins [f * hit 32 | f^2 32]; f in units of 2^-24, the others of 2^-20
-//   double: [count 32 | hits 32], f, and with soft bins f^2, f * hit; in units of 2^-50
+// Words of a voxel, for BinnedWords. Numbers are widths of bit fields, from the highest bit down. hit is 0 or 1.
+//   float:   [count 12 | hit 12 | f 40], with soft bins also [f * hit 32 | f^2 32]. f is in units of 2^-24 in the first word, and
+//            f * hit and f^2 are in units of 2^-20.
+//   double:  [count 32 | hit 32], [f 64], with soft bins also [f^2 64], [f * hit 64], all in units of 2^-50.
 template <bool kSoft, class T>
 struct CellFormat {
     static constexpr bool kDouble = sizeof(T) == 8;
@@ -62,7 +72,7 @@ struct CellFormat {
     static void add_to(int64_t* sums, const uint64_t* words) { add_words<kSoft>(sums, words, T()); }
 };
 
-// Makes the words of a block, in rows [kWords][length].
+// Makes the words of a block of voxels. They go to rows [kWords][length].
 template <bool kSoft>
 CALSEG_INLINE void make_words(uint64_t* word, int length, F<float> f, I<float> hit, I<float> counted) {
     const I<float> flags = (broadcast<I<float>>(1 << 20) | (hit & broadcast<I<float>>(1 << 8))) & counted;
@@ -83,7 +93,7 @@ CALSEG_INLINE void make_words(uint64_t* word, int length, F<double> f, I<double>
     }
 }
 
-// Cell of probabilities, and f.
+// Cell of each probability, and f.
 template <bool kSoft, class T>
 struct CellOf {
     I<T> cell;
@@ -101,26 +111,26 @@ struct CellOf {
     }
 };
 
-// Turns logits into softmax(logits). Returns whether one of them is NaN.
+// Turns the logits of a block into softmax(logits). Returns whether one of the probabilities is NaN.
 template <class T, class Ahead>
 CALSEG_INLINE bool softmax_block(T* block, int64_t C, Ahead& ahead) {
     const F<T> top = max_over_classes(block, C);
     F<T> sum = zero<T>();
-    for_classes(C, [&](auto group, int64_t c) {
-        constexpr int K = decltype(group)::value;
+    for_classes(C, [&](auto at_once, int64_t c) {
+        constexpr int K = decltype(at_once)::value;
         F<T> e[K];
         for (int j = 0; j < K; ++j) e[j] = load<F<T>>(block + (c + j) * kLanes) - top;
         exp_nonpositive(e);
         sum = sum + sum_of(e);
         for (int j = 0; j < K; ++j) store(block + (c + j) * kLanes, e[j]);
-        ahead.template lines<K>();
+        ahead.template read_lines<K>();
     });
     const F<T> scale = broadcast<F<T>>(T(1)) / sum;
     for (int64_t c = 0; c < C; ++c) store(block + c * kLanes, load<F<T>>(block + c * kLanes) * scale);
     return !all(equal(sum, sum));
 }
 
-// Probabilities and labels of the tiles of a chunk. A label is -1 where the voxel is ignored.
+// Probabilities and labels of the current tile of a chunk. A label is -1 where the voxel is ignored.
 template <class T, class From>
 class Probabilities {
  public:
@@ -140,7 +150,7 @@ class Probabilities {
     T* block(int b) { return logits_.block(b); }
     I<T> labels(int b) const { return load<I<T>>(labels_ + b * kLanes); }
 
-    bool has_nan = false;
+    bool has_nan = false;  // whether a probability of the tile is NaN
 
  private:
     const AceArgs& args_;
@@ -148,6 +158,7 @@ class Probabilities {
     int32_t* labels_;
 };
 
+// Forward kernel: adds the sums of a chunk to those of its batch item.
 template <bool kSoft, class T, class From>
 void sum_cells(const AceArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
     using Format = CellFormat<kSoft, T>;
@@ -168,7 +179,7 @@ void sum_cells(const AceArgs& a, const Tiling& tiles, int64_t chunk, Scratch& sc
         for (int64_t c = a.spec.first_class; c < a.shape.C; ++c) {
             int b = 0;
             for (; b * kLanes < span.count; ++b) {
-                F<T> confidence = larger(load<F<T>>(p.block(b) + c * kLanes), zero<T>());  // zero where NaN
+                F<T> confidence = larger(load<F<T>>(p.block(b) + c * kLanes), zero<T>());  // 0 where NaN
                 confidence = select(less(one, confidence), one, confidence);
                 const CellOf<kSoft, T> at(confidence, n_bins, last);
                 const I<T> labels = p.labels(b);
@@ -184,7 +195,9 @@ void sum_cells(const AceArgs& a, const Tiling& tiles, int64_t chunk, Scratch& sc
     if (nan_tiles) atomic_add(a.nans + item, nan_tiles);
 }
 
-// Turns the probabilities of a block into the gradient of the logits, p_j * (slope_j - sum_k p_k * slope_k).
+// Turns the probabilities p of a block into the gradient of the logits, p_j * (g_j - sum_k p_k * g_k), where g is the
+// gradient with respect to p. `table` holds the three slopes of each cell. For a class, g is slope[0] + slope[1] * f, plus
+// slope[2] if the class is the label. Hard bins have slope[0] only.
 template <bool kSoft, class T>
 CALSEG_INLINE void gradient_block(const AceArgs& a, const T* table, I<T> labels, T* p, T* slope) {
     const F<T> n_bins = broadcast<F<T>>(static_cast<T>(a.spec.n_bins)), none = zero<T>();
@@ -210,7 +223,7 @@ CALSEG_INLINE void gradient_block(const AceArgs& a, const T* table, I<T> labels,
     }
 }
 
-// Writes the gradient of the logits. That of p is slope[0] + slope[1] * f + slope[2] where the class is the label.
+// Backward kernel: writes the gradient of the logits of a chunk.
 template <bool kSoft, class T, class From>
 void compute_gradient(const AceArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
     Probabilities<T, From> p(scratch, a, tiles.length);
@@ -234,7 +247,7 @@ struct AceMoments {
 
     template <class T>
     static Tiling tiling(const Args& a) {
-        // this tile and the next fill a quarter of the second cache
+        // The current tile and the next one fill a quarter of a second-level cache of 1 MiB.
         return Tiling(a.shape, 128 * 1024 / (a.shape.C * static_cast<int64_t>(sizeof(T))), logits_of_chunk(kinds(a) * cells(a)));
     }
 

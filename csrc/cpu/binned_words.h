@@ -1,8 +1,9 @@
-// Sums per bin of a chunk, as words that hold several sums in bit fields.
+// Sums per bin, collected in 64-bit words that hold several sums in bit fields.
 //
-// A voxel adds one or more 64-bit words to its bin. A bin has several copies, so that voxels which follow each other into
-// one bin need not wait for each other. The words are added to the chunk's sums before a field is full, and those to the
-// call's. Every sum is an integer: the result is the same for any number of threads.
+// A voxel adds one or more words to its bin. Each bin has several copies. Successive voxels add to different copies, so
+// that no addition waits for the one before, which often goes to the same bin. Before a bit field can overflow, the words
+// are added to the sums of the chunk. At the end of the chunk, these are added to the sums of the call. All sums are
+// integers, so the result is the same for any number of threads.
 #pragma once
 
 #include <cstdint>
@@ -28,12 +29,13 @@ CALSEG_INLINE void atomic_add(int64_t* to, int64_t value) {
 #endif
 }
 
-constexpr int64_t kWordBytes = 16 * 1024;  // size of the copies: about half of the first cache
+constexpr int64_t kWordBytes = 16 * 1024;  // bound on the size of all copies: about half of the first-level cache
 
-// Number of logits of a chunk, beside which the work of adding up its bins is small.
+// Returns a number of logits per chunk for which the work of adding up the bins at the end of the chunk is small.
 CALSEG_INLINE int64_t logits_of_chunk(int64_t bins) { return larger(1 << 18, 16 * bins); }
 
-// Places of the words of kLanes voxels: every lane adds to a copy of its own.
+// Function object that turns the bins of kLanes voxels into the places of their words. Each lane uses its own copy of the
+// bins, or shares it with as few lanes as possible.
 template <class T>
 class WordPlaces {
  public:
@@ -48,16 +50,16 @@ class WordPlaces {
     I<T> copies_, copy_;
 };
 
-// Format says what the words of a voxel hold:
-//   kWords                                          number of words
-//   kSums                                           number of sums of a bin
-//   kMostVoxels                                     number of voxels whose sums the words can hold
-//   add_to(int64_t* sums, const uint64_t* words)    adds words to the sums of a bin
-// The first word counts the voxels, and so is 0 only if no voxel was added.
+// Bins of a chunk. The class Format says what the words hold:
+//   kWords                                          number of words per voxel
+//   kSums                                           number of sums per bin
+//   kMostVoxels                                     number of voxels whose sum the bit fields can hold
+//   add_to(int64_t* sums, const uint64_t* words)    adds the words to the sums of a bin
+// The first word counts the voxels, so it is 0 only if no voxel was added.
 template <class Format>
 class BinnedWords {
  public:
-    // Bins come in kinds, as a rule one per class. `length` is that of the tiles.
+    // `kinds` is the number of sets of bins, as a rule one per class. `length` is the length of the tiles.
     BinnedWords(Scratch& scratch, int64_t kinds, int64_t bins_per_kind, int length)
         : length_(length),
           bins_per_kind_(bins_per_kind),
@@ -72,7 +74,7 @@ class BinnedWords {
 
     int copies() const { return static_cast<int>(copies_); }
 
-    // Adds the words of a tile's voxels, [kWords][length], to the places that WordPlaces gave.
+    // Adds the words of a tile, [kWords][length], to the places that WordPlaces gave.
     CALSEG_MEMBER void add(int64_t kind, const int32_t* place, const uint64_t* word, int blocks) {
         uint64_t* words = words_ + kind * bins_per_kind_ * copies_ * Format::kWords;
         for (int b = 0; b < blocks; ++b, place += kLanes, word += kLanes)
@@ -80,13 +82,13 @@ class BinnedWords {
                 for (int w = 0; w < Format::kWords; ++w) words[place[i] * Format::kWords + w] += word[w * length_ + i];
     }
 
-    // Called after a tile of `voxels`. Empties the words if those of another tile might not fit.
+    // Ends a tile of `voxels` voxels. Empties the words if another tile could make a bit field overflow.
     void end_tile(int64_t voxels) {
         held_ += round_up(voxels, kLanes) / copies_;
         if (held_ + kMaxTile / copies_ > Format::kMostVoxels) empty();
     }
 
-    // Adds the chunk's sums, [kinds][bins_per_kind][kSums], to the call's.
+    // Ends the chunk. Adds its sums to those of the call, [kinds][bins_per_kind][kSums].
     void finish_chunk(int64_t* to) {
         empty();
         for (int64_t i = 0; i < bins_ * Format::kSums; ++i)
@@ -94,12 +96,14 @@ class BinnedWords {
     }
 
  private:
+    // Returns the number of copies of each bin: one per lane, fewer if they would take too much memory.
     static int64_t copies_of(int64_t bins) {
         int64_t n = kLanes;
         while (n > 4 && bins * n * Format::kWords * static_cast<int64_t>(sizeof(uint64_t)) > kWordBytes) n /= 2;
         return n;
     }
 
+    // Adds the words to the sums of the chunk, and sets them to 0.
     void empty() {
         uint64_t* words = words_;
         for (int64_t bin = 0; bin < bins_; ++bin)
@@ -115,7 +119,7 @@ class BinnedWords {
     int64_t bins_per_kind_, bins_, copies_;
     uint64_t* words_;   // [kinds][bins_per_kind][copies][kWords]
     int64_t* sums_;     // [kinds][bins_per_kind][kSums]
-    int64_t held_ = 0;  // number of voxels that a copy may hold
+    int64_t held_ = 0;  // largest number of voxels that a copy of a bin can have received since empty()
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Blend of estimated soft labels with one-hot labels.
+// Blending of estimated soft labels with one-hot labels.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-// Turns a block of estimates into alpha * scale * estimate + (1 - alpha) * onehot(labels), and 0 where ignored.
+// Turns each estimate of a block into alpha * scale * estimate + (1 - alpha) * onehot(label), and into 0 where ignored.
 template <class T>
 CALSEG_INLINE void blend_block(const int32_t* labels_of, T* block, int64_t C, T alpha, T scale) {
     const I<T> labels = load<I<T>>(labels_of);

@@ -1,4 +1,7 @@
-// Soft labels from an estimate, scaled and blended with one-hot labels. Floor: one read, one write.
+// Kernel of blend_soft_labels: divides the total of several softmax maps by their number, and blends it with one-hot
+// labels.
+//
+// Least memory traffic: one read and one write of the total.
 #include "cpu/blend.h"
 #include "cpu/kernel.h"
 #include "cpu/labels.h"

@@ -1,7 +1,10 @@
-// Calibration: softmax, the class of the largest probability, its bin, and integer sums per bin, with the negative
-// log-likelihood and the Brier score, in one pass. Floor: one read of the scores and of the labels.
+// Kernel of calibration_bins: sums per bin of confidence, and sums of the negative log-likelihood and the Brier score.
 //
-// Every sum is an integer: confidences, scores and fractions of a nat in units of 2^-24.
+// For each voxel it computes the softmax, the class with the largest probability, the bin of that probability, the negative
+// log-likelihood and the Brier score, all in one pass. All sums are integers: confidences, Brier scores and fractions of a
+// nat are in fixed point, in units of 2^-24.
+//
+// Least memory traffic: one read of the logits or probabilities, and one of the labels.
 #include "cpu/binned_words.h"
 #include "cpu/kernel.h"
 #include "cpu/labels.h"
@@ -14,11 +17,11 @@ namespace CALSEG_ISA {
 namespace {
 
 constexpr int kHitShift = 40, kCountShift = 52;
-constexpr int64_t kMostBlocks = 64;  // of a tile: 32 bits hold the sum of that many scores of up to 2^25
+constexpr int64_t kMostBlocks = 64;  // blocks of a tile: 32 bits hold the sum of that many numbers of up to 2^25
 
-// A voxel's word: [count 12 | hits 12 | confidence 40].
+// Word of a voxel, for BinnedWords: [count 12 | hit 12 | confidence 40], where the numbers are widths of bit fields.
 struct BinFormat {
-    static constexpr int kWords = 1, kSums = 3;  // count, confidence, hits
+    static constexpr int kWords = 1, kSums = 3;  // the sums are count, confidence, hits
     static constexpr int64_t kMostVoxels = (1 << (64 - kCountShift)) - 1;
 
     static void add_to(int64_t* sums, const uint64_t* word) {
@@ -33,6 +36,7 @@ using Bins = BinnedWords<BinFormat>;
 template <class From>
 using LabelBits = std::conditional_t<sizeof(From) == 8, uint64_t, uint32_t>;
 
+// Turns labels into classes, kSkipped or kNoClass.
 template <class From>
 void classes_of(int32_t* to, const From* from, int64_t step, int count, int64_t C, int64_t ignore_index, bool skip_background) {
     using Bits = LabelBits<From>;
@@ -51,8 +55,8 @@ void classes_of(int32_t* to, const From* from, int64_t step, int count, int64_t 
         for (int i = 0; i < count; ++i) to[i] = class_of(from[i * step]);
 }
 
-// Reads the labels of a tile: the class, or kSkipped where the voxel does not count or the tile is padded. Returns the place
-// of the first label that is no class, -1 if all are.
+// Reads the labels of a tile. Stores the class of each voxel that counts. Stores kSkipped for voxels that do not count and
+// for the padding of the last block. Returns the place of the first label that is not a class, or -1 if there is none.
 int load_checked_labels(int32_t* to, const BinsArgs& a, const Span& span) {
     const int count = span.count;
     with_integer_type(a.spec.labels.tensor.dtype, [&](auto* type) {
@@ -74,6 +78,7 @@ int load_checked_labels(int32_t* to, const BinsArgs& a, const Span& span) {
     return -1;
 }
 
+// Returns the label of voxel i of a span.
 int64_t label_at(const TensorView& labels, const Span& span, int i) {
     int64_t label = 0;
     with_integer_type(labels.dtype, [&](auto* type) {
@@ -86,15 +91,15 @@ int64_t label_at(const TensorView& labels, const Span& span, int i) {
 template <bool kLogits, class T>
 using VoxelSums = std::conditional_t<kLogits, LogitSums<T>, ProbabilitySums<T>>;
 
-// Rows of a tile with one number per voxel.
+// Rows with one number for each voxel of a tile.
 template <class T>
 struct VoxelRows {
     int32_t* labels;  // kSkipped where the voxel does not count
-    int32_t* binned;  // class-wise: -1 where the voxel is in the bins, else 0
-    T* scale;         // class-wise: the factor that turns e into a probability
-    char* sums;       // [blocks] of VoxelSums
-    int32_t* place;   // of the voxel's word in the bins
-    uint64_t* word;
+    int32_t* binned;  // class-wise only: -1 where the voxel goes to the bins, else 0
+    T* scale;         // class-wise only: factor that turns exp(logit - max) into a probability
+    char* sums;       // VoxelSums of each block
+    int32_t* place;   // place in the bins of the voxel's word
+    uint64_t* word;   // word that the voxel adds to the bins
 
     VoxelRows(Scratch& scratch, int length) {
         for (auto* row : {&labels, &binned, &place}) *row = scratch.take<int32_t>(length);
@@ -109,7 +114,8 @@ struct VoxelRows {
     }
 };
 
-// Step 1 of a block of logits: the sums over classes. Turns the block into exp(logits - max) if kKeep.
+// Step 1 for a block of logits: computes the sums over classes. If kKeep, the block becomes exp(logits - max), and the top
+// class is not computed. For every class, `ahead` reads a line of the next tile.
 template <bool kKeep, class T, class Ahead>
 CALSEG_INLINE LogitSums<T> sum_logits(I<T> labels, T* block, int64_t C, Ahead& ahead) {
     F<T> top = load<F<T>>(block);
@@ -119,24 +125,26 @@ CALSEG_INLINE LogitSums<T> sum_logits(I<T> labels, T* block, int64_t C, Ahead& a
         if (!kKeep) top_class = select(less(top, x), broadcast<I<T>>(static_cast<int32_t>(c)), top_class);
         top = larger(x, top);
     }
-    LogitSum<T> sum;
-    for_classes(C, [&](auto group, int64_t c) {
-        constexpr int K = decltype(group)::value;
+    LogitAccumulator<T> sum;
+    for_classes(C, [&](auto at_once, int64_t c) {
+        constexpr int K = decltype(at_once)::value;
         F<T> e[K];
         for (int j = 0; j < K; ++j) e[j] = load<F<T>>(block + (c + j) * kLanes) - top;
         sum.add(labels, c, e);
         if (kKeep)
             for (int j = 0; j < K; ++j) store(block + (c + j) * kLanes, e[j]);
-        ahead.template lines<K>();
+        ahead.template read_lines<K>();
     });
     return sum.result(top_class);
 }
 
-// Step 1 of a block of `count` voxels, kLanes at most, of C classes, whose logits the registers hold, straight from memory.
+// Step 1 for a block with so few classes that registers hold all logits, which are read from the tensor itself. `count` is
+// kLanes, or less for the last block of a tile.
 template <int C, class T, class From>
 CALSEG_INLINE LogitSums<T> sum_few_logits(I<T> labels, const From* const (&row)[C], int at, int count) {
     const auto logits = [&](int c) { return load_widened<T>(row[c] + at, count); };
-    // the first two classes are written out: a longer loop would not be unrolled, and its arrays would go to memory
+    // The first two classes have code of their own. The compiler does not unroll a loop over all of them, and would keep
+    // the array in memory.
     F<T> low[2] = {logits(0), logits(1)}, high[C - 2 > 0 ? C - 2 : 1];
     for (int j = 0; j < C - 2; ++j) high[j] = logits(2 + j);
     I<T> top_class = select(less(low[0], low[1]), broadcast<I<T>>(1), broadcast<I<T>>(0));
@@ -145,7 +153,7 @@ CALSEG_INLINE LogitSums<T> sum_few_logits(I<T> labels, const From* const (&row)[
         top_class = select(less(top, high[j]), broadcast<I<T>>(2 + j), top_class);
         top = larger(high[j], top);
     }
-    LogitSum<T> sum;
+    LogitAccumulator<T> sum;
     for (auto& x : low) x = x - top;
     sum.add(labels, 0, low);
     if constexpr (C > 2) {
@@ -155,18 +163,18 @@ CALSEG_INLINE LogitSums<T> sum_few_logits(I<T> labels, const From* const (&row)[
     return sum.result(top_class);
 }
 
-// Step 1 of a block of given probabilities.
+// Step 1 for a block of probabilities. For every class, `ahead` reads a line of the next tile.
 template <class T, class Ahead>
 CALSEG_INLINE ProbabilitySums<T> sum_probabilities(I<T> labels, const T* block, int64_t C, Ahead& ahead) {
     ProbabilitySums<T> v(load<F<T>>(block));
     for (int64_t c = 0; c < C; ++c) {
         v.add(labels, c, load<F<T>>(block + c * kLanes));
-        ahead.line();
+        ahead.read_line();
     }
     return v;
 }
 
-// Words of a block and their places. The word of a voxel that is not binned is 0.
+// Maker of the words of a block and of their places. The word of a voxel that does not go to the bins is 0.
 template <class T>
 class Binning {
  public:
@@ -176,7 +184,7 @@ class Binning {
           last_(broadcast<I<T>>(static_cast<int32_t>(a.spec.n_bins) - 1)),
           place_of_(bins.copies()) {}
 
-    // kAll means: every voxel of the block is binned, and its confidence lies in [0, 1].
+    // Makes the words for confidences p. kAll says that every voxel goes to the bins, with a confidence in [0, 1].
     template <bool kAll, class Hit>
     CALSEG_MEMBER void set(const VoxelRows<T>& rows, int b, F<T> p, Hit hit, I<T> binned) const {
         if (!kAll) p = within_unit<T>(p);
@@ -195,11 +203,11 @@ class Binning {
     WordPlaces<T> place_of_;
 };
 
-// Step 2: scores of voxels, summed over the blocks of a tile, and the words of their top labels.
+// Step 2: totals over the voxels of a tile, and, unless class-wise, the words of the top labels.
 template <bool kClassWise, class T>
-class Scores {
+class TileTotals {
  public:
-    Scores(const BinsArgs& a, const VoxelRows<T>& rows, const Binning<T>& binning)
+    TileTotals(const BinsArgs& a, const VoxelRows<T>& rows, const Binning<T>& binning)
         : rows_(rows), binning_(binning), tolerance_(broadcast<F<T>>(static_cast<T>(a.spec.tolerance))) {}
 
     CALSEG_MEMBER void add(int b, I<T> labels, const LogitSums<T>& v) {
@@ -229,11 +237,12 @@ class Scores {
         totals[kVoxels] += counted_;
     }
 
-    // Whether a voxel's probabilities do not sum to 1, or lie below 0.
+    // Returns whether the scores of a voxel are no probabilities: their sum is not 1, or one of them lies below 0.
     bool met_bad() const { return any(less(bad_, broadcast<I<T>>(0))); }
 
  private:
-    // Adds a block that may hold voxels that do not count, NaN and infinite likelihoods. Returns which voxels are binned.
+    // Adds a block that may hold ignored voxels, NaN and infinite negative log-likelihoods. Returns -1 for voxels that go
+    // to the bins, and 0 for others.
     CALSEG_MEMBER I<T> add_unusual(int b, I<T> labels, I<T> top, F<T> total, F<T> confidence, F<T> nll, F<T> brier) {
         const I<T> none = broadcast<I<T>>(0), yes = broadcast<I<T>>(-1);
         const F<T> nothing = zero<T>(), most = broadcast<F<T>>(static_cast<T>(kMaxNll));
@@ -241,7 +250,7 @@ class Scores {
         voxels_ = voxels_ - counts;
         nans_ = nans_ - (counts ^ binned);
         infinites_ = infinites_ - select(less(nll, most), none, binned);
-        nll = larger(nll, nothing);  // zero where NaN
+        nll = larger(nll, nothing);  // 0 where NaN
         finish<false>(b, labels, top, confidence, select(less(nll, most), nll, nothing), brier, binned);
         return binned;
     }
@@ -261,12 +270,12 @@ class Scores {
     const VoxelRows<T> rows_;
     const Binning<T> binning_;
     const F<T> tolerance_;
-    // Sums per lane, of 32 bits.
+    // Sums of each lane, with 32 bits.
     I<T> whole_ = broadcast<I<T>>(0), rest_ = whole_, brier_ = whole_, voxels_ = whole_, nans_ = whole_, infinites_ = whole_, bad_ = whole_;
-    int64_t counted_ = 0;
+    int64_t counted_ = 0;  // number of voxels in blocks where all count
 };
 
-// State of a chunk.
+// Working memory of a chunk.
 template <class T, class From>
 struct ChunkState {
     ReadAhead<T, From> scores;
@@ -278,7 +287,7 @@ struct ChunkState {
         : scores(scratch, a.scores, a.shape.C, length), rows(scratch, length), bins(scratch, a.kinds(), a.spec.n_bins, length) {}
 };
 
-// Finds the first voxel of a tile whose probabilities do not sum to 1, or lie below 0.
+// Finds the first voxel of a tile whose scores are no probabilities, and describes it in `fault`.
 template <class T>
 void find_bad(const BinsArgs& a, const VoxelRows<T>& rows, const Span& span, BinsFault& fault) {
     const T tolerance = static_cast<T>(a.spec.tolerance);
@@ -310,13 +319,13 @@ void add_tile(const BinsArgs& a, ChunkState<T, From>& state, const Span& span, c
         else *rows.template sums_of<Sums>(b) = sum_probabilities(rows.labels_of(b), state.scores.block(b), C, state.scores);
     }
     state.scores.end();
-    Scores<kClassWise, T> scores(a, rows, binning);
-    for (int b = 0; b < blocks; ++b) scores.add(b, rows.labels_of(b), *rows.template sums_of<Sums>(b));
-    scores.finish_tile(state.totals);
+    TileTotals<kClassWise, T> totals(a, rows, binning);
+    for (int b = 0; b < blocks; ++b) totals.add(b, rows.labels_of(b), *rows.template sums_of<Sums>(b));
+    totals.finish_tile(state.totals);
     if constexpr (!kLogits)
-        if (scores.met_bad()) find_bad(a, rows, span, fault);
+        if (totals.met_bad()) find_bad(a, rows, span, fault);
 
-    // Step 3: add the words to their bins, class by class.
+    // Step 3: add the words to the bins, class by class.
     if (!kClassWise) return state.bins.add(0, rows.place, rows.word, blocks);
     for (int64_t c = a.spec.first_class; c < C; ++c) {
         for (int b = 0; b < blocks; ++b) {
@@ -330,7 +339,8 @@ void add_tile(const BinsArgs& a, ChunkState<T, From>& state, const Span& span, c
     }
 }
 
-// Adds a tile of C classes, two to four, to top-label bins, straight from rows of memory.
+// Does as add_tile() for the top labels of two to four classes whose voxels are contiguous. Reads the logits from the
+// tensor itself.
 template <int C, class T, class From>
 void add_tile_of_few(const BinsArgs& a, ChunkState<T, From>& state, const Span& span, const Span&, BinsFault&) {
     const VoxelRows<T> rows = state.rows;
@@ -343,12 +353,13 @@ void add_tile_of_few(const BinsArgs& a, ChunkState<T, From>& state, const Span& 
         *rows.template sums_of<LogitSums<T>>(b) = sum_few_logits<C, T>(rows.labels_of(b), row, b * kLanes, kLanes);
     for (int b = whole; b < blocks; ++b)
         *rows.template sums_of<LogitSums<T>>(b) = sum_few_logits<C, T>(rows.labels_of(b), row, b * kLanes, span.count % kLanes);
-    Scores<false, T> scores(a, rows, binning);
-    for (int b = 0; b < blocks; ++b) scores.add(b, rows.labels_of(b), *rows.template sums_of<LogitSums<T>>(b));
-    scores.finish_tile(state.totals);
+    TileTotals<false, T> totals(a, rows, binning);
+    for (int b = 0; b < blocks; ++b) totals.add(b, rows.labels_of(b), *rows.template sums_of<LogitSums<T>>(b));
+    totals.finish_tile(state.totals);
     state.bins.add(0, rows.place, rows.word, blocks);
 }
 
+// Returns the function that adds a tile.
 template <class T, class From>
 auto choose_add_tile(const BinsArgs& a) {
     if (a.spec.class_wise) return a.spec.from_logits ? add_tile<true, true, T, From> : add_tile<true, false, T, From>;
@@ -391,7 +402,7 @@ struct CalibrationBins {
 
     template <class T>
     static Tiling tiling(const Args& a) {
-        // this tile and the next fill a quarter of the second cache
+        // The current tile and the next one fill a quarter of a second-level cache of 1 MiB.
         const int64_t wanted = 128 * 1024 / (a.shape.C * static_cast<int64_t>(sizeof(T)));
         return Tiling(a.shape, smaller(wanted, kMostBlocks * kLanes), logits_of_chunk(a.kinds() * a.spec.n_bins));
     }

@@ -1,5 +1,6 @@
-// Cross-entropy against one-hot or soft labels: loss and gradients in one pass.
-// Floor: one read of the logits and soft labels, one write of each gradient.
+// Kernel of cross_entropy with one-hot or soft labels, which computes the loss and the gradients in one pass.
+//
+// Least memory traffic: one read of the logits and of the soft labels, and one write of each gradient.
 #include "cpu/few_classes.h"
 #include "cpu/hard_cross_entropy.h"
 #include "cpu/kernel.h"
@@ -10,7 +11,7 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-// One-hot labels. D is the type in which the logits are stored.
+// Computes a chunk with one-hot labels. D is the type in which the logits are stored.
 template <bool kGradient, bool kPlain, class D, class T>
 void compute_hard(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
     const Smoothing<T> smoothing(a.spec.label_smoothing, a.shape.C);
@@ -23,7 +24,7 @@ void compute_hard(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch
         logits.begin(span, next);
         if (t.any_ignored()) clear_ignored(logits.tile(), t.labels, span.count, t.C);
         for (int b = 0; b * kLanes < span.count; ++b) {
-            t.labels_ahead.block(b);
+            t.labels_ahead.prefetch(b);
             hard_exponentials<kGradient, kPlain>(t, b, logits.block(b), logits);
         }
         logits.end();
@@ -35,7 +36,7 @@ void compute_hard(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch
     t.finish_chunk(a.chunk_sums, chunk);
 }
 
-// One-hot labels of C classes, which is a constant.
+// Does as compute_hard() for a small constant number of classes, if FewClasses supports the tensors.
 template <int C, bool kGradient, class D, class T>
 void compute_few(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
     using Few = FewClasses<C, kGradient, D, T>;
@@ -85,7 +86,7 @@ void compute_soft(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch
             if (t.any_ignored()) clear_ignored(tensor->tile(), t.labels, span.count, t.C);
         }
         for (int b = 0; b * kLanes < t.count; ++b) {
-            t.labels_ahead.block(b);
+            t.labels_ahead.prefetch(b);
             for (auto* tensor : {&logits, &soft}) tensor->prefetch_next(b);
             T *x = logits.block(b), *y = soft.block(b);
             const F<T> sum = exponentials_block(x, e, t.C);
@@ -106,7 +107,7 @@ struct CrossEntropy {
     template <class T>
     static Tiling tiling(const Args& a) {
         constexpr int64_t kElement = sizeof(T);
-        // one-hot labels: this tile and the next fill half of the second cache
+        // With one-hot labels, the current tile and the next one fill half of a second-level cache of 1 MiB.
         return Tiling(a.shape, a.tensors.soft_labels ? voxels_in_cache(a.shape.C, 2, kElement) : 256 * 1024 / (a.shape.C * kElement),
                       1 << 18);
     }

@@ -1,4 +1,4 @@
-// Dtypes: conversion of stored numbers to the compute type and back, and dispatch from a dtype to a C++ type.
+// Conversion of stored numbers to the compute type and back, and dispatch from a dtype to a C++ type.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-// ---- one number ----
+// ---- conversion of one number ----
 
 CALSEG_INLINE uint32_t bits_of(float x) {
     uint32_t bits;
@@ -28,21 +28,24 @@ CALSEG_INLINE float float_of(uint32_t bits) {
 
 CALSEG_INLINE float widen_bf16(uint16_t x) { return float_of(static_cast<uint32_t>(x) << 16); }
 
-CALSEG_INLINE uint16_t narrow_bf16(float x) {  // rounds to the nearest, ties to even; NaN stays NaN
+// Rounds to the nearest bfloat16, ties to even. NaN stays NaN.
+CALSEG_INLINE uint16_t narrow_bf16(float x) {
     const uint32_t bits = bits_of(x), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     return static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
 }
 
 CALSEG_INLINE float widen_f16(uint16_t x) {
-    // Multiplying by 2^112 moves the exponent and makes subnormals right. The exponent of Inf and NaN is set.
+    // Multiplying by 2^112 corrects the bias of the exponent, also for subnormal numbers. Inf and NaN then get the largest
+    // exponent.
     uint32_t bits = bits_of(float_of(static_cast<uint32_t>(x & 0x7fffu) << 13) * 0x1p112f);
     bits = (x & 0x7c00u) == 0x7c00u ? (bits | 0x7f800000u) : bits;
     return float_of(bits | static_cast<uint32_t>(x & 0x8000u) << 16);
 }
 
-CALSEG_INLINE uint16_t narrow_f16(float x) {  // rounds to the nearest, ties to even
+// Rounds to the nearest float16, ties to even. NaN stays NaN.
+CALSEG_INLINE uint16_t narrow_f16(float x) {
     const uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
-    // Normals round at bit 13; adding 1/2 rounds subnormals at 2^-24.
+    // Normal numbers are rounded at bit 13. Adding 1/2 rounds subnormal ones to a multiple of 2^-24.
     const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
     const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
     uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
@@ -73,7 +76,7 @@ CALSEG_INLINE void narrow(F16& to, T from) {
     to.bits = narrow_f16(static_cast<float>(from));
 }
 
-// ---- kLanes contiguous numbers ----
+// ---- conversion of kLanes contiguous numbers ----
 
 template <class T, class From>
 CALSEG_INLINE void widen_lanes(T* to, const From* from) {
@@ -84,19 +87,19 @@ CALSEG_INLINE void narrow_lanes(To* to, const T* from) {
     for (int i = 0; i < kLanes; ++i) narrow(to[i], from[i]);
 }
 #if defined(CALSEG_NATIVE_FLOAT)
-// Vectors written out: the compiler does not vectorise the loops above where they are inlined into a long loop.
+// Explicit vector code. The compiler does not vectorise the loops above where they are inlined into a long loop.
 typedef uint16_t ShortVector __attribute__((vector_size(2 * kLanes)));
 CALSEG_INLINE void widen_lanes(float* to, const float* from) { store(to, load<FloatVector>(from)); }
 CALSEG_INLINE void narrow_lanes(float* to, const float* from) { store(to, load<FloatVector>(from)); }
 CALSEG_INLINE void widen_lanes(float* to, const BF16* from) {
 #if defined(__AVX512F__)
-    // one instruction, where the compiler makes four of __builtin_convertvector
+    // The intrinsic is one instruction. The compiler makes four of __builtin_convertvector.
     store(to, _mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(from)), 16));
 #else
     store(to, __builtin_convertvector(load<ShortVector>(from), UintVector) << 16);
 #endif
 }
-CALSEG_INLINE void narrow_lanes(BF16* to, const float* from) {  // as narrow_bf16
+CALSEG_INLINE void narrow_lanes(BF16* to, const float* from) {
     const FloatVector x = load<FloatVector>(from);
     const UintVector bits = (UintVector)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const IntVector nan = IntVector{} + 0x7fc0;
@@ -104,7 +107,7 @@ CALSEG_INLINE void narrow_lanes(BF16* to, const float* from) {  // as narrow_bf1
 }
 #endif
 #if defined(__F16C__)
-// Conversions of the processor, eight at a time: GCC does not vectorise half precision by itself.
+// The processor's own conversions, eight numbers at a time. GCC does not use them when it vectorises a loop.
 CALSEG_INLINE void widen_lanes(float* to, const F16* from) {
     for (int i = 0; i < kLanes; i += 8)
         _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
@@ -130,7 +133,8 @@ CALSEG_INLINE void narrow_line(To* to, const T (&from)[N]) {
     for (int i = 0; i < N; i += kLanes) narrow_lanes(to + i, from + i);
 }
 #if defined(__AVX512F__)
-CALSEG_INLINE void narrow_line(BF16* to, const float (&from)[32]) {  // as narrow_bf16, two vectors at once
+// Does as narrow_bf16 for two vectors at once.
+CALSEG_INLINE void narrow_line(BF16* to, const float (&from)[32]) {
     __m512i rounded[2];
     for (int i = 0; i < 2; ++i) {
         const __m512 x = _mm512_loadu_ps(from + 16 * i);
@@ -145,9 +149,9 @@ CALSEG_INLINE void narrow_line(BF16* to, const float (&from)[32]) {  // as narro
 }
 #endif
 
-// ---- from a dtype to a C++ type ----
+// ---- dispatch from a dtype to a C++ type ----
 
-// Calls visit(typed null pointer) for a floating dtype.
+// Calls visit with a null pointer to the C++ type of a floating dtype.
 template <class Visit>
 CALSEG_INLINE void with_float_type(DType dtype, const Visit& visit) {
     switch (dtype) {
@@ -162,8 +166,8 @@ CALSEG_INLINE void with_float_type(DType dtype, const Visit& visit) {
     }
 }
 
-// Calls visit(typed null pointer) for the floating dtype of a tensor that is computed in T: float64 in double, the others
-// in float.
+// Does as with_float_type for a tensor that is computed in T. float64 is computed in double, every other dtype in float, so
+// each T needs code for its own dtypes only.
 template <class T, class Visit>
 CALSEG_INLINE void with_stored_type(DType dtype, const Visit& visit) {
     if constexpr (std::is_same<T, double>::value) visit(static_cast<double*>(nullptr));
@@ -172,7 +176,7 @@ CALSEG_INLINE void with_stored_type(DType dtype, const Visit& visit) {
     else visit(static_cast<float*>(nullptr));
 }
 
-// Calls visit(typed null pointer) for an integer dtype, or bool.
+// Calls visit with a null pointer to the C++ type of an integer dtype or bool.
 template <class Visit>
 CALSEG_INLINE void with_integer_type(DType dtype, const Visit& visit) {
     switch (dtype) {

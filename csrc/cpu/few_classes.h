@@ -1,7 +1,8 @@
-// Cross-entropy against one-hot labels of two to four classes, without class weights and label smoothing.
+// Cross-entropy with one-hot labels of two to four classes, and its gradient, without class weights and label smoothing.
 //
-// All that belongs to a block fits the registers. So logits come from memory and gradients go to memory without a tile
-// between. There are no more rows than the processor's own prefetcher follows.
+// With so few classes, registers hold all numbers of a block. So logits are read from the tensor and gradients are written
+// to the tensor without a tile in between. Nothing is prefetched, because the processor's own prefetcher can follow that
+// many rows.
 #pragma once
 
 #include "cpu/loss_tile.h"
@@ -11,11 +12,12 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-// D is the type in which logits and gradient are stored.
+// Computation of one tile. D is the type in which logits and gradient are stored. T is the compute type.
 template <int C, bool kGradient, class D, class T>
 class FewClasses {
  public:
-    // Whether logits and gradient are rows in memory, which streaming stores, if wanted, can write.
+    // Returns whether these tensors are supported: the voxels are contiguous, the dtypes are equal, and the rows of the
+    // gradient are aligned if it is to be streamed.
     static bool can_compute(const TensorView& logits, const TensorView& gradient, bool stream) {
         if (logits.stride_s != 1 || (kGradient && (gradient.stride_s != 1 || gradient.dtype != logits.dtype))) return false;
         if (!kGradient || !stream) return true;
@@ -32,10 +34,10 @@ class FewClasses {
         }
     }
 
-    // Computes the losses and gradients of a span of `count` voxels, of which some are ignored if kIgnored.
+    // Computes the losses and gradients of the first `count` voxels. kIgnored says that some of them may be ignored.
     template <bool kIgnored>
     CALSEG_MEMBER void compute(int count) const {
-        const FewClasses self = *this;  // a copy: members of a referenced object would be read anew after every store
+        const FewClasses self = *this;  // a copy, as the members of a referenced object would be read again after every store
         const int whole = count / kLine * kLine;
         Block block;
         if (whole > 0) self.template begin<kIgnored>(0, kLanes, block);
@@ -54,16 +56,19 @@ class FewClasses {
     }
 
  private:
-    // Voxels that fill whole cache lines: to stream half a line costs as much as a whole one.
+    // Number of voxels whose gradients are written at once. They fill whole cache lines, because streaming half a line
+    // costs as much as streaming a whole one.
     static constexpr int kLine = kLanes * sizeof(D) < 64 ? 64 / sizeof(D) : kLanes;
 
-    // State of a block between begin() and finish(). A block is finished beside the exponentials of the next one: the two
-    // together are a chain of operations longer than a processor looks ahead.
+    // State of a block between begin() and finish(). The two functions together are a chain of operations that is longer
+    // than a processor looks ahead. So the code begins the next block before it finishes the current one, and the two
+    // overlap.
     struct Block {
         F<T> e[C], sum, label_d;
         I<T> labels;
 
-        CALSEG_MEMBER void become(const Block& other) {  // copies part by part: a whole would go through memory
+        // Copies member by member. The compiler copies a whole structure through memory.
+        CALSEG_MEMBER void become(const Block& other) {
             for (int c = 0; c < C; ++c) e[c] = other.e[c];
             sum = other.sum;
             label_d = other.label_d;
@@ -71,7 +76,8 @@ class FewClasses {
         }
     };
 
-    // Finishes a line whose first block is begun, and begins the line after it if kMore.
+    // Computes the voxels of one line, whose first block has been begun. If kMore, it also begins the first block of the
+    // next line.
     template <bool kIgnored, bool kMore>
     CALSEG_MEMBER void line(int from, Block& block) const {
         alignas(64) T gradient[C][kLine];
@@ -87,10 +93,10 @@ class FewClasses {
             for (int c = 0; c < C; ++c) write(gradients_[c] + from, gradient[c]);
     }
 
-    // Exponentials of a block of `count` voxels, and their sum.
+    // Computes the exponentials of a block of `count` voxels, and their sum.
     template <bool kIgnored>
     CALSEG_MEMBER void begin(int at, int count, Block& block) const {
-        labels_ahead_.block(at / kLanes);
+        labels_ahead_.prefetch(at / kLanes);
         block.labels = load<I<T>>(labels_ + at);
         F<T>(&x)[C] = block.e, top = zero<T>();
         for (int c = 0; c < C; ++c) {
@@ -107,7 +113,7 @@ class FewClasses {
         for (int c = 1; c < C; ++c) block.sum = block.sum + x[c];
     }
 
-    // Losses of a block, and its gradients at place `within` of the line.
+    // Computes the losses of a block, and its gradients, which it writes to place `within` of the line.
     template <bool kIgnored>
     CALSEG_MEMBER void finish(int at, const Block& block, T (&gradient)[C][kLine], int within) const {
         const F<T> loss = log_positive(block.sum) - block.label_d;
@@ -119,8 +125,8 @@ class FewClasses {
                   multiply_subtract(block.e[c], scale, select(equal(block.labels, broadcast<I<T>>(c)), upstream, zero<T>())));
     }
 
-    // Turns differences from the maximum into exponentials. Two classes need one exponential: one of the differences is 0, and
-    // their sum is the other.
+    // Turns differences from the maximum into exponentials. Two classes need only one exponential: one difference is 0, so
+    // the sum of the two is the other one.
     static CALSEG_MEMBER void exponentials(F<T> (&d)[C]) {
         if constexpr (C != 2) return exp_nonpositive(d);
         F<T> e[1] = {d[0] + d[1]};

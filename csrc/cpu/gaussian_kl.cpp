@@ -1,4 +1,6 @@
-// KL(N(mu, exp(logvar)) || prior), summed over classes: loss and gradients in one pass. Floor: two reads, two writes.
+// Kernel of gaussian_kl: KL(N(mu, exp(logvar)) || prior) summed over classes, and its gradients, in one pass.
+//
+// Least memory traffic: one read of mu and of logvar, and one write of each gradient.
 #include "cpu/gaussian.h"
 #include "cpu/kernel.h"
 #include "cpu/loss_tile.h"
@@ -18,7 +20,7 @@ struct GaussianKL : TiledForFirstCache<LossArgs, 2, 1 << 15> {
         TensorTile<T> logvar(scratch, a.tensors.logvar, a.gradients.logvar, a.shape, tiles.length);
         if (scratch.is_counting()) return;
         const bool gradient = a.gradients.mu || a.gradients.logvar;
-        gaussian.clear_gradients();  // without samples the gradients are those of the KL term alone
+        gaussian.clear_gradients();  // there are no samples, so the gradients are those of the KL term alone
         for (const auto& [span, next] : TilesOfChunk(tiles, chunk)) {
             t.load(Labels(), a.upstream, span, next);
             for (auto* tensor : {&mu, &logvar}) tensor->begin(span, next);

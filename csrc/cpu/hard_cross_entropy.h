@@ -1,5 +1,8 @@
-// Cross-entropy against one-hot labels in three steps, each over all blocks of a tile. So no block waits for the logarithm or
-// the division of the one before. kPlain means: without class weights and label smoothing.
+// Cross-entropy with one-hot labels, and its gradient, for any number of classes.
+//
+// The computation has three steps: exponentials, losses, gradient. Each step goes over all blocks of a tile before the next
+// one begins. So no block waits for the logarithm or the division of another one. The template argument kPlain says that
+// there are neither class weights nor label smoothing.
 #pragma once
 
 #include "cpu/loss_tile.h"
@@ -9,15 +12,19 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-// Step 1 of a block: sums over classes that the loss is made of. Turns logits into e = exp(logits - max) if kKeep. `ahead`
-// reads a line of the next tile with every class.
+// Step 1 for a block: computes the sums over classes that the loss needs. With d = logits - max and e = exp(d), it stores
+//   t.sum           sum of e
+//   t.loss          d of the label; step 2 replaces it with the loss
+//   t.label_weight  class weight of the label, unless kPlain
+//   t.weighted_d    sum of weight * d, unless kPlain
+// If kKeep, the logits become e. For every class, `ahead` reads a line of the next tile.
 template <bool kKeep, bool kPlain, class T, class Ahead>
 CALSEG_INLINE void hard_exponentials(LossTile<T>& t, int block, T* logits, Ahead& ahead) {
     const I<T> labels = load<I<T>>(t.labels + block * kLanes);
     const F<T> top = max_over_classes(logits, t.C), none = zero<T>();
     F<T> sum = none, label_d = none, label_weight = none, weighted_d = none;
-    for_classes(t.C, [&](auto group, int64_t c) {
-        constexpr int K = decltype(group)::value;
+    for_classes(t.C, [&](auto at_once, int64_t c) {
+        constexpr int K = decltype(at_once)::value;
         F<T> d[K], e[K];
         for (int j = 0; j < K; ++j) e[j] = d[j] = load<F<T>>(logits + (c + j) * kLanes) - top;
         exp_nonpositive(e);
@@ -32,7 +39,7 @@ CALSEG_INLINE void hard_exponentials(LossTile<T>& t, int block, T* logits, Ahead
                 weighted_d = weighted_d + weight * d[j];
             }
         }
-        ahead.template lines<K>();
+        ahead.template read_lines<K>();
     });
     store(t.sum + block * kLanes, sum);
     store(t.loss + block * kLanes, label_d);
@@ -42,7 +49,10 @@ CALSEG_INLINE void hard_exponentials(LossTile<T>& t, int block, T* logits, Ahead
     }
 }
 
-// Step 2 of a block: the loss, and the gradient's factors of e, to t.sum, and of the label, to t.label_weight.
+// Step 2 for a block: computes the loss, and the factors of the gradient. It stores
+//   t.loss          loss
+//   t.sum           factor of e in the gradient
+//   t.label_weight  number that the gradient subtracts in the class of the label
 template <bool kPlain, class T>
 CALSEG_INLINE void hard_loss(LossTile<T>& t, int block, const Smoothing<T>& smoothing) {
     const int64_t at = block * kLanes;
@@ -50,10 +60,11 @@ CALSEG_INLINE void hard_loss(LossTile<T>& t, int block, const Smoothing<T>& smoo
     const F<T> log_sum_exp = log_positive(sum);
     F<T> loss = log_sum_exp - load<F<T>>(t.loss + at), on_label = broadcast<F<T>>(T(1)), mass = on_label;
     if (!kPlain) {
-        const F<T> spread = broadcast<F<T>>(smoothing.spread), weights = broadcast<F<T>>(t.weight_sum);
+        // Without label smoothing, a class that is not the label does not count, even if its weight is infinite.
+        const F<T> spread = broadcast<F<T>>(smoothing.spread), weights = broadcast<F<T>>(smoothing.spread == T(0) ? T(0) : t.weight_sum);
         on_label = broadcast<F<T>>(smoothing.keep) * load<F<T>>(t.label_weight + at);
         loss = on_label * loss;
-        // without smoothing an impossible class (-inf) must not meet a zero factor
+        // If spread is 0, skip the term: weighted_d is -inf where a logit is, and 0 times -inf would be NaN.
         if (smoothing.spread != T(0)) loss = loss + spread * (weights * log_sum_exp - load<F<T>>(t.weighted_d + at));
         mass = on_label + spread * weights;
     }
@@ -62,13 +73,13 @@ CALSEG_INLINE void hard_loss(LossTile<T>& t, int block, const Smoothing<T>& smoo
     store(t.label_weight + at, upstream * on_label);
 }
 
-// Step 3: gradient of the logits of one class, a block at a time, from e.
+// Step 3: function object that computes the gradient of the logits of one class, block by block.
 template <bool kPlain, class T>
 struct HardGradient {
     const int32_t* labels;
     const T *e, *scale_e, *scale_label, *upstream;
     int64_t C, c;
-    T weight;  // class weight times the label smoothing's spread
+    T weight;  // class weight times the spread of label smoothing
 
     HardGradient(const LossTile<T>& t, const T* tile, int64_t class_index, const Smoothing<T>& smoothing)
         : labels(t.labels),
@@ -78,7 +89,7 @@ struct HardGradient {
           upstream(t.upstream),
           C(t.C),
           c(class_index),
-          weight(t.weight[class_index] * smoothing.spread) {}
+          weight(smoothing.spread == T(0) ? T(0) : t.weight[class_index] * smoothing.spread) {}
 
     CALSEG_MEMBER F<T> operator()(int b) const {
         const int at = b * kLanes;
@@ -89,6 +100,7 @@ struct HardGradient {
     }
 };
 
+// Stores the gradient of the logits of a tile. The tile e is overwritten if the voxels of the gradient are not contiguous.
 template <bool kPlain, class T>
 void store_hard_gradient(const TensorView& to, const Span& span, const LossTile<T>& t, T* e, const Smoothing<T>& smoothing, bool stream) {
     const bool rows = to.stride_s == 1;

@@ -1,11 +1,12 @@
-// Kernels from operations: the choice of float or double arithmetic, and the three functions of a kernel.
+// Template that makes the three functions of a kernel from the class of an operation, and chooses float or double
+// arithmetic.
 //
-// An operation is a type that has
-//   Args                                           the arguments of a call
-//   dtype(args)                                    the dtype that decides the arithmetic: double for float64, else float
-//   tiling<T>(args)                                the division of the call, where T is float or double
-//   compute_chunk<T>(args, tiles, chunk, scratch)  the work of a chunk. It takes all of its scratch memory before anything
-//                                                  else, and returns if scratch.is_counting().
+// The class of an operation has these members, where T is float or double:
+//   Args                                           type of the arguments of a call
+//   dtype(args)                                    dtype that decides the arithmetic: double for float64, else float
+//   tiling<T>(args)                                division of the call into chunks and tiles
+//   compute_chunk<T>(args, tiles, chunk, scratch)  work of a chunk. It first takes all of its scratch memory, and returns at
+//                                                  once if scratch.is_counting().
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Labels of a tile: reading, ignored voxels, and prefetching.
+// Labels of a tile: reading them, prefetching them, and clearing the voxels that they ignore.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-// Comparison of labels of one type with ignore_index. No label is ignored if the type cannot hold the index.
+// Comparison of labels of one integer type with ignore_index. If the type cannot hold the index, no label equals it.
 template <class From>
 struct IgnoreIndex {
     From value;
@@ -24,7 +24,7 @@ struct IgnoreIndex {
     CALSEG_MEMBER bool operator!=(From label) const { return !(*this == label); }
 };
 
-// Range of the classes among labels of one type.
+// Test whether labels of one integer type are classes, which are 0 to C - 1.
 template <class From>
 struct ClassLabels {
     using Unsigned = std::make_unsigned_t<From>;
@@ -37,8 +37,9 @@ struct ClassLabels {
     static constexpr auto kMaxLabel = static_cast<int64_t>(static_cast<Unsigned>(-1) / (std::is_signed<From>::value ? 2 : 1) & INT64_MAX);
 };
 
-// Reads the labels of a tile: the class, or -1 where the voxel is ignored, the label is no class, or the tile is padded.
-// Returns the number of voxels that count.
+// Reads the labels of a tile. Stores the class of each voxel that counts, or 0 if the labels are a mask. Stores -1 for an
+// ignored voxel, for a label that is not a class, and for the padding of the last block. Returns the number of voxels that
+// count.
 inline int load_labels(int32_t* to, const Labels& labels, const Span& span, int64_t C) {
     const int count = span.count;
     const int padded = static_cast<int>(round_up(count, kLanes));
@@ -54,7 +55,7 @@ inline int load_labels(int32_t* to, const Labels& labels, const Span& span, int6
         const ClassLabels<From> classes(labels.is_mask ? INT64_MAX : C);
         const From* from = address<From>(labels.tensor, span);
         const int32_t keep = labels.is_mask ? 0 : -1;
-        // an index that is no class needs no comparison
+        // If ignore_index is not a class, the test for classes already rejects it, and no comparison with it is needed.
         const bool may_be_class = ignore.possible && classes.contain(ignore.value);
         const auto convert = [&](auto any_ignored, auto by) {
             for (int i = 0; i < count; ++i) {
@@ -75,7 +76,8 @@ inline int load_labels(int32_t* to, const Labels& labels, const Span& span, int6
     return counted;
 }
 
-// Prefetches the labels of the next tile, a block at a time. Read all at once, they would have to be waited for.
+// Prefetcher for the labels of the next tile. It is called for one block at a time while the current tile is computed.
+// Without it, load_labels() would wait for memory.
 class LabelsAhead {
  public:
     LabelsAhead() = default;
@@ -84,7 +86,7 @@ class LabelsAhead {
                 (next.n * labels.tensor.stride_n + next.s * labels.tensor.stride_s) * dtype_bytes(labels.tensor.dtype)),
           block_bytes_(labels.tensor && labels.tensor.stride_s == 1 && next.count > 0 ? kLanes * dtype_bytes(labels.tensor.dtype) : 0) {}
 
-    CALSEG_MEMBER void block(int b) const {
+    CALSEG_MEMBER void prefetch(int b) const {
 #if defined(__GNUC__)
         for (int64_t at = 0; at < block_bytes_; at += 64) __builtin_prefetch(from_ + b * block_bytes_ + at, 0, 2);
 #else
@@ -97,7 +99,7 @@ class LabelsAhead {
     int64_t block_bytes_ = 0;
 };
 
-// Zeroes ignored voxels, whose values must not reach the arithmetic: they may be NaN.
+// Sets the values of ignored voxels to 0. They may be NaN, which must not reach the arithmetic.
 template <class T>
 void clear_ignored(T* tile, const int32_t* labels, int count, int64_t C) {
     for (int b = 0; b * kLanes < count; ++b)

@@ -1,4 +1,4 @@
-// State of a loss: the tile's rows of labels, losses and upstream gradients, and the sums of the chunk.
+// Working memory of a loss kernel: labels, losses and upstream gradients of a tile, and the sums over a chunk.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,8 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-// Sum of a row in double, in a fixed order. With so many partial sums no addition waits for the one before.
+// Returns the sum of a row, added in double and in a fixed order. There are so many partial sums that no addition waits for
+// the result of another one.
 template <class T>
 double sum_row(const T* row, int count) {
     constexpr int kPartial = 32;
@@ -24,8 +25,8 @@ double sum_row(const T* row, int count) {
     return part[0];
 }
 
-// Uniform label smoothing: Y becomes keep * Y + spread. The factors are made once a chunk, as a division in every block would
-// cost time.
+// Factors of uniform label smoothing, which turns Y into keep * Y + spread. They are computed once per chunk, because a
+// division in every block would cost time.
 template <class T>
 struct Smoothing {
     T keep, spread;
@@ -33,19 +34,21 @@ struct Smoothing {
         : keep(T(1) - static_cast<T>(label_smoothing)), spread(static_cast<T>(label_smoothing) / static_cast<T>(C)) {}
 };
 
-// Rows of a tile with one number per voxel, the class weights, and the chunk's sums.
+// Rows with one number for each voxel of a tile, the class weights, and the sums over the chunk.
 template <class T>
 struct LossTile {
-    int count = 0, counted = 0;
+    int count = 0;    // number of voxels in the tile
+    int counted = 0;  // number of them whose label is a class
     int64_t C;
-    int32_t* labels;                     // [length], -1 where ignored
-    T *loss, *kl;                        // [length]
+    int32_t* labels;                     // [length] -1 where ignored
+    T* loss;                             // [length] loss of each voxel; hard_cross_entropy.h first keeps another number here
+    T* kl;                               // [length] KL term of each voxel
     T* upstream;                         // [length] gradient of the result with respect to loss, 0 where ignored
     T* kl_upstream;                      // [length] gradient of the result with respect to kl, 0 where ignored
     T *sum, *label_weight, *weighted_d;  // [length] intermediate results of hard_cross_entropy.h
-    T* weight;                           // [C], ones without class weights
-    T weight_sum = 0;
-    LossSums sums;  // of the tiles so far
+    T* weight;                           // [C] class weights, all 1 if none are given
+    T weight_sum = 0;                    // sum of the class weights
+    LossSums sums;                       // sums over the tiles of the chunk so far
     LabelsAhead labels_ahead;
 
     LossTile(Scratch& scratch, int64_t num_classes, int length, const double* class_weight) : C(num_classes) {
@@ -91,7 +94,9 @@ struct LossTile {
     }
 
  private:
-    int filled_ = 0;  // number of upstream gradients that a tile without ignored voxels left, and that hold for the next
+    // Number of entries of upstream and kl_upstream that hold the constant gradient of a voxel that counts. The next tile
+    // without ignored voxels need not write them again.
+    int filled_ = 0;
 
     void load_upstream(const Upstream& up, const Span& span) {
         const T scale = static_cast<T>(up.scale), kl_scale = static_cast<T>(up.kl_scale);

@@ -1,11 +1,12 @@
-// Philox4x32-7 for kLanes consecutive voxels (the noise contract, calseg/rng.py).
+// Random number generator Philox4x32-7 for kLanes consecutive voxels. calseg/backends/rng.py defines how it is used.
 //
-// Only word 0 of the counter, the voxel, differs between lanes: word 1 (voxel >> 32) is the same in all lanes, word 2 is the
-// quad, and word 3 is 0. So half of the first two rounds depends on the voxel alone and is made once, and the other half is
-// scalar. A quad costs five full rounds instead of seven.
+// The counter has four words: 0 is voxel mod 2^32, 1 is voxel >> 32, 2 is the quad, and 3 is 0. Only word 0 differs between
+// lanes. So in the first two rounds, one half of the work depends on the voxel alone and is done once for all quads. The
+// other half is the same for all lanes and is scalar. A quad then costs five full rounds instead of seven.
 //
-// 32 x 32 -> 64 bit products need 64-bit lanes. Even and odd voxels lie in two vectors whose low halves hold the words, so
-// that no shuffle is needed between rounds. One shift and one merge at the end restore the order of voxels.
+// The products of two 32-bit words have 64 bits and need 64-bit lanes. One vector holds the words of the even voxels in the
+// low halves of its lanes, and another one those of the odd voxels. So no shuffle is needed between rounds. At the end, a
+// shift and a merge restore the order of the voxels.
 #pragma once
 
 #include "cpu/simd.h"
@@ -17,6 +18,7 @@ namespace {
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 
+// Vector of 64-bit lanes whose low halves hold the 32-bit words of every second voxel.
 #if defined(__AVX512F__)
 struct Words {
     __m512i v;
@@ -59,7 +61,6 @@ CALSEG_INLINE Words merge(Words even, Words odd) {
     return {_mm_or_si128(_mm_srli_epi64(_mm_slli_epi64(even.v, 32), 32), _mm_slli_epi64(odd.v, 32))};
 }
 #else
-// Plain 64-bit words for any processor.
 struct Words {
     static constexpr int count = kLanes / 2;
     uint64_t v[count];
@@ -102,7 +103,7 @@ CALSEG_INLINE Words merge(Words even, Words odd) {
 }
 #endif
 
-// Random words of kLanes consecutive voxels, which share voxel >> 32.
+// Generator of the random words of kLanes consecutive voxels. All of them must have the same voxel >> 32.
 class Philox {
  public:
     explicit Philox(uint64_t seed) : key0_(static_cast<uint32_t>(seed)), key1_(static_cast<uint32_t>(seed >> 32)) {
@@ -120,7 +121,8 @@ class Philox {
         }
     }
 
-    // Computes the voxels' part of the first two rounds, once for all quads.
+    // Sets the voxels to `first` and those after it. Computes the part of the first two rounds that depends on the voxel
+    // alone.
     CALSEG_MEMBER void set_voxels(uint64_t first) {
         voxel_high_ = static_cast<uint32_t>(first >> 32);
         const Words m0 = all_words(kPhiloxM0), m1 = all_words(kPhiloxM1), key = all_words(key1_), zero = all_words(0);
@@ -133,13 +135,15 @@ class Philox {
         }
     }
 
-    // Computes the words 0 to 3 of K quads from `quad` on, kLanes values each. K quads go side by side: vector_math.h says why.
+    // Computes the four words of K quads, from `quad` on, for each voxel. The K quads are computed together, so that the
+    // processor overlaps their chains of operations.
     template <int K>
     CALSEG_MEMBER void words(uint32_t quad, uint32_t (*to)[4][kLanes]) const {
         const Words m0 = all_words(kPhiloxM0), m1 = all_words(kPhiloxM1), zero = all_words(0);
         Words a[2 * K][4];
         for (int k = 0; k < K; ++k) {
-            const uint64_t p1 = static_cast<uint64_t>(quad + static_cast<uint32_t>(k)) * kPhiloxM1;  // round 1, without the voxel
+            // Compute the half of rounds 1 and 2 that does not depend on the lane.
+            const uint64_t p1 = static_cast<uint64_t>(quad + static_cast<uint32_t>(k)) * kPhiloxM1;  // round 1
             const uint32_t c0 = static_cast<uint32_t>(p1 >> 32) ^ voxel_high_ ^ key0_;
             const uint64_t p0 = static_cast<uint64_t>(c0) * kPhiloxM0;  // round 2
             const Words x0 = all_words(static_cast<uint32_t>(p1) ^ (key0_ + kPhiloxW0));

@@ -1,10 +1,12 @@
-// Reading of the next tile while this one is computed.
+// Pair of tiles of a tensor: the current one, and the next one, which is read while the current one is computed.
 //
-// Cross-entropy computes about as long as it waits for memory. A processor overlaps the two only if they are mixed finely:
-// one line of the next tile is read for every line of this one that is computed. A line is kLanes voxels of one class.
-// Lines are read in the order of memory, row by row, and prefetched two rows before. They are prefetched into the second
-// cache, which has room for more requests under way than the first, and where rows a power of two apart do not evict each
-// other.
+// Cross-entropy takes about as long to compute as its logits take to arrive from memory. A processor overlaps the two only
+// if they alternate in small steps. So the kernel reads one line of the next tile for every line of the current tile that
+// it computes. A line is kLanes voxels of one class.
+//
+// Lines are read in the order of memory, row by row, where a row is one class of a tile. They are prefetched two rows
+// before they are read, into the second-level cache. That cache can have more requests in flight than the first-level
+// cache, and rows that lie a power of two apart do not evict each other there.
 #pragma once
 
 #include "cpu/tile.h"
@@ -13,7 +15,7 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-// From is the type in which the tensor is stored.
+// T is the compute type. From is the type in which the tensor is stored.
 template <class T, class From>
 class ReadAhead {
  public:
@@ -24,9 +26,9 @@ class ReadAhead {
     T* tile() { return tiles_[0]; }
     T* block(int b) { return tiles_[0] + b * C_ * kLanes; }
 
-    // Makes the span's tile the current one. From now on lines of the next one can be read.
+    // Makes the tile of `span` the current one. From then on, read_line() reads the tile of `next`.
     void begin(const Span& span, const Span& next) {
-        if (class_ == C_) {  // read while its predecessor was computed
+        if (class_ == C_) {  // the tile has been read while the one before it was computed
             T* read = tiles_[1];
             tiles_[1] = tiles_[0];
             tiles_[0] = read;
@@ -38,42 +40,43 @@ class ReadAhead {
         if (class_ == 0) begin_row();
     }
 
-    // Reads a line of the next tile.
-    CALSEG_MEMBER void line() {
+    // Reads a line of the next tile, if one is left.
+    CALSEG_MEMBER void read_line() {
         if (class_ >= C_) return;
 #if defined(__GNUC__)
-        __builtin_prefetch(wanted_, 0, 2);
+        __builtin_prefetch(prefetched_, 0, 2);
 #endif
         widen_lanes(to_, from_);
-        wanted_ += kLanes;
+        prefetched_ += kLanes;
         from_ += kLanes;
         to_ += C_ * kLanes;
         if (--lines_ == 0) end_row();
     }
 
+    // Reads K lines of the next tile. K is 1 or 2.
     template <int K>
-    CALSEG_MEMBER void lines() {
-        line();
-        if (K == 2) line();
+    CALSEG_MEMBER void read_lines() {
+        read_line();
+        if (K == 2) read_line();
     }
 
-    // Reads the lines that are left.
+    // Reads the lines of the next tile that are left.
     void end() {
-        while (class_ < C_) line();
+        while (class_ < C_) read_line();
     }
 
  private:
-    static constexpr int64_t kNothing = INT64_MAX;  // class_ where there is nothing to read
+    static constexpr int64_t kNothing = INT64_MAX;  // value of class_ if no line is to be read
     static constexpr int64_t kRowsAhead = 2;
 
     void begin_row() {
         from_ = address<From>(view_, next_, class_);
         to_ = tiles_[1] + class_ * kLanes;
         lines_ = next_.count / kLanes;
-        // after the last row comes the first one of the tile after the next
+        // After the last row, prefetch the first rows of the tile after the next one.
         const int64_t ahead = class_ + kRowsAhead;
-        wanted_ =
-            ahead < C_ ? address<From>(view_, next_, ahead) : address<From>(view_, next_, ahead - C_ < C_ ? ahead - C_ : 0) + next_.count;
+        if (ahead < C_) prefetched_ = address<From>(view_, next_, ahead);
+        else prefetched_ = address<From>(view_, next_, ahead - C_ < C_ ? ahead - C_ : 0) + next_.count;
     }
 
     void end_row() {
@@ -83,12 +86,13 @@ class ReadAhead {
 
     TensorView view_;
     int64_t C_;
-    T* tiles_[2];  // the current tile, the next one
+    T* tiles_[2];  // current tile, next tile
     Span next_;
-    int64_t class_ = kNothing;  // of the line that is read next
-    int lines_ = 0;             // whole lines left in this row
-    const From *from_ = nullptr, *wanted_ = nullptr;
-    T* to_ = nullptr;
+    int64_t class_ = kNothing;          // class of the line that is read next
+    int lines_ = 0;                     // number of whole lines left in its row
+    const From* from_ = nullptr;        // place of that line in the tensor
+    const From* prefetched_ = nullptr;  // place of the line that is prefetched at the same time
+    T* to_ = nullptr;                   // place of that line in the next tile
 };
 
 }  // namespace

@@ -1,5 +1,8 @@
-// Soft labels sampled from the dense Gaussian and blended with one-hot labels; and the gradients of mu and logvar.
-// Floor: two reads and a write, for the gradients three reads and two writes; num_samples * C normals a voxel take longer.
+// Kernels of sample_soft_labels: the forward one samples soft labels from the Gaussian over the logits and blends them with
+// one-hot labels, the backward one computes the gradients of mu and logvar.
+//
+// Least memory traffic: two reads and one write forward, three reads and two writes backward. Drawing num_samples * C
+// normals for each voxel takes longer than that.
 #include "cpu/blend.h"
 #include "cpu/gaussian.h"
 #include "cpu/kernel.h"
@@ -14,8 +17,8 @@ template <bool kBackward>
 struct SampleSoftLabels : TiledForFirstCache<SampleArgs, 3, 1 << 14> {
     static DType dtype(const Args& a) { return a.tensors.mu.dtype; }
 
-    // Forward, `soft` becomes the soft labels. Backward, it holds the upstream gradient, and mu and logvar become their
-    // gradients.
+    // In the forward kernel, `soft` becomes the soft labels. In the backward kernel, it holds the upstream gradient, and mu
+    // and logvar become their gradients.
     template <class T>
     static void compute_chunk(const Args& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
         const int64_t C = a.shape.C;

@@ -1,4 +1,4 @@
-// Pass over the labels alone: counts, weights for the mean, and the first label out of range.
+// Kernel that reads the labels alone: it counts voxels, sums class weights, and finds the first label that is not a class.
 #include "cpu/labels.h"
 #include "cpu/table.h"
 
@@ -10,7 +10,8 @@ constexpr int64_t kChunk = 1 << 16;  // voxels
 
 int64_t per_item(const ScanArgs& a) { return (a.shape.S + kChunk - 1) / kChunk; }
 
-// Compares and counts in the labels' own type, of which a vector holds the most. A byte counts to 255, hence kBlock.
+// Scans voxels `first` to `last` of batch item n. Compares and counts in the type of the labels, so that a vector holds as
+// many as possible. The counters start again after kBlock voxels, because a counter of one byte holds no more than 255.
 template <class From>
 void scan(const ScanArgs& a, int64_t n, int64_t first, int64_t last, LabelSums& sums) {
     using Unsigned = std::make_unsigned_t<From>;

@@ -1,4 +1,4 @@
-// Scratch memory of a chunk, handed out in rows that start on a cache line.
+// Scratch memory of a chunk, from which code takes rows that start on a cache line.
 #pragma once
 
 #include <cstdint>
@@ -9,11 +9,11 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-// Without memory it counts the bytes of the rows, which must not be touched then. So the code that takes the rows is also
-// the description of how many bytes they need.
+// Allocator of the rows. Made without memory, it only counts the bytes of the rows taken. Such rows must not be read or
+// written. The same code thus says how much memory it needs and takes that memory.
 class Scratch {
  public:
-    Scratch() = default;
+    Scratch() = default;  // counts only
     explicit Scratch(void* memory) : first_(reinterpret_cast<uintptr_t>(memory)) {}
 
     template <class T>

@@ -1,8 +1,11 @@
-// Vectors of kLanes voxels. A vector of floats is a register of the instruction set: a GCC/Clang vector type, whose
-// operators the language gives. A vector of doubles, and every vector on other compilers, is a plain array of that length.
+// Vector types that hold one number for each of kLanes voxels, and their basic operations.
 //
-// Headers of csrc/cpu/ are compiled once per instruction set. So everything has internal linkage, and the library's
-// templates are not used: the linker may merge a template compiled for one instruction set into another's code.
+// A vector of floats or 32-bit integers is one register of the instruction set. GCC and Clang give its type the arithmetic
+// operators. A vector of doubles is a plain array of kLanes numbers, and so is every vector on other compilers.
+//
+// All headers of csrc/cpu/ are compiled once per instruction set, so everything in them has internal linkage. They avoid
+// function templates of the standard library. The linker keeps one copy of such a function, and that copy may use an
+// instruction set that the processor lacks.
 #pragma once
 
 #include <cmath>
@@ -33,7 +36,7 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
-// ---- arrays ----
+// ---- vectors that are arrays ----
 
 template <class T>
 struct Array {
@@ -74,7 +77,7 @@ CALSEG_INLINE Array<T> select(Array<bool> mask, Array<T> a, Array<T> b) {
     return b;
 }
 template <class T>
-CALSEG_INLINE Array<T> larger(Array<T> a, Array<T> b) {  // b where either is NaN
+CALSEG_INLINE Array<T> larger(Array<T> a, Array<T> b) {  // gives b where either is NaN
     for (int i = 0; i < kLanes; ++i) b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
     return b;
 }
@@ -91,12 +94,12 @@ CALSEG_INLINE Array<T> reciprocal(Array<T> a) {
 }
 
 template <class T>
-CALSEG_INLINE Array<T> multiply_subtract(Array<T> a, Array<T> b, Array<T> c) {  // a * b - c
+CALSEG_INLINE Array<T> multiply_subtract(Array<T> a, Array<T> b, Array<T> c) {
     return a * b - c;
 }
 
 template <class T>
-CALSEG_INLINE Array<int32_t> nearest_integer(Array<T> a) {  // halves to even
+CALSEG_INLINE Array<int32_t> nearest_integer(Array<T> a) {  // rounds halves to even
     Array<int32_t> r;
     for (int i = 0; i < kLanes; ++i) r.v[i] = static_cast<int32_t>(std::nearbyint(a.v[i]));
     return r;
@@ -107,6 +110,7 @@ CALSEG_INLINE Array<int32_t> truncated_integer(Array<T> a) {
     for (int i = 0; i < kLanes; ++i) r.v[i] = static_cast<int32_t>(a.v[i]);
     return r;
 }
+// Converts integers to the type of the second argument, whose values are not used.
 template <class T>
 CALSEG_INLINE Array<T> to_values(Array<int32_t> a, Array<T>) {
     Array<T> r;
@@ -124,7 +128,7 @@ CALSEG_INLINE bool all(Array<bool> mask) {
     for (bool lane : mask.v) r &= lane;
     return r;
 }
-// to[i] = high[i] * 2^32 + low[i]
+// Stores 64-bit words: to[i] = high[i] * 2^32 + low[i].
 CALSEG_INLINE void store_words(uint64_t* to, Array<int32_t> low, Array<int32_t> high) {
     for (int i = 0; i < kLanes; ++i)
         to[i] = static_cast<uint64_t>(static_cast<uint32_t>(high.v[i])) << 32 | static_cast<uint32_t>(low.v[i]);
@@ -137,14 +141,16 @@ CALSEG_INLINE Array<T> gather(const T* from, Array<int32_t> at) {
     return r;
 }
 
-// ---- vector types of T ----
+// ---- vector types for a compute type T ----
 
 template <class T>
 struct Vectors {
-    using F = Array<T>;        // values
-    using I = Array<int32_t>;  // labels
-    using M = Array<bool>;     // comparisons
+    using F = Array<T>;        // floating-point values
+    using I = Array<int32_t>;  // integers, such as labels
+    using M = Array<bool>;     // results of comparisons
 };
+
+// ---- vectors that are registers ----
 
 #if defined(__GNUC__)
 #define CALSEG_NATIVE_FLOAT
@@ -206,7 +212,8 @@ CALSEG_INLINE FloatVector square_root(FloatVector a) {
 #endif
 #endif
 
-CALSEG_INLINE FloatVector reciprocal(FloatVector a) {  // good to an ulp; a is neither 0, subnormal nor infinite
+// Computes 1 / a to within an ulp. No element may be 0, subnormal or infinite.
+CALSEG_INLINE FloatVector reciprocal(FloatVector a) {
 #if defined(__AVX512F__)
     const FloatVector r = _mm512_rcp14_ps(a);
     return r * (1.0f - a * r) + r;
@@ -214,9 +221,10 @@ CALSEG_INLINE FloatVector reciprocal(FloatVector a) {  // good to an ulp; a is n
     return 1.0f / a;
 #endif
 }
-CALSEG_INLINE FloatVector multiply_subtract(FloatVector a, FloatVector b, FloatVector c) {  // a * b - c
+CALSEG_INLINE FloatVector multiply_subtract(FloatVector a, FloatVector b, FloatVector c) {
 #if defined(__AVX512F__)
-    return _mm512_fmsub_ps(a, b, c);  // fused in any case: left to itself, the compiler fuses or not according to the code around
+    // The intrinsic always fuses. Written as a * b - c, the expression is fused in one place and not in another.
+    return _mm512_fmsub_ps(a, b, c);
 #else
     return a * b - c;
 #endif
@@ -226,7 +234,7 @@ CALSEG_INLINE FloatVector to_float_bits(IntVector a) { return (FloatVector)a; }
 CALSEG_INLINE FloatVector convert(IntVector a) { return __builtin_convertvector(a, FloatVector); }
 CALSEG_INLINE FloatVector to_values(IntVector a, FloatVector) { return convert(a); }
 CALSEG_INLINE IntVector truncated_integer(FloatVector a) { return __builtin_convertvector(a, IntVector); }
-CALSEG_INLINE IntVector nearest_integer(FloatVector a) {  // halves to even
+CALSEG_INLINE IntVector nearest_integer(FloatVector a) {  // rounds halves to even
 #if defined(__AVX512F__)
     return (IntVector)_mm512_cvtps_epi32(a);
 #elif defined(__AVX2__)
@@ -240,7 +248,6 @@ CALSEG_INLINE IntVector nearest_integer(FloatVector a) {  // halves to even
 #endif
 }
 
-// to[i] = high[i] * 2^32 + low[i]
 CALSEG_INLINE void store_words(uint64_t* to, IntVector low, IntVector high) {
 #if defined(__AVX512F__)
     const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -275,7 +282,7 @@ struct Vectors<float> {
 };
 #endif
 
-// ---- memory and constants, for registers and arrays ----
+// ---- memory and constants, for both kinds of vectors ----
 
 template <class V, class T>
 CALSEG_INLINE V load(const T* from) {
@@ -288,8 +295,8 @@ CALSEG_INLINE void store(T* to, V v) {
     std::memcpy(to, &v, sizeof v);
 }
 #if defined(CALSEG_NATIVE_FLOAT)
-// Stores without memcpy, after which the compiler would read every pointer anew. A vector's store may change numbers of its
-// own type only.
+// Stores through a vector type instead of memcpy. A memcpy may change any memory, so the compiler would read every pointer
+// again after it. A store of a vector changes only numbers of its own type.
 typedef float FloatVectorAt __attribute__((vector_size(4 * kLanes), aligned(4)));
 typedef int32_t IntVectorAt __attribute__((vector_size(4 * kLanes), aligned(4)));
 CALSEG_INLINE void store(float* to, FloatVector v) { *reinterpret_cast<FloatVectorAt*>(to) = v; }
@@ -320,7 +327,7 @@ CALSEG_INLINE V broadcast(T x) {
     return Broadcast<V>::of(x);
 }
 
-// ---- plain numbers, in place of the library's templates ----
+// ---- plain numbers, in place of the standard library's templates ----
 
 CALSEG_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 CALSEG_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }

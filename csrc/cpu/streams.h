@@ -1,4 +1,4 @@
-// Streaming stores, which write whole lines to memory without reading them into the caches first.
+// Streaming stores, which write whole cache lines to memory without reading them into the caches first.
 #pragma once
 
 #include <cstdint>
@@ -10,14 +10,15 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-// Size from which results are streamed: they are larger than the caches, and so not read again soon.
+// Size in bytes from which a result is streamed. Such a result is larger than the caches, so later reads find nothing
+// there.
 constexpr int64_t kStreamBytes = 4 << 20;
 
 inline bool is_streamed(const TensorView& result, const Shape& shape) {
     return result && shape.voxels() * shape.C * dtype_bytes(result.dtype) >= kStreamBytes;
 }
 
-// Streams 64 bytes to an address that is a multiple of 64.
+// Streams a line of 64 bytes to an address that is a multiple of 64.
 CALSEG_INLINE void stream_line(void* to, const void* from) {
 #if defined(__AVX512F__)
     _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
@@ -31,7 +32,7 @@ CALSEG_INLINE void stream_line(void* to, const void* from) {
 #endif
 }
 
-// Streams bytes to any address: whole lines are streamed, the rest is copied.
+// Streams bytes to any address. Whole lines are streamed. The bytes before the first and after the last one are copied.
 inline void stream_bytes(void* to, const void* from, int64_t bytes) {
     char* out = static_cast<char*>(to);
     const char* in = static_cast<const char*>(from);
@@ -47,7 +48,7 @@ inline void stream_bytes(void* to, const void* from, int64_t bytes) {
     if (bytes) std::memcpy(out, in, static_cast<size_t>(bytes));
 }
 
-// Whether the instruction set can stream kLanes values, at an address that is a multiple of their size.
+// Whether the instruction set has a streaming store for kLanes values of a type.
 template <class To>
 constexpr bool kStreamed = false;
 #if defined(__SSE2__)
@@ -59,6 +60,7 @@ constexpr bool kStreamed<BF16> = true;
 template <>
 constexpr bool kStreamed<F16> = true;
 #endif
+// Streams kLanes values to an address for which is_aligned_to_lanes() holds.
 template <class To>
 CALSEG_INLINE void stream_lanes(To* to, const To* from) {
     constexpr int kBytes = kLanes * sizeof(To);
@@ -80,7 +82,7 @@ CALSEG_INLINE bool is_aligned_to_lanes(const To* p) {
     return reinterpret_cast<uintptr_t>(p) % (kLanes * sizeof(To)) == 0;
 }
 
-// Waits until other threads can see the streamed lines. Called at the end of a chunk.
+// Waits until other threads can see the streamed lines. Every chunk ends with this call.
 CALSEG_INLINE void finish_streams() {
 #if defined(__SSE2__)
     _mm_sfence();

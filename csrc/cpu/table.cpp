@@ -1,4 +1,4 @@
-// Table of this instruction set's kernels.
+// Table of all kernels of one instruction set.
 #include "cpu/table.h"
 
 namespace calseg {

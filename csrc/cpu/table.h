@@ -1,4 +1,4 @@
-// Kernels of one instruction set. Every operation has a source file; table.cpp gathers them.
+// Declarations of the kernels of one instruction set. Every operation defines its kernels in a source file of its own.
 #pragma once
 
 #include "host/arguments.h"

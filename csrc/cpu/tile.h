@@ -1,8 +1,9 @@
-// Tiles: all classes of a few dozen to a few hundred consecutive voxels of one batch item, in the nearest cache.
+// Loading and storing of tiles. A tile holds all classes of consecutive voxels of one batch item, in the first-level cache.
 //
-// Numbers of a tile have the compute type: double for float64, else float. A tile consists of blocks of kLanes voxels, each
-// [C][kLanes]. Loading and storing walk long rows of memory and convert dtypes and layouts. The mathematics walks the
-// classes of one block, with what there is one of per voxel in registers.
+// The numbers of a tile have the compute type T: double for float64, else float. A tile consists of blocks of kLanes
+// voxels. A block is an array [C][kLanes]. Loading and storing go through memory in long rows, and convert dtypes and
+// layouts. Computation goes through the classes of one block at a time. Registers then hold the values that exist once per
+// voxel.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +21,8 @@ namespace {
 
 // ---- load ----
 
-// Loads class c of a span whose voxels are contiguous into the blocks [C][kLanes] of a tile. The lanes beyond become 0.
+// Loads class c of a span whose voxels are contiguous into the blocks [C][kLanes] of a tile. Lanes past the end of the span
+// become 0.
 template <class T>
 void load_row(T* to, const TensorView& view, const Span& span, int64_t c, int64_t C) {
     const int whole = span.count / kLanes, rest = span.count % kLanes;
@@ -62,15 +64,16 @@ void load_tile(T* to, const TensorView& view, const Span& span, int64_t C) {
     for (int64_t c = 0; c < C; ++c) load_row(to, view, span, c, C);
 }
 
-// Prefetches all classes of kLanes voxels from s on into the second cache, where rows a power of two apart do not evict each
-// other.
+// Prefetches all classes of kLanes voxels from s on into the second-level cache. In the first-level cache, rows that lie a
+// power of two apart would evict each other.
 CALSEG_INLINE void prefetch_block(const TensorView& view, int64_t n, int64_t s, int64_t C) {
 #if defined(__GNUC__)
     const int64_t bytes = dtype_bytes(view.dtype), step = view.stride_c * bytes;
     const char* from = static_cast<const char*>(view.data) + (n * view.stride_n + s) * bytes;
     for (int64_t c = 0; c < C; ++c) {
         __builtin_prefetch(from + c * step, 0, 2);
-        __builtin_prefetch(from + c * step + 64, 0, 2);  // asked for twice: a processor drops a request that it has no room for
+        // Each line is requested twice, once here and once for the next block: a busy processor drops requests.
+        __builtin_prefetch(from + c * step + 64, 0, 2);
     }
 #else
     (void)view, (void)n, (void)s, (void)C;
@@ -79,13 +82,13 @@ CALSEG_INLINE void prefetch_block(const TensorView& view, int64_t n, int64_t s, 
 
 // ---- store ----
 
-// Stores class c of a span whose voxels are contiguous. block_at(b) gives the values of block b.
+// Stores class c of a span whose voxels are contiguous. block_at(b) returns the kLanes values of block b.
 template <class T, class Block>
 CALSEG_INLINE void write_row(const TensorView& view, const Span& span, int64_t c, bool stream, const Block& block_at) {
     with_float_type(view.dtype, [&](auto* type) {
         using To = std::remove_pointer_t<decltype(type)>;
         To* row = address<To>(view, span, c);
-        const Block block = block_at;  // a copy: members of a referenced object would be read anew after every store
+        const Block block = block_at;  // a copy, as the members of a referenced object would be read again after every store
         const int whole = span.count / kLanes, rest = span.count % kLanes;
         int b = 0;
         alignas(64) T lanes[kLanes];
@@ -95,7 +98,7 @@ CALSEG_INLINE void write_row(const TensorView& view, const Span& span, int64_t c
                 narrow_lanes(narrowed, lanes);
                 stream_lanes(row + b * kLanes, narrowed);
             }
-        alignas(64) To staged[kMaxTile];  // the narrowed row, to be streamed in whole cache lines
+        alignas(64) To staged[kMaxTile];  // the narrowed row, which is then streamed in whole cache lines
         const bool in_stages = stream && b < whole;
         To* out = in_stages ? staged : row;
         for (; b < whole; ++b) {
@@ -140,14 +143,14 @@ void store_tile(const TensorView& view, const Span& span, const T* from, int64_t
     for (int64_t c = 0; c < C; ++c) store_row(view, span, c, from, C, stream);
 }
 
-// ---- load and store ----
+// ---- load and store of one tensor ----
 
-// Memory of a tensor's tiles: the input's tile is loaded, overwritten with the result's, and stored. As a rule, the result
-// is the gradient of the input. The next tile is prefetched while this one is computed, block by block.
+// Tile of a tensor that is loaded, overwritten with the tile of a result, and stored. As a rule the result is the gradient
+// of the input. While a tile is computed, the next one is prefetched block by block.
 template <class T>
 class TensorTile {
  public:
-    // Either of input and result may be absent.
+    // Either of `input` and `result` may be absent.
     TensorTile(Scratch& scratch, const TensorView& input, const TensorView& result, const Shape& shape, int length)
         : input_(input),
           result_(result),
@@ -164,7 +167,7 @@ class TensorTile {
         if (input_) load_tile(tile_, input_, tile, C_);
         next_ = next;
     }
-    // Called with every block.
+    // Prefetches block b of the next tile. Called once per block of the current tile.
     CALSEG_MEMBER void prefetch_next(int b) {
         if (prefetch_ && b * kLanes < next_.count) prefetch_block(input_, next_.n, next_.s + b * kLanes, C_);
     }

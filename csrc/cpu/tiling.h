@@ -1,4 +1,7 @@
-// Division of a call: chunks, which threads take one by one, and tiles, which a chunk walks.
+// Division of a call into chunks and tiles.
+//
+// A chunk is the unit of work that a thread takes. It is a run of consecutive voxels of one batch item. A chunk is computed
+// tile by tile. A tile is so short that all of its classes fit a cache.
 #pragma once
 
 #include <cstdint>
@@ -10,15 +13,15 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-constexpr int kMaxTile = 1024;
+constexpr int kMaxTile = 1024;  // voxels
 
-// Voxels s to s + count of batch item n: those of a tile.
+// Range of the voxels of a tile: s to s + count of batch item n.
 struct Span {
     int64_t n = 0, s = 0;
     int count = 0;
 };
 
-// Address of the number of voxel s of item n in a tensor that is stored as D.
+// Returns the place of voxel s of item n, and of class c, in a tensor that is stored as D.
 template <class D>
 CALSEG_INLINE D* address(const TensorView& view, int64_t n, int64_t s, int64_t c = 0) {
     return static_cast<D*>(view.data) + n * view.stride_n + c * view.stride_c + s * view.stride_s;
@@ -28,14 +31,14 @@ CALSEG_INLINE D* address(const TensorView& view, const Span& span, int64_t c = 0
     return address<D>(view, span.n, span.s, c);
 }
 
-// Lengths of tiles and chunks. They are functions of the shape alone, so that no sum depends on the number of threads.
+// Lengths of tiles and chunks. They depend on the shape alone, so that no sum depends on the number of threads.
 struct Tiling {
     Shape shape;
     int length;        // voxels of a tile, a multiple of kLanes
     int64_t chunk;     // voxels of a chunk, a multiple of length
     int64_t per_item;  // chunks of a batch item
 
-    // Takes the wanted number of voxels of a tile, and about how many logits a chunk should hold.
+    // `wanted` is the wanted number of voxels of a tile. `chunk_elements` is about how many logits a chunk should hold.
     Tiling(const Shape& s, int64_t wanted, int64_t chunk_elements) : shape(s) {
         const int64_t bounded = smaller(larger(wanted / 64 * 64, 128), kMaxTile);
         length = static_cast<int>(smaller(bounded, round_up(larger(s.S, 1), kLanes)));
@@ -44,8 +47,8 @@ struct Tiling {
     }
     int64_t num_chunks() const { return shape.N * per_item; }
 
-    // Tile of a chunk that begins with voxel s. No tile crosses a multiple of 2^32 voxels, where the second word of the noise's
-    // counter changes.
+    // Returns the tile that begins with voxel s of the chunk with number `index`. No tile crosses a multiple of 2^32
+    // voxels, because there the second word of the noise's counter changes.
     CALSEG_MEMBER Span tile(int64_t index, int64_t s) const {
         const int64_t n = index / per_item, end = smaller((index % per_item + 1) * chunk, shape.S);
         const int64_t to_boundary = (int64_t{1} << 32) - ((n * shape.S + s) & 0xffffffff);
@@ -53,8 +56,9 @@ struct Tiling {
     }
 };
 
-// Range of the tiles of a chunk: for (const auto& [span, next] : TilesOfChunk(tiling, chunk)). `next` is the tile after `span`,
-// and empty at the end of the chunk.
+// Range of the tiles of a chunk, for loops of the form
+//     for (const auto& [span, next] : TilesOfChunk(tiling, chunk))
+// `next` is the tile after `span`. It is empty at the end of the chunk.
 class TilesOfChunk {
  public:
     struct Step {
@@ -83,7 +87,7 @@ class TilesOfChunk {
     Step step_;
 };
 
-// Number of voxels whose tensors of C classes fill half of a first cache of 32 KiB.
+// Returns the number of voxels for which `tensors` tensors of C classes fill half of a first-level cache of 32 KiB.
 CALSEG_INLINE int64_t voxels_in_cache(int64_t C, int64_t tensors, int64_t element_bytes) {
     return 16 * 1024 / (tensors * C * element_bytes);
 }

@@ -1,8 +1,11 @@
-// Elementary functions of kLanes voxels. Those of floats are polynomials, good to 1 to 2 ulp. Those of arrays are the C
-// library's, lane by lane. NaN and Inf keep their meaning.
+// Exponential, logarithm and Box-Muller transform of vectors.
 //
-// A polynomial is one long chain of dependent operations, and a processor looks ahead too little to overlap one chain with
-// the next. So functions take K vectors and go through their steps side by side (EACH), with K chains in flight.
+// For vectors of floats the functions evaluate polynomials, with an error of 1 to 2 ulp. For arrays they call the C library
+// lane by lane. NaN and Inf keep their meaning in both.
+//
+// A polynomial is one long chain of operations, each of which needs the result of the one before. A processor looks ahead
+// too little to overlap one chain with the next. So every function takes K vectors and applies each step to all of them
+// (EACH). The K chains are independent, and the processor works on them at the same time.
 #pragma once
 
 #include "cpu/simd.h"
@@ -13,7 +16,7 @@ namespace {
 
 #define EACH for (int k = 0; k < K; ++k)
 
-// ---- arrays ----
+// ---- vectors that are arrays ----
 
 template <class T, int K>
 CALSEG_INLINE void exp_nonpositive(Array<T> (&x)[K]) {
@@ -27,8 +30,9 @@ template <class T, int K>
 CALSEG_INLINE void log_positive(Array<T> (&x)[K]) {
     EACH for (auto& value : x[k].v) value = std::log(value);
 }
-// Makes K Box-Muller pairs from the words a and b. By the noise contract, u1 = ((a >> 8) + 0.5) / 2^24 and
-// u2 = (b >> 8) / 2^24.
+// Turns K pairs of random words (a, b) into K pairs of normals (z0, z1), as the noise contract defines:
+//   u1 = ((a >> 8) + 0.5) / 2^24          u2 = (b >> 8) / 2^24
+//   z0 = sqrt(-2 ln u1) cos(2 pi u2)      z1 = sqrt(-2 ln u1) sin(2 pi u2)
 template <class T, int K>
 CALSEG_INLINE void box_muller(const uint32_t* const (&a)[K], const uint32_t* const (&b)[K], Array<T> (&z0)[K], Array<T> (&z1)[K]) {
     EACH for (int i = 0; i < kLanes; ++i) {
@@ -41,12 +45,13 @@ CALSEG_INLINE void box_muller(const uint32_t* const (&a)[K], const uint32_t* con
 
 #if defined(CALSEG_NATIVE_FLOAT)
 
-// ---- float ----
+// ---- vectors of floats that are registers ----
 
 #if !defined(__AVX512F__)
-constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+// 1.5 * 2^23. Adding this number rounds a float to an integer, which the low bits of the sum hold.
+constexpr float kRoundMagic = 12582912.0f;
 
-// Turns x into exp(x - n ln 2), where n is the nearest integer to x / ln 2. t holds n in its low bits. The relative error is
+// Turns x into exp(x - n ln 2), where n is the nearest integer to x / ln 2. The low bits of t hold n. The relative error is
 // 3e-9 before rounding.
 template <int K>
 CALSEG_INLINE void exp_reduced(FloatVector (&x)[K], FloatVector (&t)[K]) {
@@ -65,11 +70,13 @@ CALSEG_INLINE void exp_reduced(FloatVector (&x)[K], FloatVector (&t)[K]) {
 }
 #endif
 
-// Computes exp(x) for x <= 0 to half an ulp of 1. That is enough in a softmax, where the largest is 1.
+// Computes exp(x) for x <= 0 with an absolute error of half an ulp of 1. In a softmax the largest exponential is 1, so
+// smaller ones need no more precision.
 template <int K>
 CALSEG_INLINE void exp_nonpositive(FloatVector (&x)[K]) {
 #if defined(__AVX512F__)
-    // 2^y = 2^floor(y) 2^f. The relative error of 2^f is 2e-9. For -inf, f is 0 and the result 0.
+    // With y = x / ln 2 and f = y - floor(y), the result is 2^floor(y) 2^f. The relative error of 2^f is 2e-9. If x is -inf,
+    // f is 0 and the result is 0.
     FloatVector f[K], q[K];
     EACH x[k] = x[k] * 1.44269504088896341f;
     EACH f[k] = _mm512_reduce_ps(x[k], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
@@ -85,7 +92,7 @@ CALSEG_INLINE void exp_nonpositive(FloatVector (&x)[K]) {
     EACH y[k] = larger(broadcast<FloatVector>(-87.33654f), x[k]);
     exp_reduced(y, t);
     EACH y[k] = y[k] * to_float_bits((to_int_bits(t[k]) + 127) << 23);
-    EACH x[k] = select(less(x[k], broadcast<FloatVector>(-87.33654f)), FloatVector{}, y[k]);  // below the smallest normal: 0
+    EACH x[k] = select(less(x[k], broadcast<FloatVector>(-87.33654f)), FloatVector{}, y[k]);  // 0 below the smallest normal
 #endif
 }
 
@@ -93,17 +100,18 @@ CALSEG_INLINE void exp_nonpositive(FloatVector (&x)[K]) {
 template <int K>
 CALSEG_INLINE void exp_any(FloatVector (&x)[K]) {
 #if defined(__AVX512F__)
-    // 2^y with y = x / ln 2. For the nearest 16th n of y it is 2^floor(n) times a root of 2 from a table times 2^(y - n), which is
-    // good to 2e-9. 1 / ln 2 has two parts: a rounded number and the rounding error.
+    // The result is 2^y with y = x / ln 2. Let n be the multiple of 1/16 nearest to y. Then 2^y is the product of
+    // 2^floor(n), 2^(n - floor(n)) from a table, and 2^(y - n) from a polynomial with a relative error of 2e-9. The factor
+    // 1 / ln 2 is the sum of two floats: the rounded number and its rounding error.
     const FloatVector roots = {1.0f,        1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f, 1.29683959f, 1.35425556f,
                                1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f, 1.68179286f, 1.75625217f, 1.83400810f, 1.91520655f};
-    constexpr float kSixteenths = 786432.0f;  // 1.5 * 2^19: adding it rounds to a 16th, held in the low bits
+    constexpr float kSixteenths = 786432.0f;  // 1.5 * 2^19: adding it rounds to a multiple of 1/16, held in the low bits
     FloatVector t[K], n[K], f[K], p[K];
     EACH x[k] = larger(broadcast<FloatVector>(-150.0f), x[k]);
     EACH x[k] = _mm512_min_ps(broadcast<FloatVector>(150.0f), x[k]);
     EACH t[k] = x[k] * 1.44269504088896341f + kSixteenths;
     EACH n[k] = t[k] - kSixteenths;
-    // fused in any case: a product that is rounded first would lose the bits that the difference needs
+    // The subtraction must be fused: a rounded product would lack the bits that remain in the difference.
     EACH f[k] = _mm512_fmsub_ps(x[k], broadcast<FloatVector>(1.44269504f), n[k]);
     EACH f[k] = x[k] * 1.9259630e-8f + f[k];
     EACH p[k] = f[k] * 5.5505950e-2f + 2.4023429e-1f;
@@ -120,16 +128,19 @@ CALSEG_INLINE void exp_any(FloatVector (&x)[K]) {
     exp_reduced(x, t);
     EACH {
         const IntVector n = (to_int_bits(t[k]) << 9) >> 9, half = n >> 1;
-        // two factors, so that the result may be subnormal or infinite
+        // Multiply by 2^n in two steps. Each factor is a normal number even where the result is subnormal or infinite.
         x[k] = x[k] * to_float_bits((half + 127) << 23) * to_float_bits((n - half + 127) << 23);
     }
 #endif
 }
 
 #if defined(__AVX512F__)
-// Computes log(x) for normal x > 0. NaN and Inf pass through.
-// For x = m 2^e with m in [3/4, 3/2), r about 1 / m from a table of 16 segments, and f = m r - 1, it is
-// e ln 2 - ln r + log(1 + f). r is 1 on both sides of 1. The relative error of log(1 + f) is 3e-9 before rounding.
+// Computes log(x) for normal x > 0. NaN and Inf are returned unchanged.
+//
+// Let x = m 2^e with m in [3/4, 3/2). A table of 16 segments gives r, about 1 / m. With f = m r - 1, the result is
+//   e ln 2 - ln r + log(1 + f).
+// On both sides of x = 1, r is exactly 1, so that nothing cancels there. The relative error of log(1 + f) is 3e-9 before
+// rounding.
 template <int K>
 CALSEG_INLINE void log_positive(FloatVector (&x)[K]) {
     const FloatVector r = {1.0f,        0.914285719f, 0.864864886f, 0.820512831f, 0.780487776f, 0.744186044f, 0.711111128f, 0.680851042f,
@@ -154,13 +165,15 @@ CALSEG_INLINE void log_positive(FloatVector (&x)[K]) {
     EACH x[k] = e[k] * 0.693145752f + (e[k] * 1.42860677e-6f + p[k]);
 }
 #else
-// Computes log(x) for normal x > 0 as log(2^e) + log(1 + f) with 1 + f in [sqrt(1/2), sqrt(2)). NaN and Inf pass through.
-// The relative error is 6e-9 before rounding.
+// Computes log(x) for normal x > 0. NaN and Inf are returned unchanged.
+//
+// With x = (1 + f) 2^e and 1 + f in [sqrt(1/2), sqrt(2)), the result is log(2^e) + log(1 + f). Its relative error is 6e-9
+// before rounding.
 template <int K>
 CALSEG_INLINE void log_positive(FloatVector (&x)[K]) {
     FloatVector e[K], f[K], p[K], z[K];
     EACH {
-        const IntVector bits = to_int_bits(x[k]) - 0x3f3504f3;  // sqrt(1/2)
+        const IntVector bits = to_int_bits(x[k]) - 0x3f3504f3;  // 0x3f3504f3 is sqrt(1/2)
         e[k] = convert(bits >> 23);
         f[k] = to_float_bits((bits & 0x007fffff) + 0x3f3504f3) - 1.0f;
     }
@@ -179,12 +192,13 @@ CALSEG_INLINE void log_positive(FloatVector (&x)[K]) {
 #endif
 
 #if defined(__AVX512F__)
-// Makes pairs as for arrays, from tables of 16 and 32 segments, which one or two registers hold. So polynomials are shorter and
-// there are no quadrants.
+// Makes the pairs of normals from tables of 16 and 32 segments, which fit one or two registers. The tables shorten the
+// polynomials, and no case per quadrant is needed.
 template <int K>
 CALSEG_INLINE void box_muller(const uint32_t* const (&a)[K], const uint32_t* const (&b)[K], FloatVector (&z0)[K], FloatVector (&z1)[K]) {
-    // -2 ln(u1) with u1 = m 2^e: with r about 1 / m and f = m r - 1 it is -2 ln2 e + 2 ln r - 2 ln(1 + f). It is exact where u1
-    // is near 1, as the last segment's r is 1/2.
+    // Compute -2 ln(u1) for u1 = m 2^e with m in [1, 2). With r about 1 / m and f = m r - 1 it is
+    //   -2 ln(2) e + 2 ln(r) - 2 ln(1 + f).
+    // In the last segment r is exactly 1/2, so that the first two terms cancel exactly where u1 is near 1.
     const FloatVector r = {0.969696999f, 0.914285719f, 0.864864886f, 0.820512831f, 0.780487776f, 0.744186044f, 0.711111128f, 0.680851042f,
                            0.653061211f, 0.627451003f, 0.603773594f, 0.581818163f, 0.561403513f, 0.542372882f, 0.524590135f, 0.5f};
     const FloatVector two_ln_r = {-0.061543256f, -0.179224312f, -0.290363967f, -0.39565146f,  -0.495672405f, -0.590928435f,
@@ -203,7 +217,7 @@ CALSEG_INLINE void box_muller(const uint32_t* const (&a)[K], const uint32_t* con
         f[k] = f[k] * (FloatVector)_mm512_permutexvar_ps(segment, r) - 1.0f;
         e[k] = e[k] * -1.38629436f + (FloatVector)_mm512_permutexvar_ps(segment, two_ln_r);
     }
-    // from 1/2 on, u1 has one bit more than a float, which near 1 is the bit that counts
+    // From 1/2 on, u1 has one bit more than a float holds. Add that bit to f: near u1 = 1 the logarithm depends on it.
     EACH f[k] = _mm512_mask_add_ps(f[k], _mm512_movepi32_mask((__m512i)word[k]), f[k], broadcast<FloatVector>(0x1p-25f));
     EACH p[k] = f[k] * 0.50123346f - 0.66704532f;
     EACH p[k] = p[k] * f[k] + 0.99999949f;
@@ -211,7 +225,7 @@ CALSEG_INLINE void box_muller(const uint32_t* const (&a)[K], const uint32_t* con
     EACH p[k] = p[k] * f[k] + e[k];
     EACH u[k] = square_root(p[k]);  // the radius
 
-    // The angle is that of the nearest of 32 directions plus a rest of up to 1/64 of a turn.
+    // The angle is the nearest of 32 directions, which a table gives, plus a rest d of up to 1/64 of a turn.
     const FloatVector first_cosines = {1.0f,          0.980785280f,  0.923879533f,  0.831469612f,  0.707106781f,  0.555570233f,
                                        0.382683432f,  0.195090322f,  0.0f,          -0.195090322f, -0.382683432f, -0.555570233f,
                                        -0.707106781f, -0.831469612f, -0.923879533f, -0.980785280f};
@@ -238,10 +252,10 @@ CALSEG_INLINE void box_muller(const uint32_t* const (&a)[K], const uint32_t* con
     }
 }
 #else
-// Makes pairs as for arrays. Integers stay integers as long as floats would round them.
+// Makes the pairs of normals from polynomials. The random words stay integers as long as a float would round them.
 template <int K>
 CALSEG_INLINE void box_muller(const uint32_t* const (&a)[K], const uint32_t* const (&b)[K], FloatVector (&z0)[K], FloatVector (&z1)[K]) {
-    // -2 ln(u1) = -2 ln(2) e - 2 f + f^2 (1 - 2 f P(f)), with u1 = (1 + f) 2^e
+    // With u1 = (1 + f) 2^e, -2 ln(u1) is -2 ln(2) e - 2 f + f^2 (1 - 2 f P(f)) for a polynomial P.
     FloatVector n[K], u[K], f[K], e[K], p[K], z[K];
     IntVector bits[K];
     EACH n[k] = convert((IntVector)(load<UintVector>(a[k]) >> 8));
@@ -249,7 +263,7 @@ CALSEG_INLINE void box_muller(const uint32_t* const (&a)[K], const uint32_t* con
     EACH bits[k] = to_int_bits(u[k]) - (0x3f3504f3 + (24 << 23));
     EACH e[k] = convert(bits[k] >> 23);
     EACH f[k] = to_float_bits((bits[k] & 0x007fffff) + 0x3f3504f3) - 1.0f;
-    // n + 0.5 is rounded from 2^23 on. f gets that bit back, which near u1 = 1 is the bit that counts.
+    // From 2^23 on, n + 0.5 is rounded. Add the lost bit to f: near u1 = 1 the logarithm depends on it.
     EACH f[k] = f[k] + ((n[k] - u[k]) + 0.5f) * 0x1p-24f;
     EACH p[k] = f[k] * -1.740071989e-1f + 2.853495264e-1f;
     EACH p[k] = p[k] * f[k] - 2.982957404e-1f;
@@ -264,8 +278,8 @@ CALSEG_INLINE void box_muller(const uint32_t* const (&a)[K], const uint32_t* con
     EACH p[k] = p[k] * z[k] + e[k];
     EACH u[k] = square_root(p[k]);  // the radius
 
-    // u2 in turns is the word's first 24 bits. The two upper ones, rounded, count quadrants. The others, read as a signed number,
-    // are exactly the angle within [-1/8, 1/8] of a turn.
+    // The upper 24 bits of the word are u2, in turns. Its two uppermost bits, rounded, are the number of the quadrant. The
+    // other bits, read as a signed number, are the exact angle within the quadrant, in [-1/8, 1/8] of a turn.
     FloatVector t[K], sine[K], cosine[K];
     UintVector turns[K];
     EACH turns[k] = load<UintVector>(b[k]);

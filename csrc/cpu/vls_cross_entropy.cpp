@@ -1,5 +1,8 @@
-// Cross-entropy against sampled soft labels plus the KL term: loss and gradients of logits, mu and logvar in one pass.
-// Floor: one read of each input, one write of each gradient; num_samples * C normals a voxel take longer.
+// Kernel of vls_cross_entropy: cross-entropy with sampled soft labels plus the KL term, and the gradients of logits, mu and
+// logvar, in one pass.
+//
+// Least memory traffic: one read of each input, and one write of each gradient. Drawing num_samples * C normals for each
+// voxel takes longer than that.
 #include <limits>
 
 #include "cpu/gaussian.h"
@@ -10,10 +13,12 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-// Intermediate results of one block, beside the three tensors of the tile.
+// Intermediate results of one block, beside the tiles of the three tensors.
 template <class T>
 struct BlockRows {
-    T *e, *soft, *grad_estimate;  // [C][kLanes]
+    T* e;              // [C][kLanes] exp(logits - max)
+    T* soft;           // [C][kLanes] sum of the samples, then soft labels
+    T* grad_estimate;  // [C][kLanes] gradient of the estimate, which is the mean of the samples
 
     BlockRows(Scratch& scratch, int64_t C)
         : e(scratch.take<T>(C * kLanes)), soft(scratch.take<T>(C * kLanes)), grad_estimate(scratch.take<T>(C * kLanes)) {}
@@ -23,10 +28,12 @@ struct BlockRows {
 template <class T>
 struct Factors {
     Smoothing<T> smoothing;
-    T on_label, on_estimate;  // of the one-hot labels and of the sum of samples in the soft labels
-    T to_estimate;            // of the gradient of the estimate, the mean of the samples
-    T to_samples, to_kl;      // of the gradients through the samples and of the KL term
-    bool plain;               // neither class weights nor label smoothing
+    T on_label;     // factor of the one-hot labels in the soft labels
+    T on_estimate;  // factor of the sum of the samples in the soft labels
+    T to_estimate;  // factor of weight * log p in the gradient of the estimate
+    T to_samples;   // factor of the gradient through the samples
+    T to_kl;        // factor of the gradient of the KL term
+    bool plain;     // whether there are neither class weights nor label smoothing
 
     explicit Factors(const LossArgs& a)
         : smoothing(a.spec.label_smoothing, a.shape.C),
@@ -37,15 +44,15 @@ struct Factors {
           to_kl(static_cast<T>(a.spec.sampling.beta)),
           plain(!a.spec.weight.data && a.spec.label_smoothing == 0.0) {}
 
-    // Soft labels of class c, where `samples` holds the sum of the samples.
+    // Returns the soft labels of class c. `samples` holds the sum of the samples.
     CALSEG_MEMBER F<T> blend(I<T> labels, int64_t c, const T* samples) const {
         const F<T> hard = select(equal(labels, broadcast<I<T>>(static_cast<int32_t>(c))), broadcast<F<T>>(on_label), zero<T>());
         return hard + broadcast<F<T>>(on_estimate) * load<F<T>>(samples + c * kLanes);
     }
 };
 
-// Returns the losses of a block whose sum of samples is in w.soft. Turns `logits`, which hold log p, into their gradient if
-// with_logits.
+// Returns the losses of a block. On entry, w.soft holds the sum of the samples, and `logits` holds log p. If with_logits,
+// logits become the gradient of the logits.
 template <int kClasses, class T>
 CALSEG_INLINE F<T> blended_cross_entropy(const Factors<T>& f, bool with_logits, const LossTile<T>& t, const BlockRows<T>& w, int block,
                                          T* logits, F<T> sum) {
@@ -55,7 +62,8 @@ CALSEG_INLINE F<T> blended_cross_entropy(const Factors<T>& f, bool with_logits, 
     return soft_cross_entropy_block(t, block, C, logits, w.e, sum, w.soft, f.smoothing, with_logits, false);
 }
 
-// As blended_cross_entropy, without class weights and label smoothing: a blend sums to 1, so one pass over the classes is enough.
+// Does as blended_cross_entropy() without class weights and label smoothing. The soft labels then sum to 1 over classes, so
+// one pass over the classes is enough.
 template <int kClasses, class T>
 CALSEG_INLINE F<T> plain_cross_entropy(const Factors<T>& f, bool with_logits, const LossTile<T>& t, const BlockRows<T>& w, int block,
                                        T* logits, F<T> sum) {
@@ -65,29 +73,30 @@ CALSEG_INLINE F<T> plain_cross_entropy(const Factors<T>& f, bool with_logits, co
     F<T> loss = none;
     for (int64_t c = 0; c < C; ++c) {
         const F<T> y = f.blend(labels, c, w.soft), log_p = load<F<T>>(logits + c * kLanes);
-        loss = loss - select(equal(y, none), none, y * log_p);  // the limit of t log t is 0, also where log p is -inf
+        loss = loss - select(equal(y, none), none, y * log_p);  // 0 where y is 0, even if log p is -inf
         if (with_logits) store(logits + c * kLanes, load<F<T>>(w.e + c * kLanes) * scale_p - upstream * y);
     }
     return select(less(labels, broadcast<I<T>>(0)), none, loss);
 }
 
-// Turns a block of logits, mu and logvar into their gradients, that of the logits only if with_logits.
+// Computes a block: stores its losses and KL terms, and turns logits, mu and logvar into their gradients. The logits become
+// a gradient only if with_logits, mu and logvar only if kGaussianGradient.
 template <int kClasses, bool kGaussianGradient, bool kKL, class T>
 CALSEG_INLINE void compute_block(const Factors<T>& f, bool with_logits, LossTile<T>& t, GaussianBlock<T, kClasses>& gaussian,
                                  const BlockRows<T>& w, int block, uint64_t first_voxel, TensorTile<T>& logits_tile, TensorTile<T>& mu_tile,
                                  TensorTile<T>& logvar_tile) {
     const int64_t C = kClasses ? kClasses : t.C;
-    const I<T> labels = load<I<T>>(t.labels + block * kLanes), ignored_label = broadcast<I<T>>(0);
+    const I<T> labels = load<I<T>>(t.labels + block * kLanes);
     const F<T> none = zero<T>();
     T* logits = logits_tile.block(block);
-    t.labels_ahead.block(block);
+    t.labels_ahead.prefetch(block);
     mu_tile.prefetch_next(block);
     const F<T> sum = exponentials_block(logits, w.e, C);
-    // work that does not need the sum comes before its logarithm, which would have to be waited for
+    // set() does not need the sum. It comes before the logarithm of the sum, which would wait for the sum.
     const F<T> kl = gaussian.template set<kKL>(mu_tile.block(block), logvar_tile.block(block), first_voxel);
     logits_tile.prefetch_next(block);
-    // The gradient of the estimate needs no sample. An impossible class (log p = -inf) gets a finite one, which times no mass is
-    // not NaN.
+    // The gradient of the estimate needs no sample, so it is known before sampling. Where log p is -inf, it gets a finite
+    // value: times a probability of 0, an infinite one would give NaN.
     const F<T> lowest = broadcast<F<T>>(std::numeric_limits<T>::lowest());
     log_softmax_block(logits, sum, C, [&](int64_t c, F<T> log_p) {
         const F<T> scale = broadcast<F<T>>(f.to_estimate * t.weight[c]);
@@ -108,7 +117,7 @@ CALSEG_INLINE void compute_block(const Factors<T>& f, bool with_logits, LossTile
                                                 load<F<T>>(t.kl_upstream + block * kLanes) * to_kl);
     }
     store(t.loss + block * kLanes, loss);
-    store(t.kl + block * kLanes, select(less(labels, ignored_label), none, kl));
+    store(t.kl + block * kLanes, select(less(labels, broadcast<I<T>>(0)), none, kl));
 }
 
 template <int kClasses, bool kGaussianGradient, bool kKL, class T>
@@ -145,7 +154,7 @@ struct VLSCrossEntropy : TiledForFirstCache<LossArgs, 3, 1 << 14> {
     template <class T>
     static void compute_chunk(const Args& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
         if (!a.gradients.mu && !a.gradients.logvar) return compute_with_kl<0, false, T>(a, tiles, chunk, scratch);
-        if constexpr (std::is_same<T, float>::value) {  // loops over few classes are worth unrolling
+        if constexpr (std::is_same<T, float>::value) {  // for few classes, constants let the compiler unroll the loops
             if (a.shape.C == 2) return compute_with_kl<2, true, T>(a, tiles, chunk, scratch);
             if (a.shape.C == 4) return compute_with_kl<4, true, T>(a, tiles, chunk, scratch);
         }

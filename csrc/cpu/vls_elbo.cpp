@@ -1,5 +1,8 @@
-// Objective of stage 1 in dense form, the expected cross-entropy of the logit samples plus the KL term: loss and gradients in
-// one pass. Floor: two reads, two writes; num_samples * C normals a voxel take longer.
+// Kernel of vls_elbo, the objective of stage 1: expected cross-entropy of the sampled logits plus the KL term, and the
+// gradients of mu and logvar, in one pass.
+//
+// Least memory traffic: one read of mu and of logvar, and one write of each gradient. Drawing num_samples * C normals for
+// each voxel takes longer than that.
 #include "cpu/gaussian.h"
 #include "cpu/kernel.h"
 #include "cpu/loss_tile.h"
@@ -24,7 +27,7 @@ void compute(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scr
         if (t.any_ignored())
             for (auto* tensor : {&mu, &logvar}) clear_ignored(tensor->tile(), t.labels, count, C);
         for (int b = 0; b * kLanes < count; ++b) {
-            t.labels_ahead.block(b);
+            t.labels_ahead.prefetch(b);
             for (auto* tensor : {&mu, &logvar}) tensor->prefetch_next(b);
             const I<T> labels = load<I<T>>(t.labels + b * kLanes);
             const auto ignored = less(labels, broadcast<I<T>>(0));

@@ -1,4 +1,4 @@
-// Functions that only a GPU's compiler has. tests/cuda_on_host/cuda/device.h gives the same ones on a CPU.
+// Functions that need CUDA's own compiler. tests/cuda_on_host/cuda/device.h defines the same functions for a CPU.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -9,13 +9,13 @@
 namespace calseg {
 namespace {
 
-// Dynamic shared memory of a block.
+// Returns the dynamic shared memory of the block.
 static __device__ __forceinline__ unsigned char* shared_memory() {
     extern __shared__ __align__(16) unsigned char dynamic[];
     return dynamic;
 }
 
-// Computes 2^x to 2 ulp, and 0 below the smallest normal number.
+// Computes 2^x with an error of up to 2 ulp. Results below the smallest normal number become 0.
 static __device__ __forceinline__ float exp2_flushed(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -8,9 +8,10 @@
 namespace calseg {
 namespace {
 
-constexpr int64_t kReservedBytes = 1024;  // of a block's shared memory, which CUDA reserves
+constexpr int64_t kReservedBytes = 1024;  // bytes of shared memory that CUDA reserves in each block
 constexpr int64_t kTotalsBytes = kCudaWarps * kBinsTotals * 8;
 
+// Merges batch items into one where the sums allow it.
 BinsArgs merged(BinsArgs args) {
     TensorView* const views[] = {&args.scores, &args.spec.labels.tensor, &args.spec.mask};
     if (!args.spec.per_item && args.shape.N > 1) merge_items(args.shape, views, 3);
@@ -68,7 +69,8 @@ CalibrationLaunch calibration_launch(const BinsArgs& args, const CudaLimits& lim
     const int64_t rows = launch.transposed ? int64_t{kCudaThreads} * (launch.classes_held + 1) * 4 : 0;
     const int64_t fixed = kTotalsBytes + rows, columns = launch.bins * kCudaThreads * 8, shared = launch.bins * 16;
     int64_t bytes = 0;
-    // columns only if as many blocks fit a multiprocessor: with fewer, too few threads would wait for memory at once
+    // Use columns only if kCudaResident blocks still fit a multiprocessor. With fewer blocks, too few reads would be in
+    // flight.
     if (fixed + columns <= std::min(limits.shared_per_block, limits.shared_per_multiprocessor / kCudaResident - kReservedBytes)) {
         launch.bins_in = BinsIn::columns;
         bytes = columns;
@@ -83,7 +85,7 @@ CalibrationLaunch calibration_launch(const BinsArgs& args, const CudaLimits& lim
 
 void set_blocks(CalibrationLaunch& launch, const CudaLimits& limits, int64_t resident) {
     if (launch.groups == 0 || launch.tiles_per_group == 0) return;
-    const int64_t most_tiles = kMostVoxels / voxels_held(launch.classes_held);  // that a block can take
+    const int64_t most_tiles = kMostVoxels / voxels_held(launch.classes_held);  // most tiles of a block
     const int64_t wave = (limits.multiprocessors * resident + launch.groups - 1) / launch.groups;
     const int64_t fewest = (launch.tiles_per_group + most_tiles - 1) / most_tiles;
     launch.blocks_per_group = std::min(std::max(wave, fewest), launch.tiles_per_group);

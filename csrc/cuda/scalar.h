@@ -1,4 +1,4 @@
-// Vector of one voxel for a thread of a GPU. It has the functions of cpu/simd.h and cpu/vector_math.h that
+// Vector of one voxel, for a thread of a GPU. It has those functions of cpu/simd.h and cpu/vector_math.h that
 // voxel/calibration.h needs.
 #pragma once
 
@@ -35,14 +35,14 @@ template <class T>
 CALSEG_INLINE bool less(T a, T b) {
     return a < b;
 }
-CALSEG_INLINE float larger(float a, float b) { return a > b ? a : b; }  // b where either is NaN
+CALSEG_INLINE float larger(float a, float b) { return a > b ? a : b; }  // gives b if either is NaN
 
-CALSEG_INLINE int32_t nearest_integer(float x) { return __float2int_rn(x); }  // halves to even
+CALSEG_INLINE int32_t nearest_integer(float x) { return __float2int_rn(x); }  // rounds halves to even
 CALSEG_INLINE int32_t truncated_integer(float x) { return __float2int_rz(x); }
 CALSEG_INLINE float to_values(int32_t x, float) { return static_cast<float>(x); }
 
-// Divides integers of up to 2^16, correctly rounded, in three instructions: the reciprocal's quotient, and one step that
-// removes the remainder.
+// Divisor whose reciprocal is known. A division of two integers of up to 2^16 is correctly rounded and takes three
+// instructions: the quotient from the reciprocal, its remainder, and a correction.
 struct Divisor {
     float n, reciprocal;
 
@@ -54,7 +54,8 @@ CALSEG_INLINE float operator/(float a, Divisor b) {
     return fmaf(fmaf(-quotient, b.n, a), b.reciprocal, quotient);
 }
 
-// Computes exp(x) for x <= 0 to half an ulp of 1. That is enough in a softmax, where the largest is 1.
+// Computes exp(x) for x <= 0 with an absolute error of half an ulp of 1. In a softmax the largest exponential is 1, so
+// smaller ones need no more precision.
 template <int K>
 CALSEG_INLINE void exp_nonpositive(float (&x)[K]) {
     for (auto& value : x) value = exp2_flushed(value * 1.44269504088896341f);

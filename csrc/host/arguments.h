@@ -1,5 +1,7 @@
-// The arguments of the kernels, and the table of the kernels that an instruction set's build of csrc/cpu/ provides.
-// Plain data only: this header is compiled under every instruction set.
+// Arguments of the CPU kernels, and the table of all kernels. Each instruction set has a table of its own.
+//
+// The structures hold plain data only, because this header is compiled once per instruction set. Fields marked "out" are
+// written by the kernel. A tensor without data is absent.
 #pragma once
 
 #include "host/tensor_view.h"
@@ -7,24 +9,27 @@
 
 namespace calseg {
 
-// The gradient that comes in: for every voxel where grad_output is given; times a factor.
+// Upstream gradient of a loss: scale for the loss of every voxel, and kl_scale for its KL term. If grad_output is given,
+// both are multiplied by its number for that voxel.
 struct Upstream {
     Voxels grad_output;
     double scale = 1.0, kl_scale = 1.0;
 };
 
+// Sums over voxels that a loss kernel computes.
 struct LossSums {
     double loss = 0.0, kl = 0.0;
-    int64_t uncounted = 0;  // voxels whose label is ignored, or no class
+    int64_t uncounted = 0;  // number of voxels whose label is ignored or not a class
 };
 
 struct LossArgs {
     Shape shape;
     LossSpec spec;
     LossTensors tensors;
-    LossTensors gradients;  // out, each optional
+    LossTensors gradients;  // out, each may be absent
     Upstream upstream;
-    Voxels loss;                     // out, optional
+    Voxels loss;                     // out, may be absent: loss of every voxel
+    void* reduced = nullptr;         // out, may be absent: mean or sum, in the type in which the scores are computed
     LossSums* chunk_sums = nullptr;  // out: [chunks]
 };
 
@@ -32,17 +37,18 @@ struct SampleArgs {
     Shape shape;
     SampleSpec spec;
     GaussianTensors tensors;
-    Scores soft_labels;         // forward, out
-    Scores grad_output;         // backward, in
-    GaussianTensors gradients;  // backward, out, each optional
+    Scores soft_labels;         // forward: out
+    Scores grad_output;         // backward: in
+    GaussianTensors gradients;  // backward: out, each may be absent
 };
 
 struct AccumulateArgs {
     Shape shape;
     AccumulateSpec spec;
     Scores logits;
-    Scores total;                     // forward, in and out: += softmax(logits / temperature)
-    Scores grad_output, grad_logits;  // backward: in, out
+    Scores total;        // forward: in and out, to which softmax(logits / temperature) is added
+    Scores grad_output;  // backward: in
+    Scores grad_logits;  // backward: out
 };
 
 struct BlendArgs {
@@ -51,22 +57,24 @@ struct BlendArgs {
     Scores estimate;  // in and out
 };
 
-// What makes a call of calibration_bins an error: the first label that is no class, the first scores that are no
-// probabilities.
+// Bad input of calibration_bins. A position is that of the first bad voxel in [N, S], or -1 if there is none.
 struct BinsFault {
-    int64_t label_position = -1, label = 0;
-    int64_t score_position = -1;
-    double total = 0.0, least = 0.0;
+    int64_t label_position = -1;      // voxel whose label is neither a class nor ignored
+    int64_t label = 0;                // that label
+    int64_t score_position = -1;      // voxel whose scores are no probabilities
+    double total = 0.0, least = 0.0;  // sum and smallest of these scores
 };
 
-// NLL in whole nats, its rest, Brier, voxels that count, those with NaN, those with infinite NLL
+// Number of totals of calibration_bins: sum of the negative log-likelihoods (NLL) in whole nats, rest of that sum in units
+// of 2^-24, sum of the Brier scores in units of 2^-24, number of voxels that count, number of those with NaN, and number of
+// those with infinite NLL.
 constexpr int kBinsTotals = 6;
 
 struct BinsArgs {
     Shape shape;
     BinsSpec spec;
     Scores scores;                      // logits or probabilities
-    int64_t* sums = nullptr;            // in and out: [items][kinds][n_bins][3]
+    int64_t* sums = nullptr;            // in and out: [items][kinds][n_bins][count, confidence, hits]
     int64_t* totals = nullptr;          // in and out: [items][kBinsTotals]
     BinsFault* chunk_faults = nullptr;  // out: [chunks]
 
@@ -74,47 +82,50 @@ struct BinsArgs {
     int64_t kinds() const { return spec.class_wise ? shape.C - spec.first_class : 1; }
 };
 
-// Count, hits, and the sums of f, f^2 and f where hit, each as whole 2^-20 and a rest in units of 2^-50
+// Number of sums per cell of ace_moments: count, hits, and the sums of f, of f^2, and of f over the hits. Each of these
+// three takes two places: whole multiples of 2^-20, and a rest in units of 2^-50. csrc/cpu/ace_moments.cpp says what cells
+// and f are.
 constexpr int kAceSums = 8;
+// Number of slopes per cell, from which the backward kernel computes the gradient.
 constexpr int kAceSlopes = 3;
 
 struct AceArgs {
     Shape shape;
     AceSpec spec;
     Scores logits;
-    int64_t* sums = nullptr;       // forward, in and out: [N][classes from first_class on][cells][kAceSums]
-    int64_t* nans = nullptr;       // forward, in and out: [N], above 0 where a logit is NaN
-    const void* slopes = nullptr;  // backward: [N][classes from first_class on][kAceSlopes][cells] of the compute type
-    Scores grad_logits;            // backward, out
+    int64_t* sums = nullptr;       // forward: in and out, [N][classes from first_class on][cells][kAceSums]
+    int64_t* nans = nullptr;       // forward: in and out, [N], above 0 if a probability of the item is NaN
+    const void* slopes = nullptr;  // backward: in, [N][classes from first_class on][kAceSlopes][cells] of the compute type
+    Scores grad_logits;            // backward: out
 };
 
-// A pass over labels alone.
+// Result of scan_labels.
 struct LabelSums {
-    int64_t counted = 0;
-    double weight = 0.0;
-    int64_t bad_position = -1, bad_value = 0;  // the first label that is neither a class nor ignored
+    int64_t counted = 0;                       // number of voxels that are not ignored
+    double weight = 0.0;                       // sum of their class weights
+    int64_t bad_position = -1, bad_value = 0;  // position and value of the first label that is neither a class nor ignored
 };
 
 struct ScanArgs {
     Shape shape;
     Labels labels;
-    const double* weight = nullptr;   // [C]
+    const double* weight = nullptr;   // [C], may be absent
     LabelSums* chunk_sums = nullptr;  // out: [chunks]
 };
 
-// One kernel: how a call divides into chunks (fixed by the shape alone, so that no sum depends on the number of
-// threads), the scratch memory that one thread needs, and the work of a chunk.
+// Kernel, as three functions. The number of chunks depends on the arguments alone, so that no sum depends on the number of
+// threads.
 template <class Args>
 struct Kernel {
     int64_t (*num_chunks)(const Args&);
-    int64_t (*scratch_bytes)(const Args&);
-    void (*run_chunk)(const Args&, int64_t chunk, void* scratch);
+    int64_t (*scratch_bytes)(const Args&);                             // scratch memory that a thread needs
+    void (*compute_chunk)(const Args&, int64_t chunk, void* scratch);  // computes one chunk
 };
 
-// The losses by their names. They share their arguments, and what is done around their kernels.
+// Names of the losses, which all take LossArgs and are called through loss() of host/operations.h.
 #define CALSEG_LOSSES(LOSS) LOSS(cross_entropy) LOSS(vls_cross_entropy) LOSS(vls_elbo) LOSS(gaussian_kl)
 
-// Every kernel: the type of its arguments and its name.
+// Type of the arguments and name of every kernel.
 #define CALSEG_LOSS_KERNEL(name) CALSEG_KERNEL(LossArgs, name)
 #define CALSEG_KERNELS                                         \
     CALSEG_LOSSES(CALSEG_LOSS_KERNEL)                          \

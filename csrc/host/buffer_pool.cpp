@@ -1,3 +1,4 @@
+// Memory pool for large results. Only Linux has one, other systems get stubs.
 #include "host/buffer_pool.h"
 
 #if defined(__linux__)
@@ -22,18 +23,19 @@ std::size_t pool_held_bytes() { return 0; }
 
 namespace {
 
-constexpr std::size_t kHugePage = 2u << 20, kPage = 1u << 16;  // 64 KiB: the largest page of any processor
+constexpr std::size_t kHugePage = 2u << 20, kPage = 1u << 16;  // 64 KiB, the largest basic page of any processor
 
 struct Block {
     void* memory;
     std::size_t bytes;
 };
 
-// Never destroyed: tensors may outlive the module's statics.
 struct Pool {
     std::mutex mutex;
     std::vector<Block> free, used;
 };
+// Returns the pool, which is never destroyed, because tensors may outlive the static objects of the module. Around a fork
+// its lock is held, so that the child does not inherit it in the hands of another thread.
 Pool& pool() {
     static Pool* const instance = [] {
         auto* made = new Pool;
@@ -48,6 +50,7 @@ void unmap_all(std::vector<Block>& blocks) {
     blocks.clear();
 }
 
+// Maps memory that starts at a huge page and asks for huge pages. Returns nullptr if the system has no memory.
 void* map_huge(std::size_t bytes) {
     char* raw = static_cast<char*>(mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (raw == MAP_FAILED) return nullptr;
@@ -65,7 +68,7 @@ void* pool_allocate(std::size_t bytes) {
     Pool& p = pool();
     const std::lock_guard<std::mutex> lock(p.mutex);
     p.used.reserve(p.used.size() + 1);
-    p.free.reserve(p.free.size() + p.used.size() + 1);  // releasing must not need memory
+    p.free.reserve(p.free.size() + p.used.size() + 1);  // so that pool_release() needs no memory
     auto best = p.free.end();
     for (auto it = p.free.begin(); it != p.free.end(); ++it)
         if (it->bytes >= bytes && it->bytes <= bytes + bytes / 4 && (best == p.free.end() || it->bytes < best->bytes)) best = it;
@@ -74,7 +77,8 @@ void* pool_allocate(std::size_t bytes) {
         p.free.erase(best);
         return p.used.back().memory;
     }
-    // Nothing fits: sizes have changed. What is kept goes back, so that the pool never holds more than was in use at once.
+    // No free block fits, so the sizes have changed. Return all free blocks to the system. So the pool never holds more
+    // than was in use at one time.
     unmap_all(p.free);
     void* memory = map_huge(bytes);
     if (memory) p.used.push_back({memory, bytes});

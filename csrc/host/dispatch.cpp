@@ -13,6 +13,7 @@ struct Isa {
     bool (*supported)();
 };
 
+// All instruction sets of this build, best first.
 const Isa isas[] = {
 #if defined(CALSEG_X86_DISPATCH)
     {"avx512", &avx512::kernels,

@@ -1,4 +1,4 @@
-// Which instruction set's kernels run.
+// Choice of the instruction set whose kernels are used.
 #pragma once
 
 #include <string>
@@ -8,10 +8,17 @@
 
 namespace calseg {
 
-// The kernels in use: the best that the processor has, or what CALSEG_ISA or set_isa chose.
+// Returns the kernels in use. They are those of the best instruction set of the processor, unless the environment variable
+// CALSEG_ISA or set_isa() chose another one.
 const KernelTable& kernels();
+
+// Returns the name of the instruction set in use.
 const char* isa();
-std::vector<std::string> available_isas();  // built and supported here, best first
-void set_isa(const std::string& name);      // throws std::invalid_argument
+
+// Returns the names of the instruction sets that were built and that this processor has, best first.
+std::vector<std::string> available_isas();
+
+// Chooses an instruction set. Throws std::invalid_argument if it is not available.
+void set_isa(const std::string& name);
 
 }  // namespace calseg

@@ -1,11 +1,12 @@
-// The form of a call with the fewest batch items.
+// Merging of batch items, which turns many short items into one long one.
 #pragma once
 
 #include "host/tensor_view.h"
 
 namespace calseg {
 
-// Merges batch items that follow one another in every tensor into one long item. The numbers of the voxels stay the same.
+// Merges all batch items into one, if in every tensor each item follows the one before it in memory. The voxels keep their
+// numbers.
 inline void merge_items(Shape& shape, TensorView* const* views, int count) {
     if (shape.S == 1) {
         for (int i = 0; i < count; ++i) views[i]->stride_s = views[i]->stride_n;

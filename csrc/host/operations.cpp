@@ -12,13 +12,14 @@
 namespace calseg {
 namespace {
 
-struct Free {
+struct FreeAligned {
     void operator()(void* memory) const { ::operator delete[](memory, std::align_val_t{64}); }
 };
 
-// stop_after(chunk), asked once a chunk is done: whether the others are wanted no more
+// State of a call of a kernel, which the threads share. After each chunk, stop_after(chunk) says whether to skip the chunks
+// that have not begun.
 template <class Args, class StopAfter>
-struct Run {
+struct KernelCall {
     const Kernel<Args>& kernel;
     const Args& args;
     const StopAfter& stop_after;
@@ -26,36 +27,41 @@ struct Run {
     int64_t scratch_bytes;
     std::atomic<bool> stopped{false};
 
-    static void chunk(void* self, int64_t index, int thread) {
-        Run& run = *static_cast<Run*>(self);
-        if (run.stopped.load(std::memory_order_relaxed)) return;
-        run.kernel.run_chunk(run.args, index, run.scratch + thread * run.scratch_bytes);
-        if (run.stop_after(index)) run.stopped.store(true, std::memory_order_relaxed);
+    static void compute_chunk(void* context, int64_t chunk, int thread) {
+        KernelCall& call = *static_cast<KernelCall*>(context);
+        if (call.stopped.load(std::memory_order_relaxed)) return;
+        call.kernel.compute_chunk(call.args, chunk, call.scratch + thread * call.scratch_bytes);
+        if (call.stop_after(chunk)) call.stopped.store(true, std::memory_order_relaxed);
     }
 };
 
-// Below this many elements a thread, waking threads costs more than they save.
-constexpr int64_t kElementsPerThread = 1 << 14;
+// Size up to which scratch memory lies on the stack. For small inputs, an allocation on the heap would take longer than the
+// computation.
+constexpr int64_t kStackBytes = 1 << 14;
 
+// Computes all chunks of a kernel.
 template <class Args, class StopAfter>
-void run(const Kernel<Args>& kernel, const Args& args, int num_threads, const StopAfter& stop_after) {
+void compute(const Kernel<Args>& kernel, const Args& args, int num_threads, const StopAfter& stop_after) {
     const int64_t chunks = kernel.num_chunks(args);
     const int64_t useful = args.shape.voxels() * args.shape.C / kElementsPerThread + 1;
     if (useful < num_threads) num_threads = static_cast<int>(useful);
     if (chunks < num_threads) num_threads = static_cast<int>(chunks);
     if (chunks == 0) return;
-    const int64_t bytes = (kernel.scratch_bytes(args) + 63) / 64 * 64;
-    const std::unique_ptr<void, Free> scratch(::operator new[](static_cast<std::size_t>(bytes * num_threads + 64), std::align_val_t{64}));
-    using Work = Run<Args, StopAfter>;
-    Work work{kernel, args, stop_after, static_cast<char*>(scratch.get()), bytes};
-    parallel_for(chunks, num_threads, &Work::chunk, &work);
+    const int64_t bytes = (kernel.scratch_bytes(args) + 63) / 64 * 64, all_bytes = bytes * num_threads + 64;
+    alignas(64) char on_stack[kStackBytes];
+    std::unique_ptr<void, FreeAligned> on_heap;
+    if (all_bytes > kStackBytes) on_heap.reset(::operator new[](static_cast<std::size_t>(all_bytes), std::align_val_t{64}));
+    using Call = KernelCall<Args, StopAfter>;
+    Call call{kernel, args, stop_after, on_heap ? static_cast<char*>(on_heap.get()) : on_stack, bytes};
+    parallel_for(chunks, num_threads, &Call::compute_chunk, &call);
 }
 
 template <class Args>
-void run(const Kernel<Args>& kernel, const Args& args, int num_threads) {
-    run(kernel, args, num_threads, [](int64_t) { return false; });
+void compute(const Kernel<Args>& kernel, const Args& args, int num_threads) {
+    compute(kernel, args, num_threads, [](int64_t) { return false; });
 }
 
+// Reads all labels. `weight` may be null.
 LabelSums scan(const Labels& labels, const Shape& shape, const double* weight, int num_threads) {
     LabelSums total;
     if (!labels.tensor) {
@@ -66,7 +72,7 @@ LabelSums scan(const Labels& labels, const Shape& shape, const double* weight, i
     const Kernel<ScanArgs>& kernel = kernels().scan_labels;
     std::vector<LabelSums> sums(static_cast<std::size_t>(kernel.num_chunks(args)));
     args.chunk_sums = sums.data();
-    run(kernel, args, num_threads);
+    compute(kernel, args, num_threads);
     for (const LabelSums& chunk : sums) {
         total.counted += chunk.counted;
         total.weight += chunk.weight;
@@ -78,18 +84,18 @@ LabelSums scan(const Labels& labels, const Shape& shape, const double* weight, i
     return total;
 }
 
-Outcome bad_label(const LabelSums& sums) { return {0.0, sums.bad_position, sums.bad_value}; }
+LabelFault fault_of(const LabelSums& sums) { return {sums.bad_position, sums.bad_value}; }
 
-// Runs a kernel unless a label is out of range.
+// Runs a kernel, unless a label is out of range.
 template <class Args>
-Outcome run_with_good_labels(const Kernel<Args>& kernel, const Args& args, int num_threads) {
+LabelFault compute_with_good_labels(const Kernel<Args>& kernel, Args& args, int num_threads) {
     const LabelSums labels = scan(args.spec.labels, args.shape, nullptr, num_threads);
-    if (labels.bad_position >= 0) return bad_label(labels);
-    run(kernel, args, num_threads);
+    if (labels.bad_position >= 0) return fault_of(labels);
+    compute(kernel, args, num_threads);
     return {};
 }
 
-// The divisors of the mean: of the loss, and of the KL term.
+// Divisors of the sums over voxels: of the loss, and of the KL term.
 struct Divisors {
     double loss = 1.0, kl = 1.0;
 };
@@ -104,15 +110,16 @@ bool has_gradient(const LossTensors& gradients) { return gradients.logits || gra
 
 bool writes_over_logits(const LossArgs& args) { return args.gradients.logits && args.gradients.logits.data == args.tensors.logits.data; }
 
-// The chunks' sums in the order of the chunks: the same for any number of threads. If only_if_all_count, the work ends
-// soon after a voxel that does not.
-LossSums run_loss(const Kernel<LossArgs>& kernel, LossArgs args, const Divisors& by, int num_threads, bool only_if_all_count = false) {
+// Computes all chunks of a loss and returns its sums over voxels. The sums of the chunks are added in the order of the
+// chunks, so that the result is the same for any number of threads. If only_if_all_count, chunks are skipped once a voxel
+// is found that does not count.
+LossSums compute_loss(const Kernel<LossArgs>& kernel, LossArgs args, const Divisors& by, int num_threads, bool only_if_all_count = false) {
     args.upstream.scale /= by.loss;
     args.upstream.kl_scale /= by.kl;
     std::vector<LossSums> chunks(static_cast<std::size_t>(kernel.num_chunks(args)));
     args.chunk_sums = chunks.data();
-    run(kernel, args, num_threads,
-        [&](int64_t chunk) { return only_if_all_count && chunks[static_cast<std::size_t>(chunk)].uncounted > 0; });
+    compute(kernel, args, num_threads,
+            [&](int64_t chunk) { return only_if_all_count && chunks[static_cast<std::size_t>(chunk)].uncounted > 0; });
     LossSums total;
     for (const LossSums& chunk : chunks) {
         total.loss += chunk.loss;
@@ -122,78 +129,89 @@ LossSums run_loss(const Kernel<LossArgs>& kernel, LossArgs args, const Divisors&
     return total;
 }
 
-// Whether some of the labels, spread over each item, say that a voxel does not count: a border that was padded, say.
-bool any_of_a_few_uncounted(const Labels& labels, const Shape& shape) {
-    constexpr int64_t kFew = 64;
-    const int64_t few = shape.S < kFew ? shape.S : kFew, step = few > 1 ? (shape.S - 1) / (few - 1) : 1;
-    Labels some = labels;
-    some.tensor.stride_s *= step;
-    const LabelSums sums = scan(some, {shape.N, shape.C, few}, nullptr, 1);
-    return sums.bad_position >= 0 || sums.counted < shape.N * few;
+// Returns whether a sample of the labels, spread evenly over each item, has a voxel that does not count. A padded border,
+// for example, shows in such a sample.
+bool sample_has_uncounted(const Labels& labels, const Shape& shape) {
+    constexpr int64_t kSample = 64;  // voxels of an item
+    const int64_t count = shape.S < kSample ? shape.S : kSample, step = count > 1 ? (shape.S - 1) / (count - 1) : 1;
+    Labels sample = labels;
+    sample.tensor.stride_s *= step;
+    const LabelSums sums = scan(sample, {shape.N, shape.C, count}, nullptr, 1);
+    return sums.bad_position >= 0 || sums.counted < shape.N * count;
 }
 
-// With more classes the labels weigh little beside the logits, and to read them twice is not worth a risk.
+// Largest number of classes for which assume_all_count() may be true if the mean has gradients. With more classes, reading
+// the labels first takes little time compared with reading the logits, and a wrong assumption costs more.
 constexpr int64_t kMaxClassesToAssume = 16;
 
-// Whether to start as if every voxel counted, and to read the labels on the way. If it proves wrong, nothing may be lost.
+// Returns whether to compute the loss under the assumption that every voxel counts, without reading the labels first. The
+// kernel reads them anyway, and finds out whether the assumption is right. If it is wrong, the loss is computed again or
+// divided by other numbers, so a kernel must not overwrite its input then.
 bool assume_all_count(const LossArgs& args) {
     const LossSpec& spec = args.spec;
     if (writes_over_logits(args) || spec.labels.is_mask) return false;
     if (spec.reduction != Reduction::mean) return true;
     if (spec.weight.data) return false;
     if (!has_gradient(args.gradients) || !spec.labels.tensor) return true;
-    return args.shape.C <= kMaxClassesToAssume && !any_of_a_few_uncounted(spec.labels, args.shape);
+    return args.shape.C <= kMaxClassesToAssume && !sample_has_uncounted(spec.labels, args.shape);
 }
 
 }  // namespace
 
-Outcome loss(const Kernel<LossArgs>& kernel, const LossArgs& args, int num_threads) {
+LabelFault loss(const Kernel<LossArgs>& kernel, const LossArgs& args, int num_threads) {
     const LossSpec& spec = args.spec;
-    const bool assume = assume_all_count(args), scaled = spec.reduction == Reduction::mean && has_gradient(args.gradients);
+    const bool assume = assume_all_count(args);
+    // The gradients of a mean are divided by a number that depends on all labels. With other labels they must be computed again.
+    const bool divides_gradients = spec.reduction == Reduction::mean && has_gradient(args.gradients);
     LabelSums labels;
     labels.counted = args.shape.voxels();
     LossSums total;
-    if (assume) total = run_loss(kernel, args, divisors(labels, spec), num_threads, scaled);
+    if (assume) total = compute_loss(kernel, args, divisors(labels, spec), num_threads, divides_gradients);
     if (!assume || total.uncounted > 0) {
         labels = scan(spec.labels, args.shape, spec.weight.data, num_threads);
-        if (labels.bad_position >= 0) return bad_label(labels);
-        if (!assume || scaled) total = run_loss(kernel, args, divisors(labels, spec), num_threads);
+        if (labels.bad_position >= 0) return fault_of(labels);
+        if (!assume || divides_gradients) total = compute_loss(kernel, args, divisors(labels, spec), num_threads);
     }
     const Divisors by = divisors(labels, spec);
     const double beta = spec.sampling.beta;
-    return {total.loss / by.loss + (beta != 0.0 ? beta * total.kl / by.kl : 0.0), -1, 0};
+    if (args.reduced) {
+        const double value = total.loss / by.loss + (beta != 0.0 ? beta * total.kl / by.kl : 0.0);
+        if ((args.tensors.logits ? args.tensors.logits : args.tensors.mu).dtype == DType::f64) *static_cast<double*>(args.reduced) = value;
+        else *static_cast<float*>(args.reduced) = static_cast<float>(value);
+    }
+    return {};
 }
 
-Outcome sample_soft_labels(const SampleArgs& args, int num_threads) {
-    return run_with_good_labels(kernels().sample_soft_labels, args, num_threads);
+LabelFault sample_soft_labels(SampleArgs& args, int num_threads) {
+    return compute_with_good_labels(kernels().sample_soft_labels, args, num_threads);
 }
 
-void sample_soft_labels_backward(const SampleArgs& args, int num_threads) { run(kernels().sample_soft_labels_backward, args, num_threads); }
+void sample_soft_labels_backward(SampleArgs& args, int num_threads) { compute(kernels().sample_soft_labels_backward, args, num_threads); }
 
-Outcome blend_soft_labels(const BlendArgs& args, int num_threads) {
-    return run_with_good_labels(kernels().blend_soft_labels, args, num_threads);
+LabelFault blend_soft_labels(BlendArgs& args, int num_threads) {
+    return compute_with_good_labels(kernels().blend_soft_labels, args, num_threads);
 }
 
-void accumulate_softmax(const AccumulateArgs& args, int num_threads) { run(kernels().accumulate_softmax, args, num_threads); }
+void accumulate_softmax(AccumulateArgs& args, int num_threads) { compute(kernels().accumulate_softmax, args, num_threads); }
 
-void accumulate_softmax_backward(const AccumulateArgs& args, int num_threads) {
-    run(kernels().accumulate_softmax_backward, args, num_threads);
+void accumulate_softmax_backward(AccumulateArgs& args, int num_threads) {
+    compute(kernels().accumulate_softmax_backward, args, num_threads);
 }
 
-BinsFault calibration_bins(BinsArgs args, int num_threads) {
+BinsFault calibration_bins(BinsArgs& args, int num_threads) {
     const auto& kernel = kernels().calibration_bins;
     std::vector<BinsFault> faults(static_cast<std::size_t>(kernel.num_chunks(args)));
     args.chunk_faults = faults.data();
-    run(kernel, args, num_threads);
-    for (const BinsFault& fault : faults)  // labels come first: scores are looked at with good labels only
+    compute(kernel, args, num_threads);
+    for (const BinsFault& fault : faults)  // report labels first, because scores are only checked where labels are good
         if (fault.label_position >= 0) return fault;
     for (const BinsFault& fault : faults)
         if (fault.score_position >= 0) return fault;
     return {};
 }
 
-Outcome ace_moments(const AceArgs& args, int num_threads) { return run_with_good_labels(kernels().ace_moments, args, num_threads); }
+LabelFault ace_moments(AceArgs& args, int num_threads) { return compute_with_good_labels(kernels().ace_moments, args, num_threads); }
 
-void ace_moments_backward(const AceArgs& args, int num_threads) { run(kernels().ace_moments_backward, args, num_threads); }
+void ace_moments_backward(AceArgs& args, int num_threads) { compute(kernels().ace_moments_backward, args, num_threads); }
 
 }  // namespace calseg

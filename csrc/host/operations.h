@@ -1,27 +1,30 @@
-// The operations on the host: labels are checked, and one kernel runs over all chunks.
+// Operations of the CPU engine. Each one checks the labels and computes all chunks of a kernel on several threads.
 #pragma once
 
 #include "host/arguments.h"
 
 namespace calseg {
 
-// The first label out of range, if any. Results are to be thrown away then; inputs are as they were.
-struct Outcome {
-    double loss = 0.0;  // of mean and sum
-    int64_t bad_position = -1, bad_value = 0;
+// Number of elements that a thread should have at least. With fewer, waking the thread takes more time than it saves.
+constexpr int64_t kElementsPerThread = 1 << 14;
+
+// First label that is neither a class nor ignored. Its position is that of the voxel in [N, S], or -1 if there is no such
+// label. If there is one, the results of the operation are invalid, and its inputs have not been changed.
+struct LabelFault {
+    int64_t position = -1, label = 0;
 };
 
-// A loss with its kernel.
-Outcome loss(const Kernel<LossArgs>& kernel, const LossArgs& args, int num_threads);
+// Computes the loss that `kernel` belongs to, and its gradients.
+LabelFault loss(const Kernel<LossArgs>& kernel, const LossArgs& args, int num_threads);
 
-Outcome sample_soft_labels(const SampleArgs& args, int num_threads);
-void sample_soft_labels_backward(const SampleArgs& args, int num_threads);
-void accumulate_softmax(const AccumulateArgs& args, int num_threads);
-void accumulate_softmax_backward(const AccumulateArgs& args, int num_threads);
-Outcome blend_soft_labels(const BlendArgs& args, int num_threads);
-// The first faults, if any: args.sums and args.totals are to be thrown away then.
-BinsFault calibration_bins(BinsArgs args, int num_threads);
-Outcome ace_moments(const AceArgs& args, int num_threads);
-void ace_moments_backward(const AceArgs& args, int num_threads);
+LabelFault sample_soft_labels(SampleArgs& args, int num_threads);
+void sample_soft_labels_backward(SampleArgs& args, int num_threads);
+void accumulate_softmax(AccumulateArgs& args, int num_threads);
+void accumulate_softmax_backward(AccumulateArgs& args, int num_threads);
+LabelFault blend_soft_labels(BlendArgs& args, int num_threads);
+// Returns the first fault, if there is one. args.sums and args.totals are then invalid.
+BinsFault calibration_bins(BinsArgs& args, int num_threads);
+LabelFault ace_moments(AceArgs& args, int num_threads);
+void ace_moments_backward(AceArgs& args, int num_threads);
 
 }  // namespace calseg

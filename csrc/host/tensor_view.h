@@ -1,4 +1,6 @@
-// A tensor as the kernels see it. Plain data only: this header is compiled under every instruction set.
+// Types that describe tensors to the kernels.
+//
+// They hold plain data only, because this header is compiled once per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +9,7 @@ namespace calseg {
 
 enum class DType : int32_t { f32, f64, bf16, f16, u8, i8, i16, i32, i64, u16, u32, u64 };
 
-// A tensor seen as [N, C, S]: the spatial axes collapse to one stride. Strides are in elements.
+// Tensor as [N, C, S], where one axis S stands for all spatial axes. Strides count elements.
 struct TensorView {
     void* data = nullptr;
     DType dtype = DType::f32;
@@ -15,14 +17,16 @@ struct TensorView {
     explicit operator bool() const { return data != nullptr; }
 };
 
-struct Scores : TensorView {};   // a floating-point number for every voxel and class
-struct Voxels : TensorView {};   // a floating-point number for every voxel: stride_c is 0
-struct Indices : TensorView {};  // an integer for every voxel: stride_c is 0
+struct Scores : TensorView {};   // one floating-point number per voxel and class
+struct Voxels : TensorView {};   // one floating-point number per voxel; stride_c is 0
+struct Indices : TensorView {};  // one integer per voxel; stride_c is 0
 
-struct Classes {  // a number for every class, float64 [C]
+// One float64 per class, contiguous.
+struct Classes {
     const double* data = nullptr;
 };
 
+// Extents of the tensors of a call.
 struct Shape {
     int64_t N = 0, C = 0, S = 0;
     int64_t voxels() const { return N * S; }

@@ -1,6 +1,9 @@
-// The Python module calseg._native: what calseg calls of the engine, by name.
+// The Python module calseg._native: registers every function of the engine that calseg calls.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+
+#include <optional>
+#include <type_traits>
 
 #include "cuda/plan.h"
 #include "host/buffer_pool.h"
@@ -16,166 +19,130 @@ namespace py = pybind11;
 namespace calseg {
 namespace {
 
-using Release = py::gil_scoped_release;
-
-// (loss, bad_position, bad_value, number of classes)
-py::tuple to_python(const Outcome& outcome, const Shape& shape) {
-    return py::make_tuple(outcome.loss, outcome.bad_position, outcome.bad_value, shape.C);
+// Returns None, or of a label that is no class (position, label, number of classes).
+py::object to_python(const LabelFault& fault, const Shape& shape) {
+    if (fault.position < 0) return py::none();
+    return py::make_tuple(fault.position, fault.label, shape.C);
 }
 
-// (label_position, label, score_position, total, least)
-py::tuple to_python(const BinsFault& fault) {
+// Returns (label_position, label, score_position, total, least). Positions are -1 where there was no fault.
+py::object to_python(const BinsFault& fault, const Shape&) {
     return py::make_tuple(fault.label_position, fault.label, fault.score_position, fault.total, fault.least);
 }
 
+// Place of an argument: its name, and the members that lead to where it is read into.
+template <auto... path>
+struct In {
+    const char* name;
+    template <class Args>
+    void read(Reader& reader, py::handle given, Args& args) const {
+        reader.argument(name, given, (args.*....*path));
+    }
+};
+
+// Place of a result, whose memory the caller gives.
+template <auto... path>
+struct Out {
+    const char* name;
+    template <class Args>
+    void read(Reader& reader, py::handle given, Args& args) const {
+        reader.result(name, given, (args.*....*path));
+    }
+};
+
+int torch_num_threads() {
+    static const py::handle get = py::module_::import("torch").attr("get_num_threads").cast<py::object>().release();
+    return get().cast<int>();
+}
+
+template <class>
+using Handle = py::handle;
+
+// Registers an operation of the CPU. Python gives a tensor or a structure for each place, scores first, as the other
+// tensors must fit them. A call on few elements takes microseconds: it keeps Python's lock.
+template <class Args, class Result, class... Places>
+void define(py::module_& module, const char* name, Result (*run)(Args&, int num_threads), Places... places) {
+    module.def(name, [=](Handle<Places>... given) {
+        Reader reader;
+        Args args;
+        (places.read(reader, given, args), ...);
+        args.shape = reader.shape();
+        const bool is_small = args.shape.voxels() * args.shape.C < kElementsPerThread;
+        const int num_threads = is_small ? 1 : torch_num_threads();
+        const auto call = [&] {
+            std::optional<py::gil_scoped_release> release;
+            if (!is_small) release.emplace();
+            return run(args, num_threads);
+        };
+        if constexpr (std::is_void_v<Result>) call();
+        else return to_python(call(), args.shape);
+    });
+}
+
+// Place of a loss: a number for every voxel, or one for all of them.
+struct LossResult {
+    const char* name;
+    void read(Reader& reader, py::handle given, LossArgs& args) const {
+        if (args.spec.reduction == Reduction::none) reader.result(name, given, args.loss);
+        else reader.result(name, given, args.reduced);
+    }
+};
+
 template <Kernel<LossArgs> KernelTable::* kernel>
-py::tuple call_loss(py::handle spec, py::handle tensors, py::handle gradients, py::handle grad_output, py::handle value, int num_threads) {
-    Reader reader;
-    LossArgs args;
-    reader.read(tensors, args.tensors);
-    reader.read(spec, args.spec);
-    reader.write(gradients, args.gradients);
-    reader.read(grad_output, args.upstream.grad_output);
-    reader.write(value, args.loss);
-    args.shape = reader.shape();
-    Outcome outcome;
-    {
-        const Release release;
-        outcome = loss(kernels().*kernel, args, num_threads);
-    }
-    return to_python(outcome, args.shape);
+LabelFault run_loss(LossArgs& args, int num_threads) {
+    return loss(kernels().*kernel, args, num_threads);
 }
 
-py::tuple call_sample_soft_labels(py::handle spec, py::handle tensors, py::handle soft_labels, int num_threads) {
-    Reader reader;
-    SampleArgs args;
-    reader.read(tensors, args.tensors);
-    reader.read(spec, args.spec);
-    reader.write(soft_labels, args.soft_labels);
-    args.shape = reader.shape();
-    Outcome outcome;
-    {
-        const Release release;
-        outcome = sample_soft_labels(args, num_threads);
-    }
-    return to_python(outcome, args.shape);
-}
-
-void call_sample_soft_labels_backward(py::handle spec, py::handle tensors, py::handle grad_output, py::handle gradients, int num_threads) {
-    Reader reader;
-    SampleArgs args;
-    reader.read(tensors, args.tensors);
-    reader.read(spec, args.spec);
-    reader.read(grad_output, args.grad_output);
-    reader.write(gradients, args.gradients);
-    args.shape = reader.shape();
-    const Release release;
-    sample_soft_labels_backward(args, num_threads);
-}
-
-void call_accumulate_softmax(py::handle spec, py::handle total, py::handle logits, int num_threads) {
-    Reader reader;
-    AccumulateArgs args;
-    reader.read(logits, args.logits);
-    reader.read(spec, args.spec);
-    reader.write(total, args.total);
-    args.shape = reader.shape();
-    const Release release;
-    accumulate_softmax(args, num_threads);
-}
-
-void call_accumulate_softmax_backward(py::handle spec, py::handle logits, py::handle grad_output, py::handle grad_logits, int num_threads) {
-    Reader reader;
-    AccumulateArgs args;
-    reader.read(logits, args.logits);
-    reader.read(spec, args.spec);
-    reader.read(grad_output, args.grad_output);
-    reader.write(grad_logits, args.grad_logits);
-    args.shape = reader.shape();
-    const Release release;
-    accumulate_softmax_backward(args, num_threads);
-}
-
-py::tuple call_blend_soft_labels(py::handle spec, py::handle estimate, int num_threads) {
-    Reader reader;
-    BlendArgs args;
-    reader.write(estimate, args.estimate);
-    reader.read(spec, args.spec);
-    args.shape = reader.shape();
-    Outcome outcome;
-    {
-        const Release release;
-        outcome = blend_soft_labels(args, num_threads);
-    }
-    return to_python(outcome, args.shape);
-}
-
-void read_bins(Reader& reader, BinsArgs& args, py::handle spec, py::handle scores, py::handle sums, py::handle totals) {
-    reader.read(scores, args.scores);
-    reader.read(spec, args.spec);
-    args.sums = static_cast<int64_t*>(reader.memory(sums, "int64"));
-    args.totals = static_cast<int64_t*>(reader.memory(totals, "int64"));
-    args.shape = reader.shape();
-}
-
-py::tuple call_calibration_bins(py::handle spec, py::handle scores, py::handle sums, py::handle totals, int num_threads) {
-    Reader reader;
-    BinsArgs args;
-    read_bins(reader, args, spec, scores, sums, totals);
-    BinsFault fault;
-    {
-        const Release release;
-        fault = calibration_bins(args, num_threads);
-    }
-    return to_python(fault);
+void define_operations(py::module_& m) {
+    const auto define_loss = [&](const char* name, LabelFault (*run)(LossArgs&, int)) {
+        define(m, name, run, In<&LossArgs::tensors>{"tensors"}, In<&LossArgs::spec>{"spec"}, Out<&LossArgs::gradients>{"gradients"},
+               In<&LossArgs::upstream, &Upstream::grad_output>{"grad_output"}, LossResult{"loss"});
+    };
+#define CALSEG_DEFINE(name) define_loss(#name, &run_loss<&KernelTable::name>);
+    CALSEG_LOSSES(CALSEG_DEFINE)
+#undef CALSEG_DEFINE
+    define(m, "sample_soft_labels", &sample_soft_labels, In<&SampleArgs::tensors>{"tensors"}, In<&SampleArgs::spec>{"spec"},
+           Out<&SampleArgs::soft_labels>{"soft_labels"});
+    define(m, "sample_soft_labels_backward", &sample_soft_labels_backward, In<&SampleArgs::tensors>{"tensors"},
+           In<&SampleArgs::spec>{"spec"}, In<&SampleArgs::grad_output>{"grad_output"}, Out<&SampleArgs::gradients>{"gradients"});
+    define(m, "accumulate_softmax", &accumulate_softmax, In<&AccumulateArgs::logits>{"logits"}, In<&AccumulateArgs::spec>{"spec"},
+           Out<&AccumulateArgs::total>{"total"});
+    define(m, "accumulate_softmax_backward", &accumulate_softmax_backward, In<&AccumulateArgs::logits>{"logits"},
+           In<&AccumulateArgs::spec>{"spec"}, In<&AccumulateArgs::grad_output>{"grad_output"},
+           Out<&AccumulateArgs::grad_logits>{"grad_logits"});
+    define(m, "blend_soft_labels", &blend_soft_labels, Out<&BlendArgs::estimate>{"total"}, In<&BlendArgs::spec>{"spec"});
+    define(m, "calibration_bins", &calibration_bins, In<&BinsArgs::scores>{"scores"}, In<&BinsArgs::spec>{"spec"},
+           In<&BinsArgs::sums>{"sums"}, In<&BinsArgs::totals>{"totals"});
+    define(m, "ace_moments", &ace_moments, In<&AceArgs::logits>{"logits"}, In<&AceArgs::spec>{"spec"}, In<&AceArgs::sums>{"sums"},
+           In<&AceArgs::nans>{"nans"});
+    define(m, "ace_moments_backward", &ace_moments_backward, In<&AceArgs::logits>{"logits"}, In<&AceArgs::spec>{"spec"},
+           In<&AceArgs::slopes>{"slopes"}, Out<&AceArgs::grad_logits>{"grad_logits"});
 }
 
 #if defined(CALSEG_CUDA_ARCHITECTURES)
-void call_cuda_calibration_bins(py::handle spec, py::handle scores, py::handle sums, py::handle totals, py::handle faults, int device,
-                                uintptr_t stream) {
+void cuda_calibration_bins(py::handle scores, py::handle spec, py::handle sums, py::handle totals, py::handle faults, int device,
+                           uintptr_t stream) {
     Reader reader(Device::cuda);
     BinsArgs args;
-    read_bins(reader, args, spec, scores, sums, totals);
-    auto* const places = static_cast<int64_t*>(reader.memory(faults, "int64"));
-    const Release release;
+    int64_t* places = nullptr;
+    reader.argument("scores", scores, args.scores);
+    reader.argument("spec", spec, args.spec);
+    reader.argument("sums", sums, args.sums);
+    reader.argument("totals", totals, args.totals);
+    reader.argument("faults", faults, places);
+    args.shape = reader.shape();
+    const py::gil_scoped_release release;
     cuda_calibration_bins(args, places, device, reinterpret_cast<void*>(stream));
 }
 #endif
 
-py::tuple call_ace_moments(py::handle spec, py::handle logits, py::handle sums, py::handle nans, int num_threads) {
-    Reader reader;
-    AceArgs args;
-    reader.read(logits, args.logits);
-    reader.read(spec, args.spec);
-    args.sums = static_cast<int64_t*>(reader.memory(sums, "int64"));
-    args.nans = static_cast<int64_t*>(reader.memory(nans, "int64"));
-    args.shape = reader.shape();
-    Outcome outcome;
-    {
-        const Release release;
-        outcome = ace_moments(args, num_threads);
-    }
-    return to_python(outcome, args.shape);
-}
-
-void call_ace_moments_backward(py::handle spec, py::handle logits, py::handle slopes, py::handle grad_logits, int num_threads) {
-    Reader reader;
-    AceArgs args;
-    reader.read(logits, args.logits);
-    reader.read(spec, args.spec);
-    args.slopes = reader.memory(slopes, args.logits.dtype == DType::f64 ? "float64" : "float32");
-    reader.write(grad_logits, args.grad_logits);
-    args.shape = reader.shape();
-    const Release release;
-    ace_moments_backward(args, num_threads);
-}
-
-// (N, C, S, [(n, c, s) of the scores], [(n, 0, s) of the voxels]): how a GPU's kernels walk these tensors, merged items first.
+// Returns (N, C, S, strides of the scores, strides of the voxels), with items merged where one stride walks them all. The
+// strides of a tensor are (n, c, s). The Triton kernels walk tensors by these.
 py::tuple geometry(const py::list& scores, const py::list& voxels) {
     Reader reader(Device::any);
     std::vector<TensorView> views;
     const auto add = [&](py::handle tensor, auto view) {
-        reader.write(tensor, view);
+        reader.result("tensor", tensor, view);
         views.push_back(view);
     };
     for (const py::handle tensor : scores) add(tensor, Scores());
@@ -192,7 +159,7 @@ py::tuple geometry(const py::list& scores, const py::list& voxels) {
     return py::make_tuple(shape.N, shape.C, shape.S, strides[0], strides[1]);
 }
 
-// The fields of every structure that came from calseg/operations.py, by its name.
+// Returns the names of the fields of every structure that came from calseg/operations.py.
 template <class... Structures>
 py::dict fields_of(std::tuple<Structures...>*) {
     py::dict all;
@@ -212,21 +179,11 @@ PYBIND11_MODULE(_native, m) {
     py::register_exception<Unreadable>(m, "Unreadable", PyExc_ValueError);
     m.attr("FIELDS") = fields_of(static_cast<Structures*>(nullptr));
 
-#define CALSEG_REGISTER(name) m.def(#name, &call_loss<&KernelTable::name>);
-    CALSEG_LOSSES(CALSEG_REGISTER)
-#undef CALSEG_REGISTER
-    m.def("sample_soft_labels", &call_sample_soft_labels);
-    m.def("sample_soft_labels_backward", &call_sample_soft_labels_backward);
-    m.def("accumulate_softmax", &call_accumulate_softmax);
-    m.def("accumulate_softmax_backward", &call_accumulate_softmax_backward);
-    m.def("blend_soft_labels", &call_blend_soft_labels);
-    m.def("calibration_bins", &call_calibration_bins);
-    m.def("ace_moments", &call_ace_moments);
-    m.def("ace_moments_backward", &call_ace_moments_backward);
-
+    define_operations(m);
 #if defined(CALSEG_CUDA_ARCHITECTURES)
     m.attr("CUDA_ARCHITECTURES") = py::str(CALSEG_CUDA_ARCHITECTURES).attr("split")(" ");
-    m.def("cuda_calibration_bins", &call_cuda_calibration_bins);
+    m.def("cuda_calibration_bins",
+          static_cast<void (*)(py::handle, py::handle, py::handle, py::handle, py::handle, int, uintptr_t)>(&cuda_calibration_bins));
 #else
     m.attr("CUDA_ARCHITECTURES") = py::list();
 #endif
@@ -242,7 +199,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("available_isas", &available_isas);
     m.def("set_isa", &set_isa);
     m.def("threading_layer", &threading_layer);
-    isa();  // a wrong CALSEG_ISA is an error at import, not in the middle of training
+    isa();  // Refuses a wrong CALSEG_ISA at import.
 }
 
 }  // namespace calseg

@@ -4,37 +4,19 @@
 #include <vector>
 
 #include "host/buffer_pool.h"
+#include "python/dlpack.h"
 #include "python/reader.h"
 
 namespace calseg {
 namespace {
 
-struct DLDevice {
-    int32_t device_type, device_id;
-};
-struct DLDataType {
-    uint8_t code, bits;
-    uint16_t lanes;
-};
-struct DLTensor {
-    void* data;
-    DLDevice device;
-    int32_t ndim;
-    DLDataType dtype;
-    int64_t *shape, *strides;
-    uint64_t byte_offset;
-};
-struct DLManagedTensor {
-    DLTensor tensor;
-    void* context;
-    void (*deleter)(DLManagedTensor*);
-};
-
+// DLPack tensor, together with the arrays to which it points.
 struct Owned {
     DLManagedTensor managed;
     std::vector<int64_t> sizes, strides;
 };
 
+// Returns the memory of a tensor to the pool.
 void release(DLManagedTensor* managed) {
     auto* owned = static_cast<Owned*>(managed->context);
     pool_release(managed->tensor.data);
@@ -44,13 +26,13 @@ void release(DLManagedTensor* managed) {
 DLDataType dl_dtype(DType dtype) {
     switch (dtype) {
         case DType::f64:
-            return {2, 64, 1};
+            return {kDLFloat, 64, 1};
         case DType::f16:
-            return {2, 16, 1};
+            return {kDLFloat, 16, 1};
         case DType::bf16:
-            return {4, 16, 1};
+            return {kDLBfloat, 16, 1};
         default:
-            return {2, 32, 1};
+            return {kDLFloat, 32, 1};
     }
 }
 
@@ -67,10 +49,11 @@ pybind11::object empty_pooled(pybind11::handle dtype, const pybind11::tuple& siz
     const DLDataType type = dl_dtype(dtype_of(dtype));
     void* memory = pool_allocate(static_cast<std::size_t>(elements) * type.bits / 8);
     if (!memory) return pybind11::none();
-    owned->managed = {{memory, {1, 0}, static_cast<int32_t>(owned->sizes.size()), type, owned->sizes.data(), owned->strides.data(), 0},
+    owned->managed = {{memory, {kDLCPU, 0}, static_cast<int32_t>(owned->sizes.size()), type, owned->sizes.data(), owned->strides.data(), 0},
                       owned.get(),
                       release};
-    // A capsule that nobody consumes frees what it holds; a consumer renames it and calls the deleter itself.
+    // A consumer of the capsule renames it, and later calls the deleter. A capsule that was not consumed calls it when it
+    // is freed.
     return pybind11::reinterpret_steal<pybind11::object>(PyCapsule_New(&owned.release()->managed, "dltensor", [](PyObject* capsule) {
         if (PyCapsule_IsValid(capsule, "dltensor")) {
             auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));

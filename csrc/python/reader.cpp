@@ -3,7 +3,10 @@
 #include <pybind11/gil_safe_call_once.h>
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
+
+#include "python/dlpack.h"
 
 namespace calseg {
 
@@ -12,6 +15,16 @@ namespace py = pybind11;
 namespace {
 
 constexpr int kMaxRank = 64;  // of a torch.Tensor
+
+// The dtypes that the engine reads: the number that kernels know them by, PyTorch's name, DLPack's code and bits.
+constexpr struct {
+    DType dtype;
+    const char* name;
+    uint8_t code, bits;
+} kDtypes[] = {{DType::f32, "float32", kDLFloat, 32},    {DType::i64, "int64", kDLInt, 64},     {DType::u8, "uint8", kDLUInt, 8},
+               {DType::bf16, "bfloat16", kDLBfloat, 16}, {DType::f16, "float16", kDLFloat, 16}, {DType::i32, "int32", kDLInt, 32},
+               {DType::i16, "int16", kDLInt, 16},        {DType::i8, "int8", kDLInt, 8},        {DType::f64, "float64", kDLFloat, 64},
+               {DType::u16, "uint16", kDLUInt, 16},      {DType::u32, "uint32", kDLUInt, 32},   {DType::u64, "uint64", kDLUInt, 64}};
 
 PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 
@@ -22,13 +35,15 @@ py::object call_method(py::handle of, PyObject* method) {
 
 }  // namespace
 
+// The objects of PyTorch and of Python that tensors are compared with and asked for. They live as long as the process.
 struct Torch {
     PyObject *tensor, *parameter, *float64;
+    int (*dltensor)(void* tensor, DLTensor* to) = nullptr;  // null before PyTorch 2.10
     std::vector<std::pair<PyObject*, DType>> dtypes;
     PyObject *shape = interned("shape"), *stride = interned("stride"), *data_ptr = interned("data_ptr"), *dtype = interned("dtype"),
              *is_cpu = interned("is_cpu"), *is_cuda = interned("is_cuda"), *is_neg = interned("is_neg"),
-             *resolve_neg = interned("resolve_neg"), *contiguous = interned("contiguous"), *is_contiguous = interned("is_contiguous"),
-             *detach = interned("detach"), *to = interned("to"), *fields = interned("_fields");
+             *resolve_neg = interned("resolve_neg"), *contiguous = interned("contiguous"), *detach = interned("detach"),
+             *to = interned("to"), *storage_offset = interned("storage_offset");
 
     Torch() {
         const py::module_ torch = py::module_::import("torch");
@@ -36,11 +51,12 @@ struct Torch {
         tensor = get(torch, "Tensor");
         parameter = get(py::module_::import("torch.nn"), "Parameter");
         float64 = get(torch, "float64");
-        const std::pair<const char*, DType> known[] = {{"float32", DType::f32},   {"int64", DType::i64},   {"uint8", DType::u8},
-                                                       {"bfloat16", DType::bf16}, {"float16", DType::f16}, {"int32", DType::i32},
-                                                       {"int16", DType::i16},     {"int8", DType::i8},     {"float64", DType::f64},
-                                                       {"uint16", DType::u16},    {"uint32", DType::u32},  {"uint64", DType::u64}};
-        for (const auto& [name, code] : known) dtypes.emplace_back(get(torch, name), code);
+        for (const auto& known : kDtypes) dtypes.emplace_back(get(torch, known.name), known.dtype);
+        const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
+        if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
+            const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+            if (api->major == 1) dltensor = api->dltensor_from_py_object;
+        }
     }
 
     static const Torch& get() {
@@ -56,7 +72,7 @@ struct Reader::Layout {
     int64_t elements = 1;
     int64_t sizes[kMaxRank], strides[kMaxRank];
 
-    // The stride with which the axes from `first` on are walked in row-major order, if there is one.
+    // Finds the stride that walks the axes from `first` on in row-major order. False where there is none.
     bool walk(int first, int64_t& step) const {
         bool any = false;
         int64_t extent = 0;
@@ -100,17 +116,43 @@ DType dtype_of(py::handle dtype) {
 
 // ---- tensors ----
 
-Reader::Layout Reader::layout_of(py::handle tensor) const {
-    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
-    if (type != torch_.tensor && type != torch_.parameter && PyObject_IsInstance(tensor.ptr(), torch_.tensor) != 1)
-        refuse("got no torch.Tensor, wanted one");
+namespace {
+
+Device device_of(const DLDevice& device) {
+    if (device.device_type == kDLCPU || device.device_type == kDLCUDAHost) return Device::cpu;
+    return device.device_type == kDLCUDA ? Device::cuda : Device::any;
+}
+
+}  // namespace
+
+// Reads a tensor by DLPack's C function, in 50 ns. False where PyTorch has none, or it refuses the tensor.
+bool Reader::read_dlpack(py::handle tensor, Layout& to) const {
+    DLTensor from;
+    if (!torch_.dltensor) return false;
+    if (torch_.dltensor(tensor.ptr(), &from) != 0) {
+        PyErr_Clear();
+        return false;
+    }
+    const auto same = [&](const auto& known) { return known.code == from.dtype.code && known.bits == from.dtype.bits; };
+    const auto* known = std::find_if(std::begin(kDtypes), std::end(kDtypes), same);
+    if (known == std::end(kDtypes) || from.dtype.lanes != 1 || from.ndim > kMaxRank || !from.strides) return false;
+    if (device_ != Device::any && device_of(from.device) != device_) return false;
+    to.dtype = known->dtype;
+    to.data = from.data;
+    to.rank = from.ndim;
+    std::copy(from.shape, from.shape + to.rank, to.sizes);
+    std::copy(from.strides, from.strides + to.rank, to.strides);
+    return true;
+}
+
+// Reads a tensor by its attributes in Python, in every PyTorch. Refuses a tensor with the reason.
+void Reader::read_attributes(py::handle tensor, Layout& to) const {
     const auto attribute = [&](PyObject* name) { return py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), name)); };
     if (device_ != Device::any) {
         const py::object here = attribute(device_ == Device::cpu ? torch_.is_cpu : torch_.is_cuda);
         if (here.ptr() != Py_True) refuse(device_ == Device::cpu ? "wanted a tensor on the CPU" : "wanted a tensor on a CUDA device");
     }
-    Layout layout;
-    layout.dtype = dtype_of(attribute(torch_.dtype));
+    to.dtype = dtype_of(attribute(torch_.dtype));
 
     const auto integers = [&](const py::object& tuple, int64_t* to) {
         if (!tuple || !PyTuple_Check(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) > kMaxRank) refuse("wanted a dense tensor");
@@ -122,24 +164,47 @@ Reader::Layout Reader::layout_of(py::handle tensor) const {
         }
         return count;
     };
-    layout.rank = integers(attribute(torch_.shape), layout.sizes);
-    if (integers(call_method(tensor, torch_.stride), layout.strides) != layout.rank) refuse("wanted a dense tensor");
-    for (int i = 0; i < layout.rank; ++i) layout.elements *= layout.sizes[i];
-
+    to.rank = integers(attribute(torch_.shape), to.sizes);
+    if (integers(call_method(tensor, torch_.stride), to.strides) != to.rank) refuse("wanted a dense tensor");
     const py::object address = call_method(tensor, torch_.data_ptr);
     if (!address || !PyLong_Check(address.ptr())) refuse("got a tensor without memory of its own (fake, or of a wrapper)");
-    layout.data = PyLong_AsVoidPtr(address.ptr());
-    if (!layout.data && layout.elements > 0) refuse("got a tensor whose memory is not there (fake, freed, or of a wrapper)");
+    to.data = PyLong_AsVoidPtr(address.ptr());
+}
+
+Reader::Layout Reader::layout_of(py::handle tensor) const {
+    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
+    const bool is_plain = type == torch_.tensor || type == torch_.parameter;
+    if (!is_plain && PyObject_IsInstance(tensor.ptr(), torch_.tensor) != 1) refuse("got no torch.Tensor, wanted one");
+    Layout layout;
+    if (!is_plain || !read_dlpack(tensor, layout)) read_attributes(tensor, layout);
+    for (int i = 0; i < layout.rank; ++i) layout.elements *= layout.sizes[i];
+    if (layout.elements > 0 && !has_memory(tensor, layout)) refuse("got a tensor whose memory is not there (fake, freed, or of a wrapper)");
     static char nothing;
-    if (!layout.data) layout.data = &nothing;  // of an empty tensor, which is one all the same
+    if (!layout.data) layout.data = &nothing;  // An empty tensor is read like any other.
     return layout;
 }
 
-// A tensor with its axes as they are, and how to walk it; a copy where that is needed.
+// Tells whether there is memory at the address. That of a view on freed memory is null plus the view's offset.
+bool Reader::has_memory(py::handle tensor, const Layout& layout) const {
+    const auto address = reinterpret_cast<uintptr_t>(layout.data);
+    constexpr uintptr_t kSurelyMemory = uintptr_t(1) << 40;  // no view begins a tebibyte into its storage
+    if (address >= kSurelyMemory) return true;
+    if (address == 0) return false;
+    const py::object offset = call_method(tensor, torch_.storage_offset);
+    if (!offset || !PyLong_Check(offset.ptr())) {
+        PyErr_Clear();
+        return true;
+    }
+    const auto* known = std::find_if(std::begin(kDtypes), std::end(kDtypes), [&](const auto& each) { return each.dtype == layout.dtype; });
+    return address != static_cast<uintptr_t>(PyLong_AsLongLong(offset.ptr()) * (known->bits / 8));
+}
+
+// Reads a tensor by find(tensor). Where that is false, as no stride walks through the tensor, and where PyTorch only
+// notes that the numbers are to be negated, a copy is read instead. Results are memory that calseg made itself.
 template <class Find>
 static void view(py::handle from, const Torch& torch, std::vector<py::object>& held, bool is_result, const Find& find) {
     const bool is_walkable = find(from);
-    if (is_walkable && call_method(from, torch.is_neg).ptr() != Py_True) return;
+    if (is_walkable && (is_result || call_method(from, torch.is_neg).ptr() != Py_True)) return;
     if (is_result) throw Unreadable("a result has a layout that cannot be written in place");
     py::object copy = call_method(from, torch.resolve_neg);
     if (!copy) throw py::error_already_set();
@@ -164,6 +229,7 @@ void Reader::read(py::handle from, Scores& to) {
                 shape_.N = t.sizes[0];
                 for (int i = 2; i < t.rank; ++i) shape_.S *= t.sizes[i];
             }
+            dtype_ = t.dtype;
             if (shape_.C == 0) refuse("wanted at least one class");
             has_shape_ = true;
         } else if (sizes_.size() != static_cast<std::size_t>(t.rank) || !std::equal(sizes_.begin(), sizes_.end(), t.sizes)) {
@@ -219,13 +285,22 @@ void Reader::read(py::handle from, Classes& to) {
     held_.push_back(wide);
 }
 
-void* Reader::memory(py::handle from, const char* dtype) {
+void Reader::read(py::handle from, int64_t*& to) { to = static_cast<int64_t*>(memory(from, DType::i64)); }
+
+void Reader::read(py::handle from, void*& to) { to = memory(from, dtype_ == DType::f64 ? DType::f64 : DType::f32); }
+
+void Reader::read(py::handle from, const void*& to) {
+    void* memory = nullptr;
+    read(from, memory);
+    to = memory;
+}
+
+void* Reader::memory(py::handle from, DType dtype) {
     if (from.is_none()) return nullptr;
-    name_ = dtype;
     const Layout t = layout_of(from);
-    if (call_method(from, torch_.is_contiguous).ptr() != Py_True) refuse("wanted contiguous memory");
-    const std::string wanted(dtype);
-    if (t.dtype != (wanted == "int64" ? DType::i64 : wanted == "float64" ? DType::f64 : DType::f32)) refuse("wanted this dtype");
+    int64_t step = 1;
+    if (!t.walk(0, step) || (step != 1 && t.elements > 1)) refuse("wanted contiguous memory");
+    if (t.dtype != dtype) refuse("wanted another dtype");
     return t.data;
 }
 

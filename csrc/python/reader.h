@@ -1,5 +1,5 @@
-// The one reader of what comes from Python: tensors and the specs of calseg/operations.py. It takes torch.Tensors apart
-// without libtorch, checks that their shapes fit each other, and copies what the kernels cannot walk through.
+// Reader of everything that comes from Python: tensors and the specs of calseg/operations.py. It reads torch.Tensors
+// without libtorch, checks that their shapes fit each other, and copies those that the kernels cannot walk through.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -12,14 +12,14 @@
 
 namespace calseg {
 
-// A value that the engine does not read. Nothing has been written then.
+// The error for a value that the engine does not read. It is thrown before anything is written.
 struct Unreadable : std::invalid_argument {
     using std::invalid_argument::invalid_argument;
 };
 
-struct Torch;  // the objects of PyTorch that the reader compares with and calls
+struct Torch;
 
-// The kernels' number for a torch.dtype.
+// Finds the kernels' number for a torch.dtype.
 DType dtype_of(pybind11::handle dtype);
 
 enum class Device { cpu, cuda, any };
@@ -28,7 +28,7 @@ class Reader {
  public:
     explicit Reader(Device device = Device::cpu);
 
-    // A spec, or tensors, by the fields of its structure. None leaves all as it is.
+    // Reads a spec, or tensors, by the fields of its structure. None leaves the structure as it is.
     template <class Structure>
     void read(pybind11::handle from, Structure& to) {
         if (from.is_none()) return;
@@ -48,18 +48,27 @@ class Reader {
     void read(pybind11::handle from, uint64_t& to);
     void read(pybind11::handle from, bool& to);
 
-    // The same for what the kernels write to. It is not copied: what cannot be walked through is an error.
+    // Reads the address of a contiguous tensor: of int64, or of the type that the scores are computed in.
+    void read(pybind11::handle from, int64_t*& to);
+    void read(pybind11::handle from, const void*& to);
+    void read(pybind11::handle from, void*& to);
+
+    // Reads one argument of a call. Its name stands in front of error messages, unless a structure names its fields.
     template <class To>
-    void write(pybind11::handle from, To& to) {
-        is_result_ = true;
+    void argument(const char* name, pybind11::handle from, To& to) {
+        name_ = name;
         read(from, to);
+    }
+
+    // Does the same for results, which are written to. They are not copied: a layout without one stride is an error.
+    template <class To>
+    void result(const char* name, pybind11::handle from, To& to) {
+        is_result_ = true;
+        argument(name, from, to);
         is_result_ = false;
     }
 
-    // The memory of a contiguous tensor; nullptr for None.
-    void* memory(pybind11::handle from, const char* dtype);
-
-    // Of the first tensor with a class axis that was read; all others must fit it.
+    // Returns the shape of the first scores that were read. All other tensors fit it.
     const Shape& shape() const;
 
  private:
@@ -81,6 +90,10 @@ class Reader {
     static void check_names(pybind11::handle from, const char* structure, const std::vector<std::string>& names);
 
     Layout layout_of(pybind11::handle tensor) const;
+    bool read_dlpack(pybind11::handle tensor, Layout& to) const;
+    void read_attributes(pybind11::handle tensor, Layout& to) const;
+    bool has_memory(pybind11::handle tensor, const Layout& layout) const;
+    void* memory(pybind11::handle from, DType dtype);
     void read_voxels(pybind11::handle from, TensorView& to, bool integers);
     [[noreturn]] void refuse(const std::string& why) const;
 
@@ -91,6 +104,7 @@ class Reader {
     std::vector<int64_t> sizes_;  // of the scores
     bool has_shape_ = false;
     Shape shape_;
+    DType dtype_ = DType::f32;            // of the scores
     std::vector<pybind11::object> held_;  // copies, until the call is done
 };
 

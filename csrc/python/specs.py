@@ -1,7 +1,8 @@
-"""Make the C++ structures of the specs from calseg/operations.py: python specs.py OPERATIONS.py SPECS.h
+"""Generate the C++ structures of the specs from calseg/operations.py: python specs.py OPERATIONS.py SPECS.h
 
-A class of that file becomes a structure with the same fields, and a function that visits them with their names and
-places. Fields that C++ has no use for (text, the dtype of a result) keep their place and are left out.
+Every class of that file becomes a structure with the same fields, and a function that visits the fields with their
+names and places. C++ has no fields for text and for the dtype of a result. The places of the other fields still count
+them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Field = tuple[int, str, str]
 
 
 def fields_of(structure: ast.ClassDef, known: dict[str, str]) -> list[Field]:
-    """Place, C++ type and name of every field that C++ has."""
+    """Return place, C++ type and name of every field that C++ has."""
     fields = []
     annotated = [line for line in structure.body if isinstance(line, ast.AnnAssign)]
     for place, line in enumerate(annotated):
@@ -40,7 +41,7 @@ def fields_of(structure: ast.ClassDef, known: dict[str, str]) -> list[Field]:
 
 
 def make(source: str) -> str:
-    """The header for the text of operations.py."""
+    """Return the text of the header for the text of operations.py."""
     known = dict(TYPES)
     parts = []
     for structure in ast.parse(source).body:
@@ -66,4 +67,6 @@ def make(source: str) -> str:
 
 if __name__ == "__main__":
     operations, header = map(Path, sys.argv[1:])
-    header.write_text(make(operations.read_text(encoding="utf-8")), encoding="utf-8")
+    made = make(operations.read_text(encoding="utf-8"))
+    if not header.exists() or header.read_text(encoding="utf-8") != made:  # an unchanged header compiles nothing again
+        header.write_text(made, encoding="utf-8")

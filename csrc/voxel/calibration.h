@@ -1,7 +1,7 @@
-// Mathematics of calibration_bins for a vector of voxels, shared by the CPU and CUDA kernels.
+// Mathematics of calibration_bins for a vector of voxels, which the CPU and the CUDA kernels share.
 //
-// T is float or double. F<T> and I<T> hold the numbers of as many voxels as a vector has: those of an instruction set, or one.
-// Included after the vectors and their elementary functions: cpu/simd.h and cpu/vector_math.h, or cuda/scalar.h.
+// T is float or double. F<T> and I<T> are vectors with one number per voxel. On a CPU they hold kLanes voxels, on a GPU
+// one. Include the vectors and their elementary functions first: cpu/simd.h and cpu/vector_math.h, or cuda/scalar.h.
 #pragma once
 
 #include "host/arguments.h"
@@ -11,22 +11,24 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-constexpr double kUnit = 0x1p24;    // the number 1 in the fixed-point sums
-constexpr double kMaxNll = 0x1p25;  // a negative log-likelihood from here on counts as infinite
+constexpr double kUnit = 0x1p24;    // the number 1 in fixed point
+constexpr double kMaxNll = 0x1p25;  // a negative log-likelihood that is not below this number counts as infinite
 
+// Sums over the voxels of an item. host/arguments.h describes them.
 enum Total { kNllWhole, kNllRest, kBrier, kVoxels, kNan, kInfinite, kTotals };
 static_assert(kTotals == kBinsTotals, "host/arguments.h gives the number");
 
-constexpr int32_t kSkipped = -1;  // in place of a class: the voxel does not count
-constexpr int32_t kNoClass = -2;  // in place of a class: the label is no class
+// Values that stand in place of a class.
+constexpr int32_t kSkipped = -1;  // the voxel does not count
+constexpr int32_t kNoClass = -2;  // the label is not a class
 
-// Converts to units of 2^-24, rounded to the nearest, ties to even.
+// Converts x to fixed point: units of 2^-24, rounded to the nearest, ties to even.
 template <class T>
 CALSEG_INLINE I<T> in_units(F<T> x) {
     return nearest_integer(x * broadcast<F<T>>(T(kUnit)));
 }
 
-// Moves confidences into [0, 1]. NaN becomes 0.
+// Clamps confidences to [0, 1]. NaN becomes 0.
 template <class T>
 CALSEG_INLINE F<T> within_unit(F<T> p) {
     const F<T> one = broadcast<F<T>>(T(1));
@@ -34,8 +36,11 @@ CALSEG_INLINE F<T> within_unit(F<T> p) {
     return select(less(one, p), one, p);
 }
 
-// Bin of confidences in [0, 1]. An edge is k / n_bins, rounded. Only the nearest edge can be on the wrong side.
-// N is F<T>, or a type by which F<T> can be multiplied and divided.
+// Returns the bins of confidences in [0, 1], where `last` is the last bin.
+//
+// Edge k of the bins is the rounded number k / n_bins. The product confidence * n_bins is rounded too, so it can lie on the
+// wrong side of the edge nearest to it, but of no other edge. The function compares the confidence with that edge. N is
+// F<T>, or another type by which F<T> can be multiplied and divided.
 template <class T, class N>
 CALSEG_INLINE I<T> bin_of(F<T> confidence, N n_bins, I<T> last, bool right_closed) {
     const I<T> nearest = nearest_integer(confidence * n_bins), one = broadcast<I<T>>(1), none = broadcast<I<T>>(0);
@@ -51,32 +56,32 @@ CALSEG_INLINE I<T> bin_of(F<T> confidence, N n_bins, I<T> last, bool right_close
 // Computes -log p for p >= 0.
 template <class T>
 CALSEG_INLINE F<T> minus_log(F<T> p) {
-    // log_positive takes normal numbers: small ones are scaled by 2^64
+    // log_positive() needs normal numbers. Small ones are multiplied by 2^64 first, and 64 ln 2 is added afterwards.
     const auto small = less(p, broadcast<F<T>>(T(0x1p-64)));
     const F<T> log_p = log_positive(select(small, p * broadcast<F<T>>(T(0x1p64)), p));
     const F<T> nll = select(small, broadcast<F<T>>(T(44.3614195558364998)), zero<T>()) - log_p;
     return select(less(zero<T>(), p), nll, broadcast<F<T>>(T(INFINITY)));
 }
 
-// Result of the sums over classes of a voxel's logits.
+// Sums over all classes of a voxel's logits.
 template <class T>
 struct LogitSums {
     F<T> total;    // sum of e = exp(logit - max)
-    F<T> label_d;  // logit - max of the label
+    F<T> label_d;  // logit - max of the label's class
     F<T> squares;  // Brier score times total^2
     I<T> top;      // first class with the largest logit
 
-    CALSEG_MEMBER F<T> confidence() const { return broadcast<F<T>>(T(1)) / total; }  // of the top label
+    CALSEG_MEMBER F<T> confidence() const { return broadcast<F<T>>(T(1)) / total; }  // the largest probability
     CALSEG_MEMBER F<T> nll() const { return log_positive(total) - label_d; }
     CALSEG_MEMBER F<T> brier(F<T> confidence) const { return squares * (confidence * confidence); }
 };
 
-// Sums over classes of a voxel's logits, while classes are added.
+// Accumulator that makes LogitSums from the classes one after another.
 template <class T>
-struct LogitSum {
+struct LogitAccumulator {
     F<T> total = zero<T>(), squares = total, label_d = total, label_e = total;
 
-    // Adds K classes from c on, given their logit - max, which becomes e.
+    // Adds K classes from c on. On entry e holds logit - max. The function turns it into exp(logit - max).
     template <int K>
     CALSEG_MEMBER void add(I<T> labels, int64_t c, F<T> (&e)[K]) {
         F<T> d[K];
@@ -96,7 +101,8 @@ struct LogitSum {
     }
 };
 
-// Sums over classes of a voxel's given probabilities, while classes are added and after.
+// Sums over classes of a voxel's probabilities, if these are given in place of logits. add() adds the classes one after
+// another.
 template <class T>
 struct ProbabilitySums {
     F<T> total, label_p;
@@ -122,7 +128,8 @@ struct ProbabilitySums {
     CALSEG_MEMBER F<T> nll() const { return minus_log<T>(label_p); }
     CALSEG_MEMBER F<T> brier(F<T>) const { return squares; }
 
-    // Negative where the probabilities do not sum to 1, or one lies below 0.
+    // Returns a negative number where the scores are no probabilities: where their sum differs from 1, or one of them lies
+    // below 0, by more than the tolerance. Returns 0 elsewhere.
     CALSEG_MEMBER I<T> off(F<T> tolerance) const {
         const I<T> none = broadcast<I<T>>(0), yes = broadcast<I<T>>(-1);
         const F<T> one = broadcast<F<T>>(T(1));

@@ -1,5 +1,7 @@
-// Functions of vectors that need only the operations of a vector. A vector belongs to an instruction set (cpu/simd.h) or is a
-// single number (cuda/scalar.h). Included after either.
+// Names and functions of vectors that the CPU and the CUDA code share.
+//
+// A vector is one of an instruction set (cpu/simd.h) or a single number (cuda/scalar.h). Include one of those headers
+// first.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +10,7 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-// Numbers of 16 bits in memory.
+// Floating-point numbers of 16 bits, as memory holds them.
 struct BF16 {
     uint16_t bits;
 };
@@ -16,6 +18,7 @@ struct F16 {
     uint16_t bits;
 };
 
+// Vectors of T and of 32-bit integers.
 template <class T>
 using F = typename Vectors<T>::F;
 template <class T>
@@ -26,7 +29,8 @@ CALSEG_INLINE F<T> zero() {
     return broadcast<F<T>>(T(0));
 }
 
-// Sum of one or two vectors. A long sum over classes in pairs waits for one addition a pair, not for one a class.
+// Returns the sum of one or two vectors. A long sum that takes its terms in pairs waits for one addition per pair instead
+// of one per term.
 template <class V, int K>
 CALSEG_INLINE V sum_of(const V (&x)[K]) {
     if constexpr (K == 1) return x[0];

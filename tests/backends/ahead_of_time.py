@@ -1,8 +1,8 @@
 """Compile the kernels of the Triton backend without a GPU: ``python ahead_of_time.py`` prints a JSON row a kernel.
 
-The backend runs as it is, on CPU tensors whose memory nobody touches. Only the launch is replaced: by a compilation for
-a GPU of each architecture, through the same just-in-time path, with a driver that is not there. Registers, stack (the
-values that did not fit into registers) and shared memory are read from the machine code's resource report.
+The backend runs unchanged, on CPU tensors whose memory is never touched. Only the launch is replaced: by a compilation
+for a GPU of each architecture, through the same just-in-time path, with a driver that is not there. Registers, stack
+(the values that did not fit into registers) and shared memory are read from the machine code's resource report.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ EDGES = {1: 128, 2: 128, 4: 128, 8: 128, 14: 128, 33: 96, 64: 64, 117: 64, 600: 
 
 
 class Driver:
-    """The parts of a driver that the just-in-time path asks for, for a GPU that is not there."""
+    """Driver for an absent GPU, with the functions that the just-in-time path calls."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -68,7 +68,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def compiled(architectures: tuple[int, ...], run: Any) -> list[dict[str, Any]]:
-    """A row for every kernel that ``run`` launches, on every architecture."""
+    """Return a row for every kernel that ``run`` launches, on every architecture."""
     rows = []
 
     def compile_kernel(kernel: Any, programs: int, like: Any, arguments: Any, num_warps: int) -> None:
@@ -88,7 +88,7 @@ def compiled(architectures: tuple[int, ...], run: Any) -> list[dict[str, Any]]:
 
 
 def scores(C: int, dtype: torch.dtype, edge: int, layout: str) -> torch.Tensor:
-    """Logits of ``[2, C, edge, edge, edge]``, or of an odd number of voxels; memory that nobody touches."""
+    """Return logits of ``[2, C, edge, edge, edge]``, or of an odd number of voxels, in memory that is never touched."""
     space = (edge - 1, edge - 1, edge - 1) if layout == "odd" else (edge, edge, edge)
     if layout == "channels_last":
         return torch.empty((2, *space, C), dtype=dtype).movedim(-1, 1)
@@ -99,7 +99,7 @@ def call(
     operation: str, C: int, dtype: str = "float32", layout: str = "channel_first", gradient: bool = True,
     ignore_index: int = 255,
 ) -> None:  # fmt: skip
-    """One operation as training calls it: mean, uint8 labels, gradients to all inputs."""
+    """Call an operation as training does: mean, uint8 labels, gradients of all inputs."""
     x = scores(C, getattr(torch, dtype), EDGES[C], layout)
     labels = Labels(torch.empty(voxel_shape(x), dtype=torch.uint8), ignore_index)
     sampling = Sampling(num_samples=4, beta=1.0, seed=7)

@@ -1,4 +1,4 @@
-"""Run every operation on both backends of a GPU, small and odd: test_gpu.py runs this under compute-sanitizer."""
+"""Run every operation with both backends of a GPU on small, odd sizes. test_gpu.py runs it under compute-sanitizer."""
 
 from __future__ import annotations
 

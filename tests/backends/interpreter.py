@@ -22,7 +22,7 @@ from triton.runtime import interpreter
 
 class _Patched:
     def restore(self) -> None:
-        """Do nothing: what is patched stays patched."""
+        """Do nothing, so that the patches stay."""
 
 
 def install() -> None:
@@ -60,7 +60,7 @@ def install() -> None:
 
 
 def run_program(kernel: Any, programs: int, program: int, arguments: Sequence[Any]) -> None:
-    """Run one of a launch's programs."""
+    """Run one program of a launch."""
     executor = interpreter.GridExecutor(kernel.rewrite(), kernel.arg_names, (1,))
     given = inspect.getcallargs(executor.fn, *arguments)
     given = {k: v if k in executor.constexprs else interpreter._implicit_cvt(v) for k, v in given.items()}

@@ -1,4 +1,4 @@
-"""The native engine as part of a process: threads, forks, instruction sets, memory that is kept, and its absence."""
+"""Tests of the native engine in a process: threads, forks, instruction sets, pooled memory, and a missing extension."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIB = 2**20
 
 
 def results(shape=(2, 5, 31, 67), dtype=torch.float32):
-    """Every operation and its gradients on data of several chunks: a flat list of tensors."""
+    """Return the results and gradients of every operation on data of several chunks, as a list of tensors."""
     x, mu, logvar = (scores(*shape, dtype=dtype, seed=k).requires_grad_() for k in range(3))
     target = labels(shape, ignore_index=-100)
     soft = mu.detach().abs()  # no torch.softmax: it depends on the number of threads, and hangs in a forked child
@@ -52,7 +52,7 @@ def same(a, b):
 
 
 def test_results_are_where_the_inputs_are(set_threads):
-    """Whatever ``torch.set_default_device`` says: scripts for a GPU evaluate on the CPU, too."""
+    """Results are on the device of the inputs, whatever ``torch.set_default_device`` is."""
     set_threads(2)
     x, target = scores(2, 4, 8, 9), labels((2, 4, 8, 9))
     maps = lambda: (x, x * 2)  # noqa: E731
@@ -93,7 +93,7 @@ def test_bit_for_bit_from_run_to_run(set_threads):
 
 
 def test_calls_from_several_python_threads():
-    """The engine holds no state: six threads at once, each with its own data, as one after the other."""
+    """Six Python threads may call the engine at once, and get the results of calls one after another."""
     shapes = [(1, 3 + i % 4, 40 + i, 50) for i in range(6)]
     wanted = [results(shape) for shape in shapes]
     start = threading.Barrier(6)
@@ -107,7 +107,7 @@ def test_calls_from_several_python_threads():
 
 
 def test_the_interpreter_runs_while_the_engine_does():
-    """The GIL is released: another Python thread goes on."""
+    """The GIL is released, so that another Python thread runs."""
     x, target = scores(1, 8, 256, 256, dtype=torch.float32), labels((1, 8, 256, 256))
     mu = torch.zeros_like(x)
     counted, stop = [0], threading.Event()
@@ -137,7 +137,7 @@ def test_the_interpreter_runs_while_the_engine_does():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_runs_and_agrees(set_threads):
-    """The runtime's threads stay behind in the parent: the child must not wait for them."""
+    """A forked child does not wait for the threads of the OpenMP runtime, which only the parent has."""
     set_threads(2)
     wanted = [t.sum().item() for t in results()]
     child = os.fork()
@@ -152,7 +152,7 @@ def test_a_forked_child_runs_and_agrees(set_threads):
 
 
 def _exit_code(pid: int, seconds: float = 60) -> int | None:
-    """The child's exit status; None, and the child is ended, if it does not come in time."""
+    """Return the exit status of a child. If it takes too long, end the child and return None."""
     done = threading.Event()
     timer = threading.Timer(seconds, lambda: done.is_set() or os.kill(pid, 9))
     timer.start()
@@ -188,7 +188,7 @@ def test_multiprocessing(method, set_threads):
 
 
 class SoftLabelDataset(torch.utils.data.Dataset):
-    """Makes its soft labels in the worker."""
+    """Data set that computes soft labels in the worker."""
 
     def __len__(self):
         return 6
@@ -256,7 +256,7 @@ def test_info_is_flat_json():
 
 
 def test_without_the_extension():
-    """One line of warning; the reference by itself; a clear error for who insists."""
+    """Without the extension, there is one warning, the reference is used, and backend='cpu' raises a clear error."""
     code = """if True:
         import sys, warnings
         sys.modules["calseg._native"] = None
@@ -304,7 +304,7 @@ def held() -> int:
 @pytest.mark.usefixtures("empty_pool")
 class TestBufferPool:
     def test_sizes_layouts_and_dtypes(self):
-        """Pooled memory is a tensor as any other, in every dtype and layout; small results are PyTorch's own."""
+        """Pooled memory works in every dtype and layout. Small results are allocated by PyTorch."""
         for dtype in FLOATS:
             like = torch.zeros(1, 8, 128, 64, 64, dtype=dtype)
             for example in (like, like.to(memory_format=torch.channels_last_3d), like.transpose(0, 1)):
@@ -339,7 +339,7 @@ class TestBufferPool:
         assert held() == 0
 
     def test_never_holds_more_than_was_in_use_at_once(self):
-        """Sizes that change from step to step: what no longer fits goes back."""
+        """If sizes change from step to step, blocks that do not fit are returned to the system."""
         most = 0
         for size in (8, 12, 9, 40, 8, 16, 11, 64, 8, 9):
             like = [torch.zeros(1, device="meta").expand(size * MIB // 4) for _ in range(2)]

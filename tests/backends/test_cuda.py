@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU: their numbers in an emulation on the CPU, their launches, and the machine code."""
+"""Tests of the CUDA kernels without a GPU: results in an emulation on the CPU, launches, and machine code."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LOW = (torch.bfloat16, torch.float16)
 
 
 class Limits(NamedTuple):
-    """What the emulated GPU has; of a grid, the blocks that run."""
+    """Properties of the emulated GPU, and the blocks of a grid that are run."""
 
     current_device: int = 0
     multiprocessors: int = 4
@@ -49,7 +49,7 @@ class Limits(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """What the last launch was."""
+    """Description of the last launch."""
 
     blocks: int
     shared_bytes: int
@@ -95,7 +95,7 @@ DTYPES = (*tensors.FLOAT_DTYPES, torch.uint8, torch.int8, torch.int16, torch.int
 
 
 def view_of(tensor: torch.Tensor | None, channels: bool) -> tuple[int, ...] | None:
-    """Address, dtype and the strides of item, class and space, as the reader of the extension sees them."""
+    """Return address, dtype and strides of item, class and space, as the reader of the extension does."""
     if tensor is None:
         return None
     strides, first = tensor.stride(), 1 + channels
@@ -109,7 +109,10 @@ def view_of(tensor: torch.Tensor | None, channels: bool) -> tuple[int, ...] | No
 
 
 def call_of(spec: BinsSpec, scores: torch.Tensor) -> Call:
-    """The arguments of a call; what one stride does not walk is copied, and kept until the process ends."""
+    """Return the arguments of a call.
+
+    Tensors that cannot be read with one stride are copied, and kept until the process ends.
+    """
     label_tensor, ignore_index, _ = spec.labels
     read = [scores if tensors.is_walkable(scores) else scores.contiguous()]
     for voxels in (label_tensor, spec.mask):
@@ -129,7 +132,7 @@ KEPT: list[torch.Tensor | None] = []
 
 
 class OnHost:
-    """kernels/calibration_bins.cu as :mod:`calseg._native` offers it, run on the CPU."""
+    """Stand-in for :mod:`calseg._native` that runs kernels/calibration_bins.cu on the CPU."""
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
@@ -193,7 +196,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> OnHost:
 
 
 def set_up(library: OnHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``backend="cuda"`` takes CPU tensors to the emulation."""
+    """Make ``backend="cuda"`` run CPU tensors in the emulation."""
     library.set_limits(Limits())
     monkeypatch.setattr(
         native, "extension",
@@ -267,7 +270,7 @@ PLACES = {
 @pytest.mark.parametrize("C", [3, 5, 21])
 @pytest.mark.parametrize("place", PLACES)
 def test_places(on_host, place, C, layout):
-    """Several tiles and blocks, wherever the bins are: of probabilities every integer of the reference."""
+    """With several tiles and blocks, and bins in any memory, probabilities give the integers of the reference."""
     options, kilobytes, wanted_place = PLACES[place]
     shape = (3, C, 7, 83)
     p, target = LAYOUTS[layout](calibration.probabilities(*shape)), labels(shape, ignore_index=-100)
@@ -289,7 +292,7 @@ def test_places(on_host, place, C, layout):
 
 @every_kind
 def test_impossible_blocks_of_classes(on_host, kind):
-    """All of the first 16 or 32 classes, or all after the first 16, at -inf: the others alone are a distribution."""
+    """The first 16 or 32 classes, or all after the first 16, may be -inf. The other classes are then a distribution."""
     x, target = scores(1, 37, 600, dtype=torch.float32), labels((1, 37, 600))
     x[:, :16, ::3] = x[:, 16:, 1::3] = x[:, :32, 2::3] = -torch.inf
     x[..., 5] = -torch.inf
@@ -303,7 +306,7 @@ def test_impossible_blocks_of_classes(on_host, kind):
 @pytest.mark.parametrize("C", [2, 5])
 @pytest.mark.parametrize(("place", "n_bins", "kilobytes"), [(COLUMNS, 1, 227), (SHARED, 300, 227), (GLOBAL, 4096, 48)])
 def test_full_words(on_host, place, n_bins, kilobytes, C):
-    """As many voxels of confidence 1 as a thread takes, in one bin of every block: no field runs over."""
+    """No bit field overflows if a thread adds as many voxels of confidence 1 as it may to one bin."""
     voxels = 124 if C == 2 else 127
     size = 3 * voxels * 256
     x, target = torch.full((1, C, size), -1000.0), torch.zeros(1, size, dtype=torch.uint8)
@@ -322,7 +325,7 @@ def test_full_words(on_host, place, n_bins, kilobytes, C):
 
 
 def test_plan(on_host):
-    """A wave of blocks; no thread takes more than 127 voxels; no more blocks than tiles; what is transposed."""
+    """Check plans: a wave of blocks, up to 127 voxels per thread, not more blocks than tiles, and transposed reads."""
     x, y = torch.empty(1, device="meta"), torch.empty(1, dtype=torch.uint8, device="meta")  # all strides 0
 
     def of(*shape: int, **options: int) -> Plan:
@@ -351,7 +354,7 @@ def test_plan(on_host):
 
 
 def test_items_that_are_one(on_host):
-    """Items behind one another in scores and labels are walked as one; others, and per_item, are not."""
+    """Items that follow one another in scores and labels are merged. Others are not, and none with per_item."""
     x, y = scores(3, 5, 4, 7), labels((3, 5, 4, 7))
     last = LAYOUTS["channels_last"](x)
     plan = on_host.plan(last, y)
@@ -366,7 +369,7 @@ def test_items_that_are_one(on_host):
 
 @pytest.mark.parametrize("dtype", LABELS, ids=str)
 def test_labels_as_bits(on_host, dtype):
-    """A label is a class, ignored or neither as its number is: the bits of a negative one are no class."""
+    """Labels are compared by value, so a negative label is not a class, although its bits are a large number."""
     info = torch.iinfo(dtype)
     x = torch.empty(1, 300, 4, device="meta")
     for ignore_index in (-1, 0, 255, 259, -129, 2**31, 2**40, info.min, min(info.max, 2**63 - 1)):
@@ -401,7 +404,7 @@ MAP_NORESERVE = 0x4000  # Linux; Python has no name for it
 
 
 def sparse(dtype: torch.dtype, elements: int) -> torch.Tensor:
-    """Zeros that take memory only where they are written."""
+    """Return zeros that take memory only where they are written."""
     size = elements * dtype.itemsize
     return torch.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE), dtype=dtype)
 
@@ -409,7 +412,7 @@ def sparse(dtype: torch.dtype, elements: int) -> torch.Tensor:
 @pytest.mark.parametrize("strides", [(2**32 + 5, 2**31 + 3, 7), (2**31 + 100, 1, 2**28 + 1), (7, 2**32, 2**30 + 1)])
 @pytest.mark.parametrize("C", [2, 5])
 def test_strides_past_two_to_the_31(on_host, strides, C):
-    """Offsets in elements, of scores, labels and mask, are 64 bits wide."""
+    """Offsets of scores, labels and mask have 64 bits."""
     shape = (2, C, 3)
     extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     x = sparse(torch.bfloat16, extent).as_strided(shape, strides)
@@ -426,7 +429,7 @@ def test_strides_past_two_to_the_31(on_host, strides, C):
 
 
 def test_more_than_two_to_the_31_voxels(on_host):
-    """The last block of a volume: its voxels, and where the first fault is."""
+    """The last block of a large volume counts its voxels, and reports the position of a fault."""
     size = 2**31 + 2**20 + 77
     x, target = sparse(torch.bfloat16, 2 * size).view(1, 2, size), sparse(torch.uint8, size).view(1, size)
     x[..., -5:] = scores(1, 2, 5)
@@ -446,7 +449,7 @@ def test_more_than_two_to_the_31_voxels(on_host):
 
 
 def test_devices_and_errors(on_host, monkeypatch):
-    """The call's device is current while it is launched, and no longer; CUDA's reasons arrive as text."""
+    """The device of a call is current only during the launch, and errors hold the text of CUDA."""
     x, target = torch.zeros(1, 2, 5), torch.zeros(1, 5, dtype=torch.uint8)
     monkeypatch.setattr(cuda, "_device_and_stream", lambda tensor: (1, 77))
     calseg.calibration_bins(x, target, backend="cuda")
@@ -480,14 +483,14 @@ def test_any_arguments(library, data):
 
 
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, architectures: list[str], capability: tuple[int, int]) -> SimpleNamespace:
-    """What looks like a tensor on a GPU, to a build with these architectures."""
+    """Return an object that looks like a tensor on a GPU, for a build with these architectures."""
     monkeypatch.setattr(native, "extension", SimpleNamespace(CUDA_ARCHITECTURES=architectures))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     return SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32, is_cuda=True)
 
 
 def test_default_backend(monkeypatch):
-    """The CUDA kernel where it was built for the device, else Triton's, else the reference and one warning."""
+    """The default is the CUDA kernel if it is built for the device, else Triton, else the reference, with a warning."""
     x = on_a_gpu(monkeypatch, ["80-real"], (9, 0))
     monkeypatch.setattr(choice, "TRITON_ERROR", None)
     choose = lambda x, backend=None: choice.choose(x, backend, "calibration_bins")  # noqa: E731
@@ -533,7 +536,7 @@ built = pytest.mark.skipif(not (native.extension and native.extension.CUDA_ARCHI
 @built
 @pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump")
 def test_nothing_spills():
-    """Every kernel, for every architecture: no stack, and few enough registers for three blocks a multiprocessor."""
+    """No kernel uses stack, and all have few enough registers for three blocks per multiprocessor."""
 
     def dump(option: str) -> str:
         command = [CUOBJDUMP, option, native.extension.__file__]
@@ -556,7 +559,7 @@ def test_nothing_spills():
 
 @built
 def test_loads_without_a_driver():
-    """No library of CUDA is needed: the runtime is linked in, and the driver is looked for when it is first used."""
+    """The extension loads without CUDA: the runtime is linked in, and the driver is loaded when it is first used."""
     done = subprocess.run(["ldd", native.extension.__file__], capture_output=True, text=True, check=True)
     assert "cuda" not in done.stdout
     assert calseg.info()["cuda_architectures"] == ["80-real", "90-real", "90-virtual"]
@@ -564,4 +567,4 @@ def test_loads_without_a_driver():
         x, y = torch.zeros(1, 2, 5), torch.zeros(1, 5, dtype=torch.uint8)
         spec = BinsSpec(Labels(y, -100), None, 15, 0, True, False, False, False, False, 0.1)
         with pytest.raises(ValueError, match="wanted a tensor on a CUDA device"):
-            native.extension.cuda_calibration_bins(spec, x, None, None, None, 0, 0)
+            native.extension.cuda_calibration_bins(x, spec, None, None, None, 0, 0)

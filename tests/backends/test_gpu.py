@@ -85,7 +85,7 @@ def value_and_gradients(function, tensors, target, backend, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=id_of)
 @pytest.mark.parametrize("C", [1, 2, 3, 4, 14, 33, 117])
 def test_values_and_gradients(name, dtype, C):
-    """The reference's in float64, of the same inputs, on the CPU."""
+    """Values and gradients equal those of the reference in float64 on the CPU."""
     function, names = OPERATIONS[name]
     for space in ((16, 16, 16), (13, 11, 7)):
         tensors, target = inputs(names, (2, C, *space), dtype)
@@ -114,7 +114,7 @@ def test_layouts(name, layout):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_deterministic(name):
-    """The same bits at every run: no sum depends on the order in which programs end."""
+    """Every run gives the same bits, because no sum depends on the order in which programs end."""
     function, names = OPERATIONS[name]
     tensors, target = inputs(names, (2, 14, 64, 64, 33))
     value, gradients = value_and_gradients(function, tensors, target, "triton")
@@ -126,7 +126,7 @@ def test_deterministic(name):
 
 @pytest.mark.parametrize("name", ["cross_entropy", "vls_cross_entropy", "vls_elbo"])
 def test_gradcheck_in_float64(name):
-    """float64 is computed by the reference, on the GPU."""
+    """The reference computes float64 on the GPU."""
     function, names = OPERATIONS[name]
     tensors, target = inputs(names, (1, 3, 5), torch.float64)
     leaves = [tensors[k].requires_grad_() for k in names]
@@ -144,7 +144,7 @@ every_engine = pytest.mark.parametrize("backend", ["triton", pytest.param("cuda"
 @pytest.mark.parametrize("n_bins", [15, 200, 4096])
 @pytest.mark.parametrize("C", [2, 4, 14, 117])
 def test_calibration_bins(backend, C, n_bins, class_wise):
-    """Of given probabilities every integer of the reference but NLL's and Brier's rounding; the same at every run."""
+    """Probabilities give the integers of the reference, except in NLL and Brier, and the same in every run."""
     p = torch.softmax(scores(2, C, 32, 32, 17, dtype=torch.float32), 1)
     target = labels(p.shape, ignore_index=255, dtype=torch.uint8)
     options = {"n_bins": n_bins, "class_wise": class_wise, "from_logits": False, "ignore_index": 255}
@@ -159,7 +159,7 @@ def test_calibration_bins(backend, C, n_bins, class_wise):
 @calibration.every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=id_of)
 def test_calibration_bins_of_logits(backend, dtype, kind):
-    """Every layout the same integers; near the reference's in float64; what is NaN or no class is reported."""
+    """Every layout gives the same integers, near those of the reference, and NaN and bad labels are reported."""
     for C in (2, 3, 5, 17, 33):
         x, target = scores(2, C, 16, 15, dtype=dtype), labels((2, C, 16, 15), ignore_index=-100)
         call = lambda x, y: calseg.calibration_bins(x, y, backend=backend, **kind)  # noqa: E731
@@ -180,7 +180,7 @@ def test_calibration_bins_of_logits(backend, dtype, kind):
 
 @needs_cuda
 def test_calibration_bins_in_a_graph():
-    """The launch alone can be captured; each replay adds the same integers to those that are there."""
+    """The launch can be captured, and each replay adds the same integers."""
     x, y = scores(2, 4, 64, 64, dtype=torch.float32).cuda(), labels((2, 4, 64, 64), dtype=torch.uint8).cuda()
     results = torch.zeros(2 + 6 + 15 * 3, dtype=torch.int64, device=DEVICE)
     spec = BinsSpec(Labels(y, -100), None, 15, 0, True, False, False, False, False, 0.001)
@@ -188,7 +188,7 @@ def test_calibration_bins_in_a_graph():
 
     def launch():
         stream = torch.cuda.current_stream().cuda_stream
-        native.extension.cuda_calibration_bins(spec, x, *parts, 0, stream)
+        native.extension.cuda_calibration_bins(x, spec, *parts, 0, stream)
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -202,7 +202,7 @@ def test_calibration_bins_in_a_graph():
 
 
 def test_a_captured_graph_draws_fresh_noise():
-    """Forward and backward in a CUDA graph; the seed tensor is read at every replay."""
+    """A CUDA graph of forward and backward reads the seed tensor at every replay."""
     tensors, target = inputs(("x", "mu", "logvar"), (1, 4, 32, 32, 32))
     leaves = {k: t.requires_grad_() for k, t in tensors.items()}
     seed = torch.tensor(1, device=DEVICE)
@@ -234,7 +234,7 @@ def test_a_captured_graph_draws_fresh_noise():
 
 
 def test_streams():
-    """Calls on several streams at once: each as if it were alone."""
+    """Calls on several streams at once give the results of single calls."""
     function, names = OPERATIONS["vls_cross_entropy"]
     problems = [inputs(names, (1, 4, 48, 48, 40 + n)) for n in range(4)]
     wanted = [value_and_gradients(function, *problem, "triton") for problem in problems]
@@ -253,7 +253,7 @@ def test_streams():
 
 @every_engine
 def test_calibration_bins_on_a_stream(backend):
-    """They wait for what their own stream still computes."""
+    """A call waits for earlier work on its stream."""
     x, y = scores(2, 4, 64, 64, dtype=torch.float32).cuda(), labels((2, 4, 64, 64)).cuda()
     wanted = calseg.calibration_bins(x, y, backend=backend)
     late = torch.zeros_like(x)
@@ -326,7 +326,7 @@ def test_the_debug_switch_raises():
 
 @pytest.mark.timeout(600)
 def test_more_than_two_to_the_31_elements():
-    """The last voxels of a volume past 2^31 elements: the loss and gradient that they have alone."""
+    """The last voxels of more than 2^31 elements have the loss and gradient that they have alone."""
     C, size = 4, 2**29 + 2**20 + 3
     needed = 5 * C * size
     if torch.cuda.mem_get_info()[0] < needed:
@@ -350,7 +350,7 @@ def test_more_than_two_to_the_31_elements():
 @pytest.mark.timeout(600)
 @every_engine
 def test_calibration_bins_past_two_to_the_31_elements(backend):
-    """Every sum is the exact multiple of that of one voxel; the rare ones are all at the far end."""
+    """Every sum is the exact multiple of that of one voxel. The few other voxels are at the end."""
     size = 2**30 + 2**16
     if torch.cuda.mem_get_info()[0] < 6 * size:
         pytest.skip(f"needs {6 * size / 2**30:.0f} GiB of GPU memory")
@@ -369,7 +369,7 @@ def test_calibration_bins_past_two_to_the_31_elements(backend):
 
 @pytest.mark.timeout(600)
 def test_noise_past_two_to_the_32_voxels():
-    """The second word of the noise's counter: the voxels that count lie around 2^32 and at the end."""
+    """Voxels beyond 2^32 use the second word of the counter. Only voxels around 2^32 and at the end count."""
     size = 2**32 + 3001
     if torch.cuda.mem_get_info()[0] < 2 * size:
         pytest.skip(f"needs {2 * size / 2**30:.0f} GiB of GPU memory")
@@ -402,7 +402,7 @@ def test_noise_past_two_to_the_32_voxels():
     ],
 )
 def test_compute_sanitizer(tool, summary):
-    """Calls of the driver that PyTorch and Triton only try are not errors; Triton's compiler is not watched."""
+    """compute-sanitizer finds no error. Failing probes of the driver by PyTorch and Triton do not count."""
     script = Path(__file__).with_name("every_kernel.py")
     done = subprocess.run(
         ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no",

@@ -1,4 +1,4 @@
-"""The commonest call, which goes to the engine without Python's checks: bit for bit the checked one, or none at all."""
+"""Tests of the most frequent call, which skips the checks in Python, against the checked one, bit for bit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def value_and_gradient(logits, target, **options):
 
 
 def assert_both_ways(logits, target, **options):
-    """What a call without a backend gives is what ``backend="cpu"`` gives, which is checked first."""
+    """Check that a call without a backend gives the result of ``backend="cpu"``, which Python checks first."""
     assert unchecked(logits, target, **options) is not None
     value, gradient = value_and_gradient(logits, target, **options)
     wanted, wanted_gradient = value_and_gradient(logits, target, backend="cpu", **options)
@@ -59,7 +59,7 @@ def test_layouts(layout):
 
 @pytest.mark.parametrize("axis", range(4))
 def test_expanded_logits(axis):
-    """An axis of stride 0 is read within the tensor."""
+    """An axis of stride 0 is not read outside of the tensor."""
     logits = (
         scores(3, 4, 6, 5, dtype=torch.float32)
         .narrow(axis, 0, 1)
@@ -130,7 +130,7 @@ def test_a_bad_label():
 
 
 def test_graphs():
-    """Kept, freed and differentiated twice: as by the checked way."""
+    """A kept graph, a freed graph and double backward behave as for the checked call."""
     logits, target = scores(4, 3, dtype=torch.float64).requires_grad_(), labels((4, 3))
     loss = calseg.vls_cross_entropy(logits, target)
     first = torch.autograd.grad(loss, logits, retain_graph=True)[0]

@@ -87,7 +87,7 @@ def test_cross_entropy(shape, reduction):
 
 @pytest.mark.parametrize("C", [1, 2, 3, 4, 7, 8, 9, 16, 17, 33, 64, 117])
 def test_classes_and_odd_sizes(C):
-    """Every way in which classes are held by threads; sizes that are no multiple of anything."""
+    """Test all layouts of classes over threads, and odd sizes."""
     for size in (1, 37, 128):
         shape = (2, C, size)
         assert_matches(*pair(labels(shape), "triton", reduction="none"), {"input": scores(*shape, dtype=torch.float32)},
@@ -95,7 +95,7 @@ def test_classes_and_odd_sizes(C):
 
 
 def test_a_tile_and_its_edges():
-    """Sizes around the tile of 2048 voxels: several programs, partial sums, the last one cut."""
+    """Test sizes around the tile of 2048 voxels, with several programs, and an incomplete last one."""
     for size in (2047, 2049, 4097):
         shape = (1, 2, size)
         x = scores(*shape, dtype=torch.float32)
@@ -147,7 +147,7 @@ def test_extreme_logits(kind):
 @pytest.mark.parametrize("dtype", LOW, ids=id_of)
 @pytest.mark.parametrize(("kind", "C"), [("hard", 2), ("weighted", 5), ("soft", 3)])
 def test_low_precision(dtype, kind, C):
-    """Arithmetic is float32's: one rounding of the result, in value and gradient."""
+    """Low precision is computed in float32, so value and gradient are rounded once."""
     shape = (2, C, 17, 19)
     x, target, options = scores(*shape, dtype=dtype, scale=3.0), labels(shape), {}
     if kind == "weighted":
@@ -161,7 +161,7 @@ def test_low_precision(dtype, kind, C):
 
 
 def test_a_gradient_scaler_reaches_float16_before_it_is_rounded():
-    """The gradient of a mean over 2^14 voxels is below the normal numbers of float16; times 2^13 it is not."""
+    """A scale of 2^13 keeps the gradient of a mean over 2^14 voxels above the smallest normal float16."""
     shape = (1, 2, 2**14)
     x, target = scores(*shape, dtype=torch.float16).requires_grad_(), labels(shape, dtype=torch.uint8)
     loss = calseg.vls_cross_entropy(x, target, ignore_index=255, backend="triton")
@@ -174,7 +174,7 @@ def test_a_gradient_scaler_reaches_float16_before_it_is_rounded():
 @pytest.mark.parametrize("name", ["channels_last", "sliced_channels", "sliced_channels_last", "every_second",
                                   "transposed_space", "batch_inside", "odd_offset", "negative_bit"])  # fmt: skip
 def test_layouts(name):
-    """Each tensor in its own layout: the numbers of contiguous ones; gradients have the strides of empty_like."""
+    """Tensors of different layouts give the results of contiguous ones. Gradients have the strides of empty_like."""
     shape = (2, 5, 6, 7)
     x, soft = scores(*shape, dtype=torch.float32), torch.softmax(scores(*shape, dtype=torch.float32, seed=2), 1)
     function = lambda input, soft: calseg.soft_cross_entropy(input, soft, backend="triton")  # noqa: E731
@@ -235,7 +235,7 @@ def test_all_ignored_and_empty(reduction):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_soft_labels_and_masks(reduction):
-    """Probabilities, given soft labels beside hard ones, masks, mixed dtypes, an impossible class without mass."""
+    """Test probabilities, soft labels with hard ones, masks, mixed dtypes, and a class with logit -inf and share 0."""
     shape = (2, 4, 5, 6)
     target, weight = labels(shape, ignore_index=3), class_weights(4).float()
     mask = labels(shape, ignore_index=-1) < 0
@@ -280,7 +280,7 @@ def against_reference(make, target, tensors, **options):
 @pytest.mark.parametrize("options", SAMPLED_OPTIONS, ids=range(len(SAMPLED_OPTIONS)))
 @pytest.mark.parametrize("C", [1, 2, 3, 5, 14, 33])
 def test_vls(C, options):
-    """One to several samples and classes a quad, with and without classes that pad it."""
+    """Test quads of one to several samples and classes, with and without padding."""
     shape = (2, C, 6, 7) if C < 14 else (1, C, 33)
     for reduction in ("none", "mean") if C == 5 else ("mean",):
         target = labels(shape, ignore_index=-100)
@@ -397,7 +397,7 @@ BLOCKED = {
 
 @pytest.mark.parametrize("name", BLOCKED)
 def test_classes_in_blocks(name, monkeypatch):
-    """Tiles of four classes: the numbers of one tile for all, from one pass over the blocks after another."""
+    """Tiles of four classes give the results of one tile for all classes."""
     monkeypatch.setattr(launch, "choose_tile", lambda kind, geometry, itemsize: (Tile(4, 64, LANE_MAJOR=kind.noise), 4))
     shape, target, function = (2, 10, 4, 5), labels((2, 10, 4, 5), ignore_index=-100), BLOCKED[name]
     all_tensors = {"x": scores(*shape), "soft": torch.softmax(scores(*shape, seed=9), 1), "mu": scores(*shape, seed=1),
@@ -450,7 +450,7 @@ def test_calibration_of_any_labels_and_shapes():
 @calibration.every_kind
 @pytest.mark.parametrize("n_bins", [15, 200])
 def test_calibration_in_blocks_of_classes(kind, n_bins, monkeypatch):
-    """Tiles of four classes: every integer of given probabilities is the reference's."""
+    """With tiles of four classes, probabilities give the integers of the reference."""
     monkeypatch.setattr(launch, "choose_tile", lambda kind, geometry, itemsize: (Tile(4, 64), 4))
     p, target = calibration.probabilities(2, 10, 9, 11), labels((2, 10, 9, 11), ignore_index=-100)
     for per_item in (False, True):
@@ -466,7 +466,7 @@ def test_calibration_in_blocks_of_classes(kind, n_bins, monkeypatch):
 
 @pytest.mark.parametrize("n_bins", [1, 4096])
 def test_a_full_tile_in_one_bin(n_bins):
-    """The fields of a word hold the 4096 voxels that a tile has at most."""
+    """The bit fields of a word hold the 4096 voxels of the largest tile."""
     assert launch.choose_tile(launch.BINS, Geometry(1, 1, 2**20, [(0, 2**20, 1)], []), 4)[0].TILE <= 4096
     size = 8192 + 5
     bins = calseg.calibration_bins(
@@ -506,7 +506,7 @@ def test_philox_known_answers():
 
 @pytest.mark.parametrize("lane_major", [False, True])
 def test_normals(lane_major):
-    """Those of the contract to rounding, on both sides of voxel 2^32, in both orders of rows."""
+    """Normals equal those of the noise contract to rounding, on both sides of voxel 2^32, in both orders of rows."""
 
     @triton.jit
     def kernel(out, start, k0, k1, LANE_MAJOR: tl.constexpr):
@@ -541,7 +541,7 @@ def test_seeds():
 
 @pytest.mark.parametrize("label", [5, 255, -1, -7, 2**31 + 1, 2**32 + 1])
 def test_a_label_out_of_range_makes_the_loss_nan(label):
-    """Its voxel alone, in value and gradient; nothing is read outside the tensors."""
+    """A bad label makes the loss and gradient of its voxel NaN, and nothing is read outside of the tensors."""
     shape = (1, 5, 12)
     target = labels(shape)
     target[0, 7] = label
@@ -589,7 +589,7 @@ def test_the_switch_in_the_environment():
 
 
 def far_apart(values: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    """The values in a storage whose offsets pass 2^31: untouched pages of it take no memory."""
+    """Return the values in a storage with offsets beyond 2^31, whose untouched pages take no memory."""
     extent = 1 + sum((size - 1) * stride for size, stride in zip(values.shape, strides, strict=True))
     return torch.empty(extent, dtype=values.dtype).as_strided(values.shape, strides).copy_(values)
 
@@ -600,7 +600,7 @@ def far_apart(values: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
     ids=["batch", "class", "voxels, channels last", "all"],
 )
 def test_offsets_past_two_to_the_31(strides):
-    """Batch items, classes and voxels that lie further apart than 32 bits reach: the numbers of contiguous tensors."""
+    """Batch items, classes and voxels with offsets beyond 32 bits give the results of contiguous tensors."""
     shape = (2, 4, 40)
     x, y = scores(*shape, dtype=torch.bfloat16), torch.softmax(scores(*shape, seed=3), 1).bfloat16()
     target = labels(shape, dtype=torch.uint8, ignore_index=3)
@@ -616,7 +616,7 @@ def test_offsets_past_two_to_the_31(strides):
 
 
 def test_voxels_past_two_to_the_32(monkeypatch):
-    """More voxels than 32 bits count, in expanded tensors: the programs around voxel 2^32 and the last one."""
+    """With more than 2^32 voxels in expanded tensors, the programs around voxel 2^32 and the last one are right."""
     size, sums = 2**32 + 3001, {}
     mu, logvar = (torch.tensor([a, b]).view(1, 2, 1).expand(1, 2, size) for a, b in ((0.3, -0.2), (0.5, 0.1)))
     target = torch.ones(1, 1, dtype=torch.uint8).expand(1, size)
@@ -648,7 +648,7 @@ def test_voxels_past_two_to_the_32(monkeypatch):
 
 
 def operation(name):
-    """A function of (backend, tensors), and tensors, for ``"operation"`` or ``"operation-reduction"`` of the table."""
+    """Return a function of (backend, tensors), and tensors, for an entry of the table of operations."""
     kind, _, reduction = name.partition("-")
     entry, shape = OPERATIONS[kind], (2, 3, 4, 5)
     arguments = entry.arguments(shape, **{**entry.typical, **({"reduction": reduction} if reduction else {})})
@@ -660,7 +660,7 @@ def operation(name):
 )
 @pytest.mark.parametrize("factor", [1.0, -2.5])
 def test_upstream_gradient(name, factor):
-    """Scaled, and twice through a kept graph: the same gradients each time."""
+    """Scaled upstream gradients, and two backward passes through a kept graph, give the same gradients each time."""
     call, tensors = operation(name)
     weights = lambda v: (torch.arange(v.numel()) % 7 - 2.5).view(v.shape)  # noqa: E731
     leaves = {k: t.float().requires_grad_() for k, t in tensors.items()}
@@ -680,7 +680,7 @@ def test_upstream_gradient(name, factor):
 
 
 def test_nothing_waits_for_the_host(monkeypatch):
-    """No value of a tensor is asked for, in no operation, forward or backward: a GPU would have to be waited for."""
+    """No operation reads a value of a tensor, forward or backward, which would make the host wait for a GPU."""
 
     def refuse(*_):
         raise AssertionError("a tensor's value was asked for")
@@ -736,12 +736,12 @@ def test_compiled(name):
 
 
 def on(device, dtype=torch.float32):
-    """What the choice looks at, of a tensor on a device that is not here."""
+    """Return an object that looks like a tensor on an absent device."""
     return SimpleNamespace(device=torch.device(device), dtype=dtype)
 
 
 def test_the_backend_of_a_gpu(monkeypatch):
-    """Triton where it is, for what it computes; else the reference, with one warning that says what to install."""
+    """The backend is Triton if it can compute the call, else the reference. One warning says what to install."""
     for device in ("cuda", "cuda:3", "xpu"):
         assert choice.choose(on(device), None) == choice.choose(on(device), "triton") == "triton"
         assert choice.choose(on(device, torch.float64), None) == "reference"
@@ -787,7 +787,7 @@ def geometry_of(C, S, layout):
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("layout", ["first", "last", "odd"])
 def test_tiles(name, layout):
-    """Powers of two that registers hold, whole sectors of memory, alignments that are true."""
+    """Tiles are powers of two that fit registers, have rows of whole sectors, and state true alignments."""
     kind = {"HARD": HARD, "WEIGHTED": WEIGHTED, "SOFT": SOFT, "SAMPLED": SAMPLED}[name]
     held, fill, spread = KINDS[name]
     for C, itemsize in product((*range(1, 70), 100, 117, 128, 129, 500, 513, 1000, 5000), (2, 4)):
@@ -870,7 +870,7 @@ SPILLS = {
 
 @pytest.fixture(scope="module")
 def machine_code():
-    """The rows of ahead_of_time.py, from a process in which Triton compiles; in this one it interprets."""
+    """Return the rows of ahead_of_time.py, from a process in which Triton compiles. In this one it interprets."""
     here = Path(__file__).parent
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -884,7 +884,7 @@ def machine_code():
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", COMPILED, ids=lambda case: "-".join(map(str, case.values())))
 def test_nothing_spills(machine_code, case):
-    """Every kernel of an operation, compiled for sm_80 and sm_90: all in registers, and no more of them than stated."""
+    """No kernel spills registers on sm_80 and sm_90, and none needs more registers than stated."""
     rows = [row for row in machine_code if all(row.get(key) == value for key, value in case.items()
                                                if key != "architectures")]  # fmt: skip
     rows = [row for row in rows if len(OPTIONS & row.keys()) == len(OPTIONS & case.keys())]
@@ -901,7 +901,7 @@ def test_nothing_spills(machine_code, case):
 
 @pytest.mark.timeout(900)
 def test_wide_loads(machine_code):
-    """16 bytes a thread where the alignment allows it, in loads and stores; 4 with an odd number of voxels."""
+    """Loads and stores have 16 bytes per thread if the alignment allows it, and 4 with an odd number of voxels."""
 
     def widest(**case):
         (row,) = (

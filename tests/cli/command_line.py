@@ -1,4 +1,4 @@
-"""Running the command line within the test's process."""
+"""Function that runs the command line within the process of a test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options are made from the dataclasses, methods from their table, and a command imports what it needs only."""
+"""Tests of the origin of options and methods, and of the imports of commands."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_table_of_methods_drives_settings_and_options() -> None:
 def test_a_new_method_needs_an_entry_only(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Here half the cross-entropy, with a default of its own for a setting that exists."""
+    """A new method needs an entry only. This one is half the cross-entropy, with its own default of a setting."""
     plain = METHODS["cross_entropy"].loss
     entry = Method("half", lambda output, target, *, alpha: alpha * plain(output, target), {"alpha": 0.5})
     monkeypatch.setitem(methods.METHODS, "half", entry)

@@ -1,4 +1,4 @@
-"""Files written whole, and the rule by which a run starts in a folder or goes on."""
+"""Tests of atomic files, and of the rule by which a run starts or continues in a folder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def folder(path: Path, **options: str) -> RunFolder:
 
 
 def started(path: Path) -> RunFolder:
-    """A folder with a run, a temporary file of a process that was killed, and a file that is not the run's."""
+    """Return a folder with a run, a temporary file of a killed process, and another file."""
     run = folder(path)
     assert not run.open()
     for name in ("state.json", "report.json", "maps/a.gz", "maps/.a.gz.123.tmp", "notes.txt", ".notes.txt.1.tmp"):

@@ -1,4 +1,4 @@
-"""A data set of boxes, settings of a tiny run, and what the tests of runs share."""
+"""A data set of boxes, settings of a tiny run, and functions that the tests of runs share."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def stop_after(iteration: int, number: int = signal.SIGINT) -> Any:
 
 
 def assert_same(left: Any, right: Any) -> None:
-    """Equal bit for bit, tensors included."""
+    """Check that two structures are equal, with the same bits in tensors."""
     assert type(left) is type(right)
     if isinstance(left, torch.Tensor):
         assert left.dtype == right.dtype

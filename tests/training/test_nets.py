@@ -1,4 +1,4 @@
-"""The networks: what they start from, and the first stage's estimate by its formula."""
+"""Tests of the networks: their initial state, and the estimate of the first stage against its formula."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_unet_runs_once_and_no_map_is_kept() -> None:
 
 
 def test_code_is_not_normalised_away() -> None:
-    """A code alone must move the mean of a decoder's maps: a norm per channel in it would undo that."""
+    """The code alone changes the mean of a decoder's maps, which a norm per channel would prevent."""
     net = build_stage_one(1, 2, spatial_dims=2, latent_size=3, seed=0).eval()
     features = torch.randn(1, FEATURES[0], 8, 8)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Probability maps of a run: what they hold, interruption, errors."""
+"""Tests of the probability maps of a run: content, interruption, and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first stage: its loss, cross-fitting, the estimates of volumes, interruption, networks used again."""
+"""Tests of the first stage: loss, cross-fitting, estimates of volumes, interruption, and reuse of networks."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_stage_one_loss_is_its_formula_and_ignores_padding() -> None:
 
 
 class Local(StageOneNet):
-    """A decoder that depends on its own voxel only and on no code, so that windows cannot matter."""
+    """A decoder that depends only on its own voxel and not on the code, so that windows have no influence."""
 
     def __init__(self) -> None:
         super().__init__(1, 2, latent_size=2)
@@ -194,7 +194,7 @@ main(sys.argv[2:])
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
 def test_soft_labels_stopped_while_a_map_is_written(data: Path, tmp_path: Path, name: str) -> None:
-    """Whole maps stay as they are, no partial file bears a map's name, and all ends as if nothing had happened."""
+    """After an interruption, complete maps stay, no incomplete map exists, and the end result is the same."""
     number = int(getattr(signal, name))
 
     def soft_labels(number: int, *words: str) -> subprocess.CompletedProcess[str]:
@@ -254,7 +254,7 @@ def test_temperature_is_fitted_to_cases_that_were_not_seen(data: Path, run: Path
     summary = stage_one.estimate(data, tmp_path / "fitted", settings, names=names, networks=run)
 
     def nll(temperature: float, folder: str) -> float:
-        """Over all labelled voxels, of the soft labels at a temperature."""
+        """Return the NLL of the soft labels at a temperature, over all labelled voxels."""
         fixed = replace(settings, temperature=temperature)
         stage_one.estimate(data, tmp_path / folder, fixed, names=names, networks=run)
         total, voxels = 0.0, 0

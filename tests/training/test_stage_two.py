@@ -1,4 +1,4 @@
-"""Whole runs: resumption bit for bit, the run folder, what stops a run, and that every method learns."""
+"""Tests of whole runs: resumption with the same bits, run folder, interruption, and learning with every method."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_every_method_learns(data: Path, tmp_path: Path, method: str) -> None:
     assert metrics["dice"]["low"] > 0.9
     assert metrics["dice"]["high"] > 0.9
     assert metrics["dice"]["absent"] is None
-    if method in ("cross_entropy", "vls"):  # the others are drawn away from certainty, which is right here
+    if method in ("cross_entropy", "vls"):  # other methods avoid certainty, which is right here
         assert metrics["all"]["nll"] < 0.15
         assert metrics["all"]["ece"] < 0.1
     assert len(metrics["cases"]) == 2

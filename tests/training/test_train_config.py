@@ -46,7 +46,7 @@ def test_every_method_brings_its_own_defaults(method: str) -> None:
 
 
 def test_published_defaults() -> None:
-    """The values that runs were made with; ``config.json`` holds one for every setting, also for unused ones."""
+    """Defaults are those of existing runs, and ``config.json`` has a value for every setting, used or not."""
     names = ("alpha", "sigma", "gamma", "margin", "temperature", "num_samples", "beta", "latent_size", "reconstruction")
     for method in METHODS:
         settings = TrainConfig(method=method)

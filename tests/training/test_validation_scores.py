@@ -1,4 +1,4 @@
-"""What a run reports of its validation cases, against plain loops."""
+"""Tests of the scores of validation cases in a run, against plain loops."""
 
 from __future__ import annotations
 

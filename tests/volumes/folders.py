@@ -16,7 +16,7 @@ def save(path: Path, voxels: np.ndarray) -> None:
 
 
 def make_msd(folder: Path, count: int = 4, **changes: Any) -> Path:
-    """A Decathlon folder: image ``i`` is ``100 * i + x``, label 1 where ``x >= 5``, shapes differ."""
+    """Make a Decathlon folder. Image ``i`` is ``100 * i + x``, the label is 1 where ``x >= 5``, and shapes differ."""
     training = []
     for index in range(count):
         shape = (10 + index, 9, 8)

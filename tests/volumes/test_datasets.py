@@ -1,4 +1,4 @@
-"""Folders of cases: both layouts, one case read and checked, errors that name the file, the split."""
+"""Tests of folders of cases: both layouts, reading a case, errors that name the file, and the split."""
 
 from __future__ import annotations
 

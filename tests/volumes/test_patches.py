@@ -1,4 +1,4 @@
-"""Patches: crops of normalised images, a function of seed and iteration; the cache of cases."""
+"""Tests of patches, which are functions of seed and iteration, and of the cache of cases."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_normalise() -> None:
 
 
 def ramp_case(shape: tuple[int, int, int], label: np.ndarray | None = None) -> LoadedCase:
-    """Channel 0 holds every voxel's flat index, so that a patch tells where it was taken."""
+    """Return a case whose channel 0 holds the flat index of every voxel, which shows the place of a patch."""
     image = np.arange(np.prod(shape), dtype=np.float32).reshape(1, *shape)
     label = np.zeros(shape, np.int16) if label is None else label
     return LoadedCase("ramp", image, label, np.flatnonzero(label > 0), np.flatnonzero(label != IGNORE_INDEX))
@@ -42,7 +42,7 @@ class FixedCache(CaseCache):
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No random intensities."""
+    """Disable random intensities."""
     monkeypatch.setattr("calseg.volumes.patches._vary", lambda image, rng: image)
 
 
