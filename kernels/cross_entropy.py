@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from calseg.kernels.labels import class_weights, label_weights, load_labels, weighted
 from calseg.kernels.launch import HARD, SOFT, WEIGHTED, Call, TileDemands
-from calseg.kernels.reductions import LossArguments, load_upstream, store_sum
+from calseg.kernels.reductions import LossArguments, load_upstream, store_loss
 from calseg.kernels.softmax import INF, exp_of, online_top_and_sum, reciprocal, top_and_sum
-from calseg.kernels.tile import classes, load, locate, store, store_voxels
+from calseg.kernels.tile import classes, load, locate, store
 
 
 @triton.jit
@@ -145,10 +145,7 @@ def hard_cross_entropy(
         if SMOOTHED:
             value += spread * (weight_sum * log_total - weighted_d)
         value = tl.where(ok, value, 0.0)
-        if loss is not None:
-            store_voxels(loss, n, first, inside, value, tile)
-        if partials is not None:
-            store_sum(partials, 0, value)
+        store_loss(loss, partials, value, None, None, n, first, inside, tile)
 
     if C <= BLOCK_C and grad is not None:
         g = _hard_gradient(x, c, label, weight, top, scale_e, scale_label, scale_weight, SMOOTHED, C)
@@ -241,10 +238,7 @@ def soft_cross_entropy(
                 C, tile,
             )  # fmt: skip
     value = tl.where(ok, value, 0.0)
-    if loss is not None:
-        store_voxels(loss, n, first, inside, value, tile)
-    if partials is not None:
-        store_sum(partials, 0, value)
+    store_loss(loss, partials, value, None, None, n, first, inside, tile)
 
 
 def tile_demands(spec: Any, tensors: Any) -> TileDemands:

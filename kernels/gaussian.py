@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from calseg.kernels.noise import normals
 from calseg.kernels.softmax import INF, exp_of
+from calseg.kernels.tile import store
 from torch import Tensor
 
 
@@ -136,3 +137,29 @@ def slope(a, s, k, statistics, voxel, inside):
     else:
         dot = statistic(statistics, 5 + 3 * k, voxel, inside)[None, :]
     return s * (a[None, :, :] - dot[:, None, :])
+
+
+# ---- gradients of mu and logvar ----
+
+
+@triton.jit
+def gaussian_gradients(gaussian, mu, sigma, slopes, slopes_times_noise, up, kl_up, WITH_KL: tl.constexpr):
+    """Return dLoss/dmu and dLoss/dlogvar, given the sums over the samples of dl/dnu, and of dl/dnu times the noise."""
+    to_mu = slopes * up[None, :]
+    to_logvar = slopes_times_noise * ((up * 0.5)[None, :] * sigma)
+    if WITH_KL:
+        kl_mu, kl_logvar = kl_gradients(gaussian, mu, sigma, kl_up * gaussian.beta)
+        to_mu += kl_mu
+        to_logvar += kl_logvar
+    return to_mu, to_logvar
+
+
+@triton.jit
+def store_gradients(
+    grad_mu, grad_logvar, to_mu, to_logvar, n, first, inside, c, C: tl.constexpr, tile: tl.constexpr
+):  # fmt: skip
+    """Store the gradients of mu and logvar, of which either may be None."""
+    if grad_mu is not None:
+        store(grad_mu, n, first, inside, c, to_mu, C, tile)
+    if grad_logvar is not None:
+        store(grad_logvar, n, first, inside, c, to_logvar, C, tile)

@@ -9,11 +9,11 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from calseg.kernels.gaussian import kl_gradients, kl_terms, sampling_arguments
+from calseg.kernels.gaussian import kl_gradients, kl_terms, sampling_arguments, store_gradients
 from calseg.kernels.launch import SOFT, Call, TileDemands
-from calseg.kernels.reductions import LossArguments, load_upstream, store_sum
+from calseg.kernels.reductions import LossArguments, load_upstream, store_loss
 from calseg.kernels.softmax import exp_any
-from calseg.kernels.tile import classes, load, locate, store, store_voxels
+from calseg.kernels.tile import classes, load, locate
 
 
 @triton.jit
@@ -41,15 +41,9 @@ def gaussian_kl(
         sigma = exp_any(log_variance * 0.5)
         value += tl.sum(tl.where((c < C)[:, None], kl_terms(gaussian, mean, log_variance, sigma), 0.0), 0)
         to_mu, to_logvar = kl_gradients(gaussian, mean, sigma, up)
-        if grad_mu is not None:
-            store(grad_mu, n, first, inside, c, to_mu, C, tile)
-        if grad_logvar is not None:
-            store(grad_logvar, n, first, inside, c, to_logvar, C, tile)
+        store_gradients(grad_mu, grad_logvar, to_mu, to_logvar, n, first, inside, c, C, tile)
     value = tl.where(inside, value, 0.0)
-    if loss is not None:
-        store_voxels(loss, n, first, inside, value, tile)
-    if partials is not None:
-        store_sum(partials, 0, value)
+    store_loss(loss, partials, value, None, None, n, first, inside, tile)
 
 
 def tile_demands(spec: Any, tensors: Any) -> TileDemands:

@@ -14,7 +14,7 @@ import triton.language as tl
 from calseg.kernels import launch as host
 from calseg.kernels.labels import Labels, label_weights, load_labels
 from calseg.kernels.launch import Call
-from calseg.kernels.tile import Tile, View, locate, voxel_pointers
+from calseg.kernels.tile import Tile, View, locate, store_voxels, voxel_pointers
 from torch import Tensor
 
 SCAN_TILE = Tile(1, 1024)
@@ -126,6 +126,17 @@ def mean_divisors(call: Call, labels: Labels, is_mask: bool, weight: Tensor | No
 def store_sum(partials, row: tl.constexpr, values):
     """Store the sum of this program over its voxels. Row 0 is for the loss, row 1 for the KL term."""
     tl.store(partials + row * tl.num_programs(0).to(tl.int64) + tl.program_id(0), tl.sum(values, 0))
+
+
+@triton.jit
+def store_loss(loss, partials, value, kl, beta, n, first, inside, tile: tl.constexpr):
+    """Store the loss of every voxel, or this program's share of the sums. ``kl`` is None where there is no KL term."""
+    if loss is not None:
+        store_voxels(loss, n, first, inside, value if kl is None else value + beta * kl, tile)
+    if partials is not None:
+        store_sum(partials, 0, value)
+        if kl is not None:
+            store_sum(partials, 1, kl)
 
 
 @triton.jit

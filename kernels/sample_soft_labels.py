@@ -10,7 +10,15 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from calseg.kernels.gaussian import exists, noise, samples_at_once, sampling_arguments, slope, softmax_of_sample
+from calseg.kernels.gaussian import (
+    exists,
+    noise,
+    samples_at_once,
+    sampling_arguments,
+    slope,
+    softmax_of_sample,
+    store_gradients,
+)
 from calseg.kernels.labels import Labels, blend_with_labels, load_labels_or_none
 from calseg.kernels.launch import Call
 from calseg.kernels.noise import load_seed
@@ -48,11 +56,8 @@ def _sampled_block(
             estimate = tl.where(valid, estimate + tl.sum(s, 0), 0.0)
     if BACKWARD:
         scale = alpha * per_temperature / num_samples
-        if grad_mu is not None:
-            store(grad_mu, n, first, inside, c, to_mu * scale, C, tile)
-        if grad_logvar is not None:
-            to_logvar *= (0.5 * scale * gaussian.temperature) * deviation
-            store(grad_logvar, n, first, inside, c, to_logvar, C, tile)
+        to_logvar *= (0.5 * scale * gaussian.temperature) * deviation
+        store_gradients(grad_mu, grad_logvar, to_mu * scale, to_logvar, n, first, inside, c, C, tile)
     else:
         blended = blend_with_labels(estimate, alpha / num_samples, label, ok, bad, alpha, c)
         store(soft, n, first, inside, c, blended, C, tile)

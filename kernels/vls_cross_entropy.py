@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from calseg.kernels.gaussian import (
     exists,
-    kl_gradients,
+    gaussian_gradients,
     kl_terms,
     noise,
     samples_at_once,
@@ -20,14 +20,15 @@ from calseg.kernels.gaussian import (
     slope,
     softmax_of_sample,
     statistic,
+    store_gradients,
 )
 from calseg.kernels.labels import class_weights, load_labels, weighted
 from calseg.kernels.launch import SAMPLED, Call, TileDemands
 from calseg.kernels.noise import load_seed
-from calseg.kernels.reductions import LossArguments, load_upstream, store_sum
+from calseg.kernels.reductions import LossArguments, load_upstream, store_loss
 from calseg.kernels.sample_statistics import launch_sample_statistics
 from calseg.kernels.softmax import INF, LOWEST, exp_any, exp_of, reciprocal, top_and_sum
-from calseg.kernels.tile import classes, load, locate, store, store_voxels
+from calseg.kernels.tile import classes, load, locate, store
 
 
 @triton.jit
@@ -91,17 +92,11 @@ def _block(
         store(grad_logits, n, first, inside, c, g, C, tile)
     if GRADIENT:
         per_sample = up * (-keep * alpha * per_temperature / num_samples)
-        sigma = deviation * gaussian.temperature
-        to_mu *= per_sample[None, :]
-        to_logvar *= (per_sample * 0.5)[None, :] * sigma
-        if WITH_KL:
-            kl_mu, kl_logvar = kl_gradients(gaussian, mean * gaussian.temperature, sigma, kl_up * gaussian.beta)
-            to_mu += kl_mu
-            to_logvar += kl_logvar
-        if grad_mu is not None:
-            store(grad_mu, n, first, inside, c, to_mu, C, tile)
-        if grad_logvar is not None:
-            store(grad_logvar, n, first, inside, c, to_logvar, C, tile)
+        to_mu, to_logvar = gaussian_gradients(
+            gaussian, mean * gaussian.temperature, deviation * gaussian.temperature, to_mu, to_logvar, per_sample,
+            kl_up, WITH_KL,
+        )  # fmt: skip
+        store_gradients(grad_mu, grad_logvar, to_mu, to_logvar, n, first, inside, c, C, tile)
     return value, kl
 
 
@@ -148,12 +143,7 @@ def vls_cross_entropy(
         kl += block_kl
 
     value, kl = tl.where(ok, value, 0.0), tl.where(ok, kl, 0.0)
-    if loss is not None:
-        store_voxels(loss, n, first, inside, value + gaussian.beta * kl if WITH_KL else value, tile)
-    if partials is not None:
-        store_sum(partials, 0, value)
-        if WITH_KL:
-            store_sum(partials, 1, kl)
+    store_loss(loss, partials, value, kl if WITH_KL else None, gaussian.beta, n, first, inside, tile)
 
 
 def tile_demands(spec: Any, tensors: Any) -> TileDemands:

@@ -11,15 +11,8 @@ namespace CALSEG_ISA {
 namespace {
 
 template <bool kBackward>
-struct AccumulateSoftmax {
-    using Args = AccumulateArgs;
-
+struct AccumulateSoftmax : TiledForFirstCache<AccumulateArgs, 2, 1 << 15> {
     static DType dtype(const Args& a) { return a.logits.dtype; }
-
-    template <class T>
-    static Tiling tiling(const Args& a) {
-        return Tiling(a.shape, voxels_in_cache(a.shape.C, 2, sizeof(T)), 1 << 15);
-    }
 
     // In the forward kernel, `other` is the running total, to which the softmax is added. In the backward kernel, it is the
     // upstream gradient, which becomes the gradient of the logits.

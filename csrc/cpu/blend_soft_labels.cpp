@@ -11,15 +11,8 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-struct BlendSoftLabels {
-    using Args = BlendArgs;
-
+struct BlendSoftLabels : TiledForFirstCache<BlendArgs, 1, 1 << 16> {
     static DType dtype(const Args& a) { return a.estimate.dtype; }
-
-    template <class T>
-    static Tiling tiling(const Args& a) {
-        return Tiling(a.shape, voxels_in_cache(a.shape.C, 1, sizeof(T)), 1 << 16);
-    }
 
     template <class T>
     static void compute_chunk(const Args& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {

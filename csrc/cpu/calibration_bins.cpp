@@ -19,9 +19,6 @@ namespace {
 constexpr int kHitShift = 40, kCountShift = 52;
 constexpr int64_t kMostBlocks = 64;  // blocks of a tile: 32 bits hold the sum of that many numbers of up to 2^25
 
-// Number of sets of bins: one for the top label, or one per class if class-wise.
-int64_t kinds(const BinsArgs& a) { return a.spec.class_wise ? a.shape.C - a.spec.first_class : 1; }
-
 // Word of a voxel, for BinnedWords: [count 12 | hit 12 | confidence 40], where the numbers are widths of bit fields.
 struct BinFormat {
     static constexpr int kWords = 1, kSums = 3;  // the sums are count, confidence, hits
@@ -65,13 +62,13 @@ int load_checked_labels(int32_t* to, const BinsArgs& a, const Span& span) {
     with_integer_type(a.spec.labels.tensor.dtype, [&](auto* type) {
         using From = std::remove_pointer_t<decltype(type)>;
         const int64_t step = a.spec.labels.tensor.stride_s;
-        const From* from = static_cast<const From*>(a.spec.labels.tensor.data) + span.n * a.spec.labels.tensor.stride_n + span.s * step;
+        const From* from = address<From>(a.spec.labels.tensor, span);
         classes_of(to, from, step, count, a.shape.C, a.spec.labels.ignore_index, a.spec.skip_background);
     });
     fill<int32_t>(to + count, to + round_up(count, kLanes), kSkipped);
     if (a.spec.mask) {
         const int64_t step = a.spec.mask.stride_s;
-        const uint8_t* mask = static_cast<const uint8_t*>(a.spec.mask.data) + span.n * a.spec.mask.stride_n + span.s * step;
+        const uint8_t* mask = address<uint8_t>(a.spec.mask, span);
         for (int i = 0; i < count; ++i) to[i] = mask[i * step] ? to[i] : kSkipped;
     }
     int32_t least = 0;
@@ -86,7 +83,7 @@ int64_t label_at(const TensorView& labels, const Span& span, int i) {
     int64_t label = 0;
     with_integer_type(labels.dtype, [&](auto* type) {
         using From = std::remove_pointer_t<decltype(type)>;
-        label = static_cast<int64_t>(static_cast<const From*>(labels.data)[span.n * labels.stride_n + (span.s + i) * labels.stride_s]);
+        label = static_cast<int64_t>(*address<From>(labels, span.n, span.s + i));
     });
     return label;
 }
@@ -141,17 +138,11 @@ CALSEG_INLINE LogitSums<T> sum_logits(I<T> labels, T* block, int64_t C, Ahead& a
     return sum.result(top_class);
 }
 
-// Step 1 for a block with so few classes that registers hold all logits, which are read from the tensor itself. kWhole is
-// false for the last block of a tile if it has fewer than kLanes voxels.
-template <int C, bool kWhole, class T, class From>
+// Step 1 for a block with so few classes that registers hold all logits, which are read from the tensor itself. `count` is
+// kLanes, or less for the last block of a tile.
+template <int C, class T, class From>
 CALSEG_INLINE LogitSums<T> sum_few_logits(I<T> labels, const From* const (&row)[C], int at, int count) {
-    const auto logits = [&](int c) {
-        alignas(64) T lanes[kLanes];
-        if (kWhole) widen_lanes(lanes, row[c] + at);
-        else
-            for (int i = 0; i < kLanes; ++i) lanes[i] = i < count ? static_cast<T>(widened(row[c][at + i])) : T(0);
-        return load<F<T>>(lanes);
-    };
+    const auto logits = [&](int c) { return load_widened<T>(row[c] + at, count); };
     // The first two classes have code of their own. The compiler does not unroll a loop over all of them, and would keep
     // the array in memory.
     F<T> low[2] = {logits(0), logits(1)}, high[C - 2 > 0 ? C - 2 : 1];
@@ -293,7 +284,7 @@ struct ChunkState {
     int64_t totals[kTotals] = {};
 
     ChunkState(Scratch& scratch, const BinsArgs& a, int length)
-        : scores(scratch, a.scores, a.shape.C, length), rows(scratch, length), bins(scratch, kinds(a), a.spec.n_bins, length) {}
+        : scores(scratch, a.scores, a.shape.C, length), rows(scratch, length), bins(scratch, a.kinds(), a.spec.n_bins, length) {}
 };
 
 // Finds the first voxel of a tile whose scores are no probabilities, and describes it in `fault`.
@@ -355,15 +346,13 @@ void add_tile_of_few(const BinsArgs& a, ChunkState<T, From>& state, const Span& 
     const VoxelRows<T> rows = state.rows;
     const int blocks = static_cast<int>(round_up(span.count, kLanes)) / kLanes;
     const From* row[C];
-    for (int c = 0; c < C; ++c)
-        row[c] = static_cast<const From*>(a.scores.data) + span.n * a.scores.stride_n + c * a.scores.stride_c + span.s;
+    for (int c = 0; c < C; ++c) row[c] = address<From>(a.scores, span, c);
     const Binning<T> binning(a, state.bins);
     const int whole = span.count / kLanes;
     for (int b = 0; b < whole; ++b)
-        *rows.template sums_of<LogitSums<T>>(b) = sum_few_logits<C, true, T, From>(rows.labels_of(b), row, b * kLanes, kLanes);
+        *rows.template sums_of<LogitSums<T>>(b) = sum_few_logits<C, T>(rows.labels_of(b), row, b * kLanes, kLanes);
     for (int b = whole; b < blocks; ++b)
-        *rows.template sums_of<LogitSums<T>>(b) =
-            sum_few_logits<C, false, T, From>(rows.labels_of(b), row, b * kLanes, span.count % kLanes);
+        *rows.template sums_of<LogitSums<T>>(b) = sum_few_logits<C, T>(rows.labels_of(b), row, b * kLanes, span.count % kLanes);
     TileTotals<false, T> totals(a, rows, binning);
     for (int b = 0; b < blocks; ++b) totals.add(b, rows.labels_of(b), *rows.template sums_of<LogitSums<T>>(b));
     totals.finish_tile(state.totals);
@@ -401,7 +390,7 @@ void compute(const BinsArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scr
         add(a, state, span, next, fault);
         state.bins.end_tile(span.count);
     }
-    state.bins.finish_chunk(a.sums + item * kinds(a) * a.spec.n_bins * BinFormat::kSums);
+    state.bins.finish_chunk(a.sums + item * a.kinds() * a.spec.n_bins * BinFormat::kSums);
     for (int k = 0; k < kTotals; ++k) atomic_add(a.totals + item * kTotals + k, state.totals[k]);
     a.chunk_faults[chunk] = fault;
 }
@@ -415,7 +404,7 @@ struct CalibrationBins {
     static Tiling tiling(const Args& a) {
         // The current tile and the next one fill a quarter of a second-level cache of 1 MiB.
         const int64_t wanted = 128 * 1024 / (a.shape.C * static_cast<int64_t>(sizeof(T)));
-        return Tiling(a.shape, smaller(wanted, kMostBlocks * kLanes), logits_of_chunk(kinds(a) * a.spec.n_bins));
+        return Tiling(a.shape, smaller(wanted, kMostBlocks * kLanes), logits_of_chunk(a.kinds() * a.spec.n_bins));
     }
 
     template <class T>

@@ -117,6 +117,16 @@ CALSEG_INLINE void narrow_lanes(F16* to, const float* from) {
 }
 #endif
 
+// Loads `count` numbers, kLanes at most. The lanes beyond become 0.
+template <class T, class From>
+CALSEG_INLINE F<T> load_widened(const From* from, int count) {
+    alignas(64) T lanes[kLanes];
+    if (count == kLanes) widen_lanes(lanes, from);
+    else
+        for (int i = 0; i < kLanes; ++i) lanes[i] = i < count ? static_cast<T>(widened(from[i])) : T(0);
+    return load<F<T>>(lanes);
+}
+
 // Narrows N values, a multiple of kLanes.
 template <class To, class T, int N>
 CALSEG_INLINE void narrow_line(To* to, const T (&from)[N]) {

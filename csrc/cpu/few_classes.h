@@ -12,14 +12,6 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-constexpr int kFewClasses = 4;
-
-// Returns the place of class c of a span.
-template <class D>
-const D* row_of(const TensorView& view, const Span& span, int64_t c) {
-    return static_cast<const D*>(view.data) + span.n * view.stride_n + c * view.stride_c + span.s;
-}
-
 // Computation of one tile. D is the type in which logits and gradient are stored. T is the compute type.
 template <int C, bool kGradient, class D, class T>
 class FewClasses {
@@ -37,8 +29,8 @@ class FewClasses {
     FewClasses(const TensorView& logits, const TensorView& gradient, const LossTile<T>& t, const Span& span, bool stream)
         : labels_(t.labels), labels_ahead_(t.labels_ahead), upstream_(t.upstream), loss_(t.loss), stream_(stream) {
         for (int c = 0; c < C; ++c) {
-            logits_[c] = row_of<D>(logits, span, c);
-            gradients_[c] = kGradient ? const_cast<D*>(row_of<D>(gradient, span, c)) : nullptr;
+            logits_[c] = address<D>(logits, span, c);
+            gradients_[c] = kGradient ? address<D>(gradient, span, c) : nullptr;
         }
     }
 
@@ -108,11 +100,7 @@ class FewClasses {
         block.labels = load<I<T>>(labels_ + at);
         F<T>(&x)[C] = block.e, top = zero<T>();
         for (int c = 0; c < C; ++c) {
-            alignas(64) T lanes[kLanes];
-            if (count == kLanes) widen_lanes(lanes, logits_[c] + at);
-            else
-                for (int i = 0; i < kLanes; ++i) lanes[i] = i < count ? static_cast<T>(widened(logits_[c][at + i])) : T(0);
-            x[c] = load<F<T>>(lanes);
+            x[c] = load_widened<T>(logits_[c] + at, count);
             if (kIgnored) x[c] = select(less(block.labels, broadcast<I<T>>(0)), zero<T>(), x[c]);
             top = c == 0 ? x[0] : larger(x[c], top);
         }

@@ -9,15 +9,8 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-struct GaussianKL {
-    using Args = LossArgs;
-
+struct GaussianKL : TiledForFirstCache<LossArgs, 2, 1 << 15> {
     static DType dtype(const Args& a) { return a.tensors.mu.dtype; }
-
-    template <class T>
-    static Tiling tiling(const Args& a) {
-        return Tiling(a.shape, voxels_in_cache(a.shape.C, 2, sizeof(T)), 1 << 15);
-    }
 
     template <class T>
     static void compute_chunk(const Args& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {

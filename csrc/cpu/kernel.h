@@ -19,6 +19,17 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
+// Base of an operation whose tiles, those of kTensors tensors, fill half of the first cache. A chunk has about kLogits logits.
+template <class ArgsOfCall, int kTensors, int kLogits>
+struct TiledForFirstCache {
+    using Args = ArgsOfCall;
+
+    template <class T>
+    static Tiling tiling(const Args& a) {
+        return Tiling(a.shape, voxels_in_cache(a.shape.C, kTensors, sizeof(T)), kLogits);
+    }
+};
+
 template <class Operation>
 struct OperationKernel {
     using Args = typename Operation::Args;

@@ -53,7 +53,7 @@ inline int load_labels(int32_t* to, const Labels& labels, const Span& span, int6
         const int64_t step = labels.tensor.stride_s;
         const IgnoreIndex<From> ignore(labels.ignore_index);
         const ClassLabels<From> classes(labels.is_mask ? INT64_MAX : C);
-        const From* from = static_cast<const From*>(labels.tensor.data) + span.n * labels.tensor.stride_n + span.s * step;
+        const From* from = address<From>(labels.tensor, span);
         const int32_t keep = labels.is_mask ? 0 : -1;
         // If ignore_index is not a class, the test for classes already rejects it, and no comparison with it is needed.
         const bool may_be_class = ignore.possible && classes.contain(ignore.value);

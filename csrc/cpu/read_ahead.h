@@ -69,24 +69,18 @@ class ReadAhead {
     static constexpr int64_t kNothing = INT64_MAX;  // value of class_ if no line is to be read
     static constexpr int64_t kRowsAhead = 2;
 
-    const From* row(int64_t c) const {
-        return static_cast<const From*>(view_.data) + next_.n * view_.stride_n + c * view_.stride_c + next_.s;
-    }
-
     void begin_row() {
-        from_ = row(class_);
+        from_ = address<From>(view_, next_, class_);
         to_ = tiles_[1] + class_ * kLanes;
         lines_ = next_.count / kLanes;
         // After the last row, prefetch the first rows of the tile after the next one.
         const int64_t ahead = class_ + kRowsAhead;
-        prefetched_ = ahead < C_ ? row(ahead) : row(ahead - C_ < C_ ? ahead - C_ : 0) + next_.count;
+        if (ahead < C_) prefetched_ = address<From>(view_, next_, ahead);
+        else prefetched_ = address<From>(view_, next_, ahead - C_ < C_ ? ahead - C_ : 0) + next_.count;
     }
 
     void end_row() {
-        if (const int rest = next_.count % kLanes) {
-            for (int i = 0; i < rest; ++i) to_[i] = static_cast<T>(widened(from_[i]));
-            fill(to_ + rest, to_ + kLanes, T(0));
-        }
+        if (const int rest = next_.count % kLanes) store(to_, load_widened<T>(from_, rest));
         if (++class_ < C_) begin_row();
     }
 

@@ -14,15 +14,8 @@ namespace CALSEG_ISA {
 namespace {
 
 template <bool kBackward>
-struct SampleSoftLabels {
-    using Args = SampleArgs;
-
+struct SampleSoftLabels : TiledForFirstCache<SampleArgs, 3, 1 << 14> {
     static DType dtype(const Args& a) { return a.tensors.mu.dtype; }
-
-    template <class T>
-    static Tiling tiling(const Args& a) {
-        return Tiling(a.shape, voxels_in_cache(a.shape.C, 3, sizeof(T)), 1 << 14);
-    }
 
     // In the forward kernel, `soft` becomes the soft labels. In the backward kernel, it holds the upstream gradient, and mu
     // and logvar become their gradients.

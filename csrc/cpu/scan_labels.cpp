@@ -19,7 +19,7 @@ void scan(const ScanArgs& a, int64_t n, int64_t first, int64_t last, LabelSums& 
     const int64_t step = a.labels.tensor.stride_s;
     const IgnoreIndex<From> ignore(a.labels.ignore_index);
     const ClassLabels<From> classes(a.labels.is_mask ? INT64_MAX : a.shape.C);
-    const From* from = static_cast<const From*>(a.labels.tensor.data) + n * a.labels.tensor.stride_n;
+    const From* from = address<From>(a.labels.tensor, n, 0);
     for (int64_t block = first; block < last; block += kBlock) {
         const int count = static_cast<int>(smaller(kBlock, last - block));
         const From* row = from + block * step;

@@ -28,11 +28,10 @@ void load_row(T* to, const TensorView& view, const Span& span, int64_t c, int64_
     const int whole = span.count / kLanes, rest = span.count % kLanes;
     with_float_type(view.dtype, [&](auto* type) {
         using From = std::remove_pointer_t<decltype(type)>;
-        const From* row = static_cast<const From*>(view.data) + span.n * view.stride_n + c * view.stride_c + span.s;
+        const From* row = address<From>(view, span, c);
         T* block = to + c * kLanes;
         for (int b = 0; b < whole; ++b, row += kLanes, block += C * kLanes) widen_lanes(block, row);
-        for (int i = 0; i < rest; ++i) block[i] = static_cast<T>(widened(row[i]));
-        if (rest) fill(block + rest, block + kLanes, T(0));
+        if (rest) store(block, load_widened<T>(row, rest));
     });
 }
 
@@ -42,7 +41,7 @@ void load_voxels(T* to, const TensorView& view, const Span& span, int64_t C) {
     with_float_type(view.dtype, [&](auto* type) {
         using From = std::remove_pointer_t<decltype(type)>;
         const int64_t step_c = view.stride_c, step_s = view.stride_s;
-        const From* from = static_cast<const From*>(view.data) + span.n * view.stride_n + span.s * step_s;
+        const From* from = address<From>(view, span);
         for (int i = 0; i < span.count; ++i) {
             const From* voxel = from + i * step_s;
             T* lane = to + i / kLanes * C * kLanes + i % kLanes;
@@ -88,7 +87,7 @@ template <class T, class Block>
 CALSEG_INLINE void write_row(const TensorView& view, const Span& span, int64_t c, bool stream, const Block& block_at) {
     with_float_type(view.dtype, [&](auto* type) {
         using To = std::remove_pointer_t<decltype(type)>;
-        To* row = static_cast<To*>(view.data) + span.n * view.stride_n + c * view.stride_c + span.s;
+        To* row = address<To>(view, span, c);
         const Block block = block_at;  // a copy, as the members of a referenced object would be read again after every store
         const int whole = span.count / kLanes, rest = span.count % kLanes;
         int b = 0;
@@ -126,7 +125,7 @@ void store_voxels(const TensorView& view, const Span& span, const T* from, int64
     with_float_type(view.dtype, [&](auto* type) {
         using To = std::remove_pointer_t<decltype(type)>;
         const int64_t step_c = view.stride_c, step_s = view.stride_s;
-        To* to = static_cast<To*>(view.data) + span.n * view.stride_n + span.s * step_s;
+        To* to = address<To>(view, span);
         for (int i = 0; i < span.count; ++i) {
             To* voxel = to + i * step_s;
             const T* lane = from + i / kLanes * C * kLanes + i % kLanes;

@@ -21,6 +21,16 @@ struct Span {
     int count = 0;
 };
 
+// Returns the place of voxel s of item n, and of class c, in a tensor that is stored as D.
+template <class D>
+CALSEG_INLINE D* address(const TensorView& view, int64_t n, int64_t s, int64_t c = 0) {
+    return static_cast<D*>(view.data) + n * view.stride_n + c * view.stride_c + s * view.stride_s;
+}
+template <class D>
+CALSEG_INLINE D* address(const TensorView& view, const Span& span, int64_t c = 0) {
+    return address<D>(view, span.n, span.s, c);
+}
+
 // Lengths of tiles and chunks. They depend on the shape alone, so that no sum depends on the number of threads.
 struct Tiling {
     Shape shape;

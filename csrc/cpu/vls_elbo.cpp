@@ -51,15 +51,8 @@ void compute(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scr
     t.finish_chunk(a.chunk_sums, chunk);
 }
 
-struct VLSElbo {
-    using Args = LossArgs;
-
+struct VLSElbo : TiledForFirstCache<LossArgs, 2, 1 << 14> {
     static DType dtype(const Args& a) { return a.tensors.mu.dtype; }
-
-    template <class T>
-    static Tiling tiling(const Args& a) {
-        return Tiling(a.shape, voxels_in_cache(a.shape.C, 2, sizeof(T)), 1 << 14);
-    }
 
     template <class T>
     static void compute_chunk(const Args& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {

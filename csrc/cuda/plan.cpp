@@ -52,7 +52,7 @@ LabelRange label_range(const Labels& labels, int64_t C) {
 
 CalibrationLaunch calibration_launch(const BinsArgs& args, const CudaLimits& limits) {
     CalibrationLaunch launch;
-    launch.bins = (args.spec.class_wise ? args.shape.C - args.spec.first_class : 1) * args.spec.n_bins;
+    launch.bins = args.kinds() * args.spec.n_bins;
     if (args.shape.C > INT32_MAX || launch.bins > INT32_MAX) throw std::runtime_error("calibration_bins on CUDA: wanted below 2^31 bins");
     launch.args = merged(args);
     const Shape& shape = launch.args.shape;

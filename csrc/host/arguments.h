@@ -77,6 +77,9 @@ struct BinsArgs {
     int64_t* sums = nullptr;            // in and out: [items][kinds][n_bins][count, confidence, hits]
     int64_t* totals = nullptr;          // in and out: [items][kBinsTotals]
     BinsFault* chunk_faults = nullptr;  // out: [chunks]
+
+    // Number of sets of bins: one for the top label, else one per class.
+    int64_t kinds() const { return spec.class_wise ? shape.C - spec.first_class : 1; }
 };
 
 // Number of sums per cell of ace_moments: count, hits, and the sums of f, of f^2, and of f over the hits. Each of these

@@ -86,6 +86,15 @@ LabelSums scan(const Labels& labels, const Shape& shape, const double* weight, i
 
 LabelFault fault_of(const LabelSums& sums) { return {sums.bad_position, sums.bad_value}; }
 
+// Runs a kernel, unless a label is out of range.
+template <class Args>
+LabelFault compute_with_good_labels(const Kernel<Args>& kernel, Args& args, int num_threads) {
+    const LabelSums labels = scan(args.spec.labels, args.shape, nullptr, num_threads);
+    if (labels.bad_position >= 0) return fault_of(labels);
+    compute(kernel, args, num_threads);
+    return {};
+}
+
 // Divisors of the sums over voxels: of the loss, and of the KL term.
 struct Divisors {
     double loss = 1.0, kl = 1.0;
@@ -174,19 +183,13 @@ LabelFault loss(const Kernel<LossArgs>& kernel, const LossArgs& args, int num_th
 }
 
 LabelFault sample_soft_labels(SampleArgs& args, int num_threads) {
-    const LabelSums labels = scan(args.spec.labels, args.shape, nullptr, num_threads);
-    if (labels.bad_position >= 0) return fault_of(labels);
-    compute(kernels().sample_soft_labels, args, num_threads);
-    return {};
+    return compute_with_good_labels(kernels().sample_soft_labels, args, num_threads);
 }
 
 void sample_soft_labels_backward(SampleArgs& args, int num_threads) { compute(kernels().sample_soft_labels_backward, args, num_threads); }
 
 LabelFault blend_soft_labels(BlendArgs& args, int num_threads) {
-    const LabelSums labels = scan(args.spec.labels, args.shape, nullptr, num_threads);
-    if (labels.bad_position >= 0) return fault_of(labels);
-    compute(kernels().blend_soft_labels, args, num_threads);
-    return {};
+    return compute_with_good_labels(kernels().blend_soft_labels, args, num_threads);
 }
 
 void accumulate_softmax(AccumulateArgs& args, int num_threads) { compute(kernels().accumulate_softmax, args, num_threads); }
@@ -207,12 +210,7 @@ BinsFault calibration_bins(BinsArgs& args, int num_threads) {
     return {};
 }
 
-LabelFault ace_moments(AceArgs& args, int num_threads) {
-    const LabelSums labels = scan(args.spec.labels, args.shape, nullptr, num_threads);
-    if (labels.bad_position >= 0) return fault_of(labels);
-    compute(kernels().ace_moments, args, num_threads);
-    return {};
-}
+LabelFault ace_moments(AceArgs& args, int num_threads) { return compute_with_good_labels(kernels().ace_moments, args, num_threads); }
 
 void ace_moments_backward(AceArgs& args, int num_threads) { compute(kernels().ace_moments_backward, args, num_threads); }
 
