@@ -227,12 +227,8 @@ class GaussianBlock {
         store(grad_logvar + c * kLanes, sums.logvar);
     }
 
-<<<<<<< ours
-    // Draws the noise of K quads. `first` is the first quad of the group. `quad` counts from there.
-=======
  private:
-    // Draws the noise of K quads of the group from `quad` on. `first` is the group's first quad.
->>>>>>> theirs
+    // Draws the noise of K quads. `first` is the first quad of the group. `quad` counts from there.
     template <int K>
     CALSEG_MEMBER void make_noise(int64_t first, int64_t quad) {
         alignas(64) uint32_t words[K][4][kLanes];
