@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+import sys
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from calseg.tensors import FLOAT_DTYPES, LABEL_DTYPES, class_axis, voxel_shape
 
 REDUCTIONS = ("none", "mean", "sum")
 MAX_BINS = 1 << 16
+MAX = sys.float_info.max
 
 
 _abbreviating = reprlib.Repr()
@@ -114,7 +116,7 @@ def check_number(name: str, value: Any, low: float, high: float, wanted: str, *,
     """
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise TypeError(f"{name}: got {describe(value)}, wanted a number {wanted}")
-    if not (low <= value <= high) or (open_low and value == low):  # NaN fails the comparison
+    if not (low <= value <= high) or (open_low and value == low) or MAX < value != math.inf:  # NaN is not in a range
         raise ValueError(f"{name}: got {shown(value)}, wanted a number {wanted}")
 
 
@@ -122,7 +124,7 @@ def check_finite(name: str, value: Any) -> None:
     """Check that a value is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {describe(value)}, wanted a finite number")
-    if not -math.inf < value < math.inf:  # not math.isfinite, which torch.compile refuses for a number that changes
+    if not -MAX <= value <= MAX:  # not math.isfinite, which torch.compile refuses for a number that changes
         raise ValueError(f"{name}: got {shown(value)}, wanted a finite number")
 
 
@@ -137,7 +139,9 @@ def check_integer(name: str, value: Any, low: int | None = None) -> None:
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, int)):
         raise TypeError(f"{name}: got {describe(value)}, wanted an integer")
     if low is not None and value < low:
-        raise ValueError(f"{name}: got {value}, wanted at least {low}")
+        raise ValueError(f"{name}: got {shown(value)}, wanted at least {low}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: got {shown(value)}, wanted an integer of 64 bits")
 
 
 def check_bins(n_bins: Any) -> None:

@@ -25,7 +25,7 @@ from calseg.operations import (
     SampleSpec,
     Sampling,
 )
-from calseg.tensors import compute_dtype, is_walkable, layout_like, shape_of
+from calseg.tensors import FLOAT_DTYPES, compute_dtype, is_walkable, layout_like, shape_of
 
 WIDE_DTYPES = (torch.float32, torch.float64)  # the loss has the dtype of such logits, under autocast too
 
@@ -74,8 +74,10 @@ def _unchecked_cross_entropy(
     if type(label_smoothing) is not float or not 0.0 <= label_smoothing <= 1.0 or type(ignore_index) is not int:
         return None
     dtype = input.dtype
-    if dtype not in WIDE_DTYPES:
+    if dtype not in FLOAT_DTYPES:
         return None
+    if dtype not in WIDE_DTYPES:
+        dtype = _loss_dtype(input)
     spec = LossSpec("cross_entropy", Labels(target, ignore_index), None, reduction, dtype, label_smoothing)
     try:
         return autograd.loss("cpu", spec, LossTensors(input), traced=False)
@@ -601,6 +603,8 @@ def accumulate_soft_labels(
     check.check_sampling(1, temperature)
     check.check_number("alpha", alpha, 0.0, 1.0, "in [0, 1]")
     check.check_integer("ignore_index", ignore_index)
+    if not isinstance(logit_maps, Iterable):
+        raise TypeError(f"logit_maps: got {check.describe(logit_maps)}, wanted maps of logits, one after another")
     maps = _checked_maps(logit_maps)
     first = next(maps, None)
     if first is None:

@@ -118,7 +118,7 @@ def test_every_loss_is_in_every_backend():
         assert native.extension is None or callable(getattr(native.extension, name))
         if choice.TRITON_ERROR is None:
             kernel = import_module(f"calseg.kernels.{name}")
-            assert callable(kernel.kind)
+            assert callable(kernel.tile_demands)
             assert callable(kernel.launch)
 
 
