@@ -135,13 +135,17 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_integer(name: str, value: Any, low: int | None = None) -> None:
-    """Check that a value is an integer, and that it is at least ``low`` if that is given."""
-    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, int)):
-        raise TypeError(f"{name}: got {describe(value)}, wanted an integer")
+    """Check that a value is an integer of 64 bits, and that it is at least ``low`` if that is given."""
+    _check_type_of_integer(name, value)
     if low is not None and value < low:
         raise ValueError(f"{name}: got {shown(value)}, wanted at least {low}")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name}: got {shown(value)}, wanted an integer of 64 bits")
+
+
+def _check_type_of_integer(name: str, value: Any) -> None:
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"{name}: got {describe(value)}, wanted an integer")
 
 
 def check_bins(n_bins: Any) -> None:
@@ -172,9 +176,9 @@ def check_seed(seed: Any, device: torch.device) -> int | Tensor:
         if seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != device:
             raise ValueError(f"seed: got {describe(seed)}, wanted a 0-d int64 tensor on {device}")
         return seed
-    check_integer("seed", seed)
+    _check_type_of_integer("seed", seed)
     if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed: got {seed}, wanted a 64-bit number")
+        raise ValueError(f"seed: got {shown(seed)}, wanted a 64-bit number")
     return int(seed)
 
 
