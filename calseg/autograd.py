@@ -165,16 +165,16 @@ def _needs_upstream_first(backend: str, spec: LossSpec, tensors: LossTensors) ->
 class Loss(Function):
     """``(made, call, *tensors) -> loss``. One of ``made`` and ``call`` is None.
 
-    ``made`` is ``(loss, backend, gradients)``: the engine has computed the loss of the tensors already, with its
-    gradients. ``call`` is ``(backend, spec, reuse_logits, traced)``: the Function computes the loss of the four tensors
-    of :class:`LossTensors`, by the operator if ``traced``. Both are tuples, since every argument of a Function takes
-    time.
+    ``made`` is ``(loss, backend, gradients, versions)``: the engine has computed the loss of the tensors already, with
+    its gradients. ``versions`` are those of soft labels, mu and logvar, which must not change until backward. ``call``
+    is ``(backend, spec, reuse_logits, traced)``: the Function computes the loss of the four tensors of
+    :class:`LossTensors`, by the operator if ``traced``. Both are tuples, since every argument of a Function takes time.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, made: tuple[Tensor, str, list[Tensor | None]] | None, call: tuple[str, LossSpec, bool, bool],
-        *given: Tensor | None,
+        ctx: Any, made: tuple[Tensor, str, list[Tensor | None], list[int]] | None,
+        call: tuple[str, LossSpec, bool, bool], *given: Tensor | None,
     ) -> Tensor:  # fmt: skip
         if made is not None:
             # The gradients are not saved, as that takes time and copies them in backward. Nobody else sees them. The
@@ -202,6 +202,11 @@ def _gradients_of_operator(ctx: Any, grad_output: Tensor) -> Sequence[Tensor | N
     return [None if g is None else g * grad_output for g in ctx.saved_tensors]
 
 
+def _versions(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Return how often PyTorch has seen the tensors change, the logits left out, which PyTorch's loss does not save."""
+    return [t._version for t in tensors[1:] if t is not None and not t.is_inference()]
+
+
 def _gradients_made(ctx: Any, grad_output: Tensor) -> Sequence[Tensor | None]:
     """Multiply the engine's gradients by the upstream gradient, in place if nobody needs them again."""
     if ctx.made is None:
@@ -210,7 +215,12 @@ def _gradients_made(ctx: Any, grad_output: Tensor) -> Sequence[Tensor | None]:
             "already been freed). Specify retain_graph=True if you need to backward through the graph a second "
             "time."
         )
-    _, backend, gradients = ctx.made
+    _, backend, gradients, versions = ctx.made
+    if versions and versions != _versions(ctx.inputs):
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            "soft labels, mu or logvar of the loss"
+        )
     if _graph_is_kept() or _is_batched(grad_output):
         gradients = [None if g is None else g.mul(grad_output) for g in gradients]
     else:
@@ -262,7 +272,7 @@ def loss(
     else:
         gradients = [None if t is None or not t.requires_grad else native.empty_like(t) for t in given]
         value = engine(backend).loss(spec, tensors, LossTensors(*gradients))
-        value = _attach_loss((value, backend, gradients), None, *given)
+        value = _attach_loss((value, backend, gradients, _versions(given)), None, *given)
     return value
 
 

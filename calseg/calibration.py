@@ -235,7 +235,7 @@ def calibration_error_from_bins(bins: CalibrationBins, norm: str = "l1", *, equa
     if not isinstance(bins, CalibrationBins):
         raise TypeError(f"bins: got {check.describe(bins)}, wanted CalibrationBins")
     if norm not in NORMS:
-        raise ValueError(f"norm: got {norm!r}, wanted one of {', '.join(map(repr, NORMS))}")
+        raise ValueError(f"norm: got {check.shown(norm)}, wanted one of {', '.join(map(repr, NORMS))}")
     if equal_mass is not None:
         check.check_integer("equal_mass", equal_mass, 1)
     if num_nan := int(bins.num_nan.sum()):
@@ -337,7 +337,7 @@ def calibration_error(
     Source: Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017.
     """
     if norm not in NORMS:
-        raise ValueError(f"norm: got {norm!r}, wanted one of {', '.join(map(repr, NORMS))}")
+        raise ValueError(f"norm: got {check.shown(norm)}, wanted one of {', '.join(map(repr, NORMS))}")
     check.check_flag("equal_mass", equal_mass)
     check.check_integer("n_bins", n_bins, 1)
     bins = calibration_bins(

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from calseg.errors import brief
 from calseg.tensors import FLOAT_DTYPES, LABEL_DTYPES, class_axis, voxel_shape
 
 REDUCTIONS = ("none", "mean", "sum")
 MAX_BINS = 1 << 16
 
 
+_abbreviating = reprlib.Repr()
+_abbreviating.maxstring = _abbreviating.maxother = 100
+
+
+def shown(value: Any) -> str:
+    """Return ``repr(value)`` for an error message, in one line of at most 200 characters."""
+    return brief(_abbreviating.repr(value))
+
+
 def describe(value: Any) -> str:
     """Describe a value for an error message. A tensor is described by dtype, shape and device."""
     if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)} on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"a {dtype} tensor of shape {brief(list(value.shape), 100)} on {value.device}"
+    return f"{shown(value)} ({type(value).__name__})"
 
 
 def check_scores(name: str, value: Any) -> None:
@@ -70,7 +82,8 @@ def check_mask(name: str, value: Any, scores: Tensor) -> Tensor:
     """Check that a value is a bool tensor ``[N, *S]`` or ``[N, 1, *S]``, and return it as uint8 ``[N, *S]``."""
     if not isinstance(value, Tensor) or value.dtype != torch.bool:
         raise TypeError(f"{name}: got {describe(value)}, wanted a bool tensor")
-    return check_labels(name, value.view(torch.uint8), scores)
+    as_uint8 = value.byte() if torch._C._get_tracing_state() else value.view(torch.uint8)
+    return check_labels(name, as_uint8, scores)
 
 
 def check_weight(weight: Any, scores: Tensor) -> None:
@@ -102,15 +115,15 @@ def check_number(name: str, value: Any, low: float, high: float, wanted: str, *,
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise TypeError(f"{name}: got {describe(value)}, wanted a number {wanted}")
     if not (low <= value <= high) or (open_low and value == low):  # NaN fails the comparison
-        raise ValueError(f"{name}: got {value!r}, wanted a number {wanted}")
+        raise ValueError(f"{name}: got {shown(value)}, wanted a number {wanted}")
 
 
 def check_finite(name: str, value: Any) -> None:
     """Check that a value is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {describe(value)}, wanted a finite number")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: got {value!r}, wanted a finite number")
+    if not -math.inf < value < math.inf:  # not math.isfinite, which torch.compile refuses for a number that changes
+        raise ValueError(f"{name}: got {shown(value)}, wanted a finite number")
 
 
 def check_flag(name: str, value: Any) -> None:

@@ -17,17 +17,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from calseg.runs import Progress, RunFolder, no_progress, read_json, write_atomic, write_json
+from calseg.files import write_json
+from calseg.runs import Progress, RunFolder, no_progress
 from calseg.scores import MAIN_STATISTICS, TRUTH_STATISTICS, CaseScores, TruthBins, truth_bins, values_of
-from calseg.simulation import CLASS_NAMES, DemoConfig, make_dataset, rater_file, training_rater, truth_file
-from calseg.training.checkpoint import RUN_FILES
+from calseg.simulation import (
+    CLASS_NAMES,
+    DemoConfig,
+    dataset_files,
+    make_dataset,
+    rater_file,
+    training_rater,
+    truth_file,
+)
 from calseg.training.config import TrainConfig
-from calseg.training.stage_one import SUMMARY
 from calseg.training.stage_two import started, train
 from calseg.volumes.datasets import find_cases, load_case
 from calseg.volumes.nifti import read_volume
 from calseg.volumes.probabilities import read_soft_labels, soft_labels_path
 
+DEMO_JSON = "demo.json"
+DEMO_PNG = "demo.png"
 COMPARED = ("cross_entropy", "calseg")
 FOLDS = 2
 """Number of folds of the first stage. It is small, so that the demo takes no more than a minute or two."""
@@ -50,53 +59,47 @@ def run_demo(
     raters. ``truth`` is the squared distance to the true probabilities, summed over classes.
     """
     root = Path(out)
-    folder = demo_folder(root)
-    resume = folder.open(overwrite=overwrite)
-    if resume:
-        folder.check_same_settings(read_json(folder.state_path).get("config", {}), asdict(config))
-    else:
-        write_json(folder.state_path, {"config": asdict(config)})
-    data = root / "data"
-    if not (data / "dataset.json").is_file():  # make_dataset() writes this file last
-        make_dataset(data, config)
-    results: dict[str, dict[str, Any]] = {}
-    judges: dict[str, Judge] = {}
-    for method in COMPARED:
-        judge = judges[method] = Judge(data, config)
-        settings = TrainConfig(
-            method=method,
-            iterations=config.iterations,
-            patch_size=(32, 32, 32),
-            seed=config.seed,
-            val_fraction=0.5,
-            folds=FOLDS,
-        )
-        run = root / method
-        metrics = train(
-            data,
-            run,
-            settings,
-            resume=resume and started(run),
-            overwrite=not started(run),
-            device=device,
-            progress=progress,
-            also=judge.add,
-        )
-        results[method] = {**metrics, **judge.scores()}
-        write_json(run / "metrics.json", results[method])
-    write_json(folder.state_path, {"config": asdict(config), "results": results})
-    write_atomic(root / "demo.png", draw(data, root / "calseg" / "soft_labels", judges))
+    parts = tuple(RunFolder(root / method, "train") for method in COMPARED)
+    data_files = tuple(f"data/{name}" for name in dataset_files(config))
+    folder = RunFolder(root, "demo", (DEMO_JSON, DEMO_PNG, *data_files), continues=True, parts=parts)
+    with folder.open(asdict(config), overwrite=overwrite) as demo:
+        data = root / "data"
+        if not demo.is_resumed:
+            demo.write_json(DEMO_JSON, {"config": asdict(config)})
+        if not (data / "dataset.json").is_file():  # make_dataset writes it last
+            demo.claim(*data_files)
+            make_dataset(data, config)
+        results: dict[str, dict[str, Any]] = {}
+        judges: dict[str, Judge] = {}
+        for method in COMPARED:
+            judge = judges[method] = Judge(data, config)
+            settings = TrainConfig(
+                method=method,
+                iterations=config.iterations,
+                patch_size=(32, 32, 32),
+                seed=config.seed,
+                val_fraction=0.5,
+                folds=FOLDS,
+            )
+            run = root / method
+            metrics = train(
+                data,
+                run,
+                settings,
+                resume=started(run),
+                overwrite=not started(run),
+                device=device,
+                progress=progress,
+                also=judge.add,
+            )
+            results[method] = {**metrics, **judge.scores()}
+            write_json(run / "metrics.json", results[method])
+        demo.write_json(DEMO_JSON, {"config": asdict(config), "results": results})
+        demo.write(DEMO_PNG, draw(data, root / "calseg" / "soft_labels", judges))
     return results
 
 
-def demo_folder(root: Path) -> RunFolder:
-    """Return the run folder of a demo. A demo continues whenever it is started again."""
-    of_runs = (f"{method}/{name}" for method in COMPARED for name in (*RUN_FILES, SUMMARY))
-    files = ("demo.json", "demo.png", "data/dataset.json", *of_runs)
-    return RunFolder(root, "demo.json", files, continued_by="calseg demo")
-
-
-# ------------------------------------------------------------------------------------------------ scores
+# --------------------------------------------------------------------------------------------- judgement
 
 
 class Judge:

@@ -17,18 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from calseg.errors import RunError, listing
+from calseg.files import InputFile, as_json, file_stamp, write_atomic
 from calseg.report import REPORT_FILES, EvaluateConfig, preset_key, write_report
-from calseg.runs import (
-    CasesInterruptedError,
-    Progress,
-    RunError,
-    RunFolder,
-    as_json,
-    no_progress,
-    read_json,
-    write_atomic,
-    write_json,
-)
+from calseg.runs import CasesInterruptedError, Progress, RunFolder, check_apart, no_progress
 from calseg.scores import BinsOf, CaseScores
 from calseg.volumes.datasets import IGNORE_INDEX
 from calseg.volumes.nifti import DataError
@@ -129,8 +121,8 @@ class Store:
         return store
 
     def add(self, case: MapCase, scores: CaseScores) -> None:
-        """Append a case, and flush the file to disk."""
-        record = {"case": case.name, "files": _stamps(case), **scores.to_json()}
+        """Append a case and flush it to the disk."""
+        record = {"case": case.name, **scores.to_json()}
         try:
             with open(self.path, "ab") as file:
                 file.write(json.dumps(record).encode() + b"\n")
@@ -140,28 +132,20 @@ class Store:
             raise RunError(f"{self.path}: cannot be written ({error.strerror or error})") from error
         self.records[case.name] = record
 
-    def check_files(self, cases: Sequence[MapCase]) -> None:
-        """Raise :class:`RunError` if a finished case was computed from other files."""
-        present = {case.name: case for case in cases}
-        for name, record in self.records.items():
+    def check_cases(self, cases: Sequence[MapCase]) -> None:
+        """Refuse to mix with a case that is no longer there."""
+        present = {case.name for case in cases}
+        for name in self.records:
             if name not in present:
                 raise RunError(f"{self.path}: cannot be resumed; the case {name!r} is gone")
-            stamps = _stamps(present[name])
-            if stamps != record["files"]:
-                changed = next((file for file in stamps if stamps[file] != record["files"].get(file)), name)
-                raise RunError(f"{self.path}: cannot be resumed; {changed} changed since")
 
 
-def _stamps(case: MapCase) -> dict[str, list[int]]:
-    """Return size and time of last change of each file of a case."""
-    stamps = {}
-    for path in case.files:
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-        stamps[str(path.resolve())] = [status.st_size, status.st_mtime_ns]
-    return stamps
+def case_stamps(case: MapCase) -> list[InputFile]:
+    """The files of a case by their size and time, for a run to remember."""
+    roles = (*("map" for _ in case.maps), "label")
+    return [
+        InputFile(file, f"{role} {file.name}", file_stamp(file)) for role, file in zip(roles, case.files, strict=True)
+    ]
 
 
 # ----------------------------------------------------------------------------------------------- evaluation
@@ -200,36 +184,37 @@ def evaluate_folders(
         CalsegError: a file or a setting is wrong, and the user can fix it.
         CasesInterruptedError: Ctrl-C was pressed. The finished cases are kept in ``out``.
     """
-    maps, truth, folder = Path(probabilities), Path(labels), RunFolder(Path(out), CONFIG, FOLDER_FILES)
+    maps, truth = Path(probabilities), Path(labels)
+    check_apart(Path(out), maps, truth, *([] if dataset_json is None else [dataset_json]))
     cases, left_out = find_map_cases(maps, truth)
+    check_apart(Path(out), files=[file for case in cases for file in case.files])
     named = class_names_of(None if dataset_json is None else Path(dataset_json), maps, truth)
     class_names, notes = _check_cases(cases, None if named is None else named[0])
     if config.ignore_label is None and named is not None:
         config = replace(config, ignore_label=named[1])
     presets = preset_metrics(config.presets, len(class_names))
     if left_out:
-        notes.insert(0, f"{len(left_out)} label maps have no probability map: {_few(left_out)}")
+        notes.insert(0, f"{len(left_out)} label maps have no probability map: {listing(left_out)}")
 
     settings = as_json({"format": STORE_FORMAT, "classes": class_names, **asdict(config)})
-    if folder.open(resume=resume, overwrite=overwrite):
-        folder.check_same_settings(read_json(folder.state_path), settings)
-    store = Store.open(folder.path / STORE)
-    store.check_files(cases)
-    write_json(folder.state_path, settings)
-    try:
-        for done, case in enumerate(cases, 1):
-            if case.name not in store.records:
-                store.add(case, score_case(case, len(class_names), config, presets, memory))
-            progress("evaluate", done, len(cases), None)
-    except KeyboardInterrupt:
-        raise CasesInterruptedError(store.path, len(store.records), len(cases)) from None
-    scores = {case.name: CaseScores.from_json(store.records[case.name]) for case in cases}
-    return write_report(folder.path, scores, class_names, config, presets, notes)
-
-
-def _few(names: Sequence[str]) -> str:
-    """Return the first three names, separated by commas."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    folder = RunFolder(Path(out), "evaluate", FOLDER_FILES)
+    with folder.open(settings, resume=resume, overwrite=overwrite) as run:
+        run.claim(STORE)
+        store = Store.open(run.path / STORE)
+        store.check_cases(cases)
+        run.check_inputs({case.name: case_stamps(case) for case in cases if case.name in store.records})
+        run.write_json(CONFIG, settings)
+        try:
+            for done, case in enumerate(cases, 1):
+                if case.name not in store.records:
+                    run.remember({case.name: case_stamps(case)})
+                    store.add(case, score_case(case, len(class_names), config, presets, memory))
+                progress("evaluate", done, len(cases), None)
+        except KeyboardInterrupt:
+            raise CasesInterruptedError(store.path, len(store.records), len(cases)) from None
+        scores = {case.name: CaseScores.from_json(store.records[case.name]) for case in cases}
+        run.claim(*REPORT_FILES)
+        return write_report(run.path, scores, class_names, config, presets, notes)
 
 
 def _check_cases(cases: Sequence[MapCase], class_names: tuple[str, ...] | None) -> tuple[tuple[str, ...], list[str]]:

@@ -25,15 +25,16 @@ from calseg.operations import (
     SampleSpec,
     Sampling,
 )
-from calseg.tensors import FLOAT_DTYPES, compute_dtype, is_walkable, layout_like, shape_of
+from calseg.tensors import compute_dtype, is_walkable, layout_like, shape_of
+
+WIDE_DTYPES = (torch.float32, torch.float64)  # the loss has the dtype of such logits, under autocast too
 
 
 def _loss_dtype(scores: Tensor) -> torch.dtype:
     """Return the input's dtype, or float32 for low precision under autocast, as ``F.cross_entropy`` does."""
-    dtype = scores.dtype
-    if dtype is torch.float32 or dtype is torch.float64 or scores.is_meta:  # "meta" has no autocast
-        return dtype
-    return torch.float32 if torch.is_autocast_enabled(scores.device.type) else dtype
+    if scores.dtype in WIDE_DTYPES or scores.is_meta:  # "meta" has no autocast
+        return scores.dtype
+    return torch.float32 if torch.is_autocast_enabled(scores.device.type) else scores.dtype
 
 
 def _seed(seed: int | Tensor | None, device: torch.device) -> int | Tensor:
@@ -72,8 +73,8 @@ def _unchecked_cross_entropy(
         return None
     if type(label_smoothing) is not float or not 0.0 <= label_smoothing <= 1.0 or type(ignore_index) is not int:
         return None
-    dtype = _loss_dtype(input)
-    if dtype not in FLOAT_DTYPES:
+    dtype = input.dtype
+    if dtype not in WIDE_DTYPES:
         return None
     spec = LossSpec("cross_entropy", Labels(target, ignore_index), None, reduction, dtype, label_smoothing)
     try:

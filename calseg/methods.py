@@ -211,8 +211,7 @@ def nacl_cross_entropy(
 def fit_temperature(logits: Sequence[Tensor], targets: Sequence[Tensor], *, ignore_index: int = -100) -> float:
     """Return the temperature ``T`` for which ``softmax(logits / T)`` has the least negative log-likelihood.
 
-    Fit it after training, on cases that were not trained on. The negative log-likelihood is convex in ``1 / T``, so the
-    function finds the zero of its derivative by bisection, for ``T`` in [0.01, 100].
+    Fitted after training, on cases that training did not see. The temperature lies in [0.01, 100].
 
     Args:
         logits: one tensor ``[C, *S]`` per case; shapes may differ.
@@ -236,24 +235,81 @@ def fit_temperature(logits: Sequence[Tensor], targets: Sequence[Tensor], *, igno
     """
     if not logits or len(logits) != len(targets):
         raise ValueError(f"logits: got {len(logits)} cases and {len(targets)} targets, wanted pairs, at least one")
-    valid = [target != ignore_index for target in targets]
-    if not any(bool(mask.any()) for mask in valid):
+    fit = TemperatureFit(ignore_index)
+    for scores, target in zip(logits, targets, strict=True):
+        fit.add(scores, target)
+    if not fit.voxels:
         raise ValueError(f"targets: every voxel is {ignore_index} (ignored), wanted some that count")
+    return fit.temperature()
 
-    def slope(inverse: float) -> float:
-        """Return the derivative of the summed NLL by ``1 / T``: the expected logit minus that of the label."""
-        total = 0.0
-        for scores, target, mask in zip(logits, targets, valid, strict=True):
-            flat, label = scores[:, mask].double(), target[mask].long()
-            expected = (torch.softmax(inverse * flat, 0) * flat).sum()
-            total += float(expected - flat.gather(0, label[None]).sum())
-        return total
 
-    low, high = math.log(0.01), math.log(100)  # logarithms of 1 / T
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (low, middle) if slope(math.exp(middle)) > 0 else (middle, high)
-    return math.exp(-(low + high) / 2)
+class TemperatureFit:
+    """The temperature of :func:`fit_temperature` from cases that are given one at a time and not kept.
+
+    The likelihood is convex in ``1 / T``, so its derivative by ``1 / T`` has one zero. What is kept of a case is its
+    part of the derivative at 214 fixed temperatures, between which the derivative is interpolated by a polynomial of
+    degree 11. As a function of ``log T`` it is so smooth that the zero is exact to 9 digits or more.
+
+    Args:
+        ignore_index: label of voxels that do not count.
+    """
+
+    STEPS = 16
+    """Temperatures per factor of 2."""
+
+    def __init__(self, ignore_index: int = -100) -> None:
+        self.ignore_index = ignore_index
+        self.voxels = 0
+        """The voxels that counted."""
+        count = 1 + math.ceil(self.STEPS * math.log2(1e4))
+        self._inverse = 0.01 * 2 ** (torch.arange(count, dtype=torch.float64) / self.STEPS)  # 1 / T
+        self._slope = torch.zeros(count, dtype=torch.float64)
+
+    def add(self, logits: Tensor, target: Tensor) -> None:
+        """Add the case with ``logits[C, *S]`` and class indices ``target[*S]``."""
+        valid = target != self.ignore_index
+        flat, labels = logits[:, valid], target[valid].long()
+        self.voxels += len(labels)
+        for start in range(0, len(labels), block := max(1, (1 << 18) // len(logits))):
+            part = flat[:, start : start + block].double()
+            part = part - part.amax(0)
+            own = part.gather(0, labels[None, start : start + block]).sum()
+            self._slope += self._expected(part) - own.to(self._slope)
+
+    def _expected(self, part: Tensor) -> Tensor:
+        """The sum over the voxels of the mean logit under the softmax, at every temperature.
+
+        ``exp(2 x) = exp(x) ** 2``: only the first temperatures up to a factor of 2 need an exponential.
+        """
+        result = torch.empty_like(self._slope)
+        for first in range(self.STEPS):
+            weights = (part * float(self._inverse[first])).exp_()
+            for index in range(first, len(result), self.STEPS):
+                result[index] = ((weights * part).sum(0) / weights.sum(0)).sum()
+                weights.square_()
+        return result
+
+    def temperature(self) -> float:
+        """The temperature that fits the cases added so far."""
+        slope, places = self._slope.tolist(), self._inverse.log().tolist()
+        if slope[0] > 0:  # even the highest temperature is too low
+            return 100.0
+        if slope[-1] <= 0:
+            return 0.01
+        last = next(index for index, value in enumerate(slope) if value > 0) - 1
+        nearest = range(max(0, min(last - 5, len(slope) - 12)), len(slope))[:12]
+
+        def interpolated(place: float) -> float:
+            factors = (
+                math.prod((place - places[j]) / (places[i] - places[j]) for j in nearest if j != i) for i in nearest
+            )
+            return math.fsum(slope[i] * factor for i, factor in zip(nearest, factors, strict=True))
+
+        low, high = places[last], min(places[last + 1], math.log(100))
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (low, middle) if interpolated(middle) > 0 else (middle, high)
+        return math.exp(-(low + high) / 2)
 
 
 def _onehot(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:

@@ -112,7 +112,7 @@ class _BinMetric(_ExactMetric):
             check.check_flag(name, flag)
         if class_wise != (num_classes is not None):
             raise ValueError(
-                f"num_classes: got {num_classes!r}, wanted the number of classes with class_wise=True only"
+                f"num_classes: got {check.shown(num_classes)}, wanted the number of classes with class_wise=True only"
             )
         if num_classes is not None:
             check.check_integer("num_classes", num_classes, 1 if include_background else 2)
@@ -259,9 +259,9 @@ class CalibrationError(_BinMetric):
         check.check_integer("n_bins", n_bins, 1)
         super().__init__(n_bins=EQUAL_MASS_CELLS if equal_mass else n_bins, **kwargs)
         if norm not in NORMS:
-            raise ValueError(f"norm: got {norm!r}, wanted one of {', '.join(map(repr, NORMS))}")
+            raise ValueError(f"norm: got {check.shown(norm)}, wanted one of {', '.join(map(repr, NORMS))}")
         if average not in ("macro", "none"):
-            raise ValueError(f"average: got {average!r}, wanted 'macro' or 'none'")
+            raise ValueError(f"average: got {check.shown(average)}, wanted 'macro' or 'none'")
         self.norm = norm
         self.n_bins = n_bins
         self.average = average
@@ -546,6 +546,6 @@ def preset_metric(name: str, **settings: Any) -> CalibrationError | PerCase:
         0.2
     """
     if name not in PRESETS:
-        raise ValueError(f"name: got {name!r}, wanted one of {', '.join(map(repr, PRESETS))}")
+        raise ValueError(f"name: got {check.shown(name)}, wanted one of {', '.join(map(repr, PRESETS))}")
     metric = CalibrationError(**{**PRESETS[name], **settings})
     return metric if name == "torchmetrics" else PerCase(metric)

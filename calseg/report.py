@@ -19,7 +19,7 @@ from torch import Tensor
 from calseg._version import __version__
 from calseg.bootstrap import NUM_RESAMPLES, Interval, mean_interval, pooled_interval
 from calseg.calibration import CalibrationBins
-from calseg.runs import write_atomic, write_json
+from calseg.files import write_atomic, write_json
 from calseg.scores import N_BINS, REGIONS, STATISTICS, CaseScores, lists_of, quiet_calibration_error, stack
 from calseg.settings import SEED, at_least, check_settings, setting, whole
 

@@ -1,20 +1,33 @@
-"""Run folders: atomic writing of files, the rule by which a run is resumed, progress, and errors.
+"""Folders of results: the files that a run owns, its lock, the rule by which it is resumed; progress and errors.
 
-Training, soft labels, prediction, evaluation and the demo each write their results to one folder, and all follow the
-rule of :class:`RunFolder`.
+Training, soft labels, prediction, evaluation and the demo each write one folder, and all follow the rule of
+:class:`RunFolder`. Every file is written whole or not at all. This module imports nothing else of calseg.
 """
 
 from __future__ import annotations
 
-import json
+import errno
 import os
+import platform
 import signal
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePath
 from typing import Any
 
-from calseg.errors import CalsegError
+from calseg.errors import RunError, brief, listing
+from calseg.files import (
+    TEMPORARY,
+    InputFile,
+    _json,
+    as_json,
+    failing,
+    read_json,
+    write_atomic,
+    write_json,
+)
 
 Progress = Callable[[str, int, int, float | None], None]
 """Called as ``progress(stage, done, total, loss)``; ``stage`` is a word such as "read", "train" or "evaluate"."""
@@ -25,10 +38,6 @@ def no_progress(stage: str, done: int, total: int, loss: float | None) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ errors
-
-
-class RunError(CalsegError):
-    """A run cannot start or continue, because a setting is out of range or the folder does not allow it."""
 
 
 class RunInterruptedError(Exception):
@@ -46,39 +55,178 @@ class CasesInterruptedError(RunInterruptedError):
         super().__init__(f"interrupted after {done} of {total} cases, which are kept in {place}", signal.SIGINT)
 
 
-# ------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------ inputs
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write a file completely, or leave an existing one unchanged.
+def check_apart(out: Path, *inputs: str | Path, files: Iterable[Path] = ()) -> None:
+    """Refuse a folder of results ``out`` that is one of ``inputs``, lies in one of them or contains one.
 
-    The content goes to a temporary file, which is flushed to disk and then renamed.
+    Of ``files`` the same holds for their folders, and for what they are links to. Places are compared by what the file
+    system says they are, so that links, relative paths and the case of letters do not matter. An input that does not
+    exist is no obstacle.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    files = list(files)
+    for given in (*inputs, *{file.parent for file in files}, *(file for file in files if file.is_symlink())):
+        for inner, outer, relation in ((out, given, "lies in"), (given, out, "contains")):
+            if _lies_in(inner, outer):
+                relation = "is" if _lies_in(outer, inner) else relation
+                raise RunError(f"{out}: the folder of the results {relation} the input {given}; give another --out")
+
+
+def _lies_in(inner: str | Path, outer: str | Path) -> bool:
+    """Whether ``inner`` is ``outer`` or below it."""
+    wanted = _identity(outer)
+    path = Path(os.path.realpath(inner))
+    return wanted is not None and any(_identity(place) == wanted for place in (path, *path.parents))
+
+
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    """The number that the file system gives a file or folder; None where there is none."""
     try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        kept = "; the previous one is kept" if path.exists() else ""
-        raise RunError(f"{path}: cannot be written ({error.strerror or error}){kept}") from error
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a null character
+        return None
+    return status.st_dev, status.st_ino
+
+
+# -------------------------------------------------------------------------------------------------- lock
+
+LOCK = ".calseg.lock"
+LOCK_START = "calseg: "
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _try_lock(descriptor: int) -> bool:
+        os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # a byte beyond the text, which others may read
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+
+else:
+    import fcntl
+
+    def _try_lock(descriptor: int) -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            return error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # a file system without locks
+        return True
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, or raise a :class:`RunError` that names the process that holds it.
+
+    The operating system frees the lock when the process ends, in whatever way; the file that is left does no harm.
+    """
+    path = folder / LOCK
+    with failing(folder, "made ready"):
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+            is_held = _try_lock(descriptor)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            text = os.read(descriptor, 1000).decode(errors="replace")
+            if not is_held or not text.startswith(LOCK_START[: len(text)]):
+                os.close(descriptor)
+                raise RunError(
+                    f"{path}: is no lock of calseg; move it, or give another --out"
+                    if is_held
+                    else f"{folder}: {text.removeprefix(LOCK_START) or 'another process'} is at work in this folder;"
+                    " wait until it has ended, or give another --out"
+                )
+            if _identity(path) == _descriptor_identity(descriptor):
+                break
+            os.close(descriptor)  # the process that held the lock has just removed this file
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{LOCK_START}process {os.getpid()} on {platform.node()}".encode())
+    try:
+        yield
     finally:
-        temporary.unlink(missing_ok=True)
+        with ExitStack() as stack:
+            stack.enter_context(suppress(OSError))
+            if sys.platform == "win32":  # Windows removes no open file; elsewhere another process may hold a new one
+                stack.callback(path.unlink)
+                stack.callback(os.close, descriptor)
+            else:
+                stack.callback(os.close, descriptor)
+                stack.callback(path.unlink)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as JSON, atomically. NaN and infinity raise ``ValueError``, because JSON has neither."""
-    write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+def _descriptor_identity(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file. A :class:`RunError` that names the file is raised if that fails."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: not readable as JSON ({error})") from error
+# ----------------------------------------------------------------------------------------- state of a run
+
+STATE = "calseg.json"
+STATE_FORMAT = 1
+
+
+@dataclass
+class RunState:
+    """What the file ``calseg.json`` says of the run in its folder.
+
+    Attributes:
+        command: The command that made the run, as in "train".
+        settings: What a resumed run must share, by the names of the options.
+        data: What else it must share, by words for it, as in ``{"the split of DATA": ...}``.
+        files: Names, relative to the folder, of the files that the run has written or was about to write.
+        inputs: For each case, or each other part of the inputs, key and fingerprint of its files.
+        is_clearing: Whether ``files`` are those of an earlier run that are being removed.
+    """
+
+    command: str
+    settings: dict[str, Any]
+    data: dict[str, Any]
+    files: list[str] = field(default_factory=list)
+    inputs: dict[str, list[list[str]]] = field(default_factory=dict)
+    is_clearing: bool = False
+
+    def save(self, folder: Path) -> None:
+        """Write the state."""
+        write_json(folder / STATE, {"format": STATE_FORMAT, **asdict(self)})
+
+
+_KINDS = {
+    "format": int,
+    "command": str,
+    "settings": dict,
+    "data": dict,
+    "files": list,
+    "inputs": dict,
+    "is_clearing": bool,
+}
+
+
+def read_state(folder: Path) -> RunState | None:
+    """The state of the run in ``folder``; None where there is no run. A file that is no state is an error."""
+    path = folder / STATE
+    if path.is_symlink() or not path.is_file():
+        return None
+    content = read_json(path)
+    if not (
+        isinstance(content, dict)
+        and content.keys() == _KINDS.keys()
+        and all(isinstance(content[name], kind) for name, kind in _KINDS.items())
+        and all(isinstance(name, str) and _is_inside(name) for name in content["files"])
+        and all(isinstance(files, list) for files in content["inputs"].values())
+    ):
+        raise RunError(f"{path}: not the state of a run of this version of calseg; give another --out")
+    if content.pop("format") != STATE_FORMAT:
+        raise RunError(f"{path}: the run is of another version of calseg; give another --out")
+    return RunState(**content)
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a relative path leads to a place in its folder."""
+    path = PurePath(name)
+    return bool(path.parts) and not path.anchor and ".." not in path.parts and "\0" not in name
 
 
 # ------------------------------------------------------------------------------------------- resume rule
@@ -88,116 +236,245 @@ def read_json(path: Path) -> Any:
 class RunFolder:
     """The folder of a run, and the rule by which a run starts or continues in it.
 
-    ========================== ================================= ======================================
-    the folder                 ``resume``                        neither ``resume`` nor ``overwrite``
-    ========================== ================================= ======================================
-    is missing or empty        refused: there is no run          a new run starts
-    holds the file ``state``   the run goes on, if its settings  refused: not empty
-                               are the same
-    holds other files          refused: there is no run          refused: not empty
-    ========================== ================================= ======================================
+    ============================ ================================= ======================= =========================
+    the folder                   ``resume``                        neither                 ``overwrite``
+    ============================ ================================= ======================= =========================
+    is missing or empty          refused: there is no run          a new run starts        a new run starts
+    holds a run of this command  it goes on, or starts again; its  refused: not empty      the files that it wrote
+                                 settings must be the same                                 are removed, a new run
+                                                                                           starts
+    holds another command's run  refused                           refused                 refused
+    holds other files            refused: there is no run          refused: not empty      a new run starts, if none
+                                                                                           of its files is there
+    ============================ ================================= ======================= =========================
 
-    With ``overwrite``, the files of the earlier run are removed and a new run starts. Other files in the folder stay.
-
-    Call :meth:`open` first. If it returns True, compare the settings of the earlier run by :meth:`check_same_settings`,
-    and its data by :meth:`check_same_data`.
+    A run is known by its file ``calseg.json`` (:class:`RunState`), which lists every file that the run has written. No
+    other file is ever replaced or removed.
 
     Attributes:
         path: The folder.
-        state: Name of the file whose presence says that a run was started here.
-        files: Patterns (of ``Path.glob``, relative to ``path``) of every file that belongs to the run.
-        folders: Folders within ``path`` that the run needs. :meth:`open` makes them.
-        continued_by: Name of the command, if it continues its run whenever it is started again, as "calseg demo" does.
-            Empty if the user has to ask for that with ``--resume``.
+        command: Name of the command, as in "train".
+        files: Names, relative to ``path``, of all files that the run may write.
+        continues: Whether the command continues its run by itself when it is started again, as "demo" does. Otherwise
+            the user has to ask for it with ``--resume``.
+        parts: The folders of runs within this folder. They are replaced with this run.
     """
 
     path: Path
-    state: str
+    command: str
     files: tuple[str, ...] = ()
-    folders: tuple[str, ...] = ()
-    continued_by: str = ""
+    continues: bool = False
+    parts: tuple[RunFolder, ...] = ()
 
-    @property
-    def state_path(self) -> Path:
-        """Path of the file whose presence says that a run was started here."""
-        return self.path / self.state
+    @contextmanager
+    def open(
+        self,
+        settings: Mapping[str, Any],
+        data: Mapping[str, Any] | None = None,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> Iterator[Run]:
+        """Start a run by the rule above, or go on with one; the folder is locked until the block ends.
 
-    @property
-    def holds_run(self) -> bool:
-        """Whether the folder holds a run that can be resumed."""
-        return self.state_path.is_file()
-
-    def open(self, *, resume: bool = False, overwrite: bool = False) -> bool:
-        """Prepare the folder by the rule above, and return whether an earlier run continues.
-
-        Raises:
-            RunError: the rule does not allow the run.
+        ``settings`` and ``data`` are what a resumed run must share with the run that it continues (:class:`RunState`).
+        Raises :class:`RunError` where the rule refuses.
         """
         if resume and overwrite:
             raise RunError("--resume and --overwrite exclude each other")
+        if read_state(self.path) is None:
+            self._decide(None, resume, overwrite)  # before anything is made
+        self._check_lengths()
+        with failing(self.path, "made ready"):
+            self.path.mkdir(parents=True, exist_ok=True)
+        wanted = RunState(self.command, as_json(settings), as_json(data or {}))
+        with _locked(self.path):
+            state = read_state(self.path)
+            goes_on = self._decide(state, resume, overwrite)
+            if goes_on:
+                assert state is not None
+                if self.continues and (changed := differences(state.settings, wanted.settings)):
+                    raise RunError(
+                        f"{self.path}: holds a {self.command} with other settings ({changed}); give --overwrite or"
+                        " another --out"
+                    )
+                check_same_settings(self.path, state.settings, wanted.settings)
+                check_same_data(self.path, state.data, wanted.data)
+            yield Run(self.path, *self._begin(state, wanted, goes_on))
+
+    def _decide(self, state: RunState | None, resume: bool, overwrite: bool) -> bool:
+        """Whether the run ``state`` goes on; refused by the rule above."""
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path}: exists and is not a folder")
-        resume = resume or (bool(self.continued_by) and self.holds_run and not overwrite)
-        if resume and not self.holds_run:
-            raise RunError(f"{self.state_path}: not found; there is no run to resume in {self.path}")
-        if not (resume or overwrite) and self.path.is_dir() and any(self.path.iterdir()):
-            raise RunError(f"{self.path}: {self._not_empty()}")
-        try:
-            for folder in (".", *self.folders):
-                (self.path / folder).mkdir(parents=True, exist_ok=True)
-            self._clear(leftovers_only=resume)
-        except OSError as error:
-            raise RunError(f"{self.path}: cannot be made ready ({error.strerror or error})") from error
-        return resume
+        if state is not None and state.command != self.command:
+            raise RunError(f"{self.path}: holds a run of calseg {state.command}; give another --out")
+        goes_on = resume or (self.continues and state is not None and not overwrite)
+        if goes_on and state is None:
+            raise RunError(f"{self.path / STATE}: not found; there is no run to resume in {self.path}")
+        if not (goes_on or overwrite) and (state is not None or self._holds_files()):
+            if state is not None:
+                raise RunError(
+                    f"{self.path}: not empty; give --resume to continue the run in it, or --overwrite to start anew"
+                )
+            by = f"and not made by calseg {self.command}" if self.continues else "and without a run"
+            raise RunError(f"{self.path}: not empty {by}; give another --out, or --overwrite to add to its files")
+        own = {} if state is None else dict.fromkeys((STATE, *state.files))
+        for name in dict.fromkeys((STATE, *self.files, *own)):
+            check_own(self.path, name, own)
+        for part in self.parts:
+            part_state = read_state(part.path)
+            if state is None and part_state is not None:
+                raise RunError(f"{part.path}: holds a run that this one did not make; give another --out")
+            part._decide(part_state, resume=False, overwrite=True)
+        return goes_on
 
-    def _not_empty(self) -> str:
-        """Return the message for a folder that is not empty."""
-        if self.continued_by:
-            return f"not empty and not made by {self.continued_by}; give --overwrite or another --out"
-        return "not empty; give --resume to continue the run in it, or --overwrite to start anew"
+    def _holds_files(self) -> bool:
+        """Whether the folder holds more than what a process leaves that was killed before its run began."""
+        return any(name != LOCK and not TEMPORARY.fullmatch(name) for name in _names_in(self.path))
 
-    def _clear(self, *, leftovers_only: bool) -> None:
-        """Remove the files of the run, or only the temporary files that a killed process left."""
-        for pattern in {self.state, *self.files}:
-            folder, _, name = pattern.rpartition("/")
-            beside = f"{folder}/" if folder else ""
-            for wanted in (f"{beside}.{name}.*.tmp",) if leftovers_only else (f"{beside}.{name}.*.tmp", pattern):
-                for file in self.path.glob(wanted):
-                    file.unlink()
+    def _check_lengths(self) -> None:
+        """Refuse file names that are longer than the file system takes."""
+        place = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
+        limit = 255
+        with suppress(AttributeError, OSError, ValueError):  # Windows and some file systems do not tell
+            limit = os.pathconf(place, "PC_NAME_MAX")
+        for name in self.files:
+            length = len(os.fsencode(PurePath(name).name))
+            if length > limit:
+                raise RunError(f"{brief(name)}: a file name of {length} bytes; {place} takes up to {limit}")
 
-    def check_same_settings(self, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-        """Raise :class:`RunError` if settings differ from those of the saved run. The message names each difference.
+    def _begin(self, state: RunState | None, wanted: RunState, goes_on: bool) -> tuple[RunState, bool]:
+        """Remove what has to go; the state of the run that begins, and whether it is an earlier one."""
+        files = [] if state is None else state.files
+        for folder in {self.path, *((self.path / name).parent for name in files)}:
+            _remove(*(folder / name for name in _names_in(folder) if TEMPORARY.fullmatch(name)))
+        if state is not None and goes_on and not state.is_clearing:
+            return state, True
+        if state is not None:
+            wanted.files, wanted.is_clearing = files, True  # so that a process killed from here on can be followed
+            wanted.save(self.path)
+            for part in self.parts:
+                part.remove()
+            _remove(*(self.path / name for name in files))
+            wanted.files, wanted.is_clearing = [], False
+        wanted.save(self.path)
+        return wanted, False
 
-        Args:
-            saved: settings that were read from the files of the run.
-            wanted: settings that the run would write now, in the types of JSON (:func:`as_json`).
-        """
-        changed = "; ".join(
-            f"{name} is {value!r} but was {saved.get(name)!r}"
-            for name, value in wanted.items()
-            if value != saved.get(name)
-        )
-        if changed and self.continued_by:
-            what = self.continued_by.removeprefix("calseg ")
-            raise RunError(
-                f"{self.path}: holds a {what} with other settings ({changed}); give --overwrite or another --out"
-            )
+    def remove(self) -> None:
+        """Remove the files of the run in the folder, if there is a run."""
+        if self.path.is_dir():
+            with _locked(self.path):
+                state = read_state(self.path)
+                if state is not None:
+                    self._decide(state, resume=False, overwrite=True)
+                    _remove(*(self.path / name for name in (*state.files, STATE)))
+
+
+def _names_in(folder: Path) -> list[str]:
+    """The names of what a folder holds; none if there is no folder."""
+    return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        with failing(path, "removed"):
+            path.unlink(missing_ok=True)
+
+
+def check_same_settings(place: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse to go on with settings that are not the ``saved`` ones; the message names each difference."""
+    if changed := differences(saved, wanted):
+        raise RunError(f"{place}: cannot be resumed with other settings: {changed}")
+
+
+def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The settings that are not the ``saved`` ones, with both values; empty if there is none."""
+    return "; ".join(
+        f"{name} is {brief(repr(value), 80)} but was {brief(repr(saved.get(name)), 80)}"
+        for name, value in wanted.items()
+        if value != saved.get(name)
+    )
+
+
+def check_same_data(place: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse to go on with data that are not the ``saved`` ones; both are named by words for the message."""
+    for words, value in wanted.items():
+        if value != saved.get(words):
+            raise RunError(f"{place}: cannot be resumed on other data: {words} changed since")
+
+
+def check_own(folder: Path, name: str, own: Iterable[str]) -> None:
+    """Refuse a file of ``folder`` that is there and not among the files ``own`` of its run, and every link to a file.
+
+    A folder below ``folder`` may not be a link either, for it could lead to files of others.
+    """
+    path = folder / name
+    for place in (path, *(folder / parent for parent in PurePath(name).parents if parent.parts)):
+        if place.is_symlink():
+            raise RunError(f"{place}: is a symbolic link, which no run writes to; move it, or give another --out")
+    if os.path.lexists(path) and (name not in own or not path.is_file()):
+        raise RunError(f"{path}: was not written by this run, and is not replaced; move it, or give another --out")
+
+
+class Run:
+    """A run at work in its folder, which is locked meanwhile: :meth:`RunFolder.open` makes it.
+
+    Attributes:
+        path: The folder.
+        is_resumed: Whether an earlier run goes on.
+    """
+
+    def __init__(self, path: Path, state: RunState, is_resumed: bool) -> None:
+        self.path, self.is_resumed, self._state = path, is_resumed, state
+        self._files = set(state.files)
+
+    def claim(self, *names: str) -> None:
+        """Make files, named relative to the folder, the run's own, before it writes them."""
+        for name in names:
+            check_own(self.path, name, self._files)
+        new = [name for name in names if name not in self._files]
+        if new:
+            self._files.update(new)
+            self._state.files += new
+            self._state.save(self.path)
+        for folder in {(self.path / name).parent for name in names}:
+            with failing(folder, "made"):
+                folder.mkdir(parents=True, exist_ok=True)
+
+    def holds(self, name: str) -> bool:
+        """Whether the run has written this file."""
+        return name in self._files and (self.path / name).is_file()
+
+    def write(self, name: str, content: bytes | str) -> None:
+        """Write a file of the run, atomically."""
+        self.claim(name)
+        write_atomic(self.path / name, content)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a JSON file of the run, atomically."""
+        self.write(name, _json(content))
+
+    def remember(self, inputs: Mapping[str, Sequence[InputFile]]) -> None:
+        """Keep which files the run has read for each case, for :meth:`check_inputs`."""
+        entries = {case: [[file.key, file.fingerprint] for file in files] for case, files in inputs.items()}
+        if any(self._state.inputs.get(case) != files for case, files in entries.items()):
+            self._state.inputs.update(entries)
+            self._state.save(self.path)
+
+    def check_inputs(self, inputs: Mapping[str, Sequence[InputFile]]) -> None:
+        """Refuse to go on where files differ from those that the run has read; the message names them."""
+        changed = changed_files(self._state, inputs)
         if changed:
-            raise RunError(f"{self.state_path}: cannot be resumed with other settings: {changed}")
-
-    def check_same_data(self, saved: Mapping[str, Any], wanted: Mapping[str, Any], names: Mapping[str, str]) -> None:
-        """Raise :class:`RunError` if data differ from those of the saved run.
-
-        Args:
-            saved: content of the files of the run.
-            wanted: content that the run would write now.
-            names: the entries that must be equal, with words for the message, as in ``{"split": "the split of DATA"}``.
-        """
-        for key, words in names.items():
-            if saved.get(key) != wanted[key]:
-                raise RunError(f"{self.state_path}: cannot be resumed on other data: {words} changed since")
+            raise RunError(f"{self.path}: cannot be resumed; {listing(changed)} changed since")
 
 
-def as_json(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``content`` as it would be read from a JSON file, with lists instead of tuples."""
-    return dict(json.loads(json.dumps(content)))
+def changed_files(state: RunState, inputs: Mapping[str, Sequence[InputFile]]) -> list[Path]:
+    """The files of ``inputs`` that are not those that the run ``state`` has read for the same cases."""
+    changed: list[Path] = []
+    for case, files in inputs.items():
+        saved = state.inputs.get(case)
+        now = [[file.key, file.fingerprint] for file in files]
+        if saved is not None and saved != now:
+            other = [file.path for file, entry in zip(files, now, strict=True) if entry not in saved]
+            changed += other or [file.path for file in files]  # the same files in another order
+    return changed

@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import field, fields
 from typing import Any, NamedTuple
 
-from calseg.runs import RunError
+from calseg.errors import RunError
 
 
 class Bound(NamedTuple):

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from calseg.runs import RunError, write_json
+from calseg.errors import RunError
+from calseg.files import write_json
 from calseg.settings import SEED, at_least, check_settings, setting
 
 CLASS_NAMES = ("background", "lesion", "core")
@@ -105,6 +106,15 @@ def make_case(
     return image.astype(np.float32), raters, truth
 
 
+def dataset_files(config: DemoConfig) -> list[str]:
+    """The files that :func:`make_dataset` writes, within its folder."""
+    root = Path()
+    names = [_case_name(index) for index in range(config.cases)]
+    raters = [rater_file(root, name, number) for name in names for number in range(config.raters)]
+    files = [*(f(root, name) for name in names for f in (_image_file, _label_file, truth_file)), *raters]
+    return [*(file.as_posix() for file in files), "dataset.json"]
+
+
 def make_dataset(folder: Path, config: DemoConfig) -> None:
     """Write the cases in the layout of the Decathlon, plus ``raters/CASE_rK.nii.gz`` and ``truth/CASE.nii.gz``."""
     try:
@@ -112,14 +122,15 @@ def make_dataset(folder: Path, config: DemoConfig) -> None:
             (folder / part).mkdir(parents=True, exist_ok=True)
         training = []
         for index in range(config.cases):
-            name = f"demo_{index:03d}"
+            name = _case_name(index)
             image, raters, truth = make_case(config.seed, index, config)
-            _save(image, folder / "imagesTr" / f"{name}.nii.gz")
-            _save(raters[training_rater(index, config)], folder / "labelsTr" / f"{name}.nii.gz")
+            _save(image, _image_file(folder, name))
+            _save(raters[training_rater(index, config)], _label_file(folder, name))
             for number, rater in enumerate(raters):
                 _save(rater, rater_file(folder, name, number))
             _save(np.moveaxis(truth, 0, -1), truth_file(folder, name))
-            training.append({"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"})
+            paths = {"image": _image_file(Path(), name), "label": _label_file(Path(), name)}
+            training.append({key: f"./{path.as_posix()}" for key, path in paths.items()})
     except OSError as error:
         raise RunError(f"{error.filename or folder}: cannot be written ({error.strerror or error})") from error
     write_json(
@@ -141,6 +152,18 @@ def make_dataset(folder: Path, config: DemoConfig) -> None:
 def training_rater(index: int, config: DemoConfig) -> int:
     """Return the rater whose map is the training label of case ``index``. The raters take turns."""
     return index % config.raters
+
+
+def _case_name(index: int) -> str:
+    return f"demo_{index:03d}"
+
+
+def _image_file(folder: Path, name: str) -> Path:
+    return folder / "imagesTr" / f"{name}.nii.gz"
+
+
+def _label_file(folder: Path, name: str) -> Path:
+    return folder / "labelsTr" / f"{name}.nii.gz"
 
 
 def rater_file(folder: Path, name: str, rater: int) -> Path:

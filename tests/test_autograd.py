@@ -144,3 +144,22 @@ def test_reuse_saves_the_gradient_s_memory(peak_growth):
         loss = calseg.vls_cross_entropy(logits, target, reuse_logits=reuse, backend="cpu")
         grown[reuse] = peak_growth(lambda loss=loss, logits=logits: torch.autograd.grad(loss, logits))
     assert grown[True] < 2 * 2**20
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("changed", ["soft_labels", "mu", "logvar", "logits"])
+def test_a_change_before_backward_is_seen(backend, reduction, changed):
+    """An error where PyTorch's own operations raise one. The logits may change, as those of F.cross_entropy may."""
+    given = {"soft_labels": soft_target()} if changed == "soft_labels" else mu_logvar()
+    leaves = {"logits": scores(*SHAPE), **given}
+    tensors = {name: t.requires_grad_().mul(1) for name, t in leaves.items()}
+    logits, *_ = tensors.values()
+    options = {"backend": backend, "reduction": reduction, "seed": 1}
+    loss = calseg.vls_cross_entropy(logits, TARGET, **{name: tensors[name] for name in given}, **options)
+    with torch.no_grad():
+        tensors[changed].add_(1)
+    if changed == "logits" and reduction != "none":
+        loss.sum().backward()
+    elif changed != "logits":
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.sum().backward()

@@ -44,6 +44,19 @@ def test_a_transposed_layout():
         assert_accurate(got, wanted.detach(), ulps=4)
 
 
+@pytest.mark.parametrize("name", ["beta", "alpha", "temperature", "label_smoothing", "prior_mu", "prior_logvar"])
+def test_a_number_that_changes(name):
+    """A KL term that is warmed up, say, changes its weight from call to call: the graph takes it as an input."""
+    x, mu, logvar = (scores(*SHAPE, seed=seed) for seed in range(3))
+
+    def call(value):
+        return calseg.vls_cross_entropy(x, TARGET, mu=mu, logvar=logvar, seed=1, **{name: value})
+
+    quick = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for value in (0.125, 0.25, 0.75):
+        assert_accurate(quick(value), call(value), ulps=2)
+
+
 @pytest.mark.parametrize("operation", ["vls", "elbo", "sample"])
 def test_seeds(operation):
     """seed=None draws the same seed as in eager mode, and a new one in every call. A seed may be a tensor."""

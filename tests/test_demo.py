@@ -14,7 +14,8 @@ pytest.importorskip("nibabel")
 pytest.importorskip("monai")
 
 from calseg.demo import run_demo
-from calseg.runs import RunError, RunInterruptedError
+from calseg.errors import RunError
+from calseg.runs import RunInterruptedError
 from calseg.simulation import DemoConfig, make_case
 from calseg.volumes.datasets import find_cases
 

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+
 import pytest
 import torch
 from cases import FLOATS, id_of, labels, scores
@@ -177,3 +180,52 @@ def test_what_is_not_an_error(backend, dtype):
     ):
         loss = calseg.vls_cross_entropy(x, Y, mu=mu, logvar=mu, backend=backend, **options)
         assert bool(loss.isfinite())
+
+
+# ---- strange values, in the place of any argument ----
+
+
+class Unprintable:
+    def __repr__(self):
+        raise RuntimeError("no text")
+
+
+STRANGE = {
+    "list of tensors": [torch.ones(30, 30)] * 50,
+    "long text": "x" * 100_000,
+    "large dict": {k: torch.ones(50) for k in range(200)},
+    "no repr": Unprintable(),
+    "many axes": torch.ones(*[1] * 60),
+    "function": len,
+    "complex": 1 + 2j,
+    "huge integer": 10**400,
+}
+CALLED = (vls, sampled, soft, elbo, kl, sample, accumulate, ace)
+
+
+def parameters_of(call):
+    public = {
+        vls: calseg.vls_cross_entropy, sampled: calseg.vls_cross_entropy, soft: calseg.soft_cross_entropy,
+        elbo: calseg.vls_elbo, kl: calseg.gaussian_kl, sample: calseg.sample_soft_labels,
+        accumulate: calseg.accumulate_soft_labels, ace: calseg.ace_loss,
+    }  # fmt: skip
+    return list(inspect.signature(public[call]).parameters)
+
+
+@pytest.mark.filterwarnings("ignore:.*size_average and reduce args will be deprecated")
+@pytest.mark.parametrize("strange", STRANGE.values(), ids=STRANGE)
+@pytest.mark.parametrize("call", CALLED, ids=lambda call: call.__name__)
+def test_a_message_is_short_whatever_the_value(call, strange):
+    """A strange value in the place of any argument is an error that names the argument, in one short line."""
+    refused = 0
+    for name in parameters_of(call):
+        if name in ("size_average", "reduce", "reuse_logits"):  # taken as true or false, as PyTorch takes them
+            continue
+        try:
+            call(**{name: strange})
+        except (TypeError, ValueError, IndexError) as error:
+            message = str(error)
+            refused += 1
+            assert len(message) < 500, name
+            assert re.match(r"\w+(\[\d+\])?: got [^\n]*$", message), (name, message)
+    assert refused >= 2

@@ -26,9 +26,10 @@ from interruption import stop_after  # noqa: E402
 from calseg import calibration_bins, calibration_error  # noqa: E402
 from calseg import evaluate as module  # noqa: E402
 from calseg import report as report_module  # noqa: E402
+from calseg.errors import RunError  # noqa: E402
 from calseg.evaluate import FOLDER_FILES, EvaluateConfig, evaluate_folders  # noqa: E402
 from calseg.report import DIAGRAMS  # noqa: E402
-from calseg.runs import CasesInterruptedError, RunError  # noqa: E402
+from calseg.runs import CasesInterruptedError  # noqa: E402
 from calseg.scores import REGIONS, STATISTICS  # noqa: E402
 from calseg.volumes import nifti  # noqa: E402
 from calseg.volumes.nifti import DataError  # noqa: E402
@@ -463,7 +464,7 @@ def test_resume_refuses_what_has_changed(tmp_path: Path) -> None:
     cases = arrays(3)
     labels, maps, out = write_labels(tmp_path, cases), tmp_path / "maps", tmp_path / "out"
     write_nifti(maps, cases)
-    with pytest.raises(RunError, match=r"config.json: not found; there is no run to resume"):
+    with pytest.raises(RunError, match=r"calseg.json: not found; there is no run to resume"):
         evaluate(maps, labels, out, resume=True)
     with pytest.raises(CasesInterruptedError):
         evaluate(maps, labels, out, progress=stop_after(2))
@@ -476,7 +477,7 @@ def test_resume_refuses_what_has_changed(tmp_path: Path) -> None:
         evaluate(maps, labels, out, resume=True)
     p, _ = cases["case_0"]
     save(maps / "case_0.nii.gz", p[..., ::-1])
-    with pytest.raises(RunError, match=r"cannot be resumed; .*maps.case_0.nii.gz changed since"):
+    with pytest.raises(RunError, match=r"cannot be resumed; \S*maps.case_0.nii.gz changed since$"):
         evaluate(maps, labels, out, resume=True)
     store = out / "cases.jsonl"
     store.write_bytes(b"{}\n" + store.read_bytes())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from calseg import methods
 from calseg.methods import (
+    TemperatureFit,
     fit_temperature,
     focal_cross_entropy,
     mbls_cross_entropy,
@@ -203,6 +204,41 @@ def test_temperature_minimises_the_likelihood() -> None:
     assert nll(best) < min(nll(best * 1.001), nll(best / 1.001))
     # Without an error the likelihood has no optimum: the sharpest temperature allowed.
     assert fit_temperature([torch.tensor([[1.0, 0.0], [0.0, 1.0]])], [torch.tensor([0, 1])]) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_temperature_from_cases_that_are_not_kept(seed: int) -> None:
+    """It is the zero of the derivative of the likelihood of all voxels together, in whatever parts they come."""
+    generator = torch.Generator().manual_seed(seed)
+    classes, count = (2, 3, 14, 40)[seed % 4], (20, 500, 4000)[seed // 4]
+    true = 3 * torch.randn(classes, count, generator=generator)
+    target = torch.multinomial(torch.softmax(true, 0).T, 1, generator=generator)[:, 0]
+    target[::7] = 255
+    logits = 10 ** (seed / 6 - 1) * true
+
+    def slope(inverse: float) -> float:
+        x, y = logits[:, target != 255].double(), target[target != 255]
+        x = x - x.amax(0)
+        return float((torch.softmax(inverse * x, 0) * x).sum() - x.gather(0, y[None]).sum())
+
+    low, high = math.log(0.01), math.log(100)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if slope(math.exp(middle)) > 0 else (middle, high)
+    fit = TemperatureFit(ignore_index=255)
+    for start in range(0, count, 97):
+        fit.add(logits[:, start : start + 97], target[start : start + 97])
+    assert fit.temperature() == pytest.approx(math.exp(-(low + high) / 2), rel=1e-9)
+    assert fit.voxels == int((target != 255).sum())
+    assert sum(value.numel() for value in vars(fit).values() if isinstance(value, torch.Tensor)) < 500
+    assert fit_temperature([logits], [target], ignore_index=255) == pytest.approx(fit.temperature(), rel=1e-12)
+
+
+def test_temperature_stays_within_bounds() -> None:
+    right, wrong = torch.tensor([[5.0], [0.0]]), torch.tensor([[0.0], [5.0]])
+    assert fit_temperature([right], [torch.tensor([0])]) == pytest.approx(0.01)
+    assert fit_temperature([wrong], [torch.tensor([0])]) == pytest.approx(100)
+    assert fit_temperature([1e-6 * right] * 99 + [1e-6 * wrong], [torch.tensor([0])] * 100) == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize(

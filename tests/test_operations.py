@@ -45,6 +45,7 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 every_operation = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
@@ -747,6 +748,37 @@ def test_fake(operation, reduction, dtype, layout, device):
         else:
             assert _metadata(got) == _metadata(wanted)
     assert (plain.shape, plain.dtype) == (real[0].shape, real[0].dtype)
+
+
+@every_reduction
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("tracer", ["make_fx", "jit"])
+def test_traced_graphs(operation, reduction, tracer):
+    """A graph that PyTorch traced gives the loss of other tensors, and their gradients: nothing is a constant in it."""
+    tensors = operation.inputs(SHAPE)
+    call = by_position(bound(operation, None, **reducing(operation, reduction)), tensors)
+    primals = tuple(tensors.values())
+    others = tuple(scores(*t.shape, seed=30 + k).mul(0.5).requires_grad_() for k, t in enumerate(primals))
+    if tracer == "jit":
+        graph = torch.jit.trace(call, primals, check_trace=False)
+        value, wanted = graph(*others), call(*others)
+        for got, exact in zip(
+            torch.autograd.grad(weighted_sum(value), others), torch.autograd.grad(weighted_sum(wanted), others),
+            strict=True,
+        ):  # fmt: skip
+            assert_accurate(got, exact, ulps=64)
+    else:
+
+        def step(*values):
+            leaves = [t.detach().requires_grad_() for t in values]
+            value = call(*leaves)
+            return value, *torch.autograd.grad(weighted_sum(value), leaves)
+
+        results = make_fx(step)(*primals)(*others)
+        for got, exact in zip(results, step(*others), strict=True):
+            assert_accurate(got, exact, ulps=64)
+        value, wanted = results[0], step(*others)[0]
+    assert_accurate(value.detach(), wanted.detach(), ulps=64)
 
 
 # ---- torch.compile ----

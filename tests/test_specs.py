@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from importlib import import_module
 from typing import get_type_hints
 
 import pytest
@@ -112,10 +113,13 @@ def test_cuda_has_its_operations():
 def test_every_loss_is_in_every_backend():
     from calseg.backends import reference
 
-    names = set(reference.LOSSES)
-    assert names == {"cross_entropy", "vls_cross_entropy", "vls_elbo", "gaussian_kl"}
-    if native.extension is not None:
-        assert all(callable(getattr(native.extension, name)) for name in names)
+    assert len(reference.LOSSES) >= 4
+    for name in reference.LOSSES:
+        assert native.extension is None or callable(getattr(native.extension, name))
+        if choice.TRITON_ERROR is None:
+            kernel = import_module(f"calseg.kernels.{name}")
+            assert callable(kernel.kind)
+            assert callable(kernel.launch)
 
 
 def test_hints_resolve():

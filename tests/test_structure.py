@@ -13,13 +13,13 @@ import pytest
 # A part -> the other parts of calseg that it may import. Parts without an entry may import any.
 BASE = ("operations", "tensors", "checks")
 ALLOWED = {
-    "errors": (), "operations": (), "tensors": (), "checks": ("tensors",), "native": ("tensors",), "kernels": (),
+    "operations": (), "tensors": (), "checks": ("errors", "tensors"), "native": ("tensors",), "kernels": (),
     "packing": ("operations",),
     "backends": (*BASE, "native", "kernels"),
     "autograd": (*BASE, "native", "packing", "backends"),
     "functional": (*BASE, "native", "autograd", "backends.choice"),
     "calibration": (*BASE, "backends.choice"),
-    "runs": ("errors",), "volumes": ("errors",),
+    "errors": (), "files": ("errors",), "runs": ("errors", "files"), "volumes": ("errors", "files"),
 }  # fmt: skip
 # A package from elsewhere -> the only part that may import it.
 IMPORTERS = {"monai": "training", "lightning": "training", "nnunetv2": "training", "typer": "cli", "rich": "cli"}

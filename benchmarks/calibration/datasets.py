@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.image import imread
 from numpy.typing import NDArray
 
-from calseg.runs import write_json
+from calseg.files import write_json
 from calseg.simulation import CLASS_NAMES, DemoConfig, make_case
 
 

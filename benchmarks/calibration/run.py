@@ -29,8 +29,8 @@ from torch import Tensor
 
 import calseg
 from calseg.bootstrap import case_weights, percentile_interval
+from calseg.files import read_json, write_json
 from calseg.methods import fit_temperature
-from calseg.runs import read_json, write_json
 from calseg.scores import CaseScores
 from calseg.training import TrainConfig
 from calseg.training.checkpoint import load_checkpoint
@@ -106,14 +106,18 @@ class Experiment:
         words = [f"{key}{getattr(config, key):g}" for key in ("folds", "latent_size", "beta", "reconstruction", "seed")]
         networks = self.root / "stage1" / "-".join(words)
         training, _ = split_names(self.data["development"], config)
-        for out, settings, source in ((networks, shared, None), (run / "stage1", config, networks)):
-            resume = (out / SUMMARY).is_file()
-            if not (resume and "estimate" in read_json(out / SUMMARY)):
+        for out, settings, source in ((networks, shared, None), (self.soft_labels(run), config, networks)):
+            resume = started(out)
+            if not ((out / SUMMARY).is_file() and "estimate" in read_json(out / SUMMARY)):
                 estimate(
                     self.root / "development", out, settings,
                     names=training, networks=source, resume=resume, overwrite=not resume,
                 )  # fmt: skip
-        return run / "stage1" / "soft_labels"
+        return self.soft_labels(run) / "soft_labels"
+
+    def soft_labels(self, run: Path) -> Path:
+        """Folder of the first stage whose soft labels a run is trained on."""
+        return self.root / "soft_labels" / run.name
 
     def predictions(self, run: Path, part: str) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
         """Return name, logits and label of each tuning case or test case."""
@@ -190,7 +194,7 @@ class Experiment:
                     self.scores(run, "test", t) for run, t in zip(runs, temperatures[SCALED], strict=True)
                 ]
             if method == "calseg" and "temperature" not in settings:
-                temperatures[name] = [float(read_json(run / "stage1" / SUMMARY)["temperature"]) for run in runs]
+                temperatures[name] = [float(read_json(self.soft_labels(run) / SUMMARY)["temperature"]) for run in runs]
         return {"tested": result, "temperatures": temperatures}
 
 

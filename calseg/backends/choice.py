@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from calseg import native
 from calseg.backends import cuda
+from calseg.checks import shown
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 NOT_ON_GPU = ("ace_loss",)  # operations that no GPU backend has
@@ -139,7 +140,7 @@ def _asked_for(scores: Tensor, backend: str, operation: str) -> str:
     """Return ``backend``, or the reference if the backend lacks the dtype or the operation. Raise if it cannot run."""
     device = scores.device.type
     if backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, wanted None or one of {', '.join(map(repr, BACKENDS))}")
+        raise ValueError(f"backend: got {shown(backend)}, wanted None or one of {', '.join(map(repr, BACKENDS))}")
     if backend == "cpu":
         if native.extension is None:
             raise RuntimeError(f"backend='cpu': the native engine is not available ({native.ERROR})")

@@ -114,7 +114,8 @@ def blend(estimate: Tensor, labels: Tensor, alpha: float, ignore_index: int) -> 
 
 def smooth_labels(distribution: Tensor, label_smoothing: float) -> Tensor:
     """Return ``(1 - label_smoothing) * distribution + label_smoothing / C``."""
-    return (1 - label_smoothing) * distribution + label_smoothing / distribution.shape[1]
+    num_classes = int(distribution.shape[1])  # torch.jit.trace makes sizes tensors, whose quotients are float32
+    return (1 - label_smoothing) * distribution + label_smoothing / num_classes
 
 
 # ---- the functions that every backend has: losses ----

@@ -221,14 +221,14 @@ def _settings(out: Path, given: Given, *, resume: bool, **fixed: Any) -> "TrainC
 
     What was typed and differs is refused later, when the run is opened.
     """
-    from calseg.runs import read_json
+    from calseg.runs import read_state
     from calseg.training.config import TrainConfig
 
     config = TrainConfig(**fixed, **given.values)
-    if not resume or not (out / "config.json").is_file():
+    state = read_state(out) if resume else None
+    if state is None or state.command not in ("train", "soft-labels"):
         return config
-    saved = {key: value for key, value in read_json(out / "config.json").items() if key != "data"}
-    return replace(TrainConfig.from_json(saved), **{name: getattr(config, name) for name in given.typed})
+    return replace(TrainConfig.from_json(state.settings), **{name: getattr(config, name) for name in given.typed})
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from calseg.runs import RunError as TrainingError
+from calseg.errors import RunError as TrainingError
 from calseg.training.config import TrainConfig
 
 __all__ = ["TrainConfig", "TrainingError", "train"]

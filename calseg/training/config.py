@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from calseg.errors import RunError
 from calseg.methods import METHODS
-from calseg.runs import RunError
 from calseg.settings import (
     FRACTION,
     NOT_NEGATIVE,

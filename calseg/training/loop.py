@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -20,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from calseg.runs import Progress, RunError, RunInterruptedError, write_json
-from calseg.training.checkpoint import check_same_run, load_checkpoint, network_folder, save_checkpoint
+from calseg.errors import RunError
+from calseg.runs import Progress, Run, RunInterruptedError
+from calseg.training.checkpoint import CHECKPOINT, check_same_training, load_checkpoint, load_state, save_checkpoint
 from calseg.training.config import TrainConfig
 from calseg.volumes.patches import Batch, CaseCache, PatchSampler
 
@@ -47,54 +47,52 @@ def _patches(batch: Batch, device: torch.device) -> Patches:
 def fit(
     net: nn.Module,
     loss_of: Callable[[Patches, int], Tensor],
-    run: Path,
+    run: Run,
     content: dict[str, Any],
     cache: CaseCache,
     config: TrainConfig,
     *,
-    data: str | Path,
-    resume: bool,
+    folder: str = "",
     checkpoint_every: int,
     progress: Progress,
     stage: str = "train",
 ) -> float:
     """Train ``net`` in place, and return the seconds that it took, including those before a resumption.
 
+    Where the run has a checkpoint of this training, the training goes on from there.
+
     Args:
         net: the network.
-        loss_of: function ``loss_of(patches, iteration)`` that returns the loss of a batch, a 0-d tensor.
-        run: existing folder of the checkpoints.
-        content: :func:`~calseg.training.checkpoint.fingerprint` of the run.
+        loss_of: called as ``loss_of(patches, iteration)``; the loss of a batch, a 0-d tensor.
+        run: the run that writes the checkpoints.
+        content: the :func:`~calseg.training.checkpoint.fingerprint`.
         cache: the cases.
         config: the settings.
-        data: folder of the cases, for ``config.json``.
-        resume: True to continue from the checkpoint in ``run``.
-        checkpoint_every: number of updates between checkpoints.
-        progress: function that is called after every update.
+        folder: the folder of the checkpoints within that of the run, with a slash at its end.
+        checkpoint_every: updates between checkpoints.
+        progress: told of every update.
         stage: name of this training for ``progress``.
     """
-    folder = network_folder(run)
+    checkpoint = f"{folder}{CHECKPOINT}"
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=1e-4)
     iteration, seconds = 0, 0.0
-    if resume:
-        saved = load_checkpoint(folder.state_path)
-        check_same_run(folder, saved, content)
-        try:
-            net.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            iteration, seconds = int(saved["iteration"]), float(saved["seconds"])
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise RunError(f"{folder.state_path}: does not fit this version of calseg ({error})") from error
-    write_json(run / "config.json", {"data": str(Path(data).resolve()), **content["config"]})
-    write_json(run / "split.json", content["split"])
+    is_resumed = run.holds(checkpoint)
+    if is_resumed:
+        path = run.path / checkpoint
+        saved = load_checkpoint(path)
+        check_same_training(path, saved, content)
+        load_state(saved, path, net, optimizer)
+        iteration, seconds = int(saved["iteration"]), float(saved["seconds"])
 
     names = tuple(content["split"]["training"])
-    read_all(cache, (*names, *content["split"]["validation"]), progress)
+    read_all(cache, (*names, *content["split"]["validation"]), run, progress)
+    run.write_json(f"{folder}config.json", {"data": str(cache.dataset.folder.resolve()), **content["config"]})
+    run.write_json(f"{folder}split.json", content["split"])
     sampler = PatchSampler(
         names, config.patch_size, config.batch_size, config.seed, config.foreground, config.flip_axes
     )
-    if not resume:
-        save_checkpoint(folder.state_path, content, net, optimizer, iteration, seconds)
+    if not is_resumed:
+        save_checkpoint(run, checkpoint, content, net, optimizer, iteration, seconds)
     device = next(net.parameters()).device
     net.train()
     begun = time.perf_counter() - seconds
@@ -106,19 +104,22 @@ def fit(
             seconds = time.perf_counter() - begun
             progress(stage, iteration, config.iterations, loss)
             if iteration % checkpoint_every == 0 or iteration == config.iterations or received:
-                save_checkpoint(folder.state_path, content, net, optimizer, iteration, seconds)
+                save_checkpoint(run, checkpoint, content, net, optimizer, iteration, seconds)
             if received:
                 raise RunInterruptedError(
-                    f"interrupted after iteration {iteration}, which is saved in {folder.state_path}", received[0]
+                    f"interrupted after iteration {iteration}, which is saved in {run.path / checkpoint}", received[0]
                 )
     return seconds
 
 
-def read_all(cache: CaseCache, names: Sequence[str], progress: Progress) -> None:
-    """Read every case once, so that a bad file stops the run at its beginning."""
+def read_all(cache: CaseCache, names: Sequence[str], run: Run, progress: Progress) -> None:
+    """Read every case once, so that a bad file, or one that changed since the run began, stops it before any update."""
     for done, name in enumerate(names, 1):
         cache.get(name)
         progress("read", done, len(names), None)
+    inputs = cache.inputs(names)
+    run.check_inputs(inputs)
+    run.remember(inputs)
 
 
 def _step(

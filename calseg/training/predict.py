@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,17 +9,9 @@ from typing import Any
 
 import torch
 
-from calseg.runs import (
-    CasesInterruptedError,
-    Progress,
-    RunError,
-    RunFolder,
-    no_progress,
-    read_json,
-    write_atomic,
-    write_json,
-)
-from calseg.training.checkpoint import load_checkpoint
+from calseg.errors import RunError
+from calseg.runs import CasesInterruptedError, Progress, RunFolder, check_apart, no_progress
+from calseg.training.checkpoint import CHECKPOINT, data_of, description, load_checkpoint, load_state
 from calseg.training.config import TrainConfig
 from calseg.training.inference import predict_volume
 from calseg.training.loop import check_device
@@ -31,15 +22,7 @@ from calseg.volumes.patches import CaseCache
 from calseg.volumes.probabilities import probabilities_file
 
 CASES = ("validation", "training", "all")
-STATE = "predict.json"
-WORDS = {
-    "run": "the folder RUN",
-    "checkpoint": "the network in RUN",
-    "iteration": "the network in RUN",
-    "data": "the folder DATA",
-    "cases": "the cases to predict",
-}
-"""Words for the entries of ``predict.json``, for the error if one of them has changed."""
+SUMMARY = "predict.json"
 
 
 def predict_folder(
@@ -75,15 +58,16 @@ def predict_folder(
     if cases not in CASES:
         raise RunError(f"cases must be one of {', '.join(CASES)}; got {cases!r}")
     target = check_device(device)
-    checkpoint = Path(run) / "checkpoint.pt"
+    check_apart(Path(out), run, data)
+    checkpoint = Path(run) / CHECKPOINT
     saved = load_checkpoint(checkpoint)
     config = TrainConfig.from_json(saved["config"])
     dataset = find_cases(data)
+    check_apart(Path(out), files=dataset.files)
     names = _names(dataset, saved, cases, checkpoint)
     net = _load_net(saved, config, checkpoint).to(target)
     net.eval()
 
-    folder = Path(out)
     content = {
         "run": str(Path(run).resolve()),
         "checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
@@ -91,23 +75,25 @@ def predict_folder(
         "data": str(Path(data).resolve()),
         "cases": names,
     }
-    maps = {name: folder / f"{name}.nii.gz" for name in names}
-    results = RunFolder(folder, STATE, tuple(glob.escape(path.name) for path in maps.values()))
-    if results.open(resume=resume, overwrite=overwrite):
-        results.check_same_data(read_json(results.state_path), content, WORDS)
-    write_json(results.state_path, content)
-
+    maps = {name: f"{name}.nii.gz" for name in names}
+    same = {"the network in RUN": content["checkpoint"], "the cases to predict": names, **data_of(description(dataset))}
+    folder = RunFolder(Path(out), "predict", (SUMMARY, *maps.values()))
     cache = CaseCache(dataset)
-    labels = {case.name: case.label for case in dataset.cases}
-    try:
-        for done, (name, path) in enumerate(maps.items(), 1):
-            if not path.exists():
-                logits = predict_volume(net, cache.get(name).image, config.patch_size)
-                probabilities = torch.softmax(logits, 0).cpu().numpy()
-                write_atomic(path, probabilities_file(probabilities, labels[name]))
-            progress("predict", done, len(maps), None)
-    except KeyboardInterrupt:
-        raise CasesInterruptedError(folder, sum(path.exists() for path in maps.values()), len(maps)) from None
+    with folder.open({}, same, resume=resume, overwrite=overwrite) as results:
+        done = {name for name, file in maps.items() if results.holds(file)}
+        results.check_inputs(cache.inputs([name for name in names if name in done]))
+        results.write_json(SUMMARY, content)
+        try:
+            for number, name in enumerate(names, 1):
+                if name not in done:
+                    logits = predict_volume(net, cache.get(name).image, config.patch_size)
+                    probabilities = torch.softmax(logits, 0).cpu().numpy()
+                    results.remember(cache.inputs([name]))
+                    results.write(maps[name], probabilities_file(probabilities, cache.case(name).label))
+                    done.add(name)
+                progress("predict", number, len(names), None)
+        except KeyboardInterrupt:
+            raise CasesInterruptedError(results.path, len(done), len(names)) from None
     return content
 
 
@@ -130,9 +116,7 @@ def _names(dataset: Dataset, saved: Mapping[str, Any], cases: str, checkpoint: P
 
 
 def _load_net(saved: Mapping[str, Any], config: TrainConfig, checkpoint: Path) -> SegmentationNet:
+    """Return the network of a checkpoint."""
     net = build_net_of_run(config, len(saved["channels"]), len(saved["classes"]))
-    try:
-        net.load_state_dict(saved["model"])
-    except RuntimeError as error:
-        raise RunError(f"{checkpoint}: does not fit this version of calseg ({error})") from error
+    load_state(saved, checkpoint, net)
     return net

@@ -18,24 +18,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calseg.errors import RunError, listing
+from calseg.files import as_json, file_digest, read_json
 from calseg.functional import gaussian_kl, vls_cross_entropy
-from calseg.methods import fit_temperature
+from calseg.methods import TemperatureFit
 from calseg.runs import (
     CasesInterruptedError,
     Progress,
-    RunError,
+    Run,
     RunFolder,
-    as_json,
+    changed_files,
+    check_apart,
     no_progress,
-    read_json,
-    write_atomic,
-    write_json,
+    read_state,
 )
 from calseg.scores import count_classes, mean_of
-from calseg.training.checkpoint import RUN_FILES, fingerprint, network_folder
+from calseg.training.checkpoint import (
+    CHECKPOINT,
+    check_same_training,
+    data_of,
+    description,
+    fingerprint,
+    load_checkpoint,
+    load_state,
+)
 from calseg.training.config import TrainConfig
 from calseg.training.inference import in_windows
-from calseg.training.loop import Patches, check_device, fit, noise_seed
+from calseg.training.loop import Patches, check_device, fit, noise_seed, read_all
 from calseg.training.nets import StageOneNet, build_stage_one
 from calseg.volumes.datasets import IGNORE_INDEX, Dataset, find_cases
 from calseg.volumes.patches import CaseCache, LoadedCase
@@ -85,79 +94,136 @@ def estimate(
         RunInterruptedError: SIGINT or SIGTERM was received. The results so far are kept on disk.
     """
     target = check_device(device)
+    check_apart(Path(out), data, *([] if networks is None else [networks]))
     dataset = find_cases(data)
+    check_apart(Path(out), files=dataset.files)
     names = [case.name for case in dataset.cases] if names is None else list(names)
-    run = Path(out)
-    wanted = as_json({"config": asdict(config), "names": names})
-    folder = stage_one_folder(run, config.folds)
-    if folder.open(resume=resume, overwrite=overwrite):
-        saved = read_json(folder.state_path)
-        folder.check_same_settings(saved.get("config", {}), wanted["config"])
-        folder.check_same_data(saved, wanted, {"names": "the training cases"})
-    else:
-        write_json(run / "config.json", {"data": str(Path(data).resolve()), **wanted["config"]})
-        write_json(folder.state_path, {**wanted, "cases": {}})
-    try:
-        return _estimate(
-            dataset, run, config, names, None if networks is None else Path(networks), target,
-            data=data, checkpoint_every=checkpoint_every, progress=progress,
-        )  # fmt: skip
-    except KeyboardInterrupt:
-        done = len(read_json(run / SUMMARY)["cases"])
-        raise CasesInterruptedError(run / "soft_labels", done, len(names)) from None
+    present = {case.name for case in dataset.cases}
+    if not names or not present.issuperset(names):
+        gone = [name for name in names if name not in present]
+        raise RunError(f"names must be cases of {data}, at least one; got {listing(gone) or 'none'}")
+    cache, trained, digests = CaseCache(dataset), None, None
+    if networks is not None:
+        trained = _load_networks(Path(networks), cache, config, names, target)
+        digests = [file_digest(Path(networks) / fold_folder(number) / CHECKPOINT) for number in range(len(trained[0]))]
+    folder = RunFolder(Path(out), "soft-labels", stage_one_files(names, config.folds))
+    same = {"the training cases": names, "the networks": digests, **data_of(description(dataset))}
+    with folder.open(asdict(config), same, resume=resume, overwrite=overwrite) as run:
+        return estimate_in(
+            run, cache, config, names, target, trained=trained, checkpoint_every=checkpoint_every, progress=progress
+        )
 
 
-def _estimate(
-    dataset: Dataset,
-    run: Path,
+Networks = tuple[list[StageOneNet], float]
+"""The network of every fold, and the seconds that their training took."""
+
+
+def estimate_in(
+    run: Run,
+    cache: CaseCache,
     config: TrainConfig,
     names: Sequence[str],
-    networks: Path | None,
     target: torch.device,
     *,
-    data: str | Path,
+    trained: Networks | None = None,
     checkpoint_every: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Make the networks, the temperature and the maps, except for those that ``run`` already holds."""
-    cache = CaseCache(dataset)
-    folds = split_folds(names, config.folds, config.split_seed)  # no more than there are cases
-    # Fix the settings on which the networks do not depend, so that other runs can use the same networks.
-    stage = replace(config, alpha=1.0, temperature=1.0, num_samples=1)
-    nets: list[StageOneNet] = []
-    seconds = 0.0
-    for number, members in enumerate(folds):
-        folder = _fold(networks or run, number)
-        is_trained = network_folder(folder).holds_run
-        if networks is not None and not is_trained:
-            raise RunError(f"{folder / 'checkpoint.pt'}: not found; there is no first stage of these folds")
-        content = fingerprint(dataset, stage, _others(names, members), members)
-        nets.append(_build(dataset, config).to(target))
-        seconds += fit(
-            nets[-1], _loss_of(nets[-1], config), folder, content, cache, stage,
-            data=data, resume=is_trained, checkpoint_every=checkpoint_every,
-            progress=progress, stage=f"fold {number + 1}/{len(folds)}",
-        )  # fmt: skip
+    """Write soft labels in the folder of ``run``, from ``trained`` or new networks: see :func:`estimate`."""
+    if not run.holds(SUMMARY):
+        content = as_json({"config": asdict(config), "names": names, "cases": {}})
+        run.write_json("config.json", {"data": str(cache.dataset.folder.resolve()), **content["config"]})
+        run.write_json(SUMMARY, content)
+    try:
+        if trained is None:
+            trained = _train_networks(run, cache, config, names, target, checkpoint_every, progress)
+        else:
+            read_all(cache, names, run, progress)
+        return _write_soft_labels(run, cache, config, names, trained, progress)
+    except KeyboardInterrupt:
+        done = len(read_json(run.path / SUMMARY)["cases"])
+        raise CasesInterruptedError(run.path / "soft_labels", done, len(names)) from None
 
+
+def _fingerprints(dataset: Dataset, config: TrainConfig, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The fingerprint of the training of every fold.
+
+    Settings that the networks do not depend on get fixed values, so that the networks can serve other estimates.
+    """
+    stage = replace(config, alpha=1.0, temperature=1.0, num_samples=1)
+    folds = split_folds(names, config.folds, config.split_seed)
+    return [fingerprint(dataset, stage, _others(names, members), members) for members in folds]
+
+
+def _train_networks(
+    run: Run,
+    cache: CaseCache,
+    config: TrainConfig,
+    names: Sequence[str],
+    target: torch.device,
+    checkpoint_every: int,
+    progress: Progress,
+) -> Networks:
+    """Train the network of every fold; what the run holds of it is not done again."""
+    nets, seconds = [], 0.0
+    contents = _fingerprints(cache.dataset, config, names)
+    for number, content in enumerate(contents):
+        nets.append(_build(cache.dataset, config).to(target))
+        seconds += fit(
+            nets[-1], _loss_of(nets[-1], config), run, content, cache, config, folder=fold_folder(number),
+            checkpoint_every=checkpoint_every, progress=progress, stage=f"fold {number + 1}/{len(contents)}",
+        )  # fmt: skip
+    return nets, seconds
+
+
+def _load_networks(
+    networks: Path, cache: CaseCache, config: TrainConfig, names: Sequence[str], target: torch.device
+) -> Networks:
+    """The networks of another run, which must have read the same files for the same cases."""
+    nets, seconds = [], 0.0
+    for number, content in enumerate(_fingerprints(cache.dataset, config, names)):
+        path = networks / fold_folder(number) / CHECKPOINT
+        if not path.is_file():
+            raise RunError(f"{path}: not found; there is no first stage of these folds")
+        saved = load_checkpoint(path)
+        check_same_training(path, saved, content)
+        if saved["iteration"] < config.iterations:
+            done = f"{saved['iteration']} of {config.iterations}"
+            raise RunError(f"{path}: its training has not ended (iteration {done}); resume it first")
+        nets.append(_build(cache.dataset, config).to(target))
+        load_state(saved, path, nets[-1])
+        seconds += float(saved["seconds"])
+    state = read_state(networks)
+    if state is not None and (changed := changed_files(state, cache.inputs(names))):
+        raise RunError(f"{networks}: its networks do not serve; {listing(changed)} changed since their training")
+    return nets, seconds
+
+
+def _write_soft_labels(
+    run: Run, cache: CaseCache, config: TrainConfig, names: Sequence[str], trained: Networks, progress: Progress
+) -> dict[str, Any]:
+    """Fit the temperature and write the maps; what the run holds of them is not made again."""
+    nets, seconds = trained
+    folds = split_folds(names, config.folds, config.split_seed)  # no more than there are cases
     pairs = [(net, name) for net, members in zip(nets, folds, strict=True) for name in members]
-    content = read_json(run / SUMMARY)
+    content = read_json(run.path / SUMMARY)
     if "temperature" not in content:
         fitted = config.temperature is None
         content["temperature"] = _fit_temperature(pairs, cache, config, progress) if fitted else config.temperature
-        write_json(run / SUMMARY, content)
+        run.write_json(SUMMARY, content)
     final = replace(config, temperature=content["temperature"])
     cases: dict[str, dict[str, float]] = content["cases"]
     for done, (net, name) in enumerate(pairs, 1):
         if name not in cases:
-            cases[name] = _write(net, dataset, cache.get(name), run / "soft_labels", final)
-            write_json(run / SUMMARY, content)
+            cases[name] = _write(run, net, cache, name, final)
+            run.write_json(SUMMARY, content)
         progress("soft labels", done, len(pairs), None)
     summary: dict[str, Any] = {
         **content,
         "seconds": seconds,
         "estimate": {key: float(np.mean([case[key] for case in cases.values()])) for key in next(iter(cases.values()))},
     }
-    write_json(run / SUMMARY, summary)
+    run.write_json(SUMMARY, summary)
     return summary
 
 
@@ -167,9 +233,9 @@ def split_folds(names: Sequence[str], folds: int, seed: int) -> list[list[str]]:
     return [sorted(order[number::folds]) for number in range(min(folds, len(order)))]
 
 
-def _fold(run: Path, number: int) -> Path:
-    """Return the folder of the network of a fold."""
-    return run / "stage1" / f"fold_{number}"
+def fold_folder(number: int) -> str:
+    """The folder of the network of a fold, within that of the run."""
+    return f"stage1/fold_{number}/"
 
 
 def _others(names: Sequence[str], members: Sequence[str]) -> list[str]:
@@ -177,11 +243,19 @@ def _others(names: Sequence[str], members: Sequence[str]) -> list[str]:
     return [name for name in names if name not in set(members)] or list(names)
 
 
-def stage_one_folder(run: Path, folds: int) -> RunFolder:
-    """Return the run folder of a first stage. The network to deploy may later be in the same folder."""
-    files = (SUMMARY, *RUN_FILES, "stage1/fold_*/*.json", "stage1/fold_*/checkpoint.pt", "soft_labels/*.nii.gz")
-    folders = (*(f"stage1/fold_{number}" for number in range(folds)), "soft_labels")
-    return RunFolder(run, SUMMARY, files, folders)
+def soft_label_file(name: str) -> str:
+    """The file of soft labels of a case, within the folder of the run."""
+    return soft_labels_path(Path("soft_labels"), name).as_posix()
+
+
+def stage_one_files(names: Sequence[str], folds: int) -> tuple[str, ...]:
+    """The files of a first stage on the cases ``names``, within the folder of the run."""
+    of_folds = (
+        f"{fold_folder(number)}{name}"
+        for number in range(min(folds, len(names)))
+        for name in ("config.json", "split.json", CHECKPOINT)
+    )
+    return ("config.json", SUMMARY, *of_folds, *map(soft_label_file, names))
 
 
 def _build(dataset: Dataset, config: TrainConfig) -> StageOneNet:
@@ -261,26 +335,25 @@ def _fit_temperature(
     It is fitted to the logarithms of the estimates, which are means over the codes. The logits of all codes would take
     too much memory.
     """
-    logits, labels = [], []
+    fit = TemperatureFit(IGNORE_INDEX)
     for done, (net, name) in enumerate(pairs, 1):
         case = cache.get(name)
         soft = estimate_case(net, case, replace(config, temperature=1.0)).cpu()
-        logits.append(soft.clamp(min=1e-12).log())
-        labels.append(torch.from_numpy(case.label))
+        fit.add(soft.clamp(min=1e-12).log(), torch.from_numpy(case.label))
         progress("temperature", done, len(pairs), None)
-    return fit_temperature(logits, labels, ignore_index=IGNORE_INDEX)
+    return fit.temperature()
 
 
-def _write(net: StageOneNet, dataset: Dataset, case: LoadedCase, folder: Path, config: TrainConfig) -> dict[str, float]:
-    """Estimate and write the soft labels of a case, and return the :func:`_quality` of the estimate."""
+def _write(run: Run, net: StageOneNet, cache: CaseCache, name: str, config: TrainConfig) -> dict[str, float]:
+    """Estimate and write the soft labels of a case, and return :func:`_quality` of the estimate."""
+    case = cache.get(name)
     soft = estimate_case(net, case, config).cpu()
     label = torch.from_numpy(case.label).long()
     valid = label != IGNORE_INDEX
     onehot = torch.zeros_like(soft).scatter_(0, torch.where(valid, label, 0)[None], valid[None].to(soft))
     blended = (1 - config.alpha) * onehot + config.alpha * soft
-    like = next(each.label for each in dataset.cases if each.name == case.name)
-    write_atomic(soft_labels_path(folder, case.name), soft_labels_file(blended.numpy(), like))
-    return _quality(soft, label, dataset)
+    run.write(soft_label_file(name), soft_labels_file(blended.numpy(), cache.case(name).label))
+    return _quality(soft, label, cache.dataset)
 
 
 def _quality(soft: Tensor, label: Tensor, dataset: Dataset) -> dict[str, float]:

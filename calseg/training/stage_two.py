@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calseg.errors import RunError
+from calseg.files import read_json
 from calseg.methods import METHODS, Output, Target
-from calseg.runs import Progress, RunError, no_progress, read_json, write_json
+from calseg.runs import Progress, Run, RunFolder, check_apart, no_progress, read_state
 from calseg.scores import CaseScores, summarise
-from calseg.training.checkpoint import fingerprint, network_folder
+from calseg.training.checkpoint import CHECKPOINT, RUN_FILES, data_of, fingerprint
 from calseg.training.config import TrainConfig
 from calseg.training.inference import predict_volume
 from calseg.training.loop import Patches, check_device, fit, noise_seed
-from calseg.training.nets import SegmentationNet, build_net_of_run
-from calseg.training.stage_one import SUMMARY, estimate
+from calseg.training.nets import SegmentationNet, build_net
+from calseg.training.stage_one import SUMMARY, estimate_in, soft_label_file, stage_one_files
 from calseg.volumes.datasets import IGNORE_INDEX, Dataset, find_cases, split_cases
 from calseg.volumes.patches import CaseCache
 from calseg.volumes.probabilities import soft_labels_path
@@ -67,26 +69,36 @@ def train(
     makes_soft_labels = METHODS[config.method].soft_labels
     if soft_labels is not None and not makes_soft_labels:
         raise RunError(f"soft labels go with the method calseg, and only with it; got {config.method!r}")
-    options: dict[str, Any] = {"device": device, "checkpoint_every": checkpoint_every, "progress": progress}
-    run = Path(out)
-    if not makes_soft_labels or soft_labels is not None:
-        return _train_network(data, run, config, soft_labels, resume, overwrite, also, **options)
-    is_second = resume and network_folder(run).holds_run
-    if is_second:  # the first stage is complete, and _train_network() checks the settings
-        summary = read_json(run / SUMMARY)
-    else:
-        names, _ = split_names(find_cases(data), config)
-        summary = estimate(data, run, config, names=names, resume=resume, overwrite=overwrite, **options)
-    metrics = _train_network(data, run, config, run / "soft_labels", is_second, not is_second, also, **options)
-    metrics["soft_labels"] = summary["estimate"]
-    metrics["seconds"]["stage1"] = summary["seconds"]
-    write_json(run / "metrics.json", metrics)
+    target = check_device(device)
+    check_apart(Path(out), data, *([] if soft_labels is None else [soft_labels]))
+    dataset = find_cases(data)
+    training, validation = split_names(dataset, config)
+    content = fingerprint(dataset, config, training, validation)
+    has_first_stage = makes_soft_labels and soft_labels is None
+    maps = {} if soft_labels is None else {name: soft_labels_path(Path(soft_labels), name) for name in training}
+    check_apart(Path(out), files=[*dataset.files, *maps.values()])
+    files = (*RUN_FILES, *(stage_one_files(training, config.folds) if has_first_stage else ()))
+    options: dict[str, Any] = {"checkpoint_every": checkpoint_every, "progress": progress}
+    folder = RunFolder(Path(out), "train", tuple(dict.fromkeys(files)))
+    with folder.open(content["config"], data_of(content), resume=resume, overwrite=overwrite) as run:
+        summary = None
+        if has_first_stage:
+            maps = {name: run.path / soft_label_file(name) for name in training}
+            if run.holds(CHECKPOINT):  # the first stage has ended
+                summary = read_json(run.path / SUMMARY)
+            else:
+                summary = estimate_in(run, CaseCache(dataset), config, training, target, **options)
+        metrics = _train_network(run, CaseCache(dataset, soft_labels=maps), config, content, target, also, **options)
+        if summary is not None:
+            metrics["soft_labels"] = summary["estimate"]
+            metrics["seconds"]["stage1"] = summary["seconds"]
+        run.write_json("metrics.json", metrics)
     return metrics
 
 
 def started(run: Path) -> bool:
-    """Return whether the folder ``run`` holds a run of :func:`train` that can be resumed, in either stage."""
-    return network_folder(run).holds_run or (run / SUMMARY).is_file()
+    """Whether the folder ``run`` holds a run to resume."""
+    return read_state(run) is not None
 
 
 def split_names(dataset: Dataset, config: TrainConfig) -> tuple[list[str], list[str]]:
@@ -95,38 +107,33 @@ def split_names(dataset: Dataset, config: TrainConfig) -> tuple[list[str], list[
 
 
 def _train_network(
-    data: str | Path,
-    run: Path,
+    run: Run,
+    cache: CaseCache,
     config: TrainConfig,
-    soft_labels: str | Path | None,
-    resume: bool,
-    overwrite: bool,
+    content: dict[str, Any],
+    target: torch.device,
     also: Callable[[str, Tensor], None] | None,
     *,
-    device: str,
     checkpoint_every: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Train the network to deploy, on existing soft labels if the method needs them; see :func:`train`."""
-    target = check_device(device)
-    dataset = find_cases(data)
-    training, validation = split_names(dataset, config)
-    content = fingerprint(dataset, config, training, validation)
-    network_folder(run).open(resume=resume, overwrite=overwrite)
-    net = build_net_of_run(config, len(dataset.channel_names), len(dataset.class_names)).to(target)
-    files = {} if soft_labels is None else {name: soft_labels_path(Path(soft_labels), name) for name in training}
-    cache = CaseCache(dataset, soft_labels=files)
+    """Train the network to deploy on the cases of ``cache`` and score it; ``content`` is its fingerprint."""
+    dataset = cache.dataset
+    net = build_net(
+        len(dataset.channel_names),
+        len(dataset.class_names),
+        spatial_dims=config.spatial_dims,
+        dense_head=METHODS[config.method].dense_head,
+        seed=config.seed,
+    ).to(target)
 
     def loss_of(patches: Patches, iteration: int) -> Tensor:
         return objective(net(patches.image), patches.label, config, iteration, patches.soft_labels)
 
-    seconds = fit(
-        net, loss_of, run, content, cache, config,
-        data=data, resume=resume, checkpoint_every=checkpoint_every, progress=progress,
-    )  # fmt: skip
+    seconds = fit(net, loss_of, run, content, cache, config, checkpoint_every=checkpoint_every, progress=progress)
     begun = time.perf_counter()
-    scores = score_cases(net, cache, validation, config.patch_size, progress, also)
-    metrics = {
+    scores = score_cases(net, cache, content["split"]["validation"], config.patch_size, progress, also)
+    return {
         "dataset": dataset.name,
         "method": config.method,
         "iterations": config.iterations,
@@ -135,8 +142,6 @@ def _train_network(
         "seconds": {"train": seconds, "evaluate": time.perf_counter() - begun},
         "config": content["config"],
     }
-    write_json(run / "metrics.json", metrics)
-    return metrics
 
 
 def objective(

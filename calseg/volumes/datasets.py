@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calseg.errors import brief
+from calseg.files import InputFile, file_digest
 from calseg.volumes.nifti import DataError, read_volume
 
 IGNORE_INDEX = -100
@@ -41,6 +43,11 @@ class Case:
     images: tuple[Path, ...]
     label: Path
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files of the case."""
+        return (*self.images, self.label)
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -57,6 +64,11 @@ class Dataset:
     channel_names: tuple[str, ...]
     cases: tuple[Case, ...]
     ignore_label: int | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """All files of all cases."""
+        return [file for case in self.cases for file in case.files]
 
 
 # ----------------------------------------------------------------------------------------- dataset.json
@@ -80,10 +92,11 @@ def find_cases(folder: str | Path) -> Dataset:
         raise DataError(f"{path}: lists no training case")
     seen: set[str] = set()
     for case in cases:
+        _check_name(case.name, path)
         if case.name in seen:
             raise DataError(f"{path}: case {case.name!r} is listed more than once")
         seen.add(case.name)
-        for file in (*case.images, case.label):
+        for file in case.files:
             if not file.is_file():
                 raise DataError(f"{file}: not found (case {case.name!r} of {path})")
             if not file.name.endswith((".nii", ".nii.gz")):
@@ -97,6 +110,24 @@ def find_cases(folder: str | Path) -> Dataset:
         cases=tuple(sorted(cases, key=lambda case: case.name)),
         ignore_label=ignore_label,
     )
+
+
+NAME_BYTES = 255 - len(".nii.gz")
+"""The longest case name: a file system takes 255 bytes, and results are written to NAME.nii.gz."""
+
+
+def _check_name(name: str, path: Path) -> None:
+    """Refuse a case name that cannot name a file within a folder of results."""
+    faults = {
+        "is empty": not name,
+        "begins with a dot": name.startswith("."),
+        "holds a slash, a backslash or a control character": re.search(r"[/\\\x00-\x1f\x7f]", name),
+        "is no text": re.search(r"[\ud800-\udc7f\udd00-\udfff]", name),  # what is neither, nor a byte of a file's name
+        f"is longer than {NAME_BYTES} bytes": len(name.encode(errors="surrogatepass")) > NAME_BYTES,
+    }
+    for fault, is_found in faults.items():
+        if is_found:
+            raise DataError(f"{path}: the case name {brief(repr(name), 100)} cannot name a file: it {fault}")
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
@@ -219,6 +250,15 @@ def load_case(case: Case, dataset: Dataset) -> tuple[Volume, LabelMap]:
     if not (label != IGNORE_INDEX).any():
         raise DataError(f"{case.label}: every voxel is marked as ignored")
     return image, label
+
+
+def case_inputs(case: Case, dataset: Dataset) -> list[InputFile]:
+    """The files of a case by their content, named relative to the folder of the data set if they lie in it."""
+    names = [
+        file.relative_to(dataset.folder) if file.is_relative_to(dataset.folder) else file.resolve()
+        for file in case.files
+    ]
+    return [InputFile(file, name.as_posix(), file_digest(file)) for file, name in zip(case.files, names, strict=True)]
 
 
 def _read_image(path: Path) -> Volume:

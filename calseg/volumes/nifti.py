@@ -20,6 +20,8 @@ from typing import IO, Any, cast
 
 import nibabel
 import numpy as np
+from nibabel.arrayproxy import ArrayProxy
+from nibabel.imageglobals import LoggingOutputSuppressor
 from numpy.typing import NDArray
 
 from calseg.errors import CalsegError
@@ -52,61 +54,86 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def open_volume(path: Path, max_bytes: int | None = None) -> Iterator[Any]:
-    """Open a NIfTI file as a nibabel image whose voxels are read when its ``dataobj`` is sliced.
+def open_volume(path: Path, max_bytes: int | None = None) -> Iterator[ArrayProxy]:
+    """The voxels of a NIfTI file, scaled as its header says, which are read when the result is sliced.
 
-    gzip has no random access. So a ``.nii.gz`` is unpacked once, to its end, which also verifies its checksum. It is
-    kept in memory, or in a temporary file if it has more than ``max_bytes`` bytes. That file is removed at the end.
+    gzip has no random access: a ``.nii.gz`` is unpacked once, so that its checksum is verified. It is kept in memory;
+    one of more than ``max_bytes`` goes to a temporary file, which is gone at the end.
     """
     with ExitStack() as stack:
         with naming(path):
             if path.name.endswith(".gz"):
                 with gzip.open(path) as packed:
-                    file = stack.enter_context(unpack(packed, max_bytes))
+                    start = packed.read(HEADER_BYTES)
+                    header = _parse(start, path)
+                    file = stack.enter_context(unpack(packed, _size_of(header), max_bytes, start))
             else:
                 file = stack.enter_context(open(path, "rb"))
-            kind = _kind_of(file.read(4))
-            file.seek(0)
-            nifti: Any = kind.from_stream(file)
-            wanted = nifti.dataobj.offset + nifti.dataobj.dtype.itemsize * math.prod(nifti.shape)
-            size = file.seek(0, os.SEEK_END)
-            if size < wanted:
-                raise EOFError(f"{size} of {wanted} bytes")
-        yield nifti
+                header = _parse(file.read(HEADER_BYTES), path)
+                size, wanted = file.seek(0, os.SEEK_END), _size_of(header)
+                if size < wanted:
+                    raise EOFError(f"{size} of {wanted} bytes")
+        yield ArrayProxy(file, header)
 
 
 def read_header(path: Path) -> Any:
-    """Return the header of a NIfTI file, without reading voxels."""
+    """The header of a NIfTI file without its extensions; of the voxels nothing is read."""
     with naming(path), (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
-        start = file.read(540)
-        return _kind_of(start).header_class.from_fileobj(io.BytesIO(start))
+        return _parse(file.read(HEADER_BYTES), path)
 
 
-def _kind_of(start: bytes) -> Any:
-    """Return the nibabel class of a file that begins with ``start``, the size of its header.
+HEADER_BYTES = 540
+"""Size of the header of NIfTI-2; that of NIfTI-1 has 348 bytes."""
 
-    The size is 348 for NIfTI version 1 and 540 for version 2.
-    """
+
+def _parse(start: bytes, path: Path) -> Any:
+    """The header of the file that begins with ``start``; its first number is its size."""
     is_nifti2 = start[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")
-    return nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image
+    kind = nibabel.Nifti2Header if is_nifti2 else nibabel.Nifti1Header
+    with LoggingOutputSuppressor():  # of remarks on fields that are not used
+        header: Any = kind(start[: kind.sizeof_hdr])
+    if header["magic"].item() == kind.pair_magic:
+        raise DataError(f"{path}: a header alone, whose voxels are in another file; wanted is a single file")
+    if header["vox_offset"] == 0:  # left out, as some programs do
+        header["vox_offset"] = kind.single_vox_offset
+    shape = header.get_data_shape()
+    if min(shape, default=0) < 0:
+        raise DataError(f"{path}: shape {shape}")
+    return header
 
 
-def unpack(packed: Any, max_bytes: int | None = None) -> IO[bytes]:
-    """Unpack a compressed stream into memory, or into a temporary file if it has more than ``max_bytes`` bytes."""
-    file: Any = io.BytesIO()
-    while chunk := packed.read(1 << 20):
-        if isinstance(file, io.BytesIO) and max_bytes is not None and file.tell() + len(chunk) > max_bytes:
-            memory, file = file, tempfile.TemporaryFile()  # noqa: SIM115  # the caller closes it
-            file.write(memory.getbuffer())
-        file.write(chunk)
+def _size_of(header: Any) -> int:
+    """The bytes of a file with that header."""
+    return int(header.get_data_offset() + header.get_data_dtype().itemsize * math.prod(header.get_data_shape()))
+
+
+def unpack(packed: Any, size: int, max_bytes: int | None = None, start: bytes = b"") -> IO[bytes]:
+    """The content of a compressed stream of ``size`` bytes, of which ``start`` has been read already.
+
+    A stream that holds more is refused, and unpacked no further. What is unpacked lies in memory, or in a temporary
+    file if it is more than ``max_bytes``.
+    """
+    is_small = max_bytes is None or size <= max_bytes
+    file: Any = io.BytesIO() if is_small else tempfile.TemporaryFile()  # noqa: SIM115  # the caller closes it
+    try:
+        file.write(start)
+        while file.tell() < size and (chunk := packed.read(min(size - file.tell(), 1 << 20))):
+            file.write(chunk)
+        if file.tell() < size:
+            raise EOFError(f"{file.tell()} of {size} bytes")
+        if file.tell() > size or packed.read(1):  # at its end the stream's checksum is verified
+            raise OSError(f"it unpacks to more than the {size} bytes that its header says")
+    except BaseException:
+        file.close()
+        raise
     file.seek(0)
     return cast("IO[bytes]", file)
 
 
 def read_volume(path: Path) -> NDArray[Any]:
-    """Return the voxels of a NIfTI file, scaled as its header says. The checksum of a gzip file is verified."""
-    with open_volume(path) as nifti, naming(path):
-        return np.asanyarray(nifti.dataobj)
+    """The voxels of a NIfTI file, scaled as it says. Gzip is read to its end: the checksum is verified."""
+    with open_volume(path) as voxels, naming(path):
+        return np.asanyarray(voxels)
 
 
 # ----------------------------------------------------------------------------------------------- writing

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from calseg.volumes.datasets import IGNORE_INDEX, Dataset, LabelMap, Volume, load_case
+from calseg.files import InputFile, file_digest
+from calseg.volumes.datasets import IGNORE_INDEX, Case, Dataset, LabelMap, Volume, case_inputs, load_case
 from calseg.volumes.probabilities import read_soft_labels
 
 
@@ -69,9 +70,25 @@ class CaseCache:
     soft_labels: Mapping[str, Path] = field(default_factory=dict)
     _kept: OrderedDict[str, LoadedCase] = field(default_factory=OrderedDict)
     _bytes: int = 0
+    _inputs: dict[str, list[InputFile]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._cases = {case.name: case for case in self.dataset.cases}
+
+    def case(self, name: str) -> Case:
+        """The case of that name and its files."""
+        return self._cases[name]
+
+    def inputs(self, names: Sequence[str]) -> dict[str, list[InputFile]]:
+        """The files of the cases ``names`` by their content, for a run to remember; each file is read once."""
+        for name in names:
+            if name not in self._inputs:
+                self._inputs[name] = case_inputs(self._cases[name], self.dataset)
+                if name in self.soft_labels:
+                    path = self.soft_labels[name]
+                    self._inputs[f"soft label of {name}"] = [InputFile(path, path.name, file_digest(path))]
+        keys = (key for name in names for key in (name, f"soft label of {name}"))
+        return {key: self._inputs[key] for key in keys if key in self._inputs}
 
     def get(self, name: str) -> LoadedCase:
         """Return a case, which is read, checked and normalised if it is not in the cache."""

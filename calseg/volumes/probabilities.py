@@ -14,6 +14,7 @@ slowest spatial axis. If a file is wrong, a :class:`~calseg.volumes.nifti.DataEr
 
 from __future__ import annotations
 
+import math
 import re
 import zipfile
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ import numpy as np
 from nibabel.fileslice import fileslice
 from numpy.typing import NDArray
 
+from calseg.errors import listing
 from calseg.volumes.datasets import IGNORE_INDEX, LabelMap, Volume, check_label, read_class_names
 from calseg.volumes.nifti import (
     DataError,
@@ -173,9 +175,12 @@ def _read_header(path: Path) -> _Header:
 def _open_member(path: Path) -> Iterator[Any]:
     """Open the array of probabilities within a ``.npz`` file."""
     with zipfile.ZipFile(path) as archive:
-        if f"{KEY}.npy" not in archive.namelist():
-            keys = ", ".join(name.removesuffix(".npy") for name in archive.namelist()) or "nothing"
+        names = archive.namelist()
+        if f"{KEY}.npy" not in names:
+            keys = listing([name.removesuffix(".npy") for name in names]) or "nothing"
             raise DataError(f"{path}: has no key {KEY!r}, but {keys}")
+        if archive.getinfo(f"{KEY}.npy").compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise DataError(f"{path}: compressed in a way that NumPy does not write")  # and that unpacks without bounds
         with archive.open(f"{KEY}.npy") as member:
             yield member
 
@@ -183,8 +188,9 @@ def _open_member(path: Path) -> Iterator[Any]:
 def _read_npy_header(path: Path, member: Any) -> tuple[tuple[int, ...], str, np.dtype[Any]]:
     """Return shape, memory order and dtype of an array, and leave ``member`` at its first byte."""
     version = np.lib.format.read_magic(member)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, is_fortran, dtype = read(member)
+    if version != (1, 0):  # others are for types of another kind, and their headers for any length
+        raise DataError(f"{path}: {KEY!r} in version {version[0]}.{version[1]} of NumPy's format; 1.0 is wanted")
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(member)
     if dtype.kind != "f":
         raise DataError(f"{path}: {KEY!r} of type {dtype}; floating-point numbers are wanted")
     if len(shape) != 4:
@@ -222,7 +228,7 @@ def read_slabs(case: MapCase, classes: int, ignore_label: int | None, memory: in
         for start in range(0, depth, thickness):
             stop = min(start + thickness, depth)
             with naming(case.label):
-                voxels = np.asanyarray(truth.dataobj[:, :, start:stop]).T.reshape(stop - start, *truth.shape[1::-1])
+                voxels = np.asanyarray(truth[:, :, start:stop]).T.reshape(stop - start, *truth.shape[1::-1])
             label = check_label(voxels, case.label, classes, ignore_label)
             yield Slab(start, _as_float(read(start, stop), case.maps[0]), label)
 
@@ -238,7 +244,7 @@ def _open_nifti(maps: tuple[Path, ...], budget: int, stack: ExitStack) -> tuple[
         parts = []
         for path, volume in zip(maps, volumes, strict=True):
             with naming(path):
-                parts.append(np.asanyarray(volume.dataobj[:, :, start:stop]).T)
+                parts.append(np.asanyarray(volume[:, :, start:stop]).T)
         return parts[0] if len(parts) == 1 else np.stack(parts)
 
     return int(volumes[0].shape[2]), read
@@ -248,10 +254,7 @@ def _open_npz(path: Path, budget: int, stack: ExitStack) -> tuple[int, Read]:
     """Do as :func:`_open_nifti` for a ``.npz`` file."""
     with naming(path), _open_member(path) as member:
         shape, order, dtype = _read_npy_header(path, member)
-        file = stack.enter_context(unpack(member, budget))
-        size = file.seek(0, 2)
-    if size != dtype.itemsize * int(np.prod(shape)):
-        raise DataError(f"{path}: cannot be read; {size} bytes do not make an array of shape {shape}")
+        file = stack.enter_context(unpack(member, dtype.itemsize * math.prod(shape), budget))
 
     def read(start: int, stop: int) -> NDArray[Any]:
         with naming(path):

@@ -177,7 +177,8 @@ class GaussianBlock {
     T *mean = nullptr, *deviation = nullptr;  // [C][kLanes] the block of the tiles of mu and logvar, which set() changed
     T *grad_mu, *grad_logvar;                 // [C][kLanes] sums over samples
 
- private:
+    // ---- steps of a sum over samples, for losses with a sum of their own ----
+
     CALSEG_MEMBER int64_t C() const { return kClasses ? kClasses : C_; }
 
     // Draws the noise of the group of samples that begins with sample `first`. Returns the number of samples in the group.
@@ -226,6 +227,7 @@ class GaussianBlock {
         store(grad_logvar + c * kLanes, sums.logvar);
     }
 
+ private:
     // Draws the noise of K quads. `first` is the first quad of the group. `quad` counts from there.
     template <int K>
     CALSEG_MEMBER void make_noise(int64_t first, int64_t quad) {

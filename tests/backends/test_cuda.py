@@ -138,7 +138,7 @@ class OnHost:
         self.library = ctypes.CDLL(str(library))
         self.library.calibration_bins.restype = self.library.run_wrong_kernel.restype = ctypes.c_char_p
 
-    def cuda_calibration_bins(self, spec, scores, sums, totals, faults, device, stream):
+    def cuda_calibration_bins(self, scores, spec, sums, totals, faults, device, stream):
         call = call_of(spec, scores)
         problem = self.library.calibration_bins(
             ctypes.byref(call), ctypes.c_double(spec.tolerance),

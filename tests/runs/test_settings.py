@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields
 
 import pytest
 
+from calseg.errors import RunError
 from calseg.report import EvaluateConfig
-from calseg.runs import RunError
 from calseg.settings import FRACTION, at_least, check_settings, one_of, setting, whole
 from calseg.training.config import TrainConfig
 

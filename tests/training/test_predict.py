@@ -17,7 +17,7 @@ from interruption import stop_after  # noqa: E402
 
 from calseg.evaluate import EvaluateConfig, evaluate_folders  # noqa: E402
 from calseg.runs import CasesInterruptedError  # noqa: E402
-from calseg.training import TrainingError  # noqa: E402
+from calseg.training import TrainConfig, TrainingError, train  # noqa: E402
 from calseg.training.predict import predict_folder  # noqa: E402
 from calseg.volumes.nifti import DataError  # noqa: E402
 
@@ -66,11 +66,44 @@ def test_predict_resumes(trained: Path, tmp_path: Path) -> None:
     assert all((whole / name).read_bytes() == (part / name).read_bytes() for name in names)
 
 
+def test_predict_refuses_images_and_labels_that_changed(trained: Path, tmp_path: Path) -> None:
+    """Of a case that was predicted; the others are read as they are now."""
+    data, maps, options = tmp_path / "data", tmp_path / "maps", {"cases": "all"}
+    shutil.copytree(trained / "data", data)
+    with pytest.raises(CasesInterruptedError):
+        predict_folder(trained / "run", data, maps, progress=stop_after(2), **options)
+    before = {path.name: path.read_bytes() for path in maps.iterdir()}
+    for part in ("imagesTr", "labelsTr"):
+        path = data / part / "demo_001.nii.gz"
+        content = path.read_bytes()
+        image = nibabel.load(path)
+        nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj)[::-1], image.affine), path)
+        with pytest.raises(TrainingError, match=rf"cannot be resumed; \S*{part}.demo_001.nii.gz changed since$"):
+            predict_folder(trained / "run", data, maps, resume=True, **options)
+        assert {path.name: path.read_bytes() for path in maps.iterdir()} == before
+        path.write_bytes(content)
+    last = data / "imagesTr" / "demo_005.nii.gz"
+    image = nibabel.load(last)
+    nibabel.save(nibabel.Nifti1Image(image.get_fdata(dtype=np.float32)[::-1], image.affine), last)
+    predict_folder(trained / "run", data, maps, resume=True, **options)
+    assert {name: (maps / name).read_bytes() for name in before if name != "calseg.json"}.items() <= before.items()
+
+
+def test_predict_refuses_a_network_that_changed(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    with pytest.raises(CasesInterruptedError):
+        predict_folder(run, trained / "data", tmp_path / "maps", progress=stop_after(1))
+    train(trained / "data", run, TrainConfig(iterations=2, patch_size=(16, 16, 8), val_fraction=0.5), overwrite=True)
+    with pytest.raises(TrainingError, match="cannot be resumed on other data: the network in RUN changed since"):
+        predict_folder(run, trained / "data", tmp_path / "maps", resume=True)
+
+
 def test_predict_errors(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="cases must be one of validation, training, all; got 'some'"):
         predict_folder(trained / "run", trained / "data", tmp_path / "out", cases="some")
     with pytest.raises(TrainingError, match=r"checkpoint.pt: not found"):
-        predict_folder(tmp_path, trained / "data", tmp_path / "out")
+        predict_folder(trained, trained / "data", tmp_path / "out")
     other = tmp_path / "data"
     shutil.copytree(trained / "data", other)
     meta = json.loads((other / "dataset.json").read_text())

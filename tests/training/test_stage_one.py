@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import torch
 from test_nets import batch
 
-from calseg.runs import CasesInterruptedError, RunInterruptedError, read_json
+from calseg.files import read_json
+from calseg.runs import CasesInterruptedError, RunInterruptedError
 from calseg.simulation import DemoConfig, make_dataset
 from calseg.training import TrainConfig, TrainingError, loop, stage_one, train
 from calseg.training.checkpoint import load_checkpoint
@@ -248,6 +251,71 @@ def test_networks_serve_other_estimates(data: Path, run: Path, tmp_path: Path) -
         stage_one.estimate(data, tmp_path / "b", TINY, names=names, networks=data)
 
 
+def test_networks_of_other_files_or_unfinished_ones_do_not_serve(data: Path, run: Path, tmp_path: Path) -> None:
+    """And nothing is written into the folder of the other run."""
+    names = read_json(run / "split.json")["training"]
+    other, part = tmp_path / "other", tmp_path / "part"
+    shutil.copytree(data, other)
+    image = nibabel.load(other / "imagesTr" / f"{names[0]}.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(image.get_fdata(dtype=np.float32)[::-1], image.affine), image.get_filename())
+    message = rf"its networks do not serve; \S*imagesTr.{names[0]}.nii.gz changed since their training"
+    with pytest.raises(TrainingError, match=message):
+        stage_one.estimate(other, tmp_path / "a", TINY, names=names, networks=run)
+
+    def stop(stage: str, done: int, total: int, loss: float | None) -> None:
+        if (stage, done) == ("fold 2/2", 2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(RunInterruptedError):
+        stage_one.estimate(data, part, TINY, names=names, progress=stop)
+    before = {path: path.read_bytes() for path in part.rglob("*") if path.is_file()}
+    with pytest.raises(TrainingError, match=r"fold_1.checkpoint.pt: its training has not ended \(iteration 2 of 4\)"):
+        stage_one.estimate(data, tmp_path / "b", TINY, names=names, networks=part)
+    assert {path: path.read_bytes() for path in part.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / "b").exists()
+
+
+def test_resume_refuses_soft_labels_that_changed(data: Path, run: Path, tmp_path: Path) -> None:
+    maps = tmp_path / "maps"
+    shutil.copytree(run / "soft_labels", maps)
+
+    def stop(stage: str, done: int, total: int, loss: float | None) -> None:
+        if (stage, done) == ("train", 2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(RunInterruptedError):
+        train(data, tmp_path / "run", TINY, soft_labels=maps, progress=stop)
+    changed = sorted(maps.iterdir())[1]
+    image = nibabel.load(changed)
+    flipped = nibabel.Nifti1Image(np.asarray(image.dataobj.get_unscaled())[::-1], image.affine)
+    flipped.header.set_slope_inter(1 / 65535, 0)
+    nibabel.save(flipped, changed)
+    with pytest.raises(TrainingError, match=rf"cannot be resumed; \S*maps.{changed.name} changed since$"):
+        train(data, tmp_path / "run", TINY, soft_labels=maps, resume=True)
+
+
+def test_soft_labels_that_a_user_added_stay(data: Path, tmp_path: Path) -> None:
+    settings = replace(TINY, iterations=1, folds=1, num_samples=1)
+    stage_one.estimate(data, tmp_path, settings, names=["demo_000", "demo_001"])
+    added = ("soft_labels/mine.nii.gz", "stage1/fold_0/mine.json", "stage1/fold_9/checkpoint.pt", "checkpoint.pt")
+    for name in added:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    stage_one.estimate(data, tmp_path, settings, names=["demo_002"], overwrite=True)
+    assert [(tmp_path / name).read_text() for name in added] == ["mine"] * 4
+    assert sorted(path.name for path in (tmp_path / "soft_labels").iterdir()) == ["demo_002.nii.gz", "mine.nii.gz"]
+    with pytest.raises(TrainingError, match=r"holds a run of calseg soft-labels; give another --out"):
+        train(data, tmp_path, TINY, overwrite=True)
+
+
+def test_cases_that_the_data_lack_are_named(data: Path, tmp_path: Path) -> None:
+    for names in (["demo_000", "nobody"], []):
+        with pytest.raises(TrainingError, match=rf"names must be cases of .*; got {'nobody' if names else 'none'}"):
+            stage_one.estimate(data, tmp_path / "a", TINY, names=names)
+    assert not (tmp_path / "a").exists()
+
+
 def test_temperature_is_fitted_to_cases_that_were_not_seen(data: Path, run: Path, tmp_path: Path) -> None:
     names = read_json(run / "split.json")["training"]
     settings = replace(TINY, alpha=1.0, temperature=None)
@@ -281,7 +349,7 @@ def test_soft_labels_from_elsewhere(data: Path, run: Path, tmp_path: Path) -> No
     with pytest.raises(TrainingError, match="soft labels go with the method calseg"):
         train(data, tmp_path / "b", replace(TINY, method="svls"), soft_labels=run / "soft_labels")
     with pytest.raises(DataError, match=r"demo_00\d.nii.gz: not found"):
-        train(data, tmp_path / "c", TINY, soft_labels=tmp_path)
+        train(data, tmp_path / "c", TINY, soft_labels=run)
 
 
 def test_runs_are_guarded(data: Path, run: Path, tmp_path: Path) -> None:

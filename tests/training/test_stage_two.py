@@ -5,18 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import torch
 from boxes import TINY, assert_same, config, stop_after
 
 from calseg.methods import METHODS
-from calseg.runs import RunInterruptedError
+from calseg.runs import STATE, RunInterruptedError
 from calseg.training import TrainingError, train
-from calseg.training.checkpoint import RUN_FILES, load_checkpoint
+from calseg.training.checkpoint import RUN_FILES, load_checkpoint, sealed
 from calseg.volumes.nifti import DataError
 
 # ------------------------------------------------------------------------------------------ whole runs
@@ -43,7 +46,7 @@ def test_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(data: Path, tmp_
     stored = json.loads((broken / "metrics.json").read_text())
     assert_same(stored, json.loads(json.dumps(resumed)))
     assert stored["seconds"]["train"] > 0
-    assert sorted(path.name for path in broken.iterdir()) == sorted(RUN_FILES)
+    assert sorted(path.name for path in broken.iterdir()) == sorted((*RUN_FILES, STATE))
 
 
 def test_crash_between_checkpoints_repeats_from_the_last(data: Path, tmp_path: Path) -> None:
@@ -93,35 +96,134 @@ def test_folder_in_use_is_refused_and_foreign_files_survive(data: Path, tmp_path
     run.mkdir()
     (run / "notes.txt").write_text("mine")
     settings = config(iterations=1)
-    with pytest.raises(TrainingError, match=r"run: not empty; give --resume .* or --overwrite"):
+    with pytest.raises(TrainingError, match=r"run: not empty and without a run; give another --out, or --overwrite"):
         train(data, run, settings)
-    with pytest.raises(TrainingError, match=r"checkpoint.pt: not found; there is no run to resume"):
+    with pytest.raises(TrainingError, match=r"calseg.json: not found; there is no run to resume"):
         train(data, run, settings, resume=True)
     with pytest.raises(TrainingError, match="exclude each other"):
         train(data, run, settings, resume=True, overwrite=True)
-    (run / "metrics.json").write_text("old")
+    (run / "metrics.json").write_text("mine")
+    with pytest.raises(TrainingError, match=r"metrics.json: was not written by this run, and is not replaced"):
+        train(data, run, settings, overwrite=True)
+    assert (run / "metrics.json").read_text() == "mine"
+    (run / "metrics.json").unlink()
     train(data, run, settings, overwrite=True)
+    with pytest.raises(TrainingError, match=r"run: not empty; give --resume .* or --overwrite"):
+        train(data, run, settings)
+    train(data, run, config(iterations=2), overwrite=True)
     assert (run / "notes.txt").read_text() == "mine"
-    assert json.loads((run / "metrics.json").read_text())["iterations"] == 1
+    assert json.loads((run / "metrics.json").read_text())["iterations"] == 2
     with pytest.raises(TrainingError, match=r"notes.txt: exists and is not a folder"):
         train(data, run / "notes.txt", settings)
 
 
 def test_resume_refuses_what_differs(data: Path, tmp_path: Path) -> None:
     train(data, tmp_path, config(iterations=1))
-    with pytest.raises(TrainingError, match=r"checkpoint.pt: .*other settings: iterations is 2 but was 1; alpha is"):
+    with pytest.raises(TrainingError, match=r"resumed with other settings: iterations is 2 but was 1; alpha is"):
         train(data, tmp_path, config(iterations=2, alpha=0.5), resume=True)
     checkpoint = tmp_path / "checkpoint.pt"
     content = load_checkpoint(checkpoint)
     for changes, message in (
         ({"classes": ["background", "other"]}, "the classes of DATA changed"),
-        ({"split": {}}, "the split of DATA changed"),
-        ({"format": 1}, "checkpoint format 1, but this version reads 2"),
+        ({"split": {"training": [], "validation": []}}, "the split of DATA changed"),
+        ({"format": 1}, "checkpoint format 1, but this version reads 3"),
         ({"model": {}}, "does not fit this version"),
     ):
-        torch.save({**content, **changes}, checkpoint)
+        checkpoint.write_bytes(sealed({**content, **changes}))
         with pytest.raises(TrainingError, match=rf"checkpoint.pt: .*{message}"):
             train(data, tmp_path, config(iterations=1), resume=True)
+
+
+def copied(data: Path, folder: Path) -> Path:
+    """The data set in files that may be changed."""
+    shutil.copytree(data, folder)
+    return folder
+
+
+def other_label(folder: Path) -> None:
+    for number in (1, 4):
+        path = folder / "labelsTr" / f"box_{number}.nii.gz"
+        image = nibabel.load(path)
+        nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj)[::-1], image.affine), path)
+
+
+def other_image(folder: Path) -> None:
+    path = folder / "imagesTr" / "box_3.nii.gz"
+    image = nibabel.load(path)
+    status = path.stat()
+    nibabel.save(nibabel.Nifti1Image(image.get_fdata(dtype=np.float32)[::-1], image.affine), path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # the time alone says nothing
+
+
+def other_ignore_label(folder: Path) -> None:
+    content = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps({**content, "labels": {**content["labels"], "4": "ignore"}}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (other_image, r"cannot be resumed; \S*imagesTr.box_3.nii.gz changed since$"),
+        (other_label, r"cannot be resumed; \S*labelsTr.box_\d.nii.gz, \S*labelsTr.box_\d.nii.gz changed since$"),
+        (other_ignore_label, "cannot be resumed on other data: the ignore label of DATA changed since$"),
+    ],
+)
+def test_resume_refuses_files_that_changed(data: Path, tmp_path: Path, change: Any, message: str) -> None:
+    folder, run = copied(data, tmp_path / "data"), tmp_path / "run"
+    with pytest.raises(RunInterruptedError):
+        train(folder, run, TINY, progress=stop_after(2))
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    change(folder)
+    with pytest.raises(TrainingError, match=message):
+        train(folder, run, TINY, resume=True)
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_resume_takes_data_that_moved(data: Path, tmp_path: Path) -> None:
+    """A cluster copies the data to another place for every job, and their times are new ones."""
+    with pytest.raises(RunInterruptedError):
+        train(copied(data, tmp_path / "first"), tmp_path / "run", TINY, progress=stop_after(2))
+    second = copied(tmp_path / "first", tmp_path / "second")
+    shutil.rmtree(tmp_path / "first")
+    for path in second.rglob("*.nii.gz"):
+        os.utime(path)
+    assert_same(train(second, tmp_path / "run", TINY, resume=True), train(data, tmp_path / "whole", TINY))
+
+
+def test_results_do_not_go_where_inputs_are(data: Path, tmp_path: Path) -> None:
+    folder = copied(data, tmp_path / "data")
+    before = {path: path.read_bytes() for path in folder.rglob("*.nii.gz")}
+    (tmp_path / "link").symlink_to(folder)
+    for out, relation in (
+        (folder, "is"),
+        (folder / "imagesTr", "lies in"),
+        (tmp_path / "link" / "labelsTr", "lies in"),
+        (tmp_path, "contains"),
+    ):
+        with pytest.raises(TrainingError, match=f"the folder of the results {relation} the input"):
+            train(folder, out, TINY, overwrite=True)
+    assert {path: path.read_bytes() for path in folder.rglob("*.nii.gz")} == before
+
+
+def test_a_run_that_stopped_before_its_first_checkpoint_starts_again(data: Path, tmp_path: Path) -> None:
+    def stop(stage: str, done: int, total: int, loss: float | None) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(data, tmp_path / "run", TINY, progress=stop)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    with pytest.raises(TrainingError, match="give --resume to continue the run in it"):
+        train(data, tmp_path / "run", TINY)
+    assert_same(train(data, tmp_path / "run", TINY, resume=True), train(data, tmp_path / "whole", TINY))
+
+
+def test_a_second_run_in_the_folder_is_refused(data: Path, tmp_path: Path) -> None:
+    def second(stage: str, done: int, total: int, loss: float | None) -> None:
+        if (stage, done) == ("train", 2):
+            with pytest.raises(TrainingError, match=rf"process {os.getpid()} on \S+ is at work in this folder"):
+                train(data, tmp_path, TINY, resume=True)
+
+    train(data, tmp_path, TINY, progress=second)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "foreign"])

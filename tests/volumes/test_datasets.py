@@ -232,6 +232,50 @@ def test_fully_ignored_label_map(tmp_path: Path) -> None:
         load_first(tmp_path)
 
 
+# ------------------------------------------------------------------------------------------ case names
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("../../x", "holds a slash|begins with a dot"),
+        ("/tmp/x", "holds a slash"),
+        ("a/b", "holds a slash"),
+        ("a\\b", "holds a slash, a backslash"),
+        ("C:\\x", "backslash"),
+        ("", "is empty"),
+        (".", "begins with a dot"),
+        ("..", "begins with a dot"),
+        (".hidden", "begins with a dot"),
+        ("a\0b", "control character"),
+        ("a\nb", "control character"),
+        ("\ud800", "is no text"),
+        ("x" * 249, "is longer than 248 bytes"),
+        ("é" * 125, "is longer than 248 bytes"),
+    ],
+)
+def test_names_that_would_lead_elsewhere_are_refused(tmp_path: Path, name: str, fault: str) -> None:
+    make_nnunet(tmp_path, {"background": 0, "a": 1}, np.ones((4, 4, 4), np.uint8))
+    entry = {"images": ["imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz"], "label": "labelsTr/a.nii.gz"}
+    edit_json(tmp_path, dataset={"good": entry, name: entry})
+    with pytest.raises(
+        DataError, match=rf"dataset.json: the case name .* cannot name a file: it .*({fault})"
+    ) as caught:
+        find_cases(tmp_path)
+    assert len(str(caught.value)) < 400
+    edit_json(tmp_path, dataset={"x" * 248: entry, "é" * 124: entry, "a b=ü[1]": entry})
+    assert [len(case.name) for case in find_cases(tmp_path).cases] == [8, 248, 124]
+
+
+@pytest.mark.parametrize("file", ["..nii.gz", "...nii.gz", "a\\b.nii.gz", ".nii.gz"])
+def test_names_of_files_are_held_to_the_same(tmp_path: Path, file: str) -> None:
+    """In the Decathlon's layout a case is named after its label map."""
+    make_msd(tmp_path, 1, training=[{"image": "imagesTr/case_0.nii.gz", "label": f"labelsTr/{file}"}])
+    (tmp_path / "labelsTr/case_0.nii.gz").rename(tmp_path / "labelsTr" / file)
+    with pytest.raises(DataError, match=r"dataset.json: the case name .* cannot name a file"):
+        find_cases(tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------ split
 
 
