@@ -19,7 +19,8 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-// Base of an operation whose tiles, those of kTensors tensors, fill half of the first cache. A chunk has about kLogits logits.
+// Base of the class of an operation, which gives it Args and a tiling: the tiles of kTensors tensors fill half of the first
+// cache, and a chunk has about kLogits logits.
 template <class ArgsOfCall, int kTensors, int kLogits>
 struct TiledForFirstCache {
     using Args = ArgsOfCall;
