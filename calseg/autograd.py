@@ -173,7 +173,7 @@ class Loss(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, made: tuple[Tensor, str, list[Tensor | None], list[int]] | None,
+        ctx: Any, made: tuple[Tensor, str, list[Tensor | None], list[int] | None] | None,
         call: tuple[str, LossSpec, bool, bool], *given: Tensor | None,
     ) -> Tensor:  # fmt: skip
         if made is not None:
@@ -216,7 +216,7 @@ def _gradients_made(ctx: Any, grad_output: Tensor) -> Sequence[Tensor | None]:
             "time."
         )
     _, backend, gradients, versions = ctx.made
-    if versions and versions != _versions(ctx.inputs):
+    if versions is not None and versions != _versions(ctx.inputs):
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace operation: "
             "soft labels, mu or logvar of the loss"
@@ -272,7 +272,8 @@ def loss(
     else:
         gradients = [None if t is None or not t.requires_grad else native.empty_like(t) for t in given]
         value = engine(backend).loss(spec, tensors, LossTensors(*gradients))
-        value = _attach_loss((value, backend, gradients, _versions(given)), None, *given)
+        versions = None if only_logits else _versions(given)
+        value = _attach_loss((value, backend, gradients, versions), None, *given)
     return value
 
 

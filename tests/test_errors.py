@@ -59,6 +59,7 @@ WITH_LABELS = (vls, sampled, elbo, sample, accumulate, ace)
 SAMPLING = (sampled, elbo, sample)
 LOSSES = (vls, sampled, soft, elbo, kl, ace)
 CASES = [
+    *each((vls, elbo, sample, accumulate), ValueError, "ignore_index: got .*, wanted an integer of 64 bits", ignore_index=7 - 2**64),
     # scores
     *each((vls, sampled, soft, ace), TypeError, r"input: got \[\[1.0\]\] \(list\), wanted a tensor", input=[[1.0]]),
     *each((vls, soft, ace), TypeError, r"input: got a int64 tensor of shape \[2, 3\] on cpu, wanted float32", input=torch.ones(2, 3).long()),
