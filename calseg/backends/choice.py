@@ -39,19 +39,19 @@ _num_dispatch_modes = torch._C._len_torch_dispatch_stack
 _jit_tracing_state = torch._C._get_tracing_state
 
 
-def _in_transform() -> bool:
-    return _functorch_level() is not None or forward_ad._current_level >= 0 or _jit_tracing_state() is not None
-
-
 def is_transformed() -> bool:
     """Return whether the call is inside torch.func.grad, vmap and the like, forward mode or torch.jit.trace."""
     # Exclude Dynamo, which handles transforms itself and always sees an interpreter stack here.
-    return not _is_compiling() and _in_transform()
+    return not _is_compiling() and (
+        _functorch_level() is not None or forward_ad._current_level >= 0 or _jit_tracing_state() is not None
+    )
 
 
 def is_plain() -> bool:
     """Return whether the call is plain eager PyTorch, without compiler, transform or dispatch mode."""
-    return not (_is_compiling() or _num_dispatch_modes() or _in_transform())
+    if _is_compiling() or _num_dispatch_modes() or _functorch_level() is not None:
+        return False
+    return forward_ad._current_level < 0 and _jit_tracing_state() is None
 
 
 def is_traced(*tensors: Tensor | None) -> bool:
