@@ -143,6 +143,7 @@ def _locked(folder: Path) -> Iterator[None]:
                 break
             os.close(descriptor)  # the process that held the lock has just removed this file
         os.ftruncate(descriptor, 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
         os.write(descriptor, f"{LOCK_START}process {os.getpid()} on {platform.node()}".encode())
     try:
         yield

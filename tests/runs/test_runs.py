@@ -396,6 +396,18 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     assert content(tmp_path) == {STATE}
 
 
+def test_a_lock_that_a_killed_process_left_is_taken_over_whole(tmp_path: Path) -> None:
+    """The text of the old lock leaves nothing behind, so that the next process knows the file as a lock again."""
+    lock = tmp_path / ".calseg.lock"
+    lock.write_text("calseg: process 1 on a host with a long name that stands beyond the new text of the lock")
+    for _ in range(2):
+        with _locked(tmp_path):
+            text = lock.read_text()
+            assert text.startswith(f"calseg: process {os.getpid()} on ")
+            assert "\0" not in text
+        lock.write_text(text)
+
+
 def test_a_foreign_file_with_the_locks_name_is_left(tmp_path: Path) -> None:
     (tmp_path / ".calseg.lock").write_text("theirs")
     refused(folder(tmp_path), r"calseg.lock: is no lock of calseg", {})
