@@ -68,39 +68,39 @@ def kl_gradients(gaussian, mu, sigma, up):
 
 @triton.jit
 def noise(k, start, voxel, k0, k1, C: tl.constexpr, tile: tl.constexpr):
-    """Return normals ``[P, BLOCK_C, TILE]`` for P samples from k on, and for BLOCK_C classes from ``start`` on.
+    """Return normals ``[P, BLOCK_C, TILE]`` for P pairs of samples, and for BLOCK_C classes from ``start`` on.
 
-    P is 4 / C if C <= 2, else 1.
+    The first pair has samples k and k + 1, whose noise is plus and minus the normals. P is 4 / C if C <= 2, else 1.
     """
     BLOCK_C: tl.constexpr = tile.BLOCK_C
     TILE: tl.constexpr = tile.TILE
     if C <= 2:
-        z = normals(k0, k1, voxel, tl.arange(0, 1) + k // (4 // C), True)
+        z = normals(k0, k1, voxel, tl.arange(0, 1) + k // 2 // (4 // C), True)
         z = tl.reshape(z, [4 // C, C, TILE])
     else:
-        quad = k * ((C + 3) // 4) + start // 4 + tl.arange(0, BLOCK_C // 4)
+        quad = k // 2 * ((C + 3) // 4) + start // 4 + tl.arange(0, BLOCK_C // 4)
         z = normals(k0, k1, voxel, quad, tile.LANE_MAJOR)[None, :, :]
     return z
 
 
 @triton.jit
 def samples_at_once(C: tl.constexpr):
-    """Return P, the number of samples for which :func:`noise` draws at once."""
-    return 4 // C if C <= 2 else 1
+    """Return 2 P, the number of samples for which :func:`noise` draws at once."""
+    return 2 * (4 // C) if C <= 2 else 2
 
 
 @triton.jit
 def exists(k, num_samples, C: tl.constexpr):
-    """Return which of the P samples from k on exist, ``[P, 1, 1]``."""
+    """Return which of sample k and the P - 1 at distances of 2 from it exist, ``[P, 1, 1]``."""
     P: tl.constexpr = 4 // C if C <= 2 else 1
-    return (k + tl.arange(0, P) < num_samples)[:, None, None]
+    return (k + 2 * tl.arange(0, P) < num_samples)[:, None, None]
 
 
 # ---- the softmax of a sample, over all classes or over a block of them ----
 
 
 class Statistics(NamedTuple):
-    """Sums over all classes, float32 ``[3 + 3 * num_samples, voxels]``, for kernels that take classes in blocks.
+    """Sums over all classes, float32 ``[rows, voxels]``, for kernels that take classes in blocks.
 
     :func:`calseg.kernels.sample_statistics.sample_statistics` describes the rows.
     """

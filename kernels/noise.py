@@ -4,7 +4,7 @@ calseg/backends/rng.py defines the numbers. The random words are the same on all
 few ulp.
 
 One call of Philox makes the four words of one quad for one voxel. They become the normals of four classes of one
-sample, or of 4 / C samples if there are C <= 2 classes. Values that depend on the voxel alone keep the shape
+pair of samples, or of 4 / C pairs if there are C <= 2 classes. Values that depend on the voxel alone keep the shape
 ``[1, TILE]`` as long as possible, and values that depend on the quad alone ``[Q, 1]``. So the compiler can move them
 out of the loop over samples. A quad then costs 11 products instead of 14.
 """

@@ -46,14 +46,16 @@ def _sampled_block(
     voxel = n * S + first + tl.arange(0, tile.TILE)
     for k in range(0, num_samples, samples_at_once(C)):
         z = noise(k, start, voxel, k0, k1, C, tile)
-        _, e, total = softmax_of_sample(mean, deviation, z, c, k, statistics, voxel, inside, C)
-        s = e * tl.where(exists(k, num_samples, C), reciprocal(total)[:, None, :], 0.0)
-        if BACKWARD:
-            g = slope(a, s, k, statistics, voxel, inside)
-            to_mu = tl.where(valid, to_mu + tl.sum(g, 0), 0.0)
-            to_logvar = tl.where(valid, to_logvar + tl.sum(g * z, 0), 0.0)
-        else:
-            estimate = tl.where(valid, estimate + tl.sum(s, 0), 0.0)
+        for half in tl.static_range(2):
+            _, e, total = softmax_of_sample(mean, deviation, z, c, k + half, statistics, voxel, inside, C)
+            s = e * tl.where(exists(k + half, num_samples, C), reciprocal(total)[:, None, :], 0.0)
+            if BACKWARD:
+                g = slope(a, s, k + half, statistics, voxel, inside)
+                to_mu = tl.where(valid, to_mu + tl.sum(g, 0), 0.0)
+                to_logvar = tl.where(valid, to_logvar + tl.sum(g * z, 0), 0.0)
+            else:
+                estimate = tl.where(valid, estimate + tl.sum(s, 0), 0.0)
+            z = -z
     if BACKWARD:
         scale = alpha * per_temperature / num_samples
         to_logvar *= (0.5 * scale * gaussian.temperature) * deviation

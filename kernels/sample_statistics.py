@@ -1,6 +1,6 @@
 """Sums over all classes, for kernels that draw samples and take the classes in blocks.
 
-The sums are ``3 + 3 * num_samples`` floats per voxel, which is little memory compared with hundreds of classes.
+The sums are about ``3 + 3 * num_samples`` floats per voxel, which is little memory compared with hundreds of classes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def sample_statistics(
     classes of the weighted soft labels.
 
     Sample k has rows 3 + 3 k to 5 + 3 k: the maximum of nu, ``sum exp(nu - max)``, and the dot product of the softmax
-    of nu with ``w log p`` if logits are given, else with ``grad_output``.
+    of nu with ``w log p`` if logits are given, else with ``grad_output``. With an odd ``num_samples``, the sample after
+    the last one has rows too.
     """
     BLOCK_C: tl.constexpr = tile.BLOCK_C
     n, first, inside = locate(tl.program_id(0), S, tile)
@@ -73,30 +74,32 @@ def sample_statistics(
     per_temperature = 1.0 / gaussian.temperature
     k0, k1 = load_seed(seed, gaussian.seed)
     estimated = zero  # sum_k sum_c w s
-    for k in range(num_samples):
-        sample_top, sample_total, dot, weighted = lowest, zero, zero, zero
-        for start in range(0, C, BLOCK_C):
-            c = classes(start, tile)
-            mean = load(mu, n, first, inside, counted, c, C, tile) * per_temperature
-            deviation = exp_any(load(logvar, n, first, inside, counted, c, C, tile) * 0.5) * per_temperature
-            z = tl.reshape(noise(k, start, voxel, k0, k1, C, tile), [BLOCK_C, tile.TILE])
-            nu = mean + deviation * z
-            before = sample_top
-            sample_top, sample_total = online_top_and_sum(sample_top, sample_total, nu, c, 1.0, C)
-            shrink = exp_of(before - sample_top)
-            e = tl.where((c < C)[:, None], exp_of(nu - sample_top[None, :]), 0.0)
-            w = class_weights(weight, c, C)[:, None]
-            weighted = weighted * shrink + tl.sum(w * e, 0)
-            if logits is not None:
-                x = load(logits, n, first, inside, counted, c, C, tile)
-                log_p = (x - top[None, :]) - log_total[None, :]
-                dot = dot * shrink + tl.sum(w * tl.where(log_p < LOWEST, LOWEST, log_p) * e, 0)
-            elif grad_output is not None:
-                dot = dot * shrink + tl.sum(load(grad_output, n, first, inside, counted, c, C, tile) * e, 0)
-        _store_row(statistics, 3 + 3 * k, voxel, inside, sample_top)
-        _store_row(statistics, 4 + 3 * k, voxel, inside, sample_total)
-        _store_row(statistics, 5 + 3 * k, voxel, inside, dot / sample_total)
-        estimated += weighted / sample_total
+    for pair in range(0, num_samples, 2):
+        for half in tl.static_range(2):
+            k = pair + half
+            sample_top, sample_total, dot, weighted = lowest, zero, zero, zero
+            for start in range(0, C, BLOCK_C):
+                c = classes(start, tile)
+                mean = load(mu, n, first, inside, counted, c, C, tile) * per_temperature
+                deviation = exp_any(load(logvar, n, first, inside, counted, c, C, tile) * 0.5) * per_temperature
+                z = tl.reshape(noise(pair, start, voxel, k0, k1, C, tile), [BLOCK_C, tile.TILE])
+                nu = mean + deviation * z if half == 0 else mean - deviation * z
+                before = sample_top
+                sample_top, sample_total = online_top_and_sum(sample_top, sample_total, nu, c, 1.0, C)
+                shrink = exp_of(before - sample_top)
+                e = tl.where((c < C)[:, None], exp_of(nu - sample_top[None, :]), 0.0)
+                w = class_weights(weight, c, C)[:, None]
+                weighted = weighted * shrink + tl.sum(w * e, 0)
+                if logits is not None:
+                    x = load(logits, n, first, inside, counted, c, C, tile)
+                    log_p = (x - top[None, :]) - log_total[None, :]
+                    dot = dot * shrink + tl.sum(w * tl.where(log_p < LOWEST, LOWEST, log_p) * e, 0)
+                elif grad_output is not None:
+                    dot = dot * shrink + tl.sum(load(grad_output, n, first, inside, counted, c, C, tile) * e, 0)
+            _store_row(statistics, 3 + 3 * k, voxel, inside, sample_top)
+            _store_row(statistics, 4 + 3 * k, voxel, inside, sample_total)
+            _store_row(statistics, 5 + 3 * k, voxel, inside, dot / sample_total)
+            estimated += tl.where(k < num_samples, weighted / sample_total, 0.0)
 
     if logits is not None:
         on_label = 1.0 if weight is None else label_weights(weight, label, C)
@@ -123,7 +126,7 @@ def launch_sample_statistics(
     if call.C <= call.tile.BLOCK_C:
         return None
     voxels, (_, _, num_samples) = call.geometry.N * call.S, sampling
-    rows = torch.empty((3 + 3 * num_samples, voxels), dtype=torch.float32, device=call.like.device)
+    rows = torch.empty((3 + 3 * (num_samples + num_samples % 2), voxels), dtype=torch.float32, device=call.like.device)
     statistics = Statistics(rows, voxels)
     call.launch(
         sample_statistics, logits, mu, logvar, grad_output, *sampling, labels, weight, statistics, call.S,

@@ -70,13 +70,15 @@ def _block(
         a = log_p if weight is None else w * log_p
         for k in range(0, num_samples, samples_at_once(C)):
             z = noise(k, start, voxel, k0, k1, C, tile)
-            _, e, sum_e = softmax_of_sample(mean, deviation, z, c, k, statistics, voxel, inside, C)
-            s = e * tl.where(exists(k, num_samples, C), reciprocal(sum_e)[:, None, :], 0.0)
-            estimate = tl.where(valid, estimate + tl.sum(s, 0), 0.0)
-            if GRADIENT:
-                g = slope(a, s, k, statistics, voxel, inside)
-                to_mu = tl.where(valid, to_mu + tl.sum(g, 0), 0.0)
-                to_logvar = tl.where(valid, to_logvar + tl.sum(g * z, 0), 0.0)
+            for half in tl.static_range(2):
+                _, e, sum_e = softmax_of_sample(mean, deviation, z, c, k + half, statistics, voxel, inside, C)
+                s = e * tl.where(exists(k + half, num_samples, C), reciprocal(sum_e)[:, None, :], 0.0)
+                estimate = tl.where(valid, estimate + tl.sum(s, 0), 0.0)
+                if GRADIENT:
+                    g = slope(a, s, k + half, statistics, voxel, inside)
+                    to_mu = tl.where(valid, to_mu + tl.sum(g, 0), 0.0)
+                    to_logvar = tl.where(valid, to_logvar + tl.sum(g * z, 0), 0.0)
+                z = -z
         log_p = tl.where(log_p == LOWEST, -INF, log_p)
 
     # Load the upstream gradient only now, so that it takes no registers in the loop.

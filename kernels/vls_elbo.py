@@ -60,17 +60,19 @@ def _block(
     voxel = n * S + first + tl.arange(0, tile.TILE)
     for k in range(0, num_samples, samples_at_once(C)):
         z = noise(k, start, voxel, k0, k1, C, tile)
-        top, e, total = softmax_of_sample(mean, sigma, z, c, k, statistics, voxel, inside, C)
-        there = exists(k, num_samples, C)
-        label_z = tl.sum(tl.where(hit[None, :, :], z, 0.0), 1)
-        label_d = (label_mean[None, :] + label_sigma[None, :] * label_z) - top
-        terms = tl.where(start == 0, tl.log(total), 0.0) - tl.where(here[None, :], label_d, 0.0)
-        value += tl.reshape(tl.sum(tl.where(there, terms[:, None, :], 0.0), 0), [tile.TILE])
-        if GRADIENT:
-            s = e * tl.where(there, reciprocal(total)[:, None, :], 0.0)
-            to_mu = tl.where(valid, to_mu + tl.sum(s, 0), 0.0)
-            to_logvar = tl.where(valid, to_logvar + tl.sum(s * z, 0), 0.0)
-            label_noise += tl.reshape(tl.sum(tl.where(there, label_z[:, None, :], 0.0), 0), [tile.TILE])
+        for half in tl.static_range(2):
+            top, e, total = softmax_of_sample(mean, sigma, z, c, k + half, statistics, voxel, inside, C)
+            there = exists(k + half, num_samples, C)
+            label_z = tl.sum(tl.where(hit[None, :, :], z, 0.0), 1)
+            label_d = (label_mean[None, :] + label_sigma[None, :] * label_z) - top
+            terms = tl.where(start == 0, tl.log(total), 0.0) - tl.where(here[None, :], label_d, 0.0)
+            value += tl.reshape(tl.sum(tl.where(there, terms[:, None, :], 0.0), 0), [tile.TILE])
+            if GRADIENT:
+                s = e * tl.where(there, reciprocal(total)[:, None, :], 0.0)
+                to_mu = tl.where(valid, to_mu + tl.sum(s, 0), 0.0)
+                to_logvar = tl.where(valid, to_logvar + tl.sum(s * z, 0), 0.0)
+                label_noise += tl.reshape(tl.sum(tl.where(there, label_z[:, None, :], 0.0), 0), [tile.TILE])
+            z = -z
     to_mu -= tl.where(hit, 1.0, 0.0) * num_samples
     to_logvar -= tl.where(hit, label_noise[None, :], 0.0)
 

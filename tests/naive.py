@@ -28,12 +28,13 @@ def philox(counter: Sequence[int], key: Sequence[int], rounds: int = 7) -> tuple
 def normal(seed: int, v: int, c: int, k: int, C: int) -> float:
     """Return the noise ``eps(seed, v, c, k)``."""
     Cp = C if C <= 2 else (C + 3) // 4 * 4
-    q, lane = divmod(k * Cp + c, 4)
+    pair, sign = k // 2, -1 if k % 2 else 1
+    q, lane = divmod(pair * Cp + c, 4)
     seed %= 2**64
     r = philox((v % 2**32, v // 2**32, q, 0), (seed % 2**32, seed // 2**32))
     a, b = (r[0], r[1]) if lane < 2 else (r[2], r[3])
     u1, u2 = ((a >> 8) + 0.5) * 2**-24, (b >> 8) * 2**-24
-    return math.sqrt(-2 * math.log(u1)) * (math.sin if lane % 2 else math.cos)(2 * math.pi * u2)
+    return sign * math.sqrt(-2 * math.log(u1)) * (math.sin if lane % 2 else math.cos)(2 * math.pi * u2)
 
 
 def softmax(x: Sequence[float]) -> list[float]:
@@ -136,13 +137,14 @@ def normals(seed: int, voxels: int, C: int, k: int) -> Tensor:
     """Return ``eps(seed, v, c, k)`` of the first ``voxels`` voxels, ``[voxels, C]``."""
     Cp = C if C <= 2 else (C + 3) // 4 * 4
     key, v = (seed % 2**32, seed % 2**64 // 2**32), np.arange(voxels, dtype=np.uint64)
-    words = {q: philox((v & M32, v >> 32, q, 0), key) for q in range(k * Cp // 4, (k * Cp + C - 1) // 4 + 1)}
+    pair, sign = k // 2, -1 if k % 2 else 1
+    words = {q: philox((v & M32, v >> 32, q, 0), key) for q in range(pair * Cp // 4, (pair * Cp + C - 1) // 4 + 1)}
     eps = np.empty((voxels, C))
     for c in range(C):
-        q, lane = divmod(k * Cp + c, 4)
+        q, lane = divmod(pair * Cp + c, 4)
         a, b = words[q][:2] if lane < 2 else words[q][2:]
         u1, u2 = ((a >> 8) + 0.5) * 2**-24, (b >> 8) * 2**-24
-        eps[:, c] = np.sqrt(-2 * np.log(u1)) * (np.sin if lane % 2 else np.cos)(2 * np.pi * u2)
+        eps[:, c] = sign * np.sqrt(-2 * np.log(u1)) * (np.sin if lane % 2 else np.cos)(2 * np.pi * u2)
     return torch.from_numpy(eps)
 
 

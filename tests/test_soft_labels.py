@@ -43,19 +43,27 @@ def test_soft_labels_are_a_distribution(backend, shape):
         torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=4 * torch.finfo(dtype).eps)
 
 
-def test_the_estimate_is_the_expected_softmax(backend):
-    """For two classes, the mean over many voxels is E[sigmoid(d)], d ~ N(mu1 - mu0, s0^2 + s1^2), by quadrature."""
+@pytest.mark.parametrize("num_samples", [1, 3, 4])
+def test_the_estimate_is_the_expected_softmax(backend, num_samples):
+    """Compare mean and deviation over many voxels with quadrature, for two classes.
+
+    The estimate is that of sigmoid(d) with d ~ N(mu1 - mu0, s0^2 + s1^2). A pair of samples has the deviation of
+    (sigmoid(d) + sigmoid(2 E[d] - d)) / 2, and an odd number of samples leaves one without a partner.
+    """
     voxels, mu, logvar = 2**16, (0.3, -0.8), (0.5, -0.4)
     spread = math.sqrt(sum(math.exp(v) for v in logvar))
     t = torch.linspace(-10, 10, 20001, dtype=torch.float64)
     density = torch.exp(-t * t / 2) / math.sqrt(2 * math.pi)
     sigmoid = torch.sigmoid((mu[1] - mu[0] + spread * t) / 1.7)
     mean = torch.trapezoid(density * sigmoid, t)
-    deviation = float(torch.trapezoid(density * (sigmoid - mean) ** 2, t).sqrt())
+    of_one, of_pair = (torch.trapezoid(density * (f - mean) ** 2, t) for f in (sigmoid, (sigmoid + sigmoid.flip(0)) / 2))
+    pairs, alone = divmod(num_samples, 2)
+    deviation = float((4 * pairs * of_pair + alone * of_one).sqrt()) / num_samples
     full = lambda values: torch.tensor(values).view(1, 2, 1).expand(1, 2, voxels)  # noqa: E731
-    soft = calseg.sample_soft_labels(full(mu), full(logvar), num_samples=4, temperature=1.7, seed=5, backend=backend)
-    assert abs(float(soft[0, 1].double().mean()) - float(mean)) < 5 * deviation / math.sqrt(4 * voxels)
-    assert abs(float(soft[0, 1].double().std()) - deviation / 2) < 0.02 * deviation
+    options = {"num_samples": num_samples, "temperature": 1.7, "seed": 5, "backend": backend}
+    soft = calseg.sample_soft_labels(full(mu), full(logvar), **options)[0, 1].double()
+    assert abs(float(soft.mean()) - float(mean)) < 5 * deviation / math.sqrt(voxels)
+    assert abs(float(soft.std()) - deviation) < 0.02 * deviation
 
 
 def test_seeds(backend):

@@ -1,8 +1,10 @@
 """The noise contract, which defines the noise that all backends draw, in plain PyTorch.
 
-The noise ``eps`` is a pure function of ``(seed, voxel, class, sample)``. Philox4x32 with 7 rounds (Salmon et al.,
-*Parallel random numbers: as easy as 1, 2, 3*, SC 2011) makes random words, and the Box-Muller transform turns them into
-normals. So a backward pass can draw the noise of the forward pass again, and results do not depend on tiles or threads.
+The noise ``eps`` is a pure function of ``(seed, voxel, class, sample)``. Samples come in antithetic pairs: the noise of
+sample 2p + 1 is minus that of sample 2p. The estimate from a pair stays unbiased, and the linear part of its error
+cancels. Philox4x32 with 7 rounds (Salmon et al., *Parallel random numbers: as easy as 1, 2, 3*, SC 2011) makes random
+words, and the Box-Muller transform turns them into normals. So a backward pass can draw the noise of the forward pass
+again, and results do not depend on tiles or threads.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ def _box_muller(word_a: Tensor, word_b: Tensor) -> tuple[Tensor, Tensor]:
 def standard_normal(
     seed: int | Tensor, num_voxels: int, num_classes: int, sample: int, *, first_voxel: int = 0, device: torch.device
 ) -> Tensor:
-    """Return the noise of one sample.
+    """Return the noise of one sample, which is minus that of the sample before if ``sample`` is odd.
 
     Args:
         seed: 64-bit seed, an int or a 0-d int64 tensor. A negative number stands for its two's complement.
@@ -66,8 +68,9 @@ def standard_normal(
         float64 ``[C, num_voxels]``.
     """
     padded = num_classes if num_classes <= 2 else -(-num_classes // 4) * 4
-    lanes = torch.arange(sample * padded, sample * padded + num_classes, device=device)
-    first_quad, last_quad = sample * padded // 4, (sample * padded + num_classes - 1) // 4
+    first_lane = sample // 2 * padded
+    lanes = torch.arange(first_lane, first_lane + num_classes, device=device)
+    first_quad, last_quad = first_lane // 4, (first_lane + num_classes - 1) // 4
     quad = torch.arange(first_quad, last_quad + 1, device=device)[:, None]
     voxel = torch.arange(first_voxel, first_voxel + num_voxels, device=device)[None, :]
     if isinstance(seed, int):  # make it a signed number, which an int64 tensor can hold
@@ -76,7 +79,8 @@ def standard_normal(
     zero = torch.zeros((), dtype=torch.int64, device=device)
     r0, r1, r2, r3 = philox4x32((voxel & _MASK32, voxel >> 32, quad, zero), key)
     normals = torch.stack([*_box_muller(r0, r1), *_box_muller(r2, r3)], dim=1)  # [quads, 4, voxels]
-    return normals.flatten(0, 1)[lanes - 4 * first_quad]
+    of_pair = normals.flatten(0, 1)[lanes - 4 * first_quad]
+    return -of_pair if sample % 2 else of_pair
 
 
 def draw_seed() -> Tensor:

@@ -233,8 +233,9 @@ class StageOneNet(nn.Module):
         sigma = (logvar / 2).exp()
 
         def maps() -> Iterator[Tensor]:
-            for _ in range(num_samples):
-                noise = torch.randn(mu.shape, generator=generator, device="cpu").to(mu)
+            for k in range(num_samples):
+                # Codes come in antithetic pairs, as the samples of the losses do.
+                noise = -noise if k % 2 else torch.randn(mu.shape, generator=generator, device="cpu").to(mu)
                 yield self.segment(self._with_code(features, mu + sigma * noise))
 
         return accumulate_soft_labels(maps(), label, temperature=temperature, alpha=alpha, ignore_index=ignore_index)

@@ -1,7 +1,8 @@
 // Gaussian over the logits of a block of voxels: its KL term, its samples, and the gradients of mu and logvar.
 //
-// Sample k of class c is nu = mu + sigma * noise with sigma = exp(logvar / 2). The noise is drawn again whenever it is
-// needed and never stored for a whole tensor.
+// Samples come in antithetic pairs: with sigma = exp(logvar / 2) and the noise z of pair p, sample 2p of a class is
+// nu = mu + sigma * z, and sample 2p + 1 is nu = mu - sigma * z. The noise is drawn again whenever it is needed and never
+// stored for a whole tensor.
 #pragma once
 
 #include "cpu/philox.h"
@@ -18,13 +19,20 @@ CALSEG_INLINE void clear_block(T* block, int64_t C) {
     for (int64_t c = 0; c < C; ++c) store(block + c * kLanes, zero<T>());
 }
 
-// Sums over samples, for one class: of the gradient g of nu, and of g times the noise z.
+// Two values of a pair of samples: of the one with plus the noise, and of the one with minus the noise.
+template <class T>
+struct Pair {
+    F<T> plus, minus;
+};
+
+// Sums over samples, for one class: of the gradient g of nu, and of g times the noise.
 template <class T>
 struct GradientSums {
     F<T> mu, logvar;
-    CALSEG_MEMBER void add(F<T> g, F<T> z) {
-        mu = mu + g;
-        logvar = logvar + g * z;
+    // Adds the gradients of a pair of samples with the noise z and -z.
+    CALSEG_MEMBER void add(Pair<T> g, F<T> z) {
+        mu = mu + (g.plus + g.minus);
+        logvar = logvar + (g.plus - g.minus) * z;
     }
 };
 
@@ -32,12 +40,12 @@ struct GradientSums {
 template <class T, int kClasses = 0>
 class GaussianBlock {
  public:
-    // Returns the number of normals per sample. The noise contract pads more than two classes to whole quads of random
-    // words. With up to two classes, several samples share a quad.
+    // Returns the number of normals of a pair of samples. The noise contract pads more than two classes to whole quads of
+    // random words. With up to two classes, several pairs share a quad.
     static int64_t padded_classes(int64_t C) { return C <= 2 ? C : round_up(C, 4); }
-    // Returns the number of samples in a group, which are drawn together. A group starts on a whole quad, and the
-    // first-level cache holds its rows.
-    static int64_t group_size(int64_t C) { return C <= 2 ? 8 / C : C <= 32 ? 4 : 2; }
+    // Returns the number of pairs in a group, which are drawn together. A group starts on a whole quad, and the first-level
+    // cache holds its rows.
+    static int64_t group_size(int64_t C) { return C <= 2 ? 4 / C : C <= 32 ? 2 : 1; }
     static int64_t noise_rows(int64_t C) { return round_up(group_size(C) * padded_classes(C), 4); }
 
     GaussianBlock(Scratch& scratch, const Sampling& gaussian, int64_t num_classes)
@@ -45,9 +53,10 @@ class GaussianBlock {
           grad_logvar(scratch.take<T>(num_classes * kLanes)),
           C_(num_classes),
           noise_(scratch.take<T>(noise_rows(num_classes) * kLanes)),
-          e_(scratch.take<T>(group_size(num_classes) * num_classes * kLanes)),
-          per_sum_(scratch.take<T>(group_size(num_classes) * kLanes)),
-          dot_(scratch.take<T>(group_size(num_classes) * kLanes)),
+          at_mean_(scratch.take<T>(num_classes * kLanes)),
+          e_(scratch.take<T>(2 * group_size(num_classes) * num_classes * kLanes)),
+          per_sum_(scratch.take<T>(2 * group_size(num_classes) * kLanes)),
+          dot_(scratch.take<T>(2 * group_size(num_classes) * kLanes)),
           philox_(gaussian.seed),
           num_samples_(gaussian.num_samples),
           temperature_(static_cast<T>(gaussian.temperature)),
@@ -66,7 +75,8 @@ class GaussianBlock {
         const F<T> per_temperature = broadcast<F<T>>(per_temperature_), half = broadcast<F<T>>(T(0.5));
         const F<T> prior_mu = broadcast<F<T>>(prior_mu_), prior_logvar = broadcast<F<T>>(prior_logvar_);
         const F<T> precision = broadcast<F<T>>(prior_precision_), one = broadcast<F<T>>(T(1));
-        F<T> kl = zero<T>();
+        F<T> kl = zero<T>(), largest = zero<T>();
+        top_ = broadcast<F<T>>(T(-INFINITY));
         for_classes(C(), [&](auto at_once, int64_t c) {
             constexpr int K = decltype(at_once)::value;
             F<T> sigma[K];
@@ -78,9 +88,21 @@ class GaussianBlock {
                     const F<T> gap = m - prior_mu;
                     kl = kl + ((prior_logvar - lv) + ((sigma[j] * sigma[j] + gap * gap) * precision - one));
                 }
-                store(mu + (c + j) * kLanes, m * per_temperature);
-                store(logvar + (c + j) * kLanes, sigma[j] * per_temperature);
+                const F<T> scaled = m * per_temperature, scaled_sigma = sigma[j] * per_temperature;
+                top_ = larger(scaled, top_);
+                largest = larger(scaled_sigma, largest);  // leaves a NaN out: it makes the exponentials NaN in either form
+                store(mu + (c + j) * kLanes, scaled);
+                store(logvar + (c + j) * kLanes, scaled_sigma);
             }
+        });
+        shares_ = less(largest, broadcast<F<T>>(T(kLargestShared)));
+        all_share_ = C() > 1 && all(shares_);
+        for_classes(C(), [&](auto at_once, int64_t c) {
+            constexpr int K = decltype(at_once)::value;
+            F<T> e[K];
+            for (int j = 0; j < K; ++j) e[j] = load<F<T>>(mu + (c + j) * kLanes) - top_;
+            exp_nonpositive(e);
+            for (int j = 0; j < K; ++j) store(at_mean_ + (c + j) * kLanes, e[j]);
         });
         return half * kl;
     }
@@ -93,30 +115,36 @@ class GaussianBlock {
     // Draws all samples of the block. If kEstimate, writes the sum over samples of softmax(nu / temperature) to `estimate`.
     //
     // If kGradient, `a` is the gradient of the result with respect to the mean of these softmaxes. Let g be the gradient
-    // with respect to nu of one sample, times num_samples * temperature. Writes the sum over samples of g to grad_mu, and
+    // with respect to nu of one sample, times num_samples * temperature. `a` must not be near the largest float, as kUnitSlope
+    // times a finite number is not. Writes the sum over samples of g to grad_mu, and
     // that of g times the noise to grad_logvar. finish_gradients() applies the factors that are missing.
     template <bool kEstimate, bool kGradient>
     CALSEG_MEMBER void add_samples(T* estimate, const T* a) {
-        for (int64_t first = 0; first < num_samples_; first += group_size(C())) {
+        for (int64_t first = 0; first < num_samples_; first += 2 * group_size(C())) {
             const int64_t count = draw_group(first);
-            for (int64_t k = 0; k < count; ++k) {
-                F<T> dot = zero<T>();
-                const F<T> sum = softmax(k, [&](int64_t c, F<T>, F<T> e) {
-                    if (kGradient) dot = dot + load<F<T>>(a + c * kLanes) * e;
+            for (int64_t k = 0; k < count; k += 2) {
+                Pair<T> dot = {zero<T>(), zero<T>()};
+                const auto sums = exponentials(k, [&](int64_t c, Pair<T> e, F<T>) {
+                    if (!kGradient) return;
+                    const F<T> slope = load<F<T>>(a + c * kLanes);
+                    dot = {dot.plus + slope * e.plus, dot.minus + slope * e.minus};
                 });
-                const F<T> per_sum = reciprocal(sum);
-                store(per_sum_ + k * kLanes, per_sum);
-                store(dot_ + k * kLanes, dot * per_sum * per_sum);
+                store_factors(k, sums.sum.plus, dot.plus);
+                store_factors(k + 1, sums.sum.minus, dot.minus);
             }
+            clear_partner(count);
             for (int64_t c = 0; c < C(); ++c) {
                 const F<T> slope = kGradient ? load<F<T>>(a + c * kLanes) : zero<T>();
                 F<T> total = kEstimate ? previous(estimate, c, first) : zero<T>();
                 GradientSums<T> gradient;
                 if (kGradient) gradient = {previous(grad_mu, c, first), previous(grad_logvar, c, first)};
-                for (int64_t k = 0; k < count; ++k) {
-                    const F<T> e = load<F<T>>(e_of(k, c)), per_sum = load<F<T>>(per_sum_ + k * kLanes);
-                    if (kEstimate) total = total + e * per_sum;
-                    if (kGradient) gradient.add(e * (slope * per_sum - load<F<T>>(dot_ + k * kLanes)), load<F<T>>(noise_of(k, c)));
+                for (int64_t k = 0; k < count; k += 2) {
+                    const Pair<T> e = e_of(k, c), per_sum = pair_of(per_sum_, k);
+                    if (kEstimate) total = total + (e.plus * per_sum.plus + e.minus * per_sum.minus);
+                    if (!kGradient) continue;
+                    const Pair<T> dot = pair_of(dot_, k);
+                    gradient.add({e.plus * (slope * per_sum.plus - dot.plus), e.minus * (slope * per_sum.minus - dot.minus)},
+                                 noise_of(k, c));
                 }
                 if (kEstimate) store(estimate + c * kLanes, total);
                 if (kGradient) store_gradient(c, gradient);
@@ -129,24 +157,32 @@ class GaussianBlock {
     // that of g times the noise to grad_logvar.
     template <bool kGradient>
     CALSEG_MEMBER F<T> add_label_samples(I<T> labels) {
-        const F<T> none = zero<T>(), one = broadcast<F<T>>(T(1));
-        F<T> loss = none;
-        for (int64_t first = 0; first < num_samples_; first += group_size(C())) {
+        const F<T> none = zero<T>();
+        const auto of_label = [&](int64_t c, F<T> value, F<T> otherwise) {
+            return select(equal(labels, broadcast<I<T>>(static_cast<int32_t>(c))), value, otherwise);
+        };
+        F<T> loss = none, label_mean = none;
+        for (int64_t c = 0; c < C(); ++c) label_mean = of_label(c, load<F<T>>(mean + c * kLanes), label_mean);
+        for (int64_t first = 0; first < num_samples_; first += 2 * group_size(C())) {
             const int64_t count = draw_group(first);
-            for (int64_t k = 0; k < count; ++k) {
-                F<T> label_d = none;
-                const F<T> sum = softmax(k, [&](int64_t c, F<T> d, F<T>) {
-                    label_d = select(equal(labels, broadcast<I<T>>(static_cast<int32_t>(c))), d, label_d);
-                });
-                loss = loss + (log_positive(sum) - label_d);
-                if (kGradient) store(per_sum_ + k * kLanes, reciprocal(sum));
+            for (int64_t k = 0; k < count; k += 2) {
+                F<T> label_d = none;  // deviation of the label's logit from its mean
+                const auto sums = exponentials(k, [&](int64_t c, Pair<T>, F<T> d) { label_d = of_label(c, d, label_d); });
+                loss = loss + (log_positive(sums.sum.plus) - ((label_mean + label_d) - sums.top.plus));
+                if (k + 1 < count) loss = loss + (log_positive(sums.sum.minus) - ((label_mean - label_d) - sums.top.minus));
+                if (!kGradient) continue;
+                store(per_sum_ + k * kLanes, reciprocal(sums.sum.plus));
+                store(per_sum_ + (k + 1) * kLanes, reciprocal(sums.sum.minus));
             }
             if (!kGradient) continue;
+            clear_partner(count);
             for (int64_t c = 0; c < C(); ++c) {
-                const F<T> hit = select(equal(labels, broadcast<I<T>>(static_cast<int32_t>(c))), one, none);
+                const F<T> hit = of_label(c, broadcast<F<T>>(T(1)), none);
                 GradientSums<T> gradient = {previous(grad_mu, c, first), previous(grad_logvar, c, first)};
-                for (int64_t k = 0; k < count; ++k)
-                    gradient.add(load<F<T>>(e_of(k, c)) * load<F<T>>(per_sum_ + k * kLanes) - hit, load<F<T>>(noise_of(k, c)));
+                for (int64_t k = 0; k < count; k += 2) {
+                    const Pair<T> e = e_of(k, c), per_sum = pair_of(per_sum_, k);
+                    gradient.add({e.plus * per_sum.plus - hit, e.minus * per_sum.minus - (k + 1 < count ? hit : none)}, noise_of(k, c));
+                }
                 store_gradient(c, gradient);
             }
         }
@@ -174,6 +210,8 @@ class GaussianBlock {
         }
     }
 
+    static constexpr double kUnitSlope = 0x1p-44;  // times an exponential of a pair, any float stays finite
+
     T *mean = nullptr, *deviation = nullptr;  // [C][kLanes] the block of the tiles of mu and logvar, which set() changed
     T *grad_mu, *grad_logvar;                 // [C][kLanes] sums over samples
 
@@ -181,42 +219,53 @@ class GaussianBlock {
 
     CALSEG_MEMBER int64_t C() const { return kClasses ? kClasses : C_; }
 
-    // Draws the noise of the group of samples that begins with sample `first`. Returns the number of samples in the group.
+    // Draws the noise of the group of pairs that begins with sample `first`. Returns the number of samples in the group,
+    // which is odd if the last sample has no partner.
     CALSEG_MEMBER int64_t draw_group(int64_t first) {
         const int64_t Cp = padded_classes(C());
-        const int64_t count = smaller(group_size(C()), num_samples_ - first), quads = (count * Cp + 3) / 4;
+        const int64_t count = smaller(2 * group_size(C()), num_samples_ - first), quads = ((count + 1) / 2 * Cp + 3) / 4;
+        const int64_t first_quad = first / 2 * Cp / 4;
         int64_t quad = 0;
-        for (; quad + 2 <= quads; quad += 2) make_noise<2>(first * Cp / 4, quad);
-        if (quad < quads) make_noise<1>(first * Cp / 4, quad);
+        for (; quad + 2 <= quads; quad += 2) make_noise<2>(first_quad, quad);
+        if (quad < quads) make_noise<1>(first_quad, quad);
         return count;
     }
 
-    CALSEG_MEMBER T* e_of(int64_t k, int64_t c) { return e_ + (k * C() + c) * kLanes; }
-    CALSEG_MEMBER const T* noise_of(int64_t k, int64_t c) { return noise_ + (k * padded_classes(C()) + c) * kLanes; }
+    // Returns what exponentials() stored, and the noise, for the pair that begins with sample k of the group.
+    CALSEG_MEMBER Pair<T> e_of(int64_t k, int64_t c) const {
+        return {load<F<T>>(e_ + (k * C() + c) * kLanes), load<F<T>>(e_ + ((k + 1) * C() + c) * kLanes)};
+    }
+    CALSEG_MEMBER F<T> noise_of(int64_t k, int64_t c) const { return load<F<T>>(noise_ + (k / 2 * padded_classes(C()) + c) * kLanes); }
 
-    // Computes e = exp(d) with d = (nu - max) / temperature for sample k of the group, and returns the sum of e over classes.
-    // Calls visit(c, d, e) for every class.
+    // Sums over classes of e = exp((nu - top) / temperature), and top / temperature, of a pair of samples.
+    struct Exponentials {
+        Pair<T> sum, top;
+    };
+
+    // Computes e for the pair that begins with sample k of the group. Calls visit(c, e, d) for every class, where d is
+    // sigma * z / temperature.
     template <class Visit>
-    CALSEG_MEMBER F<T> softmax(int64_t k, const Visit& visit) {
-        F<T> top = broadcast<F<T>>(T(-INFINITY));
-        for (int64_t c = 0; c < C(); ++c) {
-            const F<T> scaled = load<F<T>>(mean + c * kLanes) + load<F<T>>(deviation + c * kLanes) * load<F<T>>(noise_of(k, c));
-            top = larger(scaled, top);
-            store(e_of(k, c), scaled);
-        }
-        F<T> sum = zero<T>();
-        for_classes(C(), [&](auto at_once, int64_t c) {
-            constexpr int K = decltype(at_once)::value;
-            F<T> d[K], e[K];
-            for (int j = 0; j < K; ++j) e[j] = d[j] = load<F<T>>(e_of(k, c + j)) - top;
-            exp_nonpositive(e);
-            sum = sum + sum_of(e);
-            for (int j = 0; j < K; ++j) {
-                visit(c + j, d[j], e[j]);
-                store(e_of(k, c + j), e[j]);
-            }
-        });
-        return sum;
+    CALSEG_MEMBER Exponentials exponentials(int64_t k, const Visit& visit) {
+        return all_share_ ? shared_exponentials(k, visit) : any_exponentials(k, visit);
+    }
+
+    // Returns the two values of a pair in an array that has a row for each sample of the group.
+    CALSEG_MEMBER Pair<T> pair_of(const T* rows, int64_t k) const {
+        return {load<F<T>>(rows + k * kLanes), load<F<T>>(rows + (k + 1) * kLanes)};
+    }
+
+    // Stores the factors of sample k, so that the sum of its gradient is e * (slope * per_sum - dot).
+    CALSEG_MEMBER void store_factors(int64_t k, F<T> sum, F<T> dot) {
+        const F<T> per_sum = reciprocal(sum);
+        store(per_sum_ + k * kLanes, per_sum);
+        store(dot_ + k * kLanes, (dot * per_sum) * per_sum);
+    }
+
+    // Takes the sample after the last one out of all sums, if the number of samples in the group is odd.
+    CALSEG_MEMBER void clear_partner(int64_t count) {
+        if (count % 2 == 0) return;
+        store(per_sum_ + count * kLanes, zero<T>());
+        store(dot_ + count * kLanes, zero<T>());
     }
 
     // Returns the sum over the groups of samples before sample `first`.
@@ -228,43 +277,117 @@ class GaussianBlock {
     }
 
  private:
+    // Largest sigma / temperature for which a pair shares its exponentials. A normal is at most 5.9, so e^d then lies between
+    // e^-29.5 and e^29.5. A class whose e^(mu - top) is 0 in float has a probability below e^(59 - 87) in every sample.
+    static constexpr double kLargestShared = 5.0;
+
+    // Computes e^(mu + d) and e^(mu - d) as the product of e^mu with e^d, and with 1 / e^d.
+    template <class Visit>
+    CALSEG_MEMBER Exponentials shared_exponentials(int64_t k, const Visit& visit) {
+        Pair<T> sum = {zero<T>(), zero<T>()};
+        for_classes(C(), [&](auto at_once, int64_t c) {
+            constexpr int K = decltype(at_once)::value;
+            F<T> d[K], e[K];
+            for (int j = 0; j < K; ++j) e[j] = d[j] = load<F<T>>(deviation + (c + j) * kLanes) * noise_of(k, c + j);
+            exp_bounded(e);
+            F<T> plus[K], minus[K];
+            for (int j = 0; j < K; ++j) {
+                const F<T> at_mean = load<F<T>>(at_mean_ + (c + j) * kLanes);
+                plus[j] = at_mean * e[j];
+                minus[j] = at_mean * reciprocal(e[j]);
+            }
+            sum = {sum.plus + sum_of(plus), sum.minus + sum_of(minus)};
+            for (int j = 0; j < K; ++j) {
+                visit(c + j, Pair<T>{plus[j], minus[j]}, d[j]);
+                store_pair(k, c + j, {plus[j], minus[j]});
+            }
+        });
+        return {sum, {top_, top_}};
+    }
+
+    // Computes e^(mu + d) and e^(mu - d) one by one where sigma is large, and as shared_exponentials() elsewhere. So the
+    // result of a voxel does not depend on the voxels beside it.
+    template <class Visit>
+    CALSEG_MEMBER Exponentials any_exponentials(int64_t k, const Visit& visit) {
+        Pair<T> top = {broadcast<F<T>>(T(-INFINITY)), broadcast<F<T>>(T(-INFINITY))}, sum = {zero<T>(), zero<T>()};
+        const auto deviate = [&](int64_t c) { return load<F<T>>(deviation + c * kLanes) * noise_of(k, c); };
+        for (int64_t c = 0; c < C(); ++c) {
+            const F<T> m = load<F<T>>(mean + c * kLanes), d = deviate(c);
+            top = {larger(m + d, top.plus), larger(m - d, top.minus)};
+        }
+        if (C() > 1) top = {select(shares_, top_, top.plus), select(shares_, top_, top.minus)};
+        for_classes(C(), [&](auto at_once, int64_t c) {
+            constexpr int K = decltype(at_once)::value;
+            F<T> d[K], e[K], plus[K], minus[K];
+            for (int j = 0; j < K; ++j) {
+                const F<T> m = load<F<T>>(mean + (c + j) * kLanes);
+                e[j] = d[j] = deviate(c + j);
+                plus[j] = (m + d[j]) - top.plus;
+                minus[j] = (m - d[j]) - top.minus;
+            }
+            exp_nonpositive(plus);
+            exp_nonpositive(minus);
+            exp_bounded(e);
+            for (int j = 0; j < K && C() > 1; ++j) {
+                const F<T> at_mean = load<F<T>>(at_mean_ + (c + j) * kLanes);
+                plus[j] = select(shares_, at_mean * e[j], plus[j]);
+                minus[j] = select(shares_, at_mean * reciprocal(e[j]), minus[j]);
+            }
+            sum = {sum.plus + sum_of(plus), sum.minus + sum_of(minus)};
+            for (int j = 0; j < K; ++j) {
+                visit(c + j, Pair<T>{plus[j], minus[j]}, d[j]);
+                store_pair(k, c + j, {plus[j], minus[j]});
+            }
+        });
+        return {sum, top};
+    }
+
+    CALSEG_MEMBER void store_pair(int64_t k, int64_t c, Pair<T> e) {
+        store(e_ + (k * C() + c) * kLanes, e.plus);
+        store(e_ + ((k + 1) * C() + c) * kLanes, e.minus);
+    }
+
     // Draws the noise of K quads. `first` is the first quad of the group. `quad` counts from there.
     template <int K>
     CALSEG_MEMBER void make_noise(int64_t first, int64_t quad) {
         alignas(64) uint32_t words[K][4][kLanes];
         philox_.template words<K>(static_cast<uint32_t>(first + quad), words);
         T* const to = noise_ + 4 * quad * kLanes;
-        // A quad has two pairs of normals. If the last quad of a sample holds only one or two classes, its second pair is
+        // A quad has two couples of normals. If the last quad of a pair of samples holds only one or two classes, its second couple is
         // not needed.
-        const int64_t classes = C(), per_sample = padded_classes(classes) / 4, until_last = per_sample - 1 - quad % larger(per_sample, 1);
+        const int64_t classes = C(), per_pair = padded_classes(classes) / 4, until_last = per_pair - 1 - quad % larger(per_pair, 1);
         const bool half_wanted = classes > 2 && (classes % 4 == 1 || classes % 4 == 2);
-        if (half_wanted && until_last < K) make_pairs<2 * K - 1>(words, to, static_cast<int>(2 * until_last + 1));
-        else make_pairs<2 * K>(words, to, 2 * K);
+        if (half_wanted && until_last < K) make_normals<2 * K - 1>(words, to, static_cast<int>(2 * until_last + 1));
+        else make_normals<2 * K>(words, to, 2 * K);
     }
 
-    // Makes N pairs of normals from the words of K quads. Pair number `skip` is left out.
+    // Makes N couples of normals from the words of K quads. Couple number `skip` is left out.
     template <int N, int K>
-    CALSEG_MEMBER void make_pairs(const uint32_t (&words)[K][4][kLanes], T* to, int skip) {
+    CALSEG_MEMBER void make_normals(const uint32_t (&words)[K][4][kLanes], T* to, int skip) {
         const uint32_t *a[N], *b[N];
         F<T> z0[N], z1[N];
         for (int i = 0; i < N; ++i) {
-            const int pair = i + (i >= skip);
-            a[i] = words[pair / 2][2 * (pair % 2)];
-            b[i] = words[pair / 2][2 * (pair % 2) + 1];
+            const int couple = i + (i >= skip);
+            a[i] = words[couple / 2][2 * (couple % 2)];
+            b[i] = words[couple / 2][2 * (couple % 2) + 1];
         }
         box_muller(a, b, z0, z1);
         for (int i = 0; i < N; ++i) {
-            const int pair = i + (i >= skip);
-            store(to + 2 * pair * kLanes, z0[i]);
-            store(to + (2 * pair + 1) * kLanes, z1[i]);
+            const int couple = i + (i >= skip);
+            store(to + 2 * couple * kLanes, z0[i]);
+            store(to + (2 * couple + 1) * kLanes, z1[i]);
         }
     }
 
     int64_t C_;
-    T* noise_;    // [group_size][padded_classes][kLanes] noise of the samples of a group
-    T* e_;        // [group_size][C][kLanes] exponentials of the samples of a group
-    T* per_sum_;  // [group_size][kLanes] 1 / sum over classes of e
-    T* dot_;      // [group_size][kLanes] (sum over classes of a * e) / (sum of e)^2
+    F<T> top_;        // largest mu / temperature over classes
+    M<T> shares_;     // voxels whose pairs share their exponentials, if there is more than one class
+    bool all_share_;  // whether all of them do
+    T* noise_;        // [group_size][padded_classes][kLanes] noise of the pairs of a group
+    T* at_mean_;      // [C][kLanes] exp((mu - top) / temperature)
+    T* e_;            // [2 * group_size][C][kLanes] exponentials of the samples of a group
+    T* per_sum_;      // [2 * group_size][kLanes] 1 / sum over classes of e
+    T* dot_;          // [2 * group_size][kLanes] (sum over classes of a * e) / (sum of e)^2
     Philox philox_;
     int64_t num_samples_;
     T temperature_, per_temperature_, prior_mu_, prior_logvar_, prior_precision_;

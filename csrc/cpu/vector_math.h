@@ -19,12 +19,16 @@ namespace {
 // ---- vectors that are arrays ----
 
 template <class T, int K>
-CALSEG_INLINE void exp_nonpositive(Array<T> (&x)[K]) {
+CALSEG_INLINE void exp_any(Array<T> (&x)[K]) {
     EACH for (auto& value : x[k].v) value = std::exp(value);
 }
 template <class T, int K>
-CALSEG_INLINE void exp_any(Array<T> (&x)[K]) {
-    exp_nonpositive(x);
+CALSEG_INLINE void exp_bounded(Array<T> (&x)[K]) {
+    exp_any(x);
+}
+template <class T, int K>
+CALSEG_INLINE void exp_nonpositive(Array<T> (&x)[K]) {
+    exp_any(x);
 }
 template <class T, int K>
 CALSEG_INLINE void log_positive(Array<T> (&x)[K]) {
@@ -70,10 +74,9 @@ CALSEG_INLINE void exp_reduced(FloatVector (&x)[K], FloatVector (&t)[K]) {
 }
 #endif
 
-// Computes exp(x) for x <= 0 with an absolute error of half an ulp of 1. In a softmax the largest exponential is 1, so
-// smaller ones need no more precision.
+// Computes exp(x) for |x| <= 87, with a relative error of |x| / 2 + 1 ulp.
 template <int K>
-CALSEG_INLINE void exp_nonpositive(FloatVector (&x)[K]) {
+CALSEG_INLINE void exp_bounded(FloatVector (&x)[K]) {
 #if defined(__AVX512F__)
     // With y = x / ln 2 and f = y - floor(y), the result is 2^floor(y) 2^f. The relative error of 2^f is 2e-9. If x is -inf,
     // f is 0 and the result is 0.
@@ -88,10 +91,22 @@ CALSEG_INLINE void exp_nonpositive(FloatVector (&x)[K]) {
     EACH q[k] = q[k] * f[k] + 1.0f;
     EACH x[k] = _mm512_scalef_ps(q[k], x[k]);
 #else
-    FloatVector t[K], y[K];
+    FloatVector t[K];
+    exp_reduced(x, t);
+    EACH x[k] = x[k] * to_float_bits((to_int_bits(t[k]) + 127) << 23);
+#endif
+}
+
+// Computes exp(x) for x <= 0 with an absolute error of half an ulp of 1. In a softmax the largest exponential is 1, so
+// smaller ones need no more precision.
+template <int K>
+CALSEG_INLINE void exp_nonpositive(FloatVector (&x)[K]) {
+#if defined(__AVX512F__)
+    exp_bounded(x);  // which is right for all numbers down to -inf
+#else
+    FloatVector y[K];
     EACH y[k] = larger(broadcast<FloatVector>(-87.33654f), x[k]);
-    exp_reduced(y, t);
-    EACH y[k] = y[k] * to_float_bits((to_int_bits(t[k]) + 127) << 23);
+    exp_bounded(y);
     EACH x[k] = select(less(x[k], broadcast<FloatVector>(-87.33654f)), FloatVector{}, y[k]);  // 0 below the smallest normal
 #endif
 }

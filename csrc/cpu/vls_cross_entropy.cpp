@@ -27,11 +27,13 @@ struct BlockRows {
 // Factors that are the same for all blocks.
 template <class T>
 struct Factors {
+    static constexpr double kUnitSlope = GaussianBlock<T>::kUnitSlope;
+
     Smoothing<T> smoothing;
     T on_label;     // factor of the one-hot labels in the soft labels
     T on_estimate;  // factor of the sum of the samples in the soft labels
-    T to_estimate;  // factor of weight * log p in the gradient of the estimate
-    T to_samples;   // factor of the gradient through the samples
+    T to_estimate;  // factor of weight * log p in the gradient of the estimate, times kUnitSlope
+    T to_samples;   // factor of the gradient through the samples, divided by kUnitSlope
     T to_kl;        // factor of the gradient of the KL term
     bool plain;     // whether there are neither class weights nor label smoothing
 
@@ -39,8 +41,8 @@ struct Factors {
         : smoothing(a.spec.label_smoothing, a.shape.C),
           on_label(T(1) - static_cast<T>(a.spec.alpha)),
           on_estimate(static_cast<T>(a.spec.alpha) / static_cast<T>(a.spec.sampling.num_samples)),
-          to_estimate(-smoothing.keep * static_cast<T>(a.spec.alpha)),
-          to_samples(T(1) / (static_cast<T>(a.spec.sampling.num_samples) * static_cast<T>(a.spec.sampling.temperature))),
+          to_estimate(-smoothing.keep * static_cast<T>(a.spec.alpha * kUnitSlope)),
+          to_samples(T(1) / (static_cast<T>(a.spec.sampling.num_samples) * static_cast<T>(a.spec.sampling.temperature * kUnitSlope))),
           to_kl(static_cast<T>(a.spec.sampling.beta)),
           plain(!a.spec.weight.data && a.spec.label_smoothing == 0.0) {}
 

@@ -23,6 +23,8 @@ template <class T>
 using F = typename Vectors<T>::F;
 template <class T>
 using I = typename Vectors<T>::I;
+template <class T>
+using M = typename Vectors<T>::M;
 
 template <class T>
 CALSEG_INLINE F<T> zero() {

@@ -46,7 +46,8 @@ def test_estimate_is_the_mean_of_the_decoded_codes(dims: int) -> None:
     )
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        draws = [net(image, label, torch.randn(2, 5, generator=generator)) for _ in range(6)]
+        codes = [torch.randn(2, 5, generator=generator) for _ in range(3)]
+        draws = [net(image, label, sign * code) for code in codes for sign in (1, -1)]
     estimate = torch.stack([torch.softmax(draw.logits.double() / 1.7, 1) for draw in draws]).mean(0)
     valid = (label != IGNORE_INDEX)[:, None]
     onehot = torch.zeros_like(estimate).scatter_(1, label.clamp(min=0).long()[:, None], 1.0)
