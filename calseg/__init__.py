@@ -10,9 +10,17 @@ from calseg.functional import (
     sample_soft_labels,
     soft_cross_entropy,
     vls_cross_entropy,
+    vls_dice_cross_entropy,
     vls_elbo,
 )
-from calseg.modules import ACELoss, GaussianKLLoss, SoftCrossEntropyLoss, VLSCrossEntropyLoss, VLSElboLoss
+from calseg.modules import (
+    ACELoss,
+    GaussianKLLoss,
+    SoftCrossEntropyLoss,
+    VLSCrossEntropyLoss,
+    VLSDiceCrossEntropyLoss,
+    VLSElboLoss,
+)
 from calseg.native import empty_cache
 
 __all__ = [
@@ -21,6 +29,7 @@ __all__ = [
     "GaussianKLLoss",
     "SoftCrossEntropyLoss",
     "VLSCrossEntropyLoss",
+    "VLSDiceCrossEntropyLoss",
     "VLSElboLoss",
     "__version__",
     "accumulate_soft_labels",
@@ -34,5 +43,6 @@ __all__ = [
     "sample_soft_labels",
     "soft_cross_entropy",
     "vls_cross_entropy",
+    "vls_dice_cross_entropy",
     "vls_elbo",
 ]

@@ -151,15 +151,17 @@ def _run_loss(
     return engine(backend).loss(spec, tensors, gradients, grad_output), gradients
 
 
-def _needs_upstream_first(backend: str, spec: LossSpec, tensors: LossTensors) -> bool:
+def _needs_upstream_first(spec: LossSpec, tensors: LossTensors) -> bool:
     """Return whether the gradients can only be computed in backward.
 
-    This is so if the upstream gradient differs per voxel. On a GPU it is so for float16 too: the gradients of a mean
-    underflow unless the factor of the gradient scaler, which backward brings, is in them.
+    This is so if the upstream gradient differs per voxel. It is so for float16 too: the gradients of a mean underflow
+    unless the factor of the gradient scaler, which backward brings, is in them.
     """
-    if spec.reduction == "none":
-        return True
-    return backend == "triton" and any(t is not None and t.dtype == torch.float16 for t in tensors)
+    return spec.reduction == "none" or _is_float16(tensors)
+
+
+def _is_float16(tensors: LossTensors) -> bool:
+    return any(t is not None and t.dtype == torch.float16 for t in tensors)
 
 
 class Loss(Function):
@@ -183,7 +185,7 @@ class Loss(Function):
             return made[0]
         backend, spec, reuse_logits, traced = call
         tensors = LossTensors(*given)
-        if reuse_logits or _needs_upstream_first(backend, spec, tensors):
+        if reuse_logits or _needs_upstream_first(spec, tensors):
             _save(ctx, spec, tensors)
             ctx.gradients_for, ctx.backend, ctx.reuse_logits = _gradients_in_backward, backend, reuse_logits
             return _run_loss(backend, spec, tensors, NONE_NEEDED, traced)[0]
@@ -267,7 +269,7 @@ def loss(
         return _run_loss(backend, spec, tensors, NONE_NEEDED, traced)[0]
     if traced:
         value = Loss.apply(None, (backend, spec, reuse_logits, True), *tensors)
-    elif reuse_logits or _needs_upstream_first(backend, spec, tensors):
+    elif reuse_logits or _needs_upstream_first(spec, tensors):
         value = _attach_loss(None, (backend, spec, reuse_logits, False), *tensors)
     else:
         gradients = [None if t is None or not t.requires_grad else native.empty_like(t) for t in given]
@@ -275,6 +277,164 @@ def loss(
         versions = None if only_logits else _versions(given)
         value = _attach_loss((value, backend, gradients, versions), None, *given)
     return value
+
+
+# ---- losses with an overlap term ----
+#
+# The overlap needs the probabilities of all voxels before the first gradient. So the forward pass computes the loss and
+# the sums of the overlap, and the backward pass reads the logits again and writes their gradient. Between the two,
+# sampled labels wait in the memory of that gradient. The gradients of mu and logvar are made in the forward pass.
+
+
+def _is_sampled(tensors: LossTensors) -> bool:
+    return tensors.mu is not None
+
+
+def _overlap_made(spec: LossSpec, tensors: LossTensors, needed: Sequence[bool]) -> list[bool]:
+    """Return which tensors the forward pass makes: sampled labels in place of the logits, gradients of mu, logvar."""
+    now = _is_sampled(tensors) and not _is_float16(tensors)
+    return [_is_sampled(tensors) and needed[0], False, now and needed[2], now and needed[3]]
+
+
+def _as_labels(memory: Tensor) -> Tensor:
+    """Return memory of a gradient as memory of soft labels. 16 bits hold a fraction better as an integer."""
+    return memory.view(torch.uint16) if memory.element_size() == 2 else memory
+
+
+def _run_overlap(
+    backend: str, spec: LossSpec, tensors: LossTensors, made: LossTensors
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss, the sums of the overlap and the divisor of the loss, and write what ``made`` has memory for."""
+    if made.logits is not None:
+        made = made._replace(logits=_as_labels(made.logits))
+    result: tuple[Tensor, Tensor, Tensor] = engine(backend).loss_and_overlap(spec, tensors, made)
+    return result
+
+
+@custom_op("calseg::loss_and_overlap", mutates_args=())
+def overlap_operator(
+    backend: str, tensors: list[Tensor | None], integers: list[int], numbers: list[float], words: str,
+    making: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """Compute :func:`_run_overlap` of a packed :class:`LossSpec` and its tensors, and return what it made last."""
+    spec, inputs = unpack((LossSpec, LossTensors), Packed(tensors, integers, numbers, words))
+    made = LossTensors(*_empty_if(making, inputs))
+    return [*_run_overlap(backend, spec, inputs, made), *(each for each in made if each is not None)]
+
+
+@overlap_operator.register_fake
+def _(backend, tensors, integers, numbers, words, making):  # type: ignore[no-untyped-def]
+    spec, inputs = unpack((LossSpec, LossTensors), Packed(tensors, integers, numbers, words))
+    N, C, _ = shape_of(inputs.logits)
+    wide = inputs.logits.new_empty
+    divisor = wide((), dtype=torch.float64)
+    return [wide((), dtype=spec.dtype), wide((N, C, 2), dtype=torch.float64), divisor, *_fake_if(making, inputs)]
+
+
+@custom_op("calseg::overlap_backward", mutates_args=())
+def overlap_backward_operator(
+    backend: str, tensors: list[Tensor | None], integers: list[int], numbers: list[float], words: str,
+    needed: list[bool], grad_sums: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    """Compute the gradients that are needed, by ``overlap_backward`` of the backend."""
+    spec, inputs = unpack((LossSpec, LossTensors), Packed(tensors, integers, numbers, words))
+    gradients = LossTensors(*_empty_if(needed, inputs))
+    engine(backend).overlap_backward(spec, _with_labels(inputs), gradients, grad_sums)
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+@overlap_backward_operator.register_fake
+def _(backend, tensors, integers, numbers, words, needed, grad_sums):  # type: ignore[no-untyped-def]
+    _, inputs = unpack((LossSpec, LossTensors), Packed(tensors, integers, numbers, words))
+    return _fake_if(needed, inputs)
+
+
+def _with_labels(tensors: LossTensors) -> LossTensors:
+    """Return logits and soft labels, where a gradient's memory may hold the soft labels in place of ``mu``."""
+    if tensors.mu is None:
+        return tensors
+    return LossTensors(tensors.logits, _as_labels(tensors.mu))
+
+
+class LossAndOverlap(Function):
+    """``(backend, spec, traced, *tensors) -> (loss, sums of the overlap)``."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, spec: LossSpec, traced: bool, *given: Tensor | None) -> tuple[Tensor, Tensor]:
+        tensors = LossTensors(*given)
+        making = _overlap_made(spec, tensors, ctx.needs_input_grad[3:])
+        if traced:
+            value, sums, divisor, *rest = overlap_operator(backend, *pack(spec, tensors), making)
+            made = LossTensors(*_placed(making, rest))
+        else:  # what is made is not saved by autograd, which would copy it
+            made = LossTensors(*_empty_if(making, tensors))
+            value, sums, divisor = _run_overlap(backend, spec, tensors, made)
+            ctx.made, made = made, NO_GRADIENTS
+        _save(ctx, spec, tensors, LossTensors(divisor), made)
+        ctx.backend, ctx.traced = backend, traced
+        return value, sums
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        grad_loss, grad_sums = grad_outputs
+        spec, tensors, (divisor, *_), made = _saved(ctx)
+        needed = ctx.needs_input_grad[3:]
+        if not ctx.traced and (_is_batched(grad_loss) or _is_batched(grad_sums)):
+            again = lambda *t: reference.loss_and_overlap(spec, LossTensors(*t))  # noqa: E731
+            gradients = reference.gradients(again, tensors, needed, grad_outputs)
+            return None, None, None, *_guarded(gradients, *grad_outputs, *tensors)
+        kept = ctx.traced or _graph_is_kept()
+        if not ctx.traced:
+            made = ctx.made
+        if not kept:
+            ctx.made = None
+        gradients = [
+            *_gradients_of_overlap(ctx, spec, tensors, made, grad_loss / divisor, grad_sums, kept),
+            *_gradients_of_gaussian(ctx, spec, tensors, made, grad_loss, kept),
+        ]
+        return None, None, None, *_guarded(gradients, *grad_outputs, *tensors)
+
+
+def _gradients_of_overlap(
+    ctx: Any, spec: LossSpec, tensors: LossTensors, made: LossTensors, factor: Tensor, grad_sums: Tensor, kept: bool
+) -> Sequence[Tensor | None]:
+    """Return the gradients of logits and soft labels. ``factor`` multiplies the sum of the losses of all voxels."""
+    needed = ctx.needs_input_grad[3:5]
+    if True not in needed:
+        return [None, None]
+    spec = spec._replace(operation="cross_entropy", reduction="sum", scale=factor)
+    given = LossTensors(tensors.logits, tensors.soft_labels, made.logits)
+    grad_sums = grad_sums.contiguous()
+    if ctx.traced:
+        present = overlap_backward_operator(ctx.backend, *pack(spec, given), [*needed, False, False], grad_sums)
+        return _placed(needed, present)
+    over = made.logits is not None and not kept  # write the gradient over the labels that wait in its memory
+    grad_logits = made.logits if over else native.empty_like(tensors.logits) if needed[0] else None
+    grad_soft = native.empty_like(tensors.soft_labels) if needed[1] else None
+    engine(ctx.backend).overlap_backward(spec, _with_labels(given), LossTensors(grad_logits, grad_soft), grad_sums)
+    return [grad_logits, grad_soft]
+
+
+def _gradients_of_gaussian(
+    ctx: Any, spec: LossSpec, tensors: LossTensors, made: LossTensors, grad_loss: Tensor, kept: bool
+) -> Sequence[Tensor | None]:
+    """Return the gradients of mu and logvar: those that the forward pass made, or new ones for float16."""
+    needed = ctx.needs_input_grad[5:]
+    if True in needed and _is_float16(tensors):
+        upstream = grad_loss.expand(voxel_shape(tensors.like()))
+        return _run_loss(ctx.backend, spec, tensors, (False, False, *needed), ctx.traced, upstream)[1][2:]
+    if kept:
+        return [None if g is None else g * grad_loss for g in made[2:]]
+    engine(ctx.backend).scale_gradients(made[2:], grad_loss)
+    return made[2:]
+
+
+def loss_and_overlap(backend: str, spec: LossSpec, tensors: LossTensors) -> tuple[Tensor, Tensor]:
+    """Compute the loss, and the sums of :func:`calseg.backends.reference.loss_and_overlap`, attached to the graph."""
+    if backend == "reference":
+        return reference.loss_and_overlap(spec, tensors)
+    result: tuple[Tensor, Tensor] = LossAndOverlap.apply(backend, spec, is_traced(*tensors), *tensors)
+    return result
 
 
 # ---- soft labels ----

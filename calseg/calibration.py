@@ -13,7 +13,7 @@ from torch import Tensor
 
 from calseg import checks as check
 from calseg.backends.choice import choose, engine
-from calseg.operations import UNIT, BinsSpec, Labels
+from calseg.operations import UNIT, BinsSpec
 from calseg.tensors import shape_of
 
 NORMS = ("l1", "l2", "max", "average")
@@ -171,7 +171,7 @@ def calibration_bins(
         ("per_item", per_item), ("right_closed", right_closed),
     ):  # fmt: skip
         check.check_flag(name, flag)
-    labels = Labels(check.check_labels("target", target, input), ignore_index)
+    labels = check.check_labels("target", target, input, ignore_index)
     counted = None if mask is None else check.check_mask("mask", mask, input)
     if class_wise and not include_background and shape_of(input)[1] == 1:
         raise ValueError(f"include_background: got False for one class ({check.describe(input)}), wanted 2 or more")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import reprlib
 import sys
 from typing import Any
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor
 
 from calseg.errors import brief
-from calseg.tensors import FLOAT_DTYPES, LABEL_DTYPES, class_axis, voxel_shape
+from calseg.operations import Labels
+from calseg.tensors import FLOAT_DTYPES, LABEL_DTYPES, SOFT_LABEL_DTYPES, class_axis, voxel_shape
 
 REDUCTIONS = ("none", "mean", "sum")
 MAX_BINS = 1 << 16
 MAX = sys.float_info.max
+CHECK_LABELS = os.environ.get("CALSEG_CHECK_LABELS", "0") not in ("", "0")
 
 
 _abbreviating = reprlib.Repr()
@@ -46,46 +49,94 @@ def check_scores(name: str, value: Any) -> None:
         raise ValueError(f"{name}: got {describe(value)}, wanted [C], [N, C] or [N, C, *S] with at least one class")
 
 
-def check_like(name: str, value: Any, other_name: str, other: Tensor) -> None:
-    """Check that a value is a floating tensor with the shape and the device of ``other``."""
+def check_like(
+    name: str, value: Any, other_name: str, other: Tensor, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
+) -> None:
+    """Check that a value is a tensor with the shape and the device of ``other``, and has one of the dtypes."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {describe(value)}, wanted a tensor like {other_name}")
-    if value.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name}: got {describe(value)}, wanted float32, float64, bfloat16 or float16")
+    if value.dtype not in dtypes:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: got {describe(value)}, wanted one of {known}")
     if value.shape != other.shape:
         raise ValueError(f"{name}: got {describe(value)}, wanted the shape of {other_name}, {list(other.shape)}")
     if value.device != other.device:
         raise ValueError(f"{name}: got {describe(value)}, wanted it on {other.device}, where {other_name} is")
 
 
-def check_labels(name: str, value: Any, scores: Tensor) -> Tensor:
-    """Check that a value is integer labels ``[N, *S]`` or ``[N, 1, *S]`` for these scores, and return ``[N, *S]``."""
+def check_labels(name: str, value: Any, scores: Tensor, ignore_index: int) -> Labels:
+    """Check that a value is labels ``[N, *S]`` or ``[N, 1, *S]`` for these scores, and return those of ``[N, *S]``."""
+    return Labels(_voxels(name, value, scores), ignore_index, has_channel=value.dim() == scores.dim() > 1)
+
+
+def _voxels(name: str, value: Any, scores: Tensor) -> Tensor:
+    """Check that a value has a number for every voxel, and return it as ``[N, *S]``. bool becomes uint8."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {describe(value)}, wanted a tensor of class indices")
     if value.dtype not in LABEL_DTYPES:
-        raise TypeError(
-            f"{name}: got {describe(value)}, wanted integer class indices (labels held as floats: {name}.long())"
-        )
+        raise TypeError(f"{name}: got {describe(value)}, wanted class indices")
     of_scores = scores.shape
     wanted = of_scores[:1] + of_scores[2:] if len(of_scores) > 1 else of_scores[:0]
     if value.dim() == len(of_scores) > 1 and value.shape[1] == 1:
         value = value.squeeze(1)
     if value.shape != wanted:
+        why = ""
+        if value.shape == of_scores:
+            why = ": it looks one-hot or like regions that overlap, and classes exclude each other; "
+            why += f"{name}.argmax(1) for one-hot, soft_labels={name}.float() for probabilities"
         raise ValueError(
-            f"{name}: got {describe(value)}, wanted shape {list(wanted)} for scores of shape {list(scores.shape)}"
+            f"{name}: got {describe(value)}, wanted shape {list(wanted)} for scores of shape {list(scores.shape)}{why}"
         )
     if value.device != scores.device:
         raise ValueError(f"{name}: got {describe(value)}, wanted it on {scores.device}")
-    labels: Tensor = value
-    return labels
+    voxels: Tensor = value
+    if value.dtype == torch.bool:
+        voxels = value.byte() if torch._C._get_tracing_state() else value.view(torch.uint8)
+    return voxels
 
 
 def check_mask(name: str, value: Any, scores: Tensor) -> Tensor:
     """Check that a value is a bool tensor ``[N, *S]`` or ``[N, 1, *S]``, and return it as uint8 ``[N, *S]``."""
     if not isinstance(value, Tensor) or value.dtype != torch.bool:
         raise TypeError(f"{name}: got {describe(value)}, wanted a bool tensor")
-    as_uint8 = value.byte() if torch._C._get_tracing_state() else value.view(torch.uint8)
-    return check_labels(name, as_uint8, scores)
+    return _voxels(name, value, scores)
+
+
+def check_soft_labels(name: str, value: Any, scores: Tensor) -> None:
+    """Check that a value is soft labels for these scores. With CALSEG_CHECK_LABELS=1, check the numbers too."""
+    check_like(name, value, "input", scores, SOFT_LABEL_DTYPES)
+    if CHECK_LABELS and not torch.compiler.is_compiling():
+        check_probabilities(name, value)
+
+
+def check_probabilities(name: str, value: Tensor) -> None:
+    """Check that numbers are not negative and sum to 1 over classes, to the tolerance of their dtype, or are all 0."""
+    wide = value.detach().to(torch.float32)
+    if not value.is_floating_point():
+        wide = wide / torch.iinfo(value.dtype).max
+    axis, tolerance = class_axis(value), probability_tolerance(value.dtype)
+    total, least = wide.sum(axis), wide.amin(axis)
+    bad = ((total - 1).abs() > tolerance) & (total != 0) | (least < -tolerance)
+    if bool(bad.any()):
+        position = int(bad.flatten().nonzero()[0])
+        place = [str(index) for index in place_of(position, tuple(total.shape))]
+        place.insert(axis, ":")
+        raise ValueError(
+            f"{name}[{', '.join(place)}] sums to {float(total.flatten()[position]):.4g}, wanted probabilities that sum "
+            "to 1: classes exclude each other; regions that overlap need a loss of their own"
+        )
+
+
+def check_scale(scale: Any, scores: Tensor) -> float | Tensor:
+    """Check that a value is a finite number, or a 0-d floating tensor on the device of the scores, and return it."""
+    if isinstance(scale, Tensor):
+        if scale.dim() != 0 or scale.dtype not in FLOAT_DTYPES or scale.device != scores.device:
+            raise ValueError(f"scale: got {describe(scale)}, wanted a number or a 0-d tensor on {scores.device}")
+        if scale.requires_grad:
+            raise ValueError("scale: got a tensor that requires a gradient, wanted a constant")
+        return scale
+    check_finite("scale", scale)
+    return float(scale)
 
 
 def check_weight(weight: Any, scores: Tensor) -> None:
@@ -185,19 +236,25 @@ def check_seed(seed: Any, device: torch.device) -> int | Tensor:
 # ---- values of tensors ----
 
 
-def check_classes(labels: Tensor, num_classes: int, ignore_index: int) -> None:
+def check_classes(labels: Labels, num_classes: int) -> None:
     """Raise IndexError at the first label that is neither a class nor ``ignore_index``."""
-    bad = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+    wide = labels.tensor.long()
+    bad = ((wide < 0) | (wide >= num_classes)) & (wide != labels.ignore_index)
+    if labels.tensor.is_floating_point():
+        bad |= labels.tensor != wide
     if bool(bad.any()):
-        position = int(bad.flatten().nonzero()[0])
-        raise label_error(int(labels.flatten()[position]), position, tuple(labels.shape), num_classes, ignore_index)
+        raise label_error(int(bad.flatten().nonzero()[0]), labels, num_classes)
 
 
-def label_error(value: int, position: int, shape: tuple[int, ...], num_classes: int, ignore_index: int) -> IndexError:
-    """Return the error for label ``value`` at linear index ``position`` of a target of ``shape``."""
+def label_error(position: int, labels: Labels, num_classes: int) -> IndexError:
+    """Return the error for the label at linear index ``position``, which is neither a class nor ignored."""
+    place = place_of(position, tuple(labels.tensor.shape))
+    value = labels.tensor[tuple(place)].item()
+    if labels.has_channel:
+        place.insert(1, 0)
     return IndexError(
-        f"target[{', '.join(map(str, place_of(position, shape)))}] is {value}: wanted a class in [0, {num_classes}) "
-        f"or ignore_index={ignore_index}"
+        f"target[{', '.join(map(str, place))}] is {shown(value)}: wanted a class in [0, {num_classes}) "
+        f"or ignore_index={labels.ignore_index}"
     )
 
 
@@ -223,12 +280,6 @@ def probability_error(total: float, least: float, position: int, shape: tuple[in
         f"input[{', '.join(map(str, where))}] sums to {total:.4g}, its smallest is {least:.4g}: wanted probabilities, "
         "which sum to 1 and are not negative (logits: from_logits=True)"
     )
-
-
-def label_at(position: int, labels: Tensor, num_classes: int, ignore_index: int) -> IndexError:
-    """Return the error for the label at linear index ``position``, which is neither a class nor ignored."""
-    shape = tuple(labels.shape)
-    return label_error(int(labels[tuple(place_of(position, shape))]), position, shape, num_classes, ignore_index)
 
 
 def probabilities_at(position: int, scores: Tensor) -> ValueError:

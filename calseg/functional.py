@@ -63,7 +63,7 @@ def _check_reuse(logits: Tensor, backend: str) -> None:
 
 
 def _unchecked_cross_entropy(
-    input: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float
+    input: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float, scale: float | Tensor
 ) -> Tensor | None:
     """Compute the loss of the commonest call without the checks, which take longer than a small loss itself.
 
@@ -73,12 +73,15 @@ def _unchecked_cross_entropy(
         return None
     if type(label_smoothing) is not float or not 0.0 <= label_smoothing <= 1.0 or type(ignore_index) is not int:
         return None
+    if type(scale) is not float or not -check.MAX <= scale <= check.MAX:
+        return None
     dtype = input.dtype
     if dtype not in FLOAT_DTYPES:
         return None
     if dtype not in WIDE_DTYPES:
         dtype = _loss_dtype(input)
-    spec = LossSpec("cross_entropy", Labels(target, ignore_index), None, reduction, dtype, label_smoothing)
+    labels = Labels(target, ignore_index)
+    spec = LossSpec("cross_entropy", labels, None, reduction, dtype, label_smoothing, scale=scale)
     try:
         return autograd.loss("cpu", spec, LossTensors(input), traced=False)
     except native.Unreadable:
@@ -107,6 +110,7 @@ def vls_cross_entropy(
     seed: int | Tensor | None = None,
     backend: str | None = None,
     reuse_logits: bool = False,
+    scale: float | Tensor = 1.0,
 ) -> Tensor:
     r"""Cross-entropy on variational soft labels; a drop-in for :func:`torch.nn.functional.cross_entropy`.
 
@@ -122,8 +126,8 @@ def vls_cross_entropy(
     Args:
         input: logits ``[C]``, ``[N, C]`` or ``[N, C, *S]``; float32, float64, bfloat16 or float16. Channel-first and
             channels-last are read as they are.
-        target: class indices ``[N, *S]`` of any integer dtype, or ``[N, 1, *S]``; or, without the arguments of VLS,
-            class probabilities of the shape of ``input``.
+        target: class indices ``[N, *S]`` or ``[N, 1, *S]``, of any integer dtype, bool, or a floating dtype that holds
+            whole numbers; or, without the arguments of VLS, class probabilities of the shape of ``input``.
         weight: class weights ``[C]``; default ones.
         size_average: deprecated, as in PyTorch.
         ignore_index: voxels with this label add nothing to loss and gradients. Default -100.
@@ -134,7 +138,8 @@ def vls_cross_entropy(
         mu: mean of the Gaussian over the logits, the shape of ``input``.
         logvar: its log-variance, the shape of ``input``.
         soft_labels: soft labels ``Y`` of the shape of ``input`` (from :func:`sample_soft_labels`,
-            :func:`accumulate_soft_labels` or several raters), taken as they are, instead of ``mu, logvar``.
+            :func:`accumulate_soft_labels` or several raters), taken as they are, instead of ``mu, logvar``. uint8 and
+            uint16 are fractions of 255 and of 65535, as ``calseg soft-labels`` writes them.
         alpha: share of the estimate in the sampled soft label, in [0, 1]. Default 0.1; with it and temperature 1 the
             one-stage method hardly differs from cross-entropy, and alpha 0.3 with temperature 2 has a lower foreground
             ECE and a higher NLL (benchmarks/README.md, "Does it calibrate?").
@@ -150,6 +155,8 @@ def vls_cross_entropy(
         reuse_logits: let backward write the gradient of ``input`` over ``input`` itself, which saves memory of its
             size; ``input`` then holds no logits after backward. Needs an ``input`` that is not a leaf and shares its
             storage with no other tensor. A backward that keeps the graph takes new memory. Default False.
+        scale: factor of the loss and of its gradients, a number or a 0-d tensor: the weight of a level of deep
+            supervision, or 1 / steps of gradient accumulation. It costs no pass over the gradient. Default 1.
 
     Returns:
         A 0-d tensor, or ``[N, *S]`` with ``reduction="none"``; the dtype of ``input`` (float32 for low precision
@@ -180,15 +187,32 @@ def vls_cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if weight is mu is logvar is soft_labels is None and backend is None and not reuse_logits:
-        loss = _unchecked_cross_entropy(input, target, ignore_index, reduction, label_smoothing)
+        loss = _unchecked_cross_entropy(input, target, ignore_index, reduction, label_smoothing, scale)
         if loss is not None:
             return loss
+    chosen, spec, tensors = _vls_loss(
+        input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, mu=mu,
+        logvar=logvar, soft_labels=soft_labels, alpha=alpha, temperature=temperature, num_samples=num_samples,
+        beta=beta, prior_mu=prior_mu, prior_logvar=prior_logvar, seed=seed, backend=backend, scale=scale,
+    )  # fmt: skip
+    if reuse_logits:
+        _check_reuse(input, chosen)
+    return autograd.loss(chosen, spec, tensors, reuse_logits)
+
+
+def _vls_loss(
+    input: Tensor, target: Tensor, weight: Tensor | None, *, ignore_index: int, reduction: str, label_smoothing: float,
+    mu: Tensor | None, logvar: Tensor | None, soft_labels: Tensor | None, alpha: float, temperature: float,
+    num_samples: int, beta: float, prior_mu: float, prior_logvar: float, seed: int | Tensor | None,
+    backend: str | None, scale: float | Tensor,
+) -> tuple[str, LossSpec, LossTensors]:  # fmt: skip
+    """Check the arguments of :func:`vls_cross_entropy`, and return backend, spec and tensors of the loss."""
     check.check_scores("input", input)
     check.check_reduction(reduction)
     check.check_number("label_smoothing", label_smoothing, 0.0, 1.0, "in [0, 1]")
     check.check_integer("ignore_index", ignore_index)
     check.check_weight(weight, input)
-
+    scale = check.check_scale(scale, input)
     sampled = mu is not None or logvar is not None
     if sampled:
         if soft_labels is not None:
@@ -202,29 +226,154 @@ def vls_cross_entropy(
         check.check_sampling(num_samples, temperature)
         check.check_prior(beta, prior_mu, prior_logvar)
     elif soft_labels is not None:
-        check.check_like("soft_labels", soft_labels, "input", input)
+        check.check_soft_labels("soft_labels", soft_labels, input)
 
+    spec = LossSpec("cross_entropy", None, weight, reduction, _loss_dtype(input), float(label_smoothing), scale=scale)
     if not sampled and soft_labels is None and _is_probabilities(target, input):
         if ignore_index >= 0:
             raise ValueError(f"ignore_index: got {ignore_index}, wanted none with class probabilities as target")
-        check.check_like("target", target, "input", input)
-        return _soft_cross_entropy(
-            input, target, None, weight, label_smoothing, reduction, backend, reuse_logits=reuse_logits
-        )
-    labels = Labels(check.check_labels("target", target, input), ignore_index)
+        check.check_soft_labels("target", target, input)
+        return choose(input, backend), spec, LossTensors(input, target)
+    spec = spec._replace(labels=check.check_labels("target", target, input, ignore_index))
     seed_value: int | Tensor = _seed(seed, input.device) if sampled and alpha else 0
     chosen = choose(input, backend)
-    if reuse_logits:
-        _check_reuse(input, chosen)
-    spec = LossSpec("cross_entropy", labels, weight, reduction, _loss_dtype(input), float(label_smoothing))
     if not (sampled and (alpha or beta)):
-        return autograd.loss(chosen, spec, LossTensors(input, soft_labels), reuse_logits)
+        return chosen, spec, LossTensors(input, soft_labels)
     spec = spec._replace(
         operation="vls_cross_entropy",
         alpha=float(alpha),
         sampling=_sampling(num_samples, temperature, beta, prior_mu, prior_logvar, seed_value),
     )
-    return autograd.loss(chosen, spec, LossTensors(input, None, mu, logvar), reuse_logits)
+    return chosen, spec, LossTensors(input, None, mu, logvar)
+
+
+def vls_dice_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    dice_weight: float = 1.0,
+    ce_weight: float = 1.0,
+    include_background: bool = False,
+    batch_dice: bool = False,
+    smooth: float = 1e-5,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    mu: Tensor | None = None,
+    logvar: Tensor | None = None,
+    soft_labels: Tensor | None = None,
+    alpha: float = 0.1,
+    temperature: float = 1.0,
+    num_samples: int = 4,
+    beta: float = 1.0,
+    prior_mu: float = 0.0,
+    prior_logvar: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+    scale: float | Tensor = 1.0,
+    process_group: Any = None,
+) -> Tensor:
+    r"""Dice plus cross-entropy on variational soft labels; the loss of nnU-Net and MONAI in one operation.
+
+    With :math:`p = \mathrm{softmax}(x)` and the labels :math:`Y` of :func:`vls_cross_entropy` (hard, given or sampled),
+    over the voxels that count, for every batch item :math:`n` and class :math:`c`,
+
+    .. math::
+        S = \sum_v (p_{vc} + Y_{vc}), \quad D = \sum_v |p_{vc} - Y_{vc}|, \quad
+        \mathrm{dice} = 1 - \frac{S - D + \mathrm{smooth}}{S + \mathrm{smooth}}, \quad
+        L = w_{ce}\, \ell + w_{dice}\, \mathrm{mean}_{n,c}\, \mathrm{dice}.
+
+    :math:`\ell` is the mean of :func:`vls_cross_entropy`. On hard labels the overlap term equals the soft Dice loss of
+    nnU-Net (whose loss is smaller by ``dice_weight``) and of MONAI. On soft labels, soft Dice is least where
+    :math:`p` is 0 or 1; this term, the Dice semimetric loss, is least where :math:`p = Y`. ``Y`` is held fixed in it:
+    mu and logvar get their gradients from the cross-entropy and the KL term alone.
+
+    The logits are read once in the forward and once in the backward pass. Beyond the gradients, no memory of the size
+    of the logits is needed: sampled labels wait in the memory of the gradient.
+
+    Args:
+        input: logits ``[C]``, ``[N, C]`` (one item of N voxels) or ``[N, C, *S]``, as in :func:`vls_cross_entropy`.
+        target: as in :func:`vls_cross_entropy`.
+        weight: class weights of the cross-entropy ``[C]``; default ones.
+        dice_weight: factor of the overlap term. Default 1.
+        ce_weight: factor of cross-entropy and KL term. Default 1.
+        include_background: whether the overlap of class 0 counts. Default False.
+        batch_dice: whether S and D are summed over the items of the batch. Default False.
+        smooth: number added to numerator and denominator, at least 0. Default 1e-5.
+        ignore_index: as in :func:`vls_cross_entropy`. The loss is 0 where all voxels are ignored.
+        label_smoothing: uniform smoothing in the cross-entropy. Default 0.
+        mu: as in :func:`vls_cross_entropy`; so are all further arguments but the last.
+        logvar: log-variance, the shape of ``input``.
+        soft_labels: soft labels instead of ``mu, logvar``.
+        alpha: share of the estimate in the sampled soft label. Default 0.1.
+        temperature: of the sampled softmax. Default 1.
+        num_samples: noise samples per voxel. Default 4.
+        beta: factor of the KL term. Default 1.
+        prior_mu: mean of the prior. Default 0.
+        prior_logvar: log-variance of the prior. Default 0.
+        seed: 64-bit seed of the noise.
+        backend: ``"cpu"``, ``"triton"`` or ``"reference"``; default: the fastest that there is.
+        scale: factor of the loss and of its gradients, a number or a 0-d tensor. Default 1.
+        process_group: a ``torch.distributed`` process group over which S and D are summed (nnU-Net's ``ddp``); needs
+            ``batch_dice``. As for any collective operation, gradients are those of the sum of the ranks' losses, which
+            ``DistributedDataParallel`` divides by the number of ranks. Default None: this process alone.
+
+    Returns:
+        A 0-d tensor in the dtype of ``input`` (float32 for low precision under autocast).
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`vls_cross_entropy`.
+
+    Example:
+        >>> import torch, calseg
+        >>> logits = torch.randn(2, 3, 8, 8, 8, requires_grad=True)
+        >>> target = torch.randint(0, 3, (2, 8, 8, 8), dtype=torch.uint8)
+        >>> loss = calseg.vls_dice_cross_entropy(logits, target, batch_dice=True)
+        >>> loss.backward()
+        >>> 0 < float(loss) < 3
+        True
+
+    Source: Wang et al., *Dice Semimetric Losses*, MICCAI 2023, arXiv 2303.16296 (the overlap term); Isensee et al.,
+    *nnU-Net*, 2021 (the sum with cross-entropy); Guo et al., *CALSeg*, ICASSP 2024 (the labels).
+    """
+    for name, value in (("dice_weight", dice_weight), ("ce_weight", ce_weight)):
+        check.check_finite(name, value)
+    check.check_number("smooth", smooth, 0.0, check.MAX, "of at least 0")
+    check.check_flag("include_background", include_background)
+    check.check_flag("batch_dice", batch_dice)
+    if process_group is not None and not batch_dice:
+        raise ValueError("process_group: got one without batch_dice=True, which sums S and D over the batch")
+    chosen, spec, tensors = _vls_loss(
+        input, target, weight, ignore_index=ignore_index, reduction="mean", label_smoothing=label_smoothing, mu=mu,
+        logvar=logvar, soft_labels=soft_labels, alpha=alpha, temperature=temperature, num_samples=num_samples,
+        beta=beta, prior_mu=prior_mu, prior_logvar=prior_logvar, seed=seed, backend=backend, scale=scale,
+    )  # fmt: skip
+    if not include_background and shape_of(input)[1] == 1:
+        raise ValueError(f"include_background: got False for one class ({check.describe(input)}), wanted 2 or more")
+    spec = spec._replace(dtype=compute_dtype(input.dtype), scale=1.0)
+    loss, sums = autograd.loss_and_overlap(chosen, spec, tensors)
+    total = dice_weight * _dice_from_sums(sums, include_background, batch_dice, smooth, process_group)
+    if ce_weight:
+        nothing_counts = sums.detach()[..., 0].sum() == 0
+        total = total + ce_weight * torch.where(nothing_counts, 0.0, loss)
+    return (scale * total).to(_loss_dtype(input))
+
+
+def _dice_from_sums(
+    sums: Tensor, include_background: bool, batch_dice: bool, smooth: float, process_group: Any
+) -> Tensor:
+    """Return the mean over items and classes of ``1 - (S - D + smooth) / (S + smooth)`` from S and D ``[N, C, 2]``.
+
+    It is computed as ``D / (S + smooth)``. A class without any mass has loss 0.
+    """
+    if batch_dice:
+        sums = sums.sum(0, keepdim=True)
+    if process_group is not None:
+        from torch.distributed.nn.functional import all_reduce
+
+        sums = all_reduce(sums, group=process_group)
+    mass, difference = sums[:, 0 if include_background else 1 :].unbind(2)
+    return (difference / (mass + smooth).clamp(min=torch.finfo(sums.dtype).tiny)).mean()
 
 
 def soft_cross_entropy(
@@ -236,6 +385,7 @@ def soft_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     backend: str | None = None,
+    scale: float | Tensor = 1.0,
 ) -> Tensor:
     r"""Cross-entropy against probabilities: ``-sum_c w[c] * soft_target[c] * log softmax(input)[c]``.
 
@@ -243,12 +393,14 @@ def soft_cross_entropy(
 
     Args:
         input: logits ``[C]``, ``[N, C]`` or ``[N, C, *S]``.
-        soft_target: probabilities of the shape of ``input``, of any floating dtype.
+        soft_target: probabilities of the shape of ``input``, of any floating dtype; or of uint8 or uint16, as fractions
+            of 255 or of 65535.
         weight: class weights ``[C]``; default ones.
         ignore_mask: bool ``[N, *S]`` or ``[N, 1, *S]``, True where a voxel is left out. Default: none is.
         label_smoothing: uniform smoothing in [0, 1] on top. Default 0.
         reduction: ``"mean"`` (over the voxels that count), ``"sum"`` or ``"none"``. Default ``"mean"``.
         backend: see :func:`vls_cross_entropy`.
+        scale: see :func:`vls_cross_entropy`.
 
     Returns:
         A 0-d tensor, or ``[N, *S]`` with ``reduction="none"``, in the dtype of ``input``.
@@ -263,36 +415,20 @@ def soft_cross_entropy(
         tensor(0.6931)
     """
     check.check_scores("input", input)
-    check.check_like("soft_target", soft_target, "input", input)
+    check.check_soft_labels("soft_target", soft_target, input)
     check.check_reduction(reduction)
     check.check_number("label_smoothing", label_smoothing, 0.0, 1.0, "in [0, 1]")
     check.check_weight(weight, input)
+    scale = check.check_scale(scale, input)
     labels: Labels | None = None
     if ignore_mask is not None:
         labels = Labels(check.check_mask("ignore_mask", ignore_mask, input), 1, True)
-    return _soft_cross_entropy(input, soft_target, labels, weight, label_smoothing, reduction, backend)
+    spec = LossSpec("cross_entropy", labels, weight, reduction, _loss_dtype(input), float(label_smoothing), scale=scale)
+    return autograd.loss(choose(input, backend), spec, LossTensors(input, soft_target))
 
 
 def _is_probabilities(target: Any, input: Tensor) -> bool:
     return isinstance(target, Tensor) and target.is_floating_point() and target.shape == input.shape
-
-
-def _soft_cross_entropy(
-    input: Tensor,
-    soft_target: Tensor,
-    mask: Labels | None,
-    weight: Tensor | None,
-    label_smoothing: float,
-    reduction: str,
-    backend: str | None,
-    *,
-    reuse_logits: bool = False,
-) -> Tensor:
-    chosen = choose(input, backend)
-    if reuse_logits:
-        _check_reuse(input, chosen)
-    spec = LossSpec("cross_entropy", mask, weight, reduction, _loss_dtype(input), float(label_smoothing))
-    return autograd.loss(chosen, spec, LossTensors(input, soft_target), reuse_logits)
 
 
 def vls_elbo(
@@ -309,6 +445,7 @@ def vls_elbo(
     reduction: str = "mean",
     seed: int | Tensor | None = None,
     backend: str | None = None,
+    scale: float | Tensor = 1.0,
 ) -> Tensor:
     r"""The stage-1 objective in dense form: the negative evidence lower bound of the labels.
 
@@ -319,7 +456,7 @@ def vls_elbo(
     Args:
         mu: mean of the Gaussian over the logits, ``[C]``, ``[N, C]`` or ``[N, C, *S]``.
         logvar: its log-variance, the shape of ``mu``.
-        target: class indices ``[N, *S]`` or ``[N, 1, *S]``, any integer dtype.
+        target: class indices ``[N, *S]`` or ``[N, 1, *S]``, of the dtypes of :func:`vls_cross_entropy`.
         weight: class weights ``[C]``; default ones.
         num_samples: noise samples per voxel. Default 4.
         beta: factor of the KL term. Default 1.
@@ -329,6 +466,7 @@ def vls_elbo(
         reduction: as in :func:`vls_cross_entropy`. Default ``"mean"``.
         seed: as in :func:`vls_cross_entropy`.
         backend: as in :func:`vls_cross_entropy`.
+        scale: as in :func:`vls_cross_entropy`.
 
     Returns:
         A 0-d tensor, or ``[N, *S]`` with ``reduction="none"``, in the dtype of ``mu``.
@@ -351,9 +489,10 @@ def vls_elbo(
     check.check_integer("num_samples", num_samples, 1)
     check.check_prior(beta, prior_mu, prior_logvar)
     check.check_weight(weight, mu)
-    labels = Labels(check.check_labels("target", target, mu), ignore_index)
+    labels = check.check_labels("target", target, mu, ignore_index)
     sampling = _sampling(num_samples, 1.0, beta, prior_mu, prior_logvar, _seed(seed, mu.device))
-    spec = LossSpec("vls_elbo", labels, weight, reduction, _loss_dtype(mu), sampling=sampling)
+    scale = check.check_scale(scale, mu)
+    spec = LossSpec("vls_elbo", labels, weight, reduction, _loss_dtype(mu), sampling=sampling, scale=scale)
     return autograd.loss(choose(mu, backend), spec, LossTensors(mu=mu, logvar=logvar))
 
 
@@ -365,6 +504,7 @@ def gaussian_kl(
     reduction: str = "mean",
     *,
     backend: str | None = None,
+    scale: float | Tensor = 1.0,
 ) -> Tensor:
     r"""``KL(N(mu, exp(logvar)) || N(prior_mu, exp(prior_logvar)))``, summed over the class axis.
 
@@ -376,6 +516,7 @@ def gaussian_kl(
         reduction: ``"mean"`` over ``[N, *S]`` (not over classes: the KL is additive in them), ``"sum"`` or
             ``"none"``. Default ``"mean"``.
         backend: as in :func:`vls_cross_entropy`.
+        scale: as in :func:`vls_cross_entropy`.
 
     Returns:
         A 0-d tensor, or ``[N, *S]`` with ``reduction="none"``, in nats, in the dtype of ``mu``.
@@ -395,7 +536,8 @@ def gaussian_kl(
     check.check_reduction(reduction)
     check.check_prior(1.0, prior_mu, prior_logvar)
     sampling = _sampling(1, 1.0, 1.0, prior_mu, prior_logvar, 0)
-    spec = LossSpec("gaussian_kl", None, None, reduction, _loss_dtype(mu), sampling=sampling)
+    scale = check.check_scale(scale, mu)
+    spec = LossSpec("gaussian_kl", None, None, reduction, _loss_dtype(mu), sampling=sampling, scale=scale)
     return autograd.loss(choose(mu, backend), spec, LossTensors(mu=mu, logvar=logvar))
 
 
@@ -412,6 +554,7 @@ def ace_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     backend: str | None = None,
+    scale: float | Tensor = 1.0,
 ) -> Tensor:
     r"""Marginal L1 average calibration error (mL1-ACE), differentiable: an auxiliary loss beside Dice or cross-entropy.
 
@@ -429,7 +572,7 @@ def ace_loss(
     Args:
         input: logits ``[C]``, ``[N, C]`` (one item of N voxels) or ``[N, C, *S]``; float32, float64, bfloat16 or
             float16. Their softmax is taken.
-        target: class indices ``[N, *S]`` or ``[N, 1, *S]`` of any integer dtype.
+        target: class indices ``[N, *S]`` or ``[N, 1, *S]``, of the dtypes of :func:`vls_cross_entropy`.
         weight: a factor of the error of each class, ``[C]``. Default ones.
         n_bins: bins of equal width over [0, 1], 1 to 65536. Default 20.
         binning: ``"hard"`` or ``"soft"``. Default ``"hard"``.
@@ -440,6 +583,7 @@ def ace_loss(
         reduction: ``"mean"`` or ``"sum"`` over items and classes, or ``"none"``. Default ``"mean"``.
         backend: ``"cpu"`` (native) or ``"reference"`` (plain PyTorch, on a GPU too, differentiable to any order);
             default: the fastest that there is.
+        scale: as in :func:`vls_cross_entropy`.
 
     Returns:
         A 0-d tensor, or ``[N, C]`` with ``reduction="none"`` (``[N, C - 1]`` without background; N is 1 for ``[C]``
@@ -461,7 +605,7 @@ def ace_loss(
     Segmentation*, 2025, arXiv 2506.03942 (soft bins, classes without labels).
     """
     check.check_scores("input", input)
-    labels = Labels(check.check_labels("target", target, input), ignore_index)
+    labels = check.check_labels("target", target, input, ignore_index)
     check.check_weight(weight, input)
     check.check_bins(n_bins)
     if binning not in ("hard", "soft"):
@@ -474,11 +618,12 @@ def ace_loss(
     soft, first_class = binning == "soft", 0 if include_background else 1
     if shape_of(input)[1] <= first_class:
         raise ValueError(f"include_background: got False for one class ({check.describe(input)}), wanted 2 or more")
+    scale = check.check_scale(scale, input)
     spec = AceSpec(labels, n_bins, first_class, soft)
     bins = autograd.ace_bins(choose(input, backend, "ace_loss"), spec, input)
     return _ace_from_bins(
         *bins, weight, empty_weight=empty_weight if soft else 0.0, ignore_empty_classes=ignore_empty_classes,
-        reduction=reduction, out_dtype=_loss_dtype(input),
+        reduction=reduction, out_dtype=_loss_dtype(input), scale=scale,
     )  # fmt: skip
 
 
@@ -492,6 +637,7 @@ def _ace_from_bins(
     ignore_empty_classes: bool,
     reduction: str,
     out_dtype: torch.dtype,
+    scale: float | Tensor,
 ) -> Tensor:
     """Per item and class the mean of |confidence - accuracy| over the bins that are not empty, ``[N, kinds]``; reduced.
 
@@ -504,7 +650,7 @@ def _ace_from_bins(
         error = torch.where(hits.sum(-1) > 0, error, 0.0)
     if weight is not None:
         error = error * weight.to(error.dtype)[-error.shape[1] :]
-    return {"none": error, "mean": error.mean(), "sum": error.sum()}[reduction].to(out_dtype)
+    return (scale * {"none": error, "mean": error.mean(), "sum": error.sum()}[reduction]).to(out_dtype)
 
 
 def sample_soft_labels(
@@ -554,7 +700,7 @@ def sample_soft_labels(
     check.check_sampling(num_samples, temperature)
     check.check_number("alpha", alpha, 0.0, 1.0, "in [0, 1]")
     check.check_integer("ignore_index", ignore_index)
-    labels = None if target is None else Labels(check.check_labels("target", target, mu), ignore_index)
+    labels = None if target is None else check.check_labels("target", target, mu, ignore_index)
     sampling = Sampling(num_samples, float(temperature), seed=_seed(seed, mu.device))
     spec = SampleSpec(labels, float(alpha), sampling)
     return autograd.sample_soft_labels(choose(mu, backend), spec, GaussianTensors(mu, logvar))
@@ -610,7 +756,7 @@ def accumulate_soft_labels(
     if first is None:
         raise ValueError("logit_maps: got none, wanted at least one map of logits")
     maps = chain((first,), maps)
-    labels = None if target is None else Labels(check.check_labels("target", target, first), ignore_index)
+    labels = None if target is None else check.check_labels("target", target, first, ignore_index)
     chosen = choose(first, backend)
     total = torch.zeros_like(
         first, dtype=compute_dtype(first.dtype), memory_format=layout_like(first), requires_grad=False

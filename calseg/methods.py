@@ -90,7 +90,7 @@ def svls_cross_entropy(
         tensor(0.6931)
     """
     check.check_scores("input", input)
-    target = check.check_labels("target", target, input)
+    target = check.check_labels("target", target, input, ignore_index).tensor
     soft = svls_labels(target, input.shape[1], sigma=sigma, ignore_index=ignore_index)
     return vls_cross_entropy(input, target, soft_labels=soft, ignore_index=ignore_index, reduction=reduction)
 
@@ -203,7 +203,7 @@ def nacl_cross_entropy(
     """
     check.check_number("alpha", alpha, 0.0, math.inf, "of at least 0")
     nll = vls_cross_entropy(input, target, ignore_index=ignore_index, reduction="none")
-    target = check.check_labels("target", target, input)
+    target = check.check_labels("target", target, input, ignore_index).tensor
     shares = _renormalise(_filter(_onehot(target, input.shape[1], ignore_index), 1 / 3, 1 / 3))
     return _reduce(nll + alpha * (shares - input).abs().mean(1), target, ignore_index, reduction)
 

@@ -173,7 +173,7 @@ class _BinMetric(_ExactMetric):
         """Do as :meth:`item_bins` for a tensor."""
         counted = None if mask is None else check.check_mask("mask", mask, input).bool()
         if self.foreground_only:
-            foreground = check.check_labels("target", target, input) != 0
+            foreground = check.check_labels("target", target, input, 0).tensor != 0
             counted = foreground if counted is None else foreground & counted
         if not self.separate_one:
             return calibration_bins(input, target, mask=counted, per_item=True, **self.options)

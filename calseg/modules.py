@@ -75,6 +75,43 @@ class VLSCrossEntropyLoss(_Loss):
         )
 
 
+class VLSDiceCrossEntropyLoss(_Loss):
+    """:func:`calseg.vls_dice_cross_entropy` as a module, which can replace nnU-Net's ``DC_and_CE_loss``.
+
+    Args:
+        weight: class weights of the cross-entropy ``[C]``, kept as a buffer.
+        options: every other keyword argument of :func:`calseg.vls_dice_cross_entropy` that is not a tensor of the
+            batch.
+
+    Raises:
+        TypeError: the function does not have an option of that name.
+
+    Example:
+        >>> import torch, calseg
+        >>> loss = calseg.VLSDiceCrossEntropyLoss(batch_dice=True, alpha=0.2)
+        >>> logits, target = torch.randn(2, 3, 8, 8), torch.randint(0, 3, (2, 8, 8))
+        >>> loss(logits, target).shape
+        torch.Size([])
+    """
+
+    function = staticmethod(functional.vls_dice_cross_entropy)
+    of_a_batch = ("input", "target", "mu", "logvar", "soft_labels")
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        mu: Tensor | None = None,
+        logvar: Tensor | None = None,
+        soft_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss of a batch; see :func:`calseg.vls_dice_cross_entropy`."""
+        return functional.vls_dice_cross_entropy(
+            input, target, self.weight, mu=mu, logvar=logvar, soft_labels=soft_labels, **self.options
+        )
+
+
 class SoftCrossEntropyLoss(_Loss):
     """:func:`calseg.soft_cross_entropy` as a module.
 

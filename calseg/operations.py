@@ -16,6 +16,7 @@ Scores = Tensor  # a number for every voxel and class: [C], [N, C] or [N, C, *S]
 Indices = Tensor  # an integer for every voxel: [], [N] or [N, *S]
 Classes = Tensor  # a number for every class: [C]
 Seed = int | Tensor  # a 64-bit number, or a 0-d int64 tensor on the device of the scores
+Factor = float | Tensor  # a number, or a 0-d tensor on the device of the scores
 Reduction = str  # "none", "mean" or "sum"
 
 
@@ -23,11 +24,13 @@ class Labels(NamedTuple):
     """Class indices, or a mask of the voxels that are ignored.
 
     A voxel is ignored where ``tensor`` equals ``ignore_index``. With ``is_mask`` the other values are no classes.
+    ``has_channel`` says that the caller gave the tensor with a channel axis, which messages about a place count.
     """
 
     tensor: Indices
     ignore_index: int
     is_mask: bool = False
+    has_channel: bool = False
 
     def ignored(self) -> Tensor:
         """Return a mask of the voxels that are ignored. Labels are compared as numbers: one of 8 bits is never -100."""
@@ -73,6 +76,8 @@ class LossSpec(NamedTuple):
     - ``vls_cross_entropy``: cross-entropy of the logits, with labels sampled from mu and logvar, plus the KL term
     - ``vls_elbo``: mean cross-entropy of the samples of mu and logvar, with ``labels``, plus the KL term
     - ``gaussian_kl``: the KL term alone
+
+    ``scale`` multiplies the loss and so its gradients.
     """
 
     operation: str
@@ -83,6 +88,7 @@ class LossSpec(NamedTuple):
     label_smoothing: float = 0.0
     alpha: float = 0.0
     sampling: Sampling = Sampling()
+    scale: Factor = 1.0
 
 
 class GaussianTensors(NamedTuple):

@@ -57,6 +57,10 @@ def _pack(kind: type, structure: Any, lists: Lists) -> None:
             is_tensor = isinstance(value, Tensor)
             tensors.append(value if is_tensor else None)
             integers.append(0 if is_tensor else value if value < 2**63 else value - 2**64)  # as a signed number
+        elif form == "factor":
+            is_tensor = isinstance(value, Tensor)
+            tensors.append(value if is_tensor else None)
+            numbers.append(1.0 if is_tensor else value)
         elif form == "integer":
             integers.append(value)
         elif form == "flag":
@@ -79,6 +83,9 @@ def _unpack(kind: type, rest: tuple[Iterator[Any], ...]) -> Any:
         elif form == "seed":
             tensor, integer = next(tensors), next(integers)
             values.append(integer if tensor is None else tensor)
+        elif form == "factor":
+            tensor, number = next(tensors), next(numbers)
+            values.append(number if tensor is None else tensor)
         elif form in ("integer", "flag"):
             values.append(next(integers))
         elif form == "number":
@@ -93,7 +100,7 @@ def _form(hint: Any) -> Any:
     """Return the form in which a field of this type is packed: a word, or the type itself for a structure."""
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
     if len(kinds) > 1:
-        return "seed"
+        return "seed" if int in kinds else "factor"
     (kind,) = kinds
     forms = {Tensor: "tensor", int: "integer", bool: "flag", float: "number", str: "word", torch.dtype: "dtype"}
     return forms.get(kind, kind)

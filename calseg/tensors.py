@@ -15,7 +15,9 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LABEL_DTYPES = (
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64,
+    torch.bool, *FLOAT_DTYPES,
 )  # fmt: skip
+SOFT_LABEL_DTYPES = (*FLOAT_DTYPES, torch.uint8, torch.uint16)  # an integer is a fraction of its largest value
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

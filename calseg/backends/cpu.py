@@ -28,11 +28,11 @@ NO_GRADIENTS = LossTensors()
 NUMBERS = {dtype: torch.zeros((), dtype=compute_dtype(dtype), device="cpu") for dtype in FLOAT_DTYPES}
 
 
-def _fault(outcome: tuple[int, int, int], labels: Labels | None) -> IndexError:
-    """Return the error for a label that is no class, from ``(position, label, number of classes)``."""
+def _fault(outcome: tuple[int, int], labels: Labels | None) -> IndexError:
+    """Return the error for a label that is no class, from ``(position, number of classes)``."""
     assert labels is not None
-    position, label, num_classes = outcome
-    return label_error(label, position, tuple(labels.tensor.shape), num_classes, labels.ignore_index)
+    position, num_classes = outcome
+    return label_error(position, labels, num_classes)
 
 
 def loss(
@@ -52,6 +52,30 @@ def loss(
     if loss is None:
         return torch.zeros((), dtype=spec.dtype, device="cpu")
     return loss if loss.dtype is spec.dtype else loss.to(spec.dtype)
+
+
+def loss_and_overlap(spec: LossSpec, tensors: LossTensors, made: LossTensors) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss, the sums of the overlap, and the divisor of the loss.
+
+    The sums are those of :func:`calseg.backends.reference.loss_and_overlap`. ``made`` has memory for what is made
+    beside them: the sampled labels, in place of the logits, and the gradients of mu and logvar.
+    """
+    N, C, _ = shape_of(tensors.like())
+    loss = torch.empty_like(NUMBERS[spec.dtype])
+    sums = torch.empty(N, C, 2, dtype=torch.float64, device="cpu")
+    divisor = torch.empty((), dtype=torch.float64, device="cpu")
+    fault = native.extension.loss_and_overlap(tensors, spec, made, loss, sums, divisor)
+    if fault is not None:
+        raise _fault(fault, spec.labels)
+    return loss.to(spec.dtype), sums, divisor
+
+
+def overlap_backward(spec: LossSpec, tensors: LossTensors, gradients: LossTensors, grad_sums: Tensor) -> None:
+    """Write the gradients of logits and soft labels of :func:`loss_and_overlap`, for labels that are not sampled.
+
+    ``spec`` is a sum over voxels. ``grad_sums`` is the gradient of the sums, which only reaches the logits.
+    """
+    native.extension.overlap_backward(tensors, spec, gradients, grad_sums)
 
 
 def scale_gradients(gradients: Sequence[Tensor | None], factor: Tensor) -> None:
@@ -105,9 +129,9 @@ def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
     items, labels = N if spec.per_item else 1, spec.labels
     sums = torch.zeros(items, num_kinds(spec, C), spec.n_bins, 3, dtype=torch.int64, device="cpu")
     totals = torch.zeros(items, 6, dtype=torch.int64, device="cpu")
-    label_position, label, score_position, total, least = native.extension.calibration_bins(scores, spec, sums, totals)
+    label_position, score_position, total, least = native.extension.calibration_bins(scores, spec, sums, totals)
     if label_position >= 0:
-        raise label_error(label, label_position, tuple(labels.tensor.shape), C, labels.ignore_index)
+        raise label_error(label_position, labels, C)
     if score_position >= 0:
         raise probability_error(total, least, score_position, voxel_shape(scores))
     return sums, totals

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from calseg import native
-from calseg.checks import label_at, probabilities_at
+from calseg.checks import label_error, probabilities_at
 from calseg.operations import BinsSpec, num_kinds
 from calseg.tensors import shape_of
 
@@ -40,7 +40,7 @@ def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
     faults, totals, sums = results.cpu().split(sizes)
     label_position, score_position = faults.tolist()
     if label_position != NO_FAULT:
-        raise label_at(label_position, spec.labels.tensor, C, spec.labels.ignore_index)
+        raise label_error(label_position, spec.labels, C)
     if score_position != NO_FAULT:
         raise probabilities_at(score_position, scores)
     return sums.view(items, kinds, spec.n_bins, 3), totals.view(items, 6)

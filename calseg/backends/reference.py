@@ -31,6 +31,7 @@ from calseg.operations import (
 )
 from calseg.tensors import compute_dtype, flat, flat_voxels, unflat, voxel_shape
 
+NO_CLASS = -(2**63)  # in place of a label that is no whole number
 MAX_NLL = 2.0**25  # a negative log-likelihood above this number counts as infinite
 
 
@@ -61,8 +62,14 @@ def nan_where_no_class(loss: Tensor, labels: Tensor, num_classes: int) -> Tensor
 
 
 def widen_counted(tensor: Tensor, ok: Tensor) -> Tensor:
-    """Convert to the compute dtype, and set ignored voxels to 0, even if they are NaN."""
-    return torch.where(ok[:, None], tensor.to(compute_dtype(tensor.dtype)), 0.0)
+    """Convert to the compute dtype, and set ignored voxels to 0, even if they are NaN.
+
+    Integers are fractions of their largest value.
+    """
+    wide = tensor.to(compute_dtype(tensor.dtype))
+    if not tensor.is_floating_point():
+        wide = wide / torch.iinfo(tensor.dtype).max
+    return torch.where(ok[:, None], wide, 0.0)
 
 
 def voxel_cross_entropy(logits: Tensor, distribution: Tensor, weight: Tensor | None) -> Tensor:
@@ -127,8 +134,40 @@ def loss(spec: LossSpec, tensors: LossTensors) -> Tensor:
     like = tensors.like()
     weight = None if spec.weight is None else spec.weight.to(compute_dtype(like.dtype))
     labels = None if spec.labels is None else _flat_labels(spec.labels, like)
-    value = LOSSES[spec.operation](spec._replace(weight=weight), flattened, labels).to(spec.dtype)
-    return value.view(voxel_shape(like)) if spec.reduction == "none" else value
+    value = spec.scale * LOSSES[spec.operation](spec._replace(weight=weight), flattened, labels)
+    return (value.view(voxel_shape(like)) if spec.reduction == "none" else value).to(spec.dtype)
+
+
+def loss_and_overlap(spec: LossSpec, tensors: LossTensors) -> tuple[Tensor, Tensor]:
+    """Return the loss, and the sums over voxels ``sum (p + Y)`` and ``sum |p - Y|``, float64 ``[N, C, 2]``.
+
+    ``p`` is the softmax of the logits, and ``Y`` the labels, through which the sums have no gradient.
+    """
+    logits, *rest = (None if t is None else flat(t) for t in tensors)
+    assert logits is not None
+    labels = None if spec.labels is None else _flat_labels(spec.labels, tensors.like())
+    ok = _counted(spec.labels, labels, logits)
+    wide = widen_counted(logits, ok)
+    with torch.no_grad():
+        distribution = label_distribution(spec, LossTensors(wide, *rest), labels, ok)
+    p = torch.where(ok[:, None], torch.softmax(wide, 1), 0.0)
+    sums = torch.stack([(p + distribution).sum(2, dtype=torch.float64),
+                        (p - distribution).abs().sum(2, dtype=torch.float64)], 2)  # fmt: skip
+    return loss(spec, tensors), sums
+
+
+def label_distribution(spec: LossSpec, tensors: LossTensors, labels: Tensor | None, ok: Tensor) -> Tensor:
+    """Return the labels Y: given soft labels, sampled ones, or one-hot ones, and 0 where ignored."""
+    logits = tensors.like()
+    if tensors.soft_labels is not None:
+        return widen_counted(tensors.soft_labels, ok).to(logits.dtype)
+    assert labels is not None
+    if spec.operation == "cross_entropy":
+        return one_hot(torch.where(ok, labels, -1), logits.shape[1], logits.dtype)
+    assert spec.labels is not None
+    mu, logvar = (widen_counted(t, ok).to(logits.dtype) for t in tensors.gaussian())
+    estimate = estimate_soft_labels(mu, logvar, spec.sampling) if spec.alpha else torch.zeros_like(mu)
+    return blend(estimate, labels, spec.alpha, spec.labels.ignore_index)
 
 
 def cross_entropy(spec: LossSpec, tensors: LossTensors, labels: Tensor | None) -> Tensor:
@@ -136,11 +175,7 @@ def cross_entropy(spec: LossSpec, tensors: LossTensors, labels: Tensor | None) -
     assert tensors.logits is not None
     ok = _counted(spec.labels, labels, tensors.logits)
     logits = widen_counted(tensors.logits, ok)
-    if tensors.soft_labels is not None:
-        distribution = widen_counted(tensors.soft_labels, ok).to(logits.dtype)
-    else:
-        assert labels is not None
-        distribution = one_hot(labels, logits.shape[1], logits.dtype)
+    distribution = label_distribution(spec, tensors._replace(logits=logits), labels, ok)
     value = voxel_cross_entropy(logits, smooth_labels(distribution, spec.label_smoothing), spec.weight)
     if labels is None or spec.labels is None or spec.labels.is_mask:
         return reduce_loss(value, ok, None, spec.reduction)
@@ -155,9 +190,8 @@ def vls_cross_entropy(spec: LossSpec, tensors: LossTensors, labels: Tensor | Non
     assert spec.labels is not None
     ok = _counted(spec.labels, labels, logits)
     logits = widen_counted(logits, ok)
+    distribution = label_distribution(spec, tensors._replace(logits=logits), labels, ok)
     mu, logvar = widen_counted(mu, ok).to(logits.dtype), widen_counted(logvar, ok).to(logits.dtype)
-    estimate = estimate_soft_labels(mu, logvar, spec.sampling) if spec.alpha else torch.zeros_like(mu)
-    distribution = blend(estimate, labels, spec.alpha, spec.labels.ignore_index)
     value = voxel_cross_entropy(logits, smooth_labels(distribution, spec.label_smoothing), spec.weight)
     value = nan_where_no_class(value, labels, logits.shape[1])
     result = reduce_loss(value, ok, weight_of_labels(spec.weight, labels, ok), spec.reduction)
@@ -204,9 +238,11 @@ def _flat_labels(labels: Labels, scores: Tensor) -> Tensor:
 
     Inside a transform, values cannot be read. The loss of such a voxel is then NaN.
     """
-    wide = labels.tensor.long()
     if not labels.is_mask and not is_transformed():
-        check_classes(wide, scores.shape[1 if scores.dim() > 1 else 0], labels.ignore_index)
+        check_classes(labels, scores.shape[1 if scores.dim() > 1 else 0])
+    wide = labels.tensor.long()
+    if labels.tensor.is_floating_point():
+        wide = torch.where(labels.tensor == wide, wide, NO_CLASS)
     return flat_voxels(wide)
 
 

@@ -8,7 +8,6 @@ can be captured into a CUDA graph.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -38,7 +37,6 @@ from calseg.operations import (
 )
 from calseg.tensors import is_walkable, one_stride, shape_of
 
-CHECK_LABELS = os.environ.get("CALSEG_CHECK_LABELS", "0") not in ("", "0")
 NO_GRADIENTS = LossTensors()
 
 
@@ -217,7 +215,7 @@ def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
     nowhere = torch.full((1, 2), NO_FAULT.value, dtype=torch.int64, device="cpu")
     first = torch.cat([torch.where(faults == nowhere, nowhere, positions), nowhere]).amin(0).tolist()
     if first[0] != NO_FAULT.value:
-        raise checks.label_at(first[0], spec.labels.tensor, C, spec.labels.ignore_index)
+        raise checks.label_error(first[0], spec.labels, C)
     if first[1] != NO_FAULT.value:
         raise checks.probabilities_at(first[1], scores)
     return sums.view(items, kinds, spec.n_bins, 3), totals
@@ -251,8 +249,8 @@ def _readable_labels(labels: Labels | None) -> Labels | None:
 
 def _check_labels(labels: Labels | None, num_classes: int) -> None:
     """Raise IndexError at the first label that is not a class, if CALSEG_CHECK_LABELS=1. The host waits for the GPU."""
-    if CHECK_LABELS and labels is not None and not labels.is_mask:
-        checks.check_classes(labels.tensor.long(), num_classes, labels.ignore_index)
+    if checks.CHECK_LABELS and labels is not None and not labels.is_mask:
+        checks.check_classes(labels, num_classes)
 
 
 def _call(demands: TileDemands, scores: Sequence[Tensor | None], voxels: Sequence[Tensor | None] = ()) -> Call:

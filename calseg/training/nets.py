@@ -234,9 +234,9 @@ class StageOneNet(nn.Module):
 
         def maps() -> Iterator[Tensor]:
             for k in range(num_samples):
-                # Codes come in antithetic pairs, as the samples of the losses do.
-                noise = -noise if k % 2 else torch.randn(mu.shape, generator=generator, device="cpu").to(mu)
-                yield self.segment(self._with_code(features, mu + sigma * noise))
+                if k % 2 == 0:  # codes come in antithetic pairs, as the samples of the losses do
+                    noise = sigma * torch.randn(mu.shape, generator=generator, device="cpu").to(mu)
+                yield self.segment(self._with_code(features, mu - noise if k % 2 else mu + noise))
 
         return accumulate_soft_labels(maps(), label, temperature=temperature, alpha=alpha, ignore_index=ignore_index)
 

@@ -17,6 +17,7 @@ TYPES = {
     "Classes": "Classes",
     "Reduction": "Reduction",
     "Seed": "uint64_t",
+    "Factor": "double",
     "int": "int64_t",
     "float": "double",
     "bool": "bool",
