@@ -51,7 +51,7 @@ class Operation:
         oracle: the same arguments, without ``backend``; the formula in float64, with nothing of calseg in it.
         tensors: the arguments that get gradients, with how they are made for a shape and a dtype.
         result: ``"loss"`` (reduced, or a value per voxel), ``"map"`` (the shape of the input), ``"items"`` (a value per
-            item and class, reduced) or ``"bins"`` (sums of integers, without gradients).
+            item and class, reduced), ``"total"`` (one value) or ``"bins"`` (sums of integers, without gradients).
         labels: the argument that says what is ignored: ``"target"`` (class indices), ``"ignore_mask"`` or None.
         options: sets of options that the values are tested with; ``weighted`` stands for class weights.
         tolerance: of values and gradients.
@@ -279,6 +279,12 @@ SAMPLING = (
     {"alpha": 0.5, "weighted": True, "num_samples": 2, "beta": -0.5},
     {"alpha": 0.0, "beta": 0.0, "weighted": True},
 )
+DICE = (
+    {},
+    {"batch_dice": True, "include_background": True, "smooth": 1.0},
+    {"weighted": True, "label_smoothing": 0.2, "dice_weight": 0.5, "ce_weight": 2.0, "scale": 0.25},
+    {"ce_weight": 0.0, "smooth": 0.0},
+)
 SOFT_LABELS = (
     {},
     {"alpha": 0.5, "num_samples": 1, "temperature": 0.5},
@@ -369,6 +375,31 @@ _TABLE = [
         options=SAMPLING, defaults={"seed": 11}, noise=True, classes_of_shapes=(4,),
         sizes=Sizes(_up_to(2049)(2, 3, 4, 7, 8, 16, 17, 33), lambda C: Tolerance(48, 8.0, None, 8.0),
                     ({"alpha": 0.7, "num_samples": 3},)),
+    ),
+    Operation(
+        "dice", calseg.vls_dice_cross_entropy, naive.vls_dice_cross_entropy, {"input": logits}, Tolerance(16, 1.0, 32),
+        "total", typical={"weighted": True, "label_smoothing": 0.1, "batch_dice": True},
+        options=DICE, classes=TWO_OR_MORE, ignored=(None, -100, 2, 255), classes_of_shapes=(2, 5),
+        sizes=Sizes(_up_to(1031)(2, 3, 4, 5, 8, 17, 33, 117), lambda C: Tolerance(16, 1.0, 32)),
+    ),
+    Operation(
+        "dice_of_probabilities", calseg.vls_dice_cross_entropy, naive.vls_dice_cross_entropy,
+        {"input": logits, "target": probabilities}, Tolerance(16, 1.0, 32), "total", labels=None,
+        options=DICE, classes=TWO_OR_MORE, classes_of_shapes=(2, 5),
+    ),
+    Operation(
+        "dice_of_soft_labels", calseg.vls_dice_cross_entropy, naive.vls_dice_cross_entropy,
+        {"input": logits, "soft_labels": probabilities}, Tolerance(16, 1.0, 32), "total",
+        typical={"weighted": True, "label_smoothing": 0.1}, options=DICE, classes=TWO_OR_MORE, ignored=(-100, 1),
+        classes_of_shapes=(2, 5),
+        sizes=Sizes(_up_to(1031)(2, 5, 33), lambda C: Tolerance(16, 1.0, 32)),
+    ),
+    Operation(
+        "dice_of_samples", calseg.vls_dice_cross_entropy, naive.vls_dice_cross_entropy, {"input": logits, **GAUSSIAN},
+        Tolerance(48, 2.0, 48), "total", typical={"alpha": 0.6, "temperature": 0.7, "num_samples": 3},
+        options=(*SAMPLING, {"batch_dice": True, "alpha": 0.5, "include_background": True}), classes=TWO_OR_MORE,
+        defaults={"seed": 11}, noise=True, classes_of_shapes=(4,),
+        sizes=Sizes(_up_to(1031)(2, 4, 8, 17), lambda C: Tolerance(48, 2.0, 48), ({"alpha": 0.7, "num_samples": 3},)),
     ),
     Operation(
         "vls_elbo", calseg.vls_elbo, naive.vls_elbo, dict(GAUSSIAN), NOISE, typical={"num_samples": 3},

@@ -4,6 +4,7 @@
 #include "cpu/few_classes.h"
 #include "cpu/hard_cross_entropy.h"
 #include "cpu/kernel.h"
+#include "cpu/overlap.h"
 #include "cpu/read_ahead.h"
 #include "cpu/soft_cross_entropy.h"
 
@@ -29,11 +30,69 @@ void compute_hard(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch
         }
         logits.end();
         for (int b = 0; b * kLanes < span.count; ++b) hard_loss<kPlain>(t, b, smoothing);
-        if (kGradient) store_hard_gradient<kPlain>(a.gradients.logits, span, t, logits.tile(), smoothing, stream);
-        t.template finish_tile<false>(a.loss, 0.0, span);
+        if (kGradient)
+            store_hard_gradient(a.gradients.logits, span, t, logits.tile(), stream,
+                                [&](int64_t c) { return HardGradient<kPlain, T>(t, logits.tile(), c, smoothing); });
+        t.template finish_tile<false>(a, span);
     }
     finish_streams();
     t.finish_chunk(a.chunk_sums, chunk);
+}
+
+// Computes the loss of a chunk with one-hot labels, and the sums of the overlap.
+template <bool kPlain, class D, class T>
+void compute_hard_overlap(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+    const Smoothing<T> smoothing(a.spec.label_smoothing, a.shape.C);
+    LossTile<T> t(scratch, a.shape.C, tiles.length, a.spec.weight.data);
+    T* per_sum = scratch.take<T>(tiles.length);
+    OverlapSums<T> overlap(scratch, a.shape.C, true);
+    ReadAhead<T, D> logits(scratch, a.tensors.logits, a.shape.C, tiles.length);
+    if (scratch.is_counting()) return;
+    for (const auto& [span, next] : TilesOfChunk(tiles, chunk)) {
+        t.load(a.spec.labels, a.upstream, span, next);
+        logits.begin(span, next);
+        if (t.any_ignored()) clear_ignored(logits.tile(), t.labels, span.count, t.C);
+        for (int b = 0; b * kLanes < span.count; ++b) {
+            t.labels_ahead.prefetch(b);
+            hard_exponentials<true, kPlain>(t, b, logits.block(b), logits);
+        }
+        logits.end();
+        for (int b = 0; b * kLanes < span.count; ++b) {
+            const int64_t at = b * kLanes;
+            store(per_sum + at, per_sum_where_counted<T>(load<I<T>>(t.labels + at), load<F<T>>(t.sum + at)));
+            hard_loss<kPlain>(t, b, smoothing);
+        }
+        overlap.add_hard(t, logits.tile(), per_sum);
+        overlap.finish_tile();
+        t.template finish_tile<false>(a, span);
+    }
+    overlap.finish_chunk(a.chunk_overlap, chunk);
+    t.finish_chunk(a.chunk_sums, chunk);
+}
+
+// Computes the gradient of loss and overlap for a chunk with one-hot labels.
+template <class D, class T>
+void compute_hard_slopes(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+    const Smoothing<T> smoothing(a.spec.label_smoothing, a.shape.C);
+    const bool stream = is_streamed(a.gradients.logits, a.shape);
+    LossTile<T> t(scratch, a.shape.C, tiles.length, a.spec.weight.data);
+    const OverlapSlopes<T> slopes(scratch, a.shape.C, a.overlap_slopes, tiles, chunk);
+    ReadAhead<T, D> logits(scratch, a.tensors.logits, a.shape.C, tiles.length);
+    if (scratch.is_counting()) return;
+    for (const auto& [span, next] : TilesOfChunk(tiles, chunk)) {
+        t.load(a.spec.labels, a.upstream, span, next);
+        logits.begin(span, next);
+        if (t.any_ignored()) clear_ignored(logits.tile(), t.labels, span.count, t.C);
+        for (int b = 0; b * kLanes < span.count; ++b) {
+            t.labels_ahead.prefetch(b);
+            overlap_exponentials(t, b, slopes, logits.block(b), logits);
+        }
+        logits.end();
+        for (int b = 0; b * kLanes < span.count; ++b) overlap_factors(t, b, smoothing);
+        store_hard_gradient(a.gradients.logits, span, t, logits.tile(), stream,
+                            [&](int64_t c) { return HardOverlapGradient<T>(t, logits.tile(), c, slopes, smoothing); });
+    }
+    finish_streams();
 }
 
 // Does as compute_hard() for a small constant number of classes, if FewClasses supports the tensors.
@@ -49,7 +108,7 @@ void compute_few(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch&
         t.load(a.spec.labels, a.upstream, span, next);
         const Few few(a.tensors.logits, a.gradients.logits, t, span, stream);
         t.any_ignored() ? few.template compute<true>(span.count) : few.template compute<false>(span.count);
-        t.template finish_tile<false>(a.loss, 0.0, span);
+        t.template finish_tile<false>(a, span);
     }
     finish_streams();
     t.finish_chunk(a.chunk_sums, chunk);
@@ -57,7 +116,11 @@ void compute_few(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch&
 
 template <bool kGradient, class D, class T>
 void choose_hard(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
-    if (a.spec.weight.data || a.spec.label_smoothing != 0.0) return compute_hard<kGradient, false, D, T>(a, tiles, chunk, scratch);
+    const bool plain = !a.spec.weight.data && a.spec.label_smoothing == 0.0;
+    if (a.overlap_sums)
+        return plain ? compute_hard_overlap<true, D, T>(a, tiles, chunk, scratch)
+                     : compute_hard_overlap<false, D, T>(a, tiles, chunk, scratch);
+    if (!plain) return compute_hard<kGradient, false, D, T>(a, tiles, chunk, scratch);
     switch (a.shape.C) {
         case 2:
             return compute_few<2, kGradient, D, T>(a, tiles, chunk, scratch);
@@ -76,6 +139,9 @@ void compute_soft(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch
     const bool gradient = bool(a.gradients.logits), soft_gradient = bool(a.gradients.soft_labels);
     LossTile<T> t(scratch, a.shape.C, tiles.length, a.spec.weight.data);
     T* e = scratch.take<T>(t.C * kLanes);
+    T* of_overlap = scratch.take<T>(t.C * kLanes);  // gradient of the overlap
+    OverlapSums<T> overlap(scratch, a.shape.C, a.overlap_sums != nullptr);
+    const OverlapSlopes<T> slopes(scratch, a.shape.C, a.overlap_slopes, tiles, chunk);
     TensorTile<T> logits(scratch, a.tensors.logits, a.gradients.logits, a.shape, tiles.length);
     TensorTile<T> soft(scratch, a.tensors.soft_labels, a.gradients.soft_labels, a.shape, tiles.length);
     if (scratch.is_counting()) return;
@@ -91,11 +157,21 @@ void compute_soft(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch
             T *x = logits.block(b), *y = soft.block(b);
             const F<T> sum = exponentials_block(x, e, t.C);
             log_softmax_block(x, sum, t.C, [](int64_t, F<T>) {});
+            const F<T> per_sum = per_sum_where_counted<T>(load<I<T>>(t.labels + b * kLanes), sum);
+            if (overlap)
+                for (int64_t c = 0; c < t.C; ++c)
+                    overlap.add(c, load<F<T>>(e + c * kLanes) * per_sum,
+                                select(equal(per_sum, zero<T>()), zero<T>(), load<F<T>>(y + c * kLanes)));
+            if (a.overlap_slopes) slopes.gradient(of_overlap, t.C, e, per_sum, y);
             store(t.loss + b * kLanes, soft_cross_entropy_block(t, b, t.C, x, e, sum, y, smoothing, gradient, soft_gradient));
+            if (a.overlap_slopes && gradient)
+                for (int64_t c = 0; c < t.C; ++c) store(x + c * kLanes, load<F<T>>(x + c * kLanes) + load<F<T>>(of_overlap + c * kLanes));
         }
         for (auto* tensor : {&logits, &soft}) tensor->end(span);
-        t.template finish_tile<false>(a.loss, 0.0, span);
+        overlap.finish_tile();
+        t.template finish_tile<false>(a, span);
     }
+    overlap.finish_chunk(a.chunk_overlap, chunk);
     t.finish_chunk(a.chunk_sums, chunk);
 }
 
@@ -117,7 +193,9 @@ struct CrossEntropy {
         if (a.tensors.soft_labels) return compute_soft<T>(a, tiles, chunk, scratch);
         with_stored_type<T>(a.tensors.logits.dtype, [&](auto* type) {
             using D = std::remove_pointer_t<decltype(type)>;
-            a.gradients.logits ? choose_hard<true, D, T>(a, tiles, chunk, scratch) : choose_hard<false, D, T>(a, tiles, chunk, scratch);
+            if (a.overlap_slopes) compute_hard_slopes<D, T>(a, tiles, chunk, scratch);
+            else
+                a.gradients.logits ? choose_hard<true, D, T>(a, tiles, chunk, scratch) : choose_hard<false, D, T>(a, tiles, chunk, scratch);
         });
     }
 };

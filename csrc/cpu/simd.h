@@ -88,6 +88,12 @@ CALSEG_INLINE Array<T> square_root(Array<T> a) {
 }
 
 template <class T>
+CALSEG_INLINE Array<T> magnitude(Array<T> a) {
+    for (int i = 0; i < kLanes; ++i) a.v[i] = std::fabs(a.v[i]);
+    return a;
+}
+
+template <class T>
 CALSEG_INLINE Array<T> reciprocal(Array<T> a) {
     for (int i = 0; i < kLanes; ++i) a.v[i] = T(1) / a.v[i];
     return a;
@@ -230,6 +236,7 @@ CALSEG_INLINE FloatVector multiply_subtract(FloatVector a, FloatVector b, FloatV
 #endif
 }
 CALSEG_INLINE IntVector to_int_bits(FloatVector a) { return (IntVector)a; }
+CALSEG_INLINE FloatVector magnitude(FloatVector a) { return (FloatVector)((IntVector)a & 0x7fffffff); }
 CALSEG_INLINE FloatVector to_float_bits(IntVector a) { return (FloatVector)a; }
 CALSEG_INLINE FloatVector convert(IntVector a) { return __builtin_convertvector(a, FloatVector); }
 CALSEG_INLINE FloatVector to_values(IntVector a, FloatVector) { return convert(a); }
