@@ -14,6 +14,7 @@ from calseg.functional import (
 )
 from calseg.modules import ACELoss, GaussianKLLoss, SoftCrossEntropyLoss, VLSCrossEntropyLoss, VLSElboLoss
 from calseg.native import empty_cache
+from calseg.regions import near_foreground
 
 __all__ = [
     "ACELoss",
@@ -31,6 +32,7 @@ __all__ = [
     "empty_cache",
     "gaussian_kl",
     "info",
+    "near_foreground",
     "sample_soft_labels",
     "soft_cross_entropy",
     "vls_cross_entropy",

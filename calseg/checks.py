@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from calseg.errors import brief
-from calseg.tensors import FLOAT_DTYPES, LABEL_DTYPES, class_axis, voxel_shape
+from calseg.tensors import FLOAT_DTYPES, LABEL_DTYPES, class_axis, flat, voxel_shape
 
 REDUCTIONS = ("none", "mean", "sum")
 MAX_BINS = 1 << 16
@@ -215,14 +215,33 @@ def probability_tolerance(dtype: torch.dtype) -> float:
     return 1e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-3
 
 
-def probability_error(total: float, least: float, position: int, shape: tuple[int, ...]) -> ValueError:
+def probability_error(
+    total: float,
+    least: float,
+    position: int,
+    shape: tuple[int, ...],
+    name: str = "preds",
+    hint: str = "probabilities, which sum to 1 and are not negative (logits: from_logits=True)",
+) -> ValueError:
     """Return the error for the voxel at linear index ``position`` of ``shape``, whose scores are no probabilities."""
     where: list[object] = [*place_of(position, shape)]
     where.insert(1 if shape else 0, ":")
     return ValueError(
-        f"input[{', '.join(map(str, where))}] sums to {total:.4g}, its smallest is {least:.4g}: wanted probabilities, "
-        "which sum to 1 and are not negative (logits: from_logits=True)"
+        f"{name}[{', '.join(map(str, where))}] sums to {total:.4g}, its smallest is {least:.4g}: wanted {hint}"
     )
+
+
+def check_soft_labels(soft_labels: Tensor, counted: Tensor) -> None:
+    """Raise ValueError at the first voxel that counts, ``[N, S]``, whose soft labels are no probabilities."""
+    wide = flat(soft_labels).float()
+    total, least, tolerance = wide.sum(1), wide.amin(1), probability_tolerance(soft_labels.dtype)
+    bad = counted & ~(((total - 1).abs() <= tolerance) & (least >= -tolerance))
+    if bool(bad.any()):
+        at = int(bad.flatten().nonzero()[0])
+        raise probability_error(
+            float(total.flatten()[at]), float(least.flatten()[at]), at, voxel_shape(soft_labels), "target",
+            "soft labels, which sum to 1 over the classes and are not negative (class indices: an integer dtype)",
+        )  # fmt: skip
 
 
 def label_at(position: int, labels: Tensor, num_classes: int, ignore_index: int) -> IndexError:

@@ -590,7 +590,7 @@ def test_nan_is_reported_once() -> None:
         (
             lambda: CalibrationError(class_wise=True, num_classes=4).update(torch.zeros(2, 3), torch.zeros(2).long()),
             ValueError,
-            r"input: got bins \[3, 15\], wanted \[4, 15\]",
+            r"preds: got bins \[3, 15\], wanted \[4, 15\]",
         ),
         (
             lambda: CalibrationError(from_logits=False).update(torch.ones(2, 3), torch.zeros(2).long()),
