@@ -117,9 +117,7 @@ def _spacing_of_axes(spacing: Spacing, target: Tensor) -> list[float]:
     if len(steps) == axes - 1 and target.shape[1] == 1:
         steps.insert(0, 1.0)
     if len(steps) != axes:
-        raise ValueError(
-            f"spacing: got {check.shown(spacing)}, wanted {axes} numbers: one per axis of {[*target.shape[1:]]}"
-        )
+        raise ValueError(f"spacing: got {check.shown(spacing)}, wanted one for each of {axes} spatial axes")
     return steps
 
 
