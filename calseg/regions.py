@@ -15,7 +15,7 @@ from calseg.tensors import LABEL_DTYPES
 NEAR_RADIUS = 3.0
 MAX_DISTANCE = 1e9
 REGIONS = {
-    "near": f"voxels within {NEAR_RADIUS:g} voxels of the foreground",
+    "near": f"within {NEAR_RADIUS:g} voxels of the foreground",
     "all": "all voxels",
     "foreground": "foreground (label not 0)",
 }
