@@ -35,7 +35,7 @@ from calseg.calibration import (
     read_pair,
     with_input,
 )
-from calseg.regions import NEAR_RADIUS, REGIONS, Spacing, check_region
+from calseg.regions import NEAR_RADIUS, REGIONS, Spacing, check_region, sizes_of
 from calseg.scores import quiet_calibration_error, warn_of_nan
 from calseg.tensors import compute_dtype
 
@@ -146,7 +146,7 @@ class _BinMetric(_ExactMetric):
         }
         region = "foreground" if foreground_only else region
         flags = [*map(int, self.options.values()), separate_one, list(REGIONS).index(region)]
-        distances = [radius, *(spacing if isinstance(spacing, Sequence) else [spacing or 0.0])]
+        distances = [radius, *([] if spacing is None else sizes_of(spacing))]
         self.options |= {"region": region, "radius": radius, "spacing": spacing}
         kinds = () if num_classes is None else (num_classes - (not include_background),)
         binned = torch.zeros(*kinds, self.options["n_bins"] + separate_one, dtype=torch.int64)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -36,8 +37,14 @@ def check_region(region: Any, radius: Any, spacing: Any) -> None:
     if spacing is not None:
         if region != "near":
             raise ValueError(f"spacing: got {check.shown(spacing)} with region={region!r}, wanted it with 'near' only")
-        for size in spacing if isinstance(spacing, Sequence) and not isinstance(spacing, str) else [spacing]:
+        for size in sizes_of(spacing):
             check.check_number("spacing", size, 0.0, MAX_DISTANCE, f"above 0, to {MAX_DISTANCE:g}", open_low=True)
+
+
+def sizes_of(spacing: Any) -> list[Any]:
+    """Return the numbers of a spacing, those of NumPy as Python's. What is no number is returned as it is."""
+    sizes = [*spacing] if isinstance(spacing, Iterable) and not isinstance(spacing, str) else [spacing]
+    return [float(size) if isinstance(size, Real) and not isinstance(size, bool) else size for size in sizes]
 
 
 def near_foreground(
@@ -47,7 +54,7 @@ def near_foreground(
 
     Both outcomes, foreground and background, occur near the foreground, and what is hard to predict lies there. The
     Euclidean distance between the centres of voxels is exact. A distance that equals the radius is within it. The time
-    grows with the radius in voxels, and voxels far from all foreground cost none.
+    grows with the radius in voxels and with the box around the foreground.
 
     Args:
         target: labels ``[N, *S]`` or ``[N, 1, *S]`` of an integer dtype or bool. The items of the batch are separate.
@@ -111,9 +118,11 @@ def _can_hold(dtype: torch.dtype, value: int) -> bool:
 def _spacing_of_axes(spacing: Spacing, target: Tensor) -> list[float]:
     """Return the spacing of every axis of ``target`` but the first. For ``[N, 1, *S]``, that of the channel is 1."""
     axes = target.dim() - 1
-    if spacing is None or isinstance(spacing, (int, float)):
-        return [1.0 if spacing is None else float(spacing)] * axes
-    steps = [float(size) for size in spacing]
+    if spacing is None:
+        return [1.0] * axes
+    steps = sizes_of(spacing)
+    if not isinstance(spacing, Iterable):
+        return steps * axes
     if len(steps) == axes - 1 and target.shape[1] == 1:
         steps.insert(0, 1.0)
     if len(steps) != axes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import LABELS, id_of
@@ -47,6 +48,7 @@ def test_distances_with_spacing(spacing):
         got = near_foreground(target, radius, spacing=spacing)
         assert torch.equal(got, by_all_distances(target, radius, spacing))
         assert torch.equal(near_foreground(target[:, None], radius, spacing=spacing), got[:, None])
+        assert torch.equal(near_foreground(target, radius, spacing=np.float32(spacing)), got)  # as nibabel gives it
     assert torch.equal(near_foreground(target, 6, spacing=2.0), near_foreground(target, 3))
 
 
@@ -125,7 +127,8 @@ Y = torch.zeros(1, 4, 4, dtype=torch.int64)
         ({"radius": -1}, ValueError, "radius: got -1, wanted a number from 0 to 1e\\+09"),
         ({"radius": float("nan")}, ValueError, "radius: got nan"),
         ({"radius": "3"}, TypeError, "radius: got '3'"),
-        ({"spacing": 0}, ValueError, "spacing: got 0, wanted a number above 0"),
+        ({"spacing": True}, TypeError, "spacing: got True"),
+        ({"spacing": 0}, ValueError, "spacing: got 0.0, wanted a number above 0"),
         ({"spacing": (1, -1)}, ValueError, "spacing: got -1"),
         ({"spacing": "mm"}, TypeError, "spacing: got 'mm'"),
         ({"spacing": (1, 1, 1)}, ValueError, r"spacing: got \(1, 1, 1\), wanted one for each of 2 spatial axes"),
