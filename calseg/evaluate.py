@@ -19,6 +19,7 @@ import torch
 
 from calseg.errors import RunError, listing
 from calseg.files import InputFile, as_json, file_stamp, write_atomic
+from calseg.regions import NEAR_RADIUS, near_foreground
 from calseg.report import REPORT_FILES, EvaluateConfig, preset_key, write_report
 from calseg.runs import CasesInterruptedError, Progress, RunFolder, check_apart, no_progress
 from calseg.scores import BinsOf, CaseScores
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FOLDER_FILES", "EvaluateConfig", "evaluate_folders"]
 
-STORE_FORMAT = 1
+STORE_FORMAT = 2
 CONFIG = "config.json"
 STORE = "cases.jsonl"
 FOLDER_FILES = (CONFIG, STORE, *REPORT_FILES)
@@ -76,7 +77,7 @@ def score_case(
     """Read a case slab by slab, and return its sums."""
     conventions = {preset_key(name): metric.item_bins for name, metric in presets.items()}
     total: CaseScores | None = None
-    for slab in read_slabs(case, classes, config.ignore_label, memory):
+    for slab in read_slabs(case, classes, config.ignore_label, memory, margin=int(NEAR_RADIUS)):
         scores = _score_slab(slab, case, config.n_bins, conventions)
         total = scores if total is None else total + scores
     assert total is not None  # check_headers() raises for empty axes
@@ -86,10 +87,13 @@ def score_case(
 def _score_slab(slab: Slab, case: MapCase, n_bins: int, conventions: Mapping[str, BinsOf]) -> CaseScores:
     """Return the sums of a slab."""
     probabilities, label = torch.from_numpy(slab.probabilities), torch.from_numpy(slab.label)
+    near = near_foreground(torch.from_numpy(slab.around)[None], ignore_index=IGNORE_INDEX)[0]
+    near = near[slab.margin : slab.margin + len(label)]
     try:
         return CaseScores.of(
-            probabilities, label, from_logits=False, n_bins=n_bins, conventions=conventions, ignore_index=IGNORE_INDEX
-        )
+            probabilities, label, near=near, from_logits=False, n_bins=n_bins, conventions=conventions,
+            ignore_index=IGNORE_INDEX,
+        )  # fmt: skip
     except ValueError as error:
         raise explain(error, slab, case) from error
 

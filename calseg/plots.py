@@ -20,7 +20,7 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError("calseg.plots needs matplotlib: pip install 'calseg[plots]'", name="matplotlib") from None
 
-from calseg.calibration import CalibrationBins
+from calseg.calibration import BINNED, CalibrationBins
 from calseg.scores import quiet_calibration_error
 
 __all__ = ["class_reliability_diagrams", "reliability_diagram"]
@@ -155,7 +155,7 @@ def _check(bins: Any, axes: int, cases: Any) -> None:
 
 def _of_class(bins: CalibrationBins, number: int) -> CalibrationBins:
     """Return the bins of one class."""
-    binned = {name: getattr(bins, name)[..., number, :] for name in ("count", "confidence", "hits")}
+    binned = {name: getattr(bins, name)[..., number, :] for name in BINNED}
     return bins._replace(**binned)
 
 

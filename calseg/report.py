@@ -20,7 +20,8 @@ from calseg._version import __version__
 from calseg.bootstrap import NUM_RESAMPLES, Interval, mean_interval, pooled_interval
 from calseg.calibration import CalibrationBins
 from calseg.files import write_atomic, write_json
-from calseg.scores import N_BINS, REGIONS, STATISTICS, CaseScores, lists_of, quiet_calibration_error, stack
+from calseg.regions import REGIONS
+from calseg.scores import N_BINS, STATISTICS, CaseScores, lists_of, quiet_calibration_error, stack
 from calseg.settings import SEED, at_least, check_settings, setting, whole
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ def _write_csv(
     """Write one row of counts, Dice and scores per case. A cell without a value is empty."""
     counts = {
         "voxels": bins["all"].num_voxels,
+        "near_voxels": bins["near"].num_voxels,
         "foreground_voxels": bins["foreground"].num_voxels,
         "nan_voxels": bins["all"].num_nan,
         "infinite_voxels": bins["all"].num_infinite,

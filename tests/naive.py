@@ -227,9 +227,7 @@ def vls_dice_cross_entropy(
     elif mu is None and soft_labels is None:
         counted, labels = counted_rows(target, ignore_index)
         soft = F.one_hot(labels, C).double()
-        loss = F.cross_entropy(
-            input, target.long(), weight, ignore_index=ignore_index, label_smoothing=label_smoothing
-        )
+        loss = F.cross_entropy(input, target.long(), weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
     else:
         sampling = {"alpha": alpha, "temperature": temperature, "num_samples": num_samples, "seed": seed}
         loss = vls_cross_entropy(

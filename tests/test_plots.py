@@ -103,6 +103,7 @@ def test_classes() -> None:
             count=bins.count.sum(0)[number],
             confidence=bins.confidence.sum(0)[number],
             hits=bins.hits.sum(0)[number],
+            partial_hits=bins.partial_hits.sum(0)[number],
         )
         check_diagram(diagram, mine)
         check_histogram(histogram, mine)

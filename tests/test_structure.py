@@ -18,7 +18,7 @@ ALLOWED = {
     "backends": (*BASE, "native", "kernels"),
     "autograd": (*BASE, "native", "packing", "backends"),
     "functional": (*BASE, "native", "autograd", "backends.choice"),
-    "calibration": (*BASE, "backends.choice"),
+    "regions": ("tensors", "checks"), "calibration": (*BASE, "backends.choice", "regions"),
     "errors": (), "files": ("errors",), "runs": ("errors", "files"), "volumes": ("errors", "files"),
 }  # fmt: skip
 # A package from elsewhere -> the only part that may import it.

@@ -218,6 +218,4 @@ def test_import_of_the_module_needs_no_process_group():
     assert "RANK" not in os.environ
     loss = calseg.VLSDiceCrossEntropyLoss(batch_dice=True, smooth=1.0)
     logits, target = scores(*SHAPE), labels(SHAPE)
-    assert torch.equal(
-        loss(logits, target), calseg.vls_dice_cross_entropy(logits, target, batch_dice=True, smooth=1.0)
-    )
+    assert torch.equal(loss(logits, target), calseg.vls_dice_cross_entropy(logits, target, batch_dice=True, smooth=1.0))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from calseg.backends.choice import is_transformed
 from calseg.backends.rng import standard_normal
-from calseg.checks import check_classes, probability_error
+from calseg.checks import check_classes, check_probabilities, probability_error
 from calseg.operations import (
     UNIT,
     AccumulateSpec,
@@ -313,11 +313,12 @@ def confidence_bins(confidence: Tensor, n_bins: int, *, right_closed: bool = Fal
     return torch.bucketize(confidence.contiguous(), edges, right=not right_closed)
 
 
-def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
+def calibration_bins(spec: BinsSpec, scores: Tensor, soft_labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the sums per bin and the totals, int64 ``[items, kinds, n_bins, 3]`` and ``[items, 6]`` on the CPU.
 
     The sums of a bin are count, confidence and hits. The totals are the NLL in whole nats, its rest, the Brier score,
-    and the numbers of voxels that count, that have NaN, and that have infinite NLL.
+    and the numbers of voxels that count, that have NaN, and that have infinite NLL. No other backend takes soft labels.
+    With them, a bin has a fourth sum, that of the shares below 1, and ``spec.labels`` only says what is counted.
     """
     labels, ignore_index = spec.labels.tensor.long(), spec.labels.ignore_index
     if spec.mask is not None:
@@ -326,7 +327,11 @@ def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
     counted = flattened != ignore_index
     if spec.skip_background:
         counted = counted & (flattened != 0)
-    sums, totals, bad = _bins(flat(scores), flattened, counted, spec)
+    if soft_labels is not None:
+        check_probabilities("target", soft_labels, counted)
+    sums, totals, bad = _bins(
+        flat(scores), flattened, None if soft_labels is None else flat(soft_labels), counted, spec
+    )
     if bad is not None:
         raise probability_error(*bad, voxel_shape(scores))
     if not spec.per_item:
@@ -335,7 +340,7 @@ def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _bins(
-    scores: Tensor, labels: Tensor, counted: Tensor, spec: BinsSpec
+    scores: Tensor, labels: Tensor, soft_labels: Tensor | None, counted: Tensor, spec: BinsSpec
 ) -> tuple[Tensor, Tensor, tuple[float, float, int] | None]:
     """Return the sums and the totals of every item, and the first voxel whose scores are no probabilities.
 
@@ -354,13 +359,15 @@ def _bins(
             at = int(bad.flatten().nonzero()[0])
             return total, least, (float(total.flatten()[at]), float(least.flatten()[at]), at)
 
-    truth = torch.where(ok, labels, 0)[:, None]
+    if soft_labels is None:
+        truth = one_hot(torch.where(ok, labels, 0), classes, p.dtype)
+    else:
+        truth = widen_counted(soft_labels, ok).to(p.dtype).clamp(0, 1)
     if not spec.class_wise:
         top = x.argmax(1, keepdim=True)  # the first class with the largest score
-        confidence, hit = p.gather(1, top), top == truth
+        confidence, hit = p.gather(1, top), truth.gather(1, top)
     else:
-        confidence = p[:, spec.first_class :]
-        hit = truth == torch.arange(spec.first_class, classes, device=p.device)[None, :, None]
+        confidence, hit = p[:, spec.first_class :], truth[:, spec.first_class :]
     confidence = confidence.clamp(0, 1).contiguous()
     bin = confidence_bins(confidence, n_bins, right_closed=spec.right_closed)
 
@@ -368,18 +375,21 @@ def _bins(
     row = torch.arange(batch * kinds, device=p.device).view(batch, kinds, 1)
     inside = ok[:, None].expand_as(bin)
     index = (row * n_bins + bin)[inside]
-    sums = torch.zeros(batch * kinds * n_bins, 3, dtype=torch.int64, device=p.device)
-    for column, values in enumerate((torch.ones_like(bin), (confidence * UNIT).round(), hit)):
+    columns = [torch.ones_like(bin), (confidence * UNIT).round(), hit == 1]
+    if soft_labels is not None:
+        columns.append((torch.where(hit < 1, hit, 0.0) * UNIT).round())
+    sums = torch.zeros(batch * kinds * n_bins, len(columns), dtype=torch.int64, device=p.device)
+    for column, values in enumerate(columns):
         sums[:, column].index_add_(0, index, values[inside].long())
 
     log_p = torch.log_softmax(x, 1) if spec.from_logits else x.clamp(min=0).log()
-    nll = -torch.where(ok, log_p.gather(1, truth)[:, 0], 0.0)
+    nll = -torch.where(truth > 0, truth * log_p, 0.0).sum(1).masked_fill(~ok, 0.0)
     infinite = nll > MAX_NLL
     nll = nll.clamp(min=0).masked_fill(infinite, 0.0)
-    brier = torch.where(ok, (p - one_hot(truth[:, 0], classes, p.dtype)).square().sum(1), 0.0)
+    brier = torch.where(ok, (p - truth).square().sum(1), 0.0)
     whole, rest = nll.floor(), (nll - nll.floor()) * UNIT
     totals = (whole, rest.round(), (brier * UNIT).round(), counted, counted & is_nan, infinite)
-    return sums.view(batch, kinds, n_bins, 3), torch.stack([each.long().sum(1) for each in totals], 1), None
+    return sums.view(batch, kinds, n_bins, len(columns)), torch.stack([each.long().sum(1) for each in totals], 1), None
 
 
 def ace_bins(spec: AceSpec, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

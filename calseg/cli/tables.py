@@ -9,7 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import calseg
-from calseg.scores import MAIN_STATISTICS, N_BINS, REGIONS, STATISTICS, TRUTH_STATISTICS
+from calseg.regions import NEAR_RADIUS, REGIONS
+from calseg.scores import MAIN_STATISTICS, N_BINS, STATISTICS, TRUTH_STATISTICS
+
+ABOUT_REGIONS = f"""\
+near: voxels within {NEAR_RADIUS:g} voxels of the label's foreground, where both outcomes occur
+foreground: voxels whose label is not 0, as in many papers; the outcome itself chooses this region, so that even the
+  true probabilities have a calibration error there"""
 
 
 def print_info(*, as_json: bool) -> None:
@@ -107,14 +113,15 @@ def print_metrics(runs: Mapping[str, Mapping[str, Any]]) -> None:
             row(STATISTICS[name].title, region, region, name)
     if "raters" in first:
         table.add_section()
-        for name in MAIN_STATISTICS:
-            row(STATISTICS[name].title, "all, other raters", "raters", "all", name)
+        for region in ("near", "all"):
+            for name in MAIN_STATISTICS:
+                row(STATISTICS[name].title, f"{region}, other raters", "raters", region, name)
         row(TRUTH_STATISTICS["brier"].title, "all, true probability", "truth", "brier")
     table.add_section()
     row("training", "seconds", "seconds", "train", digits=0)
     print(f"{first['dataset']}: {first['iterations']} iterations, {count} validation case{'s' * (count != 1)}")
     Console(width=None if sys.stdout.isatty() else 100).print(table)
-    print(f"foreground: voxels whose label is not 0; ECE: {N_BINS} equal bins of the top probability")
+    print(f"{ABOUT_REGIONS}\nECE: {N_BINS} equal bins of the top probability")
 
 
 def print_report(report: Mapping[str, Any]) -> None:
@@ -152,9 +159,12 @@ def print_report(report: Mapping[str, Any]) -> None:
         row(f"ECE, {name}", "its voxels", entry)
     voxels = report["voxels"]
     count = report["cases"]
-    print(f"{count} case{'s' * (count != 1)}, {voxels['all']:,} voxels, {voxels['foreground']:,} of them foreground")
+    print(
+        f"{count} case{'s' * (count != 1)}, {voxels['all']:,} voxels, {voxels['near']:,} of them near the foreground,"
+        f" {voxels['foreground']:,} foreground"
+    )
     Console(width=None if sys.stdout.isatty() else 100).print(table, markup=False)
-    print(f"foreground: label not 0; calibration errors: {report['config']['n_bins']} equal bins of the probability")
+    print(f"{ABOUT_REGIONS}\ncalibration errors: {report['config']['n_bins']} equal bins of the probability")
     for number, what in (
         ("nan_voxels", "a NaN probability; they are left out"),
         ("infinite_voxels", "a label of probability 0, whose NLL is infinite"),

@@ -202,15 +202,26 @@ def _read_npy_header(path: Path, member: Any) -> tuple[tuple[int, ...], str, np.
 
 
 class Slab(NamedTuple):
-    """Probabilities, float ``[C, dz, y, x]``, and labels, int16 ``[dz, y, x]``, of the slices from ``start`` on."""
+    """Probabilities, float ``[C, dz, y, x]``, of the slices from ``start`` on, and their labels.
+
+    ``around`` is the labels, int16 ``[dz + margins, y, x]``, with some slices on either side, ``margin`` before.
+    """
 
     start: int
     probabilities: NDArray[Any]
-    label: LabelMap
+    around: LabelMap
+    margin: int
+
+    @property
+    def label(self) -> LabelMap:
+        """The labels of the slab, ``[dz, y, x]``."""
+        return self.around[self.margin : self.margin + self.probabilities.shape[1]]
 
 
-def read_slabs(case: MapCase, classes: int, ignore_label: int | None, memory: int = MEMORY) -> Iterator[Slab]:
-    """Read a case in slabs, from ``z = 0`` on.
+def read_slabs(
+    case: MapCase, classes: int, ignore_label: int | None, memory: int = MEMORY, *, margin: int = 0
+) -> Iterator[Slab]:
+    """Read a case in slabs, from ``z = 0`` on, with the labels of up to ``margin`` slices on either side of each.
 
     A slab has 1/32 of ``memory``, in bytes, because the caller may need much more memory to process it. A ``.nii`` file
     is read slab by slab. A compressed file has no random access. It is unpacked once, into memory if its size is at
@@ -227,10 +238,11 @@ def read_slabs(case: MapCase, classes: int, ignore_label: int | None, memory: in
         thickness = max(1, memory // 32 // slice_bytes)
         for start in range(0, depth, thickness):
             stop = min(start + thickness, depth)
+            first, last = max(start - margin, 0), min(stop + margin, depth)
             with naming(case.label):
-                voxels = np.asanyarray(truth[:, :, start:stop]).T.reshape(stop - start, *truth.shape[1::-1])
-            label = check_label(voxels, case.label, classes, ignore_label)
-            yield Slab(start, _as_float(read(start, stop), case.maps[0]), label)
+                voxels = np.asanyarray(truth[:, :, first:last]).T.reshape(last - first, *truth.shape[1::-1])
+            around = check_label(voxels, case.label, classes, ignore_label)
+            yield Slab(start, _as_float(read(start, stop), case.maps[0]), around, start - first)
 
 
 Read = Callable[[int, int], NDArray[Any]]
