@@ -32,6 +32,7 @@ from calseg.volumes.probabilities import (
     class_names_of,
     explain,
     find_map_cases,
+    normalised,
     read_slabs,
 )
 
@@ -84,12 +85,22 @@ def score_case(
 
 
 def _score_slab(slab: Slab, case: MapCase, n_bins: int, conventions: Mapping[str, BinsOf]) -> CaseScores:
-    """Return the sums of a slab."""
-    probabilities, label = torch.from_numpy(slab.probabilities), torch.from_numpy(slab.label)
-    try:
+    """Return the sums of a slab. Probabilities that were rounded in the file are divided by their sums first."""
+
+    def score(slab: Slab) -> CaseScores:
+        probabilities, label = torch.from_numpy(slab.probabilities), torch.from_numpy(slab.label)
         return CaseScores.of(
             probabilities, label, from_logits=False, n_bins=n_bins, conventions=conventions, ignore_index=IGNORE_INDEX
         )
+
+    try:
+        return score(slab)
+    except ValueError as error:
+        rounded = normalised(slab)
+        if rounded is None:
+            raise explain(error, slab, case) from error
+    try:
+        return score(rounded)
     except ValueError as error:
         raise explain(error, slab, case) from error
 
@@ -188,10 +199,10 @@ def evaluate_folders(
     check_apart(Path(out), maps, truth, *([] if dataset_json is None else [dataset_json]))
     cases, left_out = find_map_cases(maps, truth)
     check_apart(Path(out), files=[file for case in cases for file in case.files])
-    named = class_names_of(None if dataset_json is None else Path(dataset_json), maps, truth)
-    class_names, notes = _check_cases(cases, None if named is None else named[0])
-    if config.ignore_label is None and named is not None:
-        config = replace(config, ignore_label=named[1])
+    named, ignore_label = class_names_of(None if dataset_json is None else Path(dataset_json), maps, truth)
+    class_names, notes = _check_cases(cases, named)
+    if config.ignore_label is None:
+        config = replace(config, ignore_label=ignore_label)
     presets = preset_metrics(config.presets, len(class_names))
     if left_out:
         notes.insert(0, f"{len(left_out)} label maps have no probability map: {listing(left_out)}")

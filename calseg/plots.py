@@ -21,6 +21,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError("calseg.plots needs matplotlib: pip install 'calseg[plots]'", name="matplotlib") from None
 
 from calseg.calibration import CalibrationBins
+from calseg.errors import brief
 from calseg.scores import quiet_calibration_error
 
 __all__ = ["class_reliability_diagrams", "reliability_diagram"]
@@ -127,7 +128,7 @@ def class_reliability_diagrams(
         mine = _of_class(bins, number)
         _draw_diagram(upper, mine, None if cases is None else _of_class(cases, number), "frequency")
         _draw_histogram(lower, mine)
-        upper.set_title(name)
+        upper.set_title(brief(name, 40), parse_math=False)
         upper.set_ylabel("Frequency of class")
         upper.tick_params(labelbottom=False)
         lower.set_xlabel("Probability")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -174,8 +175,15 @@ def _write_csv(
     writer.writerow(["case", *counts, *columns])
     for number, name in enumerate(names):
         numbers = [int(values[number]) for values in counts.values()]
-        writer.writerow([name, *numbers, *(_number(float(values[number])) for values in columns.values())])
+        writer.writerow(
+            [_not_a_formula(name), *numbers, *(_number(float(values[number])) for values in columns.values())]
+        )
     write_atomic(path, text.getvalue())
+
+
+def _not_a_formula(name: str) -> str:
+    """``name``, with an apostrophe before it where a spreadsheet would take it for a formula."""
+    return f"'{name}" if name.startswith(("=", "+", "-", "@")) else name
 
 
 def draw_diagrams(out: Path, bins: Mapping[str, CalibrationBins], class_names: Sequence[str]) -> None:
@@ -195,7 +203,10 @@ def draw_diagrams(out: Path, bins: Mapping[str, CalibrationBins], class_names: S
     for name, figure in figures.items():
         for ending in ("png", "pdf"):
             buffer = io.BytesIO()
-            # Leave the creation time out of PDF files, so that equal reports are equal files.
-            figure.savefig(buffer, format=ending, dpi=200, metadata={"CreationDate": None} if ending == "pdf" else None)
+            # PDF files get no time of creation, so that equal reports are equal files.
+            metadata = {"CreationDate": None} if ending == "pdf" else None
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Glyph .* missing")  # a class name in letters that the font lacks
+                figure.savefig(buffer, format=ending, dpi=200, metadata=metadata)
             write_atomic(out / f"{name}.{ending}", buffer.getvalue())
         plt.close(figure)

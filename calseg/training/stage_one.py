@@ -229,7 +229,9 @@ def _write_soft_labels(
 
 def split_folds(names: Sequence[str], folds: int, seed: int) -> list[list[str]]:
     """Split names into ``folds`` parts of about equal size. The parts depend on the arguments only."""
-    order = sorted(names, key=lambda name: hashlib.sha256(f"fold:{seed}:{name}".encode()).digest())
+    order = sorted(
+        names, key=lambda name: hashlib.sha256(f"fold:{seed}:{name}".encode(errors="surrogateescape")).digest()
+    )
     return [sorted(order[number::folds]) for number in range(min(folds, len(order)))]
 
 
@@ -300,7 +302,7 @@ def estimate_case(net: StageOneNet, case: LoadedCase, config: TrainConfig) -> Te
     posterior. The results are averaged with Gaussian weights.
     """
     device = next(net.parameters()).device
-    seed = int.from_bytes(hashlib.sha256(case.name.encode()).digest()[:4], "big")
+    seed = int.from_bytes(hashlib.sha256(case.name.encode(errors="surrogateescape")).digest()[:4], "big")
     # Number the classes from 1, because windows are padded with 0, which must not mean background.
     label = np.where(case.label == IGNORE_INDEX, 0, case.label + 1).astype(np.float32)
     volume = torch.from_numpy(np.concatenate([case.image, label[None]])).to(device)
@@ -352,7 +354,7 @@ def _write(run: Run, net: StageOneNet, cache: CaseCache, name: str, config: Trai
     valid = label != IGNORE_INDEX
     onehot = torch.zeros_like(soft).scatter_(0, torch.where(valid, label, 0)[None], valid[None].to(soft))
     blended = (1 - config.alpha) * onehot + config.alpha * soft
-    run.write(soft_label_file(name), soft_labels_file(blended.numpy(), cache.case(name).label))
+    run.write(soft_label_file(name), soft_labels_file(blended.numpy(), cache.case(name).images[0]))
     return _quality(soft, label, cache.dataset)
 
 

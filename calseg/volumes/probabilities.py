@@ -19,7 +19,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,10 +31,15 @@ from calseg.errors import listing
 from calseg.volumes.datasets import IGNORE_INDEX, LabelMap, Volume, check_label, read_class_names
 from calseg.volumes.nifti import (
     DataError,
+    Grid,
+    match,
     naming,
     open_volume,
+    read_grid,
     read_header,
+    read_slices,
     read_volume,
+    step_of,
     unpack,
     volume_file,
 )
@@ -76,7 +81,7 @@ def find_map_cases(probabilities: Path, labels: Path) -> tuple[list[MapCase], li
         if number and name not in truth:
             channels.setdefault(name[: number.start()], {})[int(number[1])] = whole.pop(name)
     for name in set(packed) & set(whole):
-        if len(_read_header(whole[name]).shape) == 3:  # nnU-Net's segmentation
+        if len(read_grid(whole[name]).shape) == 3:  # nnU-Net's segmentation
             del whole[name]
     found: dict[str, tuple[Path, ...]] = {}
     for name in sorted({*whole, *packed, *channels}):
@@ -115,60 +120,48 @@ def _nifti_files(folder: Path) -> dict[str, Path]:
 # ------------------------------------------------------------------------------------------------- headers
 
 
-class _Header(NamedTuple):
-    """Shape and affine of a file."""
-
-    shape: tuple[int, ...]  # [C, z, y, x]
-    affine: NDArray[np.float64] | None  # None for .npz
-
-
 def check_headers(case: MapCase) -> tuple[int, list[str]]:
     """Return the number of classes of a case, and notes on what is unusual. Only the headers of its files are read.
 
-    Raises:
-        DataError: the shapes of the files do not fit together.
+    Raises :class:`~calseg.volumes.nifti.DataError` where shapes or orientations do not fit.
     """
-    first = case.maps[0]
-    headers = [_read_header(file) for file in case.maps]
-    for file, header in zip(case.maps, headers, strict=True):
-        wanted = (3, "a 3-D file per class") if len(case.maps) > 1 else (4, "4-D [x, y, z, classes], or .npz,")
-        if len(header.shape) != wanted[0] or 0 in header.shape:
-            raise DataError(f"{file}: shape {header.shape[::-1]}; probabilities are wanted as {wanted[1]}")
-        if header.shape != headers[0].shape:
-            raise DataError(f"{file}: shape {header.shape[::-1]} differs from {headers[0].shape[::-1]} of {first}")
-    classes = len(case.maps) if len(case.maps) > 1 else headers[0].shape[0]
+    grids = [_read_grid(file) for file in case.maps]
+    first, notes = grids[0], []
+    wanted = (3, "a 3-D file per class") if len(grids) > 1 else (4, "4-D [x, y, z, classes], or .npz,")
+    for grid in grids:
+        if len(grid.shape) != wanted[0] or 0 in grid.shape:
+            raise DataError(f"{grid.path}: shape {grid.shape}; probabilities are wanted as {wanted[1]}")
+        if grid.shape != first.shape:
+            raise DataError(f"{grid.path}: shape {grid.shape} differs from {first.shape} of {first.path}")
+        if match(grid, first).turn is not None:
+            raise DataError(f"{grid.path}: stored with other axes than {first.path}; the classes are wanted alike")
+    classes = len(grids) if len(grids) > 1 else first.shape[3]
     if classes < 2:
-        raise DataError(f"{first}: {classes} class; the probabilities of all classes, background included, are wanted")
-    space = headers[0].shape[-3:]
-    label = _read_header(case.label)
-    shape = label.shape[1:] if len(label.shape) == 4 and label.shape[0] == 1 else label.shape
-    if shape != space:
-        hint = " (reversed: are the axes of the .npz [C, z, y, x]?)" if shape == space[::-1] else ""
-        raise DataError(f"{case.label}: label of shape {shape[::-1]}, but {first} has {space[::-1]}{hint}")
-    notes = []
-    for file, header in zip(case.maps, headers, strict=True):
-        if header.affine is not None and label.affine is not None and not _same_place(header.affine, label.affine):
-            notes.append(f"{file}: its affine differs from that of {case.label}; voxels are matched as stored")
-            break
+        raise DataError(
+            f"{first.path}: {classes} class; the probabilities of all classes, background included, are wanted"
+        )
+    label = _label_grid(case.label)
+    turn, note = match(label, first)
+    shape = label.shape if turn is None else tuple(label.shape[int(axis)] for axis in np.argsort(turn[:, 0]))
+    if shape != first.shape[:3]:
+        hint = " (reversed: are the axes of the .npz [C, z, y, x]?)" if shape == first.shape[2::-1] else ""
+        raise DataError(f"{case.label}: label of shape {shape}, but {first.path} has {first.shape[:3]}{hint}")
+    if note:
+        notes.append(note)
     return classes, notes
 
 
-def _same_place(first: NDArray[np.float64], second: NDArray[np.float64]) -> bool:
-    """Return whether two affines are equal to 0.001 of the voxel size, and their origins to 0.01 mm."""
-    size = float(np.abs(second[:3, :3]).max())
-    return bool(
-        np.allclose(first[:3, :3], second[:3, :3], rtol=0, atol=1e-3 * size)
-        and np.allclose(first[:3, 3], second[:3, 3], rtol=0, atol=1e-2)
-    )
-
-
-def _read_header(path: Path) -> _Header:
-    """Read the header of a NIfTI file or of the array in a ``.npz`` file."""
+def _read_grid(path: Path) -> Grid:
     if path.suffix == ".npz":
         with naming(path), _open_member(path) as member:
-            return _Header(_read_npy_header(path, member)[0], None)
-    header = read_header(path)
-    return _Header(tuple(int(size) for size in header.get_data_shape()[::-1]), header.get_best_affine())
+            return Grid(path, _read_npy_header(path, member)[0][::-1])
+    return read_grid(path)
+
+
+def _label_grid(path: Path) -> Grid:
+    """The grid of a label map, whose fourth axis is left out if there is one value per voxel."""
+    grid = read_grid(path)
+    return replace(grid, shape=grid.shape[:3]) if grid.shape[3:] == (1,) else grid
 
 
 @contextmanager
@@ -223,13 +216,16 @@ def read_slabs(case: MapCase, classes: int, ignore_label: int | None, memory: in
         else:
             depth, read = _open_nifti(case.maps, budget, stack)
         truth = stack.enter_context(open_volume(case.label, memory // 8))
-        slice_bytes = 4 * classes * int(np.prod(truth.shape[:2]))
+        truth = truth.reshape(truth.shape[:3])
+        turn = match(_label_grid(case.label), _read_grid(case.maps[0])).turn
+        step = step_of(read_header(case.label))
+        slice_bytes = 4 * classes * math.prod(truth.shape) // depth
         thickness = max(1, memory // 32 // slice_bytes)
         for start in range(0, depth, thickness):
             stop = min(start + thickness, depth)
             with naming(case.label):
-                voxels = np.asanyarray(truth[:, :, start:stop]).T.reshape(stop - start, *truth.shape[1::-1])
-            label = check_label(voxels, case.label, classes, ignore_label)
+                voxels = read_slices(truth, turn, start, stop).T
+            label = check_label(voxels, case.label, classes, ignore_label, step)
             yield Slab(start, _as_float(read(start, stop), case.maps[0]), label)
 
 
@@ -272,12 +268,34 @@ def _as_float(voxels: NDArray[Any], path: Path) -> NDArray[Any]:
     return np.require(voxels, dtype=dtype, requirements=["C", "W"])  # "W": the buffer of a file is read-only
 
 
+def sum_tolerance(classes: int) -> float:
+    """By how much the probabilities of a voxel may miss 1 in sum where a file holds rounded ones.
+
+    One step of 8 bits for every class: rounding down takes as much off a class, and rounding to 8 bits or to three
+    decimals half of it. The probabilities are then divided by their sum.
+    """
+    return classes / 255
+
+
+def normalised(slab: Slab) -> Slab | None:
+    """The slab with probabilities that were rounded divided by their sums; None where more is wrong with one."""
+    p = slab.probabilities.astype(np.float32)
+    total = p.sum(0)
+    with np.errstate(invalid="ignore"):
+        is_off = (np.abs(total - 1) > 1e-3) & (slab.label != IGNORE_INDEX)
+    if not (p[:, is_off] >= 0).all() or not (np.abs(total[is_off] - 1) <= sum_tolerance(len(p))).all():
+        return None
+    p[:, is_off] /= total[is_off]
+    return slab._replace(probabilities=p)
+
+
 def explain(error: ValueError, slab: Slab, case: MapCase) -> DataError:
     """Return an error that names the file and the first voxel whose values are no probabilities."""
     p = slab.probabilities.astype(np.float64)
     total, least = p.sum(0), p.min(0)
     with np.errstate(invalid="ignore"):
-        bad = ~np.isnan(total) & ~((np.abs(total - 1) <= 1e-3) & (least >= -1e-3))
+        bad = ~((np.abs(total - 1) <= sum_tolerance(len(p))) & (least >= -1e-3))
+    bad &= ~np.isnan(total) & (slab.label != IGNORE_INDEX)
     if not bad.any():
         return DataError(f"{case.maps[0]}: {error}")
     z, y, x = (int(index[0]) for index in np.nonzero(bad))
@@ -290,13 +308,13 @@ def explain(error: ValueError, slab: Slab, case: MapCase) -> DataError:
 
 def class_names_of(
     dataset_json: Path | None, probabilities: Path, labels: Path
-) -> tuple[tuple[str, ...], int | None] | None:
-    """Return class names and ignore label from the given ``dataset.json`` or one near the maps, or None."""
+) -> tuple[tuple[str, ...] | None, int | None]:
+    """Class names and ignore label of the ``dataset.json`` given or found beside the maps; None where it has none."""
     places = (labels / "dataset.json", labels.parent / "dataset.json", probabilities / "dataset.json")
     for path in places if dataset_json is None else (dataset_json,):
         if dataset_json is not None or path.is_file():
             return read_class_names(path)
-    return None
+    return None, None
 
 
 # ------------------------------------------------------------------------------------------- soft labels
@@ -321,16 +339,19 @@ def probabilities_file(probabilities: Volume, like: Path) -> bytes:
     return volume_file(np.moveaxis(probabilities, 0, -1), like)
 
 
-def read_soft_labels(path: Path, label: LabelMap, classes: int) -> Volume:
-    """Read soft labels, float32 ``[classes, x, y, z]``. They sum to 1 in each voxel, and are 0 in ignored voxels."""
-    voxels = read_volume(path)
+def read_soft_labels(path: Path, label: LabelMap, classes: int, like: Path | None = None) -> Volume:
+    """float32 ``[classes, x, y, z]`` that sum to 1 where ``label`` is not ignored, and are 0 where it is.
+
+    Where ``like`` is given, the axes are turned to those of that file.
+    """
+    voxels = read_volume(path, like)
     wanted = (*label.shape, classes)
     if voxels.shape != wanted or voxels.dtype.kind not in "iuf":
         raise DataError(f"{path}: soft labels of shape {voxels.shape} and type {voxels.dtype}; {wanted} is wanted")
     soft = np.ascontiguousarray(np.moveaxis(voxels, -1, 0), dtype=np.float32)
     total = soft.sum(0)
     counts = label != IGNORE_INDEX
-    # NaN fails both comparisons. The tolerance allows for files of 8 bits, which may be off by half a step per class.
-    if not ((soft >= 0).all() and (np.abs(total[counts] - 1) < classes / 256).all()):
+    # NaN fails both comparisons.
+    if not ((soft >= 0).all() and (np.abs(total[counts] - 1) <= sum_tolerance(classes)).all()):
         raise DataError(f"{path}: soft labels must be probabilities that sum to 1 in every labelled voxel")
     return np.asarray(soft * np.where(counts, 1 / np.where(counts, total, 1), 0).astype(np.float32))
