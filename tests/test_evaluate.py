@@ -364,7 +364,9 @@ def test_what_is_odd_is_noted(tmp_path: Path) -> None:
     save(tmp_path / "maps" / "case_1.nii.gz", cases["case_1"][0], np.diag([1, 1, 2, 1.0]))
     report = evaluate(tmp_path / "maps", labels, tmp_path / "out")
     assert report["notes"][0] == "1 label maps have no probability map: case_2"
-    assert report["notes"][1].startswith(f"{tmp_path / 'maps' / 'case_1.nii.gz'}: its affine differs")
+    assert report["notes"][1].startswith(
+        f"{labels / 'case_1.nii.gz'}: its affine differs from that of {tmp_path / 'maps'}"
+    )
     assert len(report["notes"]) == 2
 
 
