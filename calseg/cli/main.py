@@ -97,5 +97,5 @@ def _discard_output() -> None:
 def _fail(command: str, message: str, code: int = 2) -> NoReturn:
     """One line on stderr, and out."""
     with suppress(OSError):
-        print(f"{command}: {' '.join(message.split())}", file=sys.stderr)
+        print(f"{brief(command, 80)}: {brief(message, 700)}", file=sys.stderr)
     raise SystemExit(code)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from calseg.errors import RunError, brief
 from calseg.files import InputFile, file_digest, read_json
-from calseg.volumes.nifti import DataError, read_header, read_volume, step_of
+from calseg.volumes.nifti import DataError, match, read_grid, read_header, read_volume, step_of, turned
 
 IGNORE_INDEX = -100
 """Label of voxels that do not count: padding, and voxels with nnU-Net's label ``ignore``."""
@@ -345,21 +345,28 @@ def _read_image(path: Path, reference: Path) -> Volume:
 
 
 def _read_label(path: Path, dataset: Dataset, reference: Path) -> LabelMap:
-    voxels = read_volume(path, reference)
+    voxels = read_volume(path)
     if voxels.ndim == 4 and voxels.shape[-1] == 1:
         voxels = voxels[..., 0]
     if voxels.ndim != 3 or 0 in voxels.shape:
         raise DataError(f"{path}: shape {voxels.shape}; a 3-D label map with one class number per voxel is wanted")
-    return check_label(voxels, path, len(dataset.class_names), dataset.ignore_label, step_of(read_header(path)))
+    label = check_label(voxels, path, len(dataset.class_names), dataset.ignore_label, step_of(read_header(path)))
+    return turned(label, match(read_grid(path), read_grid(reference)).turn)
 
 
 def check_label(
-    voxels: NDArray[Any], path: Path, classes: int, ignore_label: int | None, step: float = 0.0
+    voxels: NDArray[Any],
+    path: Path,
+    classes: int,
+    ignore_label: int | None,
+    step: float = 0.0,
+    offset: tuple[int, ...] = (0, 0, 0),
 ) -> LabelMap:
-    """Voxels of the label map ``path`` as classes ``0 .. classes - 1`` or :data:`IGNORE_INDEX`.
+    """Voxels ``[x, y, z]`` of the label map ``path`` as classes ``0 .. classes - 1`` or :data:`IGNORE_INDEX`.
 
-    A label may miss a whole number by a thousandth, which covers what rounding in float32 does to a scaled number, or
-    by half of ``step``, the distance between the numbers that the file can hold, if that is below 1.
+    The voxels are a part of the map as it is stored, which begins at the voxel ``offset``. A label may miss a whole
+    number by a thousandth, which covers what rounding in float32 does to a scaled number, or by half of ``step``, the
+    distance between the numbers that the file can hold, if that is below 1.
     """
     if voxels.dtype.kind not in "biuf":
         raise DataError(f"{path}: labels of type {voxels.dtype}; whole numbers are wanted")
@@ -368,16 +375,26 @@ def check_label(
         with np.errstate(invalid="ignore"):  # infinity minus infinity
             fits = np.abs(voxels - whole) <= (max(1e-3, 0.501 * step) if step < 1 else 1e-3)
         if not fits.all():
-            raise DataError(f"{path}: labels must be whole numbers; found {voxels[~fits].flat[0]}")
+            place = _first(~fits, offset)
+            raise DataError(f"{path}: labels must be whole numbers; found {voxels[~fits].flat[0]} at voxel {place}")
         voxels = whole
     ignored = np.zeros(voxels.shape, bool) if ignore_label is None else voxels == ignore_label
     outside = ~ignored & ((voxels < 0) | (voxels >= classes))
     if outside.any():
         found = ", ".join(f"{value:g}" for value in np.unique(voxels[outside])[:5])
-        raise DataError(f"{path}: labels outside the classes 0 to {classes - 1} of the data set: {found}")
+        place = _first(outside, offset)
+        raise DataError(
+            f"{path}: labels outside the classes 0 to {classes - 1}: {found}; the first is at voxel {place}"
+        )
     label = np.where(ignored, 0, voxels).astype(np.int16)
     label[ignored] = IGNORE_INDEX  # after the cast, because uint8 cannot hold -100
     return label
+
+
+def _first(is_bad: NDArray[np.bool_], offset: tuple[int, ...]) -> str:
+    """The first voxel where ``is_bad`` is true."""
+    index = np.argwhere(is_bad)[0] + offset
+    return f"(x, y, z) = {tuple(index.tolist())}"
 
 
 # ------------------------------------------------------------------------------------------------- split

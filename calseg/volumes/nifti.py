@@ -246,15 +246,14 @@ def turned(voxels: NDArray[Any], turn: Turn | None) -> NDArray[Any]:
     return voxels if turn is None else np.asarray(apply_orientation(voxels, turn))
 
 
-def read_slices(proxy: ArrayProxy, turn: Turn | None, start: int, stop: int) -> NDArray[Any]:
-    """The slices from ``start`` to ``stop`` along z, after a turn, of a volume of which nothing else is read."""
-    if turn is None:
-        return np.asanyarray(proxy[:, :, start:stop])
-    axis = int(np.flatnonzero(turn[:, 0] == 2)[0])  # what becomes z
-    size = proxy.shape[axis]
-    chosen = [slice(None)] * len(proxy.shape)
-    chosen[axis] = slice(start, stop) if turn[axis, 1] > 0 else slice(size - stop, size - start)
-    return turned(np.asanyarray(proxy[tuple(chosen)]), turn)
+def part_of(shape: tuple[int, ...], turn: Turn | None, start: int, stop: int) -> tuple[slice, ...]:
+    """The part of a volume of that shape that becomes the slices from ``start`` to ``stop`` along z after a turn."""
+    axis = 2 if turn is None else int(np.flatnonzero(turn[:, 0] == 2)[0])
+    if turn is not None and turn[axis, 1] < 0:
+        start, stop = shape[axis] - stop, shape[axis] - start
+    part = [slice(0, size) for size in shape]
+    part[axis] = slice(start, stop)
+    return tuple(part)
 
 
 # ----------------------------------------------------------------------------------------------- writing

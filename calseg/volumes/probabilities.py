@@ -2,7 +2,7 @@
 
 A case has the name of its label map. Its probability map has one of three forms:
 
-- ``case.nii.gz`` or ``case.nii``: a 4-D file ``[x, y, z, C]``.
+- ``case.nii.gz`` or ``case.nii``: a 4-D file ``[x, y, z, C]``, or ``[x, y, C]`` for a label of one slice.
 - ``case_0000.nii.gz``, ``case_0001.nii.gz``, ...: a 3-D file per class.
 - ``case.npz`` with the key ``probabilities``: an array ``[C, z, y, x]``, as nnU-Net's ``--save_probabilities`` writes
   it. Its axes are in reverse order to those of nibabel. nnU-Net also writes the segmentation ``case.nii.gz`` beside it,
@@ -35,11 +35,12 @@ from calseg.volumes.nifti import (
     match,
     naming,
     open_volume,
+    part_of,
     read_grid,
     read_header,
-    read_slices,
     read_volume,
     step_of,
+    turned,
     unpack,
     volume_file,
 )
@@ -89,6 +90,12 @@ def find_map_cases(probabilities: Path, labels: Path) -> tuple[list[MapCase], li
             raise DataError(f"{probabilities}: holds the case {name!r} in more than one form; keep one of them")
         if name in channels:
             numbers = channels[name]
+            if name not in truth:
+                file = numbers[min(numbers)]
+                label = NIFTI.sub("", file.name)
+                raise DataError(
+                    f"{file}: no label map {label}.nii.gz in {labels}, nor {name}.nii.gz for a file per class"
+                )
             missing = next(number for number in range(len(numbers) + 1) if number not in numbers)
             if missing < len(numbers):
                 raise DataError(f"{numbers[max(numbers)]}: found, but no file {name}_{missing:04d} for class {missing}")
@@ -125,12 +132,14 @@ def check_headers(case: MapCase) -> tuple[int, list[str]]:
 
     Raises :class:`~calseg.volumes.nifti.DataError` where shapes or orientations do not fit.
     """
-    grids = [_read_grid(file) for file in case.maps]
+    grids, label = _grids(case)
     first, notes = grids[0], []
-    wanted = (3, "a 3-D file per class") if len(grids) > 1 else (4, "4-D [x, y, z, classes], or .npz,")
     for grid in grids:
-        if len(grid.shape) != wanted[0] or 0 in grid.shape:
-            raise DataError(f"{grid.path}: shape {grid.shape}; probabilities are wanted as {wanted[1]}")
+        if len(grid.shape) != (3 if len(grids) > 1 else 4) or 0 in grid.shape:
+            if grid.path.suffix == ".npz":
+                raise DataError(f"{grid.path}: {KEY!r} of shape {grid.shape[::-1]}; [classes, z, y, x] is wanted")
+            wanted = "a 3-D file per class" if len(grids) > 1 else "4-D [x, y, z, classes]"
+            raise DataError(f"{grid.path}: shape {grid.shape}; probabilities are wanted as {wanted}")
         if grid.shape != first.shape:
             raise DataError(f"{grid.path}: shape {grid.shape} differs from {first.shape} of {first.path}")
         if match(grid, first).turn is not None:
@@ -140,7 +149,6 @@ def check_headers(case: MapCase) -> tuple[int, list[str]]:
         raise DataError(
             f"{first.path}: {classes} class; the probabilities of all classes, background included, are wanted"
         )
-    label = _label_grid(case.label)
     turn, note = match(label, first)
     shape = label.shape if turn is None else tuple(label.shape[int(axis)] for axis in np.argsort(turn[:, 0]))
     if shape != first.shape[:3]:
@@ -158,10 +166,19 @@ def _read_grid(path: Path) -> Grid:
     return read_grid(path)
 
 
-def _label_grid(path: Path) -> Grid:
-    """The grid of a label map, whose fourth axis is left out if there is one value per voxel."""
-    grid = read_grid(path)
-    return replace(grid, shape=grid.shape[:3]) if grid.shape[3:] == (1,) else grid
+def _grids(case: MapCase) -> tuple[list[Grid], Grid]:
+    """The grids of the maps and of the label of a case.
+
+    The fourth axis of a label is left out if there is one value per voxel. Where the label is a single slice, a map
+    ``[x, y, C]`` is that of one.
+    """
+    maps, label = [_read_grid(file) for file in case.maps], read_grid(case.label)
+    if label.shape[3:] == (1,):
+        label = replace(label, shape=label.shape[:3])
+    shape = maps[0].shape
+    if len(maps) == 1 and len(shape) == 3 and shape[2] > 1 and label.shape == (*shape[:2], 1):
+        maps = [replace(maps[0], shape=(*label.shape, shape[2]))]
+    return maps, label
 
 
 @contextmanager
@@ -186,8 +203,6 @@ def _read_npy_header(path: Path, member: Any) -> tuple[tuple[int, ...], str, np.
     shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(member)
     if dtype.kind != "f":
         raise DataError(f"{path}: {KEY!r} of type {dtype}; floating-point numbers are wanted")
-    if len(shape) != 4:
-        raise DataError(f"{path}: {KEY!r} of shape {shape}; [classes, z, y, x] is wanted")
     return shape, "F" if is_fortran else "C", dtype
 
 
@@ -209,32 +224,35 @@ def read_slabs(case: MapCase, classes: int, ignore_label: int | None, memory: in
     is read slab by slab. A compressed file has no random access. It is unpacked once, into memory if its size is at
     most a quarter of ``memory``, else into a temporary file (in ``TMPDIR``).
     """
+    grids, label_grid = _grids(case)
     with ExitStack() as stack:
         budget = memory // 4 // len(case.maps)
         if case.maps[0].suffix == ".npz":
-            depth, read = _open_npz(case.maps[0], budget, stack)
+            depth, read = _open_npz(case.maps[0], grids[0].shape, budget, stack)
         else:
-            depth, read = _open_nifti(case.maps, budget, stack)
+            depth, read = _open_nifti(case.maps, grids[0].shape, budget, stack)
         truth = stack.enter_context(open_volume(case.label, memory // 8))
         truth = truth.reshape(truth.shape[:3])
-        turn = match(_label_grid(case.label), _read_grid(case.maps[0])).turn
+        turn = match(label_grid, grids[0]).turn
         step = step_of(read_header(case.label))
         slice_bytes = 4 * classes * math.prod(truth.shape) // depth
         thickness = max(1, memory // 32 // slice_bytes)
         for start in range(0, depth, thickness):
             stop = min(start + thickness, depth)
+            part = part_of(truth.shape, turn, start, stop)
             with naming(case.label):
-                voxels = read_slices(truth, turn, start, stop).T
-            label = check_label(voxels, case.label, classes, ignore_label, step)
-            yield Slab(start, _as_float(read(start, stop), case.maps[0]), label)
+                voxels = np.asanyarray(truth[part])
+            first = tuple(each.start for each in part)
+            label = check_label(voxels, case.label, classes, ignore_label, step, first)
+            yield Slab(start, _as_float(read(start, stop), case.maps[0]), turned(label, turn).T)
 
 
 Read = Callable[[int, int], NDArray[Any]]
 
 
-def _open_nifti(maps: tuple[Path, ...], budget: int, stack: ExitStack) -> tuple[int, Read]:
+def _open_nifti(maps: tuple[Path, ...], shape: tuple[int, ...], budget: int, stack: ExitStack) -> tuple[int, Read]:
     """Open NIfTI files, and return the number of slices and a function that reads a range of them."""
-    volumes = [stack.enter_context(open_volume(path, budget)) for path in maps]
+    volumes = [stack.enter_context(open_volume(path, budget)).reshape(shape) for path in maps]
 
     def read(start: int, stop: int) -> NDArray[Any]:
         parts = []
@@ -243,20 +261,20 @@ def _open_nifti(maps: tuple[Path, ...], budget: int, stack: ExitStack) -> tuple[
                 parts.append(np.asanyarray(volume[:, :, start:stop]).T)
         return parts[0] if len(parts) == 1 else np.stack(parts)
 
-    return int(volumes[0].shape[2]), read
+    return shape[2], read
 
 
-def _open_npz(path: Path, budget: int, stack: ExitStack) -> tuple[int, Read]:
+def _open_npz(path: Path, shape: tuple[int, ...], budget: int, stack: ExitStack) -> tuple[int, Read]:
     """Do as :func:`_open_nifti` for a ``.npz`` file."""
     with naming(path), _open_member(path) as member:
-        shape, order, dtype = _read_npy_header(path, member)
+        _, order, dtype = _read_npy_header(path, member)
         file = stack.enter_context(unpack(member, dtype.itemsize * math.prod(shape), budget))
 
     def read(start: int, stop: int) -> NDArray[Any]:
         with naming(path):
-            return np.asarray(fileslice(file, (slice(None), slice(start, stop)), shape, dtype, order=order))
+            return np.asarray(fileslice(file, (slice(None), slice(start, stop)), shape[::-1], dtype, order=order))
 
-    return shape[1], read
+    return shape[2], read
 
 
 def _as_float(voxels: NDArray[Any], path: Path) -> NDArray[Any]:
@@ -345,6 +363,8 @@ def read_soft_labels(path: Path, label: LabelMap, classes: int, like: Path | Non
     Where ``like`` is given, the axes are turned to those of that file.
     """
     voxels = read_volume(path, like)
+    if voxels.ndim == 3 and label.shape[2] == 1:
+        voxels = voxels[:, :, None]
     wanted = (*label.shape, classes)
     if voxels.shape != wanted or voxels.dtype.kind not in "iuf":
         raise DataError(f"{path}: soft labels of shape {voxels.shape} and type {voxels.dtype}; {wanted} is wanted")

@@ -190,12 +190,12 @@ def test_corrupt_files_are_named(tmp_path: Path, damage: Any, part: str) -> None
         (
             "labelsTr",
             np.full((10, 9, 8), 2, np.uint8),
-            "outside the classes 0 to 1 of the data set: 2",
+            "outside the classes 0 to 1: 2; the first is at voxel",
         ),
         (
             "labelsTr",
             np.full((10, 9, 8), -1, np.int16),
-            "outside the classes 0 to 1 of the data set: -1",
+            "outside the classes 0 to 1: -1; the first is at voxel",
         ),
         ("labelsTr", np.full((10, 9, 8), np.nan, np.float32), "labels must be whole numbers; found nan"),
         (

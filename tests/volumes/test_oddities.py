@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -289,7 +290,7 @@ MAPS: dict[str, tuple[Callable[[Maps], Any], str]] = {
     ),
     "a map without coordinates": (lambda maps: no_coordinates(maps.map, MAP), ""),
     "a map of two axes and classes": (
-        lambda maps: (save(maps.map, MAP[:, :, 0]), save(maps.label, LABEL[:, :, 0])),
+        lambda maps: save(maps.map, MAP[:, :, 0]),
         r"maps.a.nii.gz: shape \(6, 5, 3\); probabilities are wanted as 4-D \[x, y, z, classes\]",
     ),
 }
@@ -310,6 +311,65 @@ def test_map_and_label(tmp_path: Path, name: str, memory: int) -> None:
     assert len(slabs) == (4 if memory == 1 else 1)
     np.testing.assert_array_equal(np.concatenate([slab.probabilities for slab in slabs], 1), MAP.T)
     np.testing.assert_array_equal(np.concatenate([slab.label for slab in slabs]), LABEL.T)
+
+
+@pytest.mark.parametrize("label", [LABEL[:, :, 0], LABEL[:, :, :1], LABEL[:, :, :1, None]])
+@pytest.mark.parametrize("form", ["[x, y, C]", "[x, y, 1, C]", "[x, y, 1, 1, C]", "npz [C, y, x]", "a file per class"])
+def test_a_map_of_two_dimensions(tmp_path: Path, form: str, label: np.ndarray) -> None:
+    """It is one slice."""
+    maps, path = tmp_path / "maps", tmp_path / "maps" / "a.nii.gz"
+    save(tmp_path / "labels" / "a.nii.gz", label)
+    if form == "npz [C, y, x]":
+        maps.mkdir()
+        np.savez(maps / "a.npz", probabilities=MAP[:, :, 0].T)
+    elif form == "a file per class":
+        for number in range(3):
+            save(maps / f"a_{number:04d}.nii.gz", MAP[:, :, 0, number])
+    else:
+        save(path, MAP[:, :, 0].reshape(6, 5, *[1] * form.count("1"), 3))
+    (case,), _ = find_map_cases(maps, tmp_path / "labels")
+    assert check_headers(case)[0] == 3
+    (slab,) = read_slabs(case, 3, None)
+    np.testing.assert_array_equal(slab.probabilities, MAP[:, :, :1].T)
+    np.testing.assert_array_equal(slab.label, LABEL[:, :, :1].T)
+    if form.startswith("["):
+        soft = read_soft_labels(path, slab.label.T, 3, tmp_path / "labels" / "a.nii.gz")
+        np.testing.assert_allclose(np.moveaxis(soft, 0, -1), MAP[:, :, :1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("axes", ["xyz", "Xyz", "zxy", "ZyX"])
+@pytest.mark.parametrize(("value", "fault"), [(7, "outside the classes 0 to 2: 7; the first is"), (0.5, "found 0.5")])
+def test_a_bad_label_is_placed_in_its_file(tmp_path: Path, axes: str, value: float, fault: str) -> None:
+    """The position is that in the file as it is stored, whatever is turned and in whatever slab it is read."""
+    label = LABEL.astype(np.float32)
+    label[4, 1, 2] = value
+    stored, affine = turned(label, axes)
+    x, y, z = (int(index[0]) for index in np.nonzero(stored == value))
+    pair, maps = Pair(tmp_path), Maps(tmp_path)
+    save(pair.label, stored, affine)
+    save(maps.label, stored, affine)
+    meta = {"modality": {"0": "MRI"}, "labels": {"0": "background", "1": "one", "2": "two"}}
+    entry = {"image": "imagesTr/a.nii.gz", "label": "labelsTr/a.nii.gz"}
+    (tmp_path / "dataset.json").write_text(json.dumps({**meta, "training": [entry]}))
+    dataset, (case,) = find_cases(tmp_path), find_map_cases(maps.map.parent, maps.label.parent)[0]
+    for read in (
+        lambda: load_case(dataset.cases[0], dataset),
+        lambda: list(read_slabs(case, 3, None, 1)),
+        lambda: list(read_slabs(case, 3, None)),
+    ):
+        with pytest.raises(DataError, match=f"{fault} at voxel " + re.escape(f"(x, y, z) = ({x}, {y}, {z})")):
+            read()
+
+
+@pytest.mark.parametrize("names", [["a_0012"], ["a_0000", "a_0001"]])
+def test_a_map_without_a_label_says_so(tmp_path: Path, names: list[str]) -> None:
+    """Also where its name ends as that of a file per class does."""
+    for name in names:
+        save(tmp_path / "maps" / f"{name}.nii.gz", MAP)
+    save(tmp_path / "labels" / "b.nii.gz", LABEL)
+    message = f"maps.{names[0]}.nii.gz: no label map {names[0]}.nii.gz in .*labels, nor a.nii.gz for a file per class"
+    with pytest.raises(DataError, match=message):
+        find_map_cases(tmp_path / "maps", tmp_path / "labels")
 
 
 def test_what_was_turned_or_differs_is_noted(tmp_path: Path) -> None:
