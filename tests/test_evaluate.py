@@ -377,7 +377,9 @@ def test_what_is_odd_is_noted(tmp_path: Path) -> None:
     save(tmp_path / "maps" / "case_1.nii.gz", cases["case_1"][0], np.diag([1, 1, 2, 1.0]))
     report = evaluate(tmp_path / "maps", labels, tmp_path / "out")
     assert report["notes"][0] == "1 label maps have no probability map: case_2"
-    assert report["notes"][1].startswith(f"{tmp_path / 'maps' / 'case_1.nii.gz'}: its affine differs")
+    assert report["notes"][1].startswith(
+        f"{labels / 'case_1.nii.gz'}: its affine differs from that of {tmp_path / 'maps'}"
+    )
     assert len(report["notes"]) == 2
 
 
@@ -494,7 +496,7 @@ def test_resume_refuses_what_has_changed(tmp_path: Path) -> None:
         evaluate(maps, labels, out, resume=True)
     store = out / "cases.jsonl"
     store.write_bytes(b"{}\n" + store.read_bytes())
-    with pytest.raises(RunError, match=r"cases.jsonl: a line is corrupt; give --overwrite"):
+    with pytest.raises(RunError, match=r"cases.jsonl: line 1 is corrupt; give --overwrite"):
         evaluate(maps, labels, out, resume=True)
     foreign = out / "notes.txt"
     foreign.write_text("mine")
@@ -642,7 +644,7 @@ def _label(value: Any) -> Callable[[Path, Arrays], None]:
         (_spoil_map(lambda p: np.log(p, out=p)), r"\(0, 0, 0\) sum to .*not logits"),
         (_truncate("maps/case_1.nii.gz"), r"maps.case_1.nii.gz: cannot be read; the file is corrupt or truncated"),
         (_truncate("labelsTr/case_1.nii.gz"), r"labelsTr.case_1.nii.gz: cannot be read; the file is corrupt"),
-        (_label(3), r"labelsTr.case_1.nii.gz: labels outside the classes 0 to 2 .*: 3"),
+        (_label(3), r"labelsTr.case_1.nii.gz: labels outside the classes 0 to 2: 3; the first is at voxel"),
         (_label(0.5), r"labelsTr.case_1.nii.gz: labels must be whole numbers; found 0.5"),
         (_label(np.nan), r"labelsTr.case_1.nii.gz: labels must be whole numbers; found nan"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import calseg
@@ -57,16 +57,26 @@ def progress_bars() -> Iterator[Any]:
     open_task: list[Any] = []
 
     def progress(stage: str, done: int, total: int, loss: float | None) -> None:
-        bars.start()  # only now, so that an error before the first stage stays a single line
-        if not open_task or open_task[0] != stage:
-            open_task[:] = [stage, bars.add_task(stage, total=total, loss="")]
-        bars.update(open_task[1], completed=done, loss="" if loss is None else f"loss {loss:.4f}")
+        with suppress(OSError):  # a terminal that was closed is no reason to stop
+            bars.start()  # only now, so that an error before the first stage stays a single line
+            if not open_task or open_task[0] != stage:
+                open_task[:] = [stage, bars.add_task(stage, total=total, loss="")]
+            bars.update(open_task[1], completed=done, loss="" if loss is None else f"loss {loss:.4f}")
 
     try:
         yield progress
     finally:
         if open_task:
-            bars.stop()
+            with suppress(OSError):
+                bars.stop()
+
+
+def _print_table(table: Any) -> None:
+    """Print a table of rich's on stdout. A name with brackets or colons is text, and no markup."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 100
+    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
 
 
 def print_estimate(summary: Mapping[str, Any]) -> None:
@@ -84,7 +94,6 @@ def print_estimate(summary: Mapping[str, Any]) -> None:
 
 def print_metrics(runs: Mapping[str, Mapping[str, Any]]) -> None:
     """Print the scores of training runs in one table with a column per run."""
-    from rich.console import Console
     from rich.table import Table
 
     first = next(iter(runs.values()))
@@ -120,13 +129,12 @@ def print_metrics(runs: Mapping[str, Mapping[str, Any]]) -> None:
     table.add_section()
     row("training", "seconds", "seconds", "train", digits=0)
     print(f"{first['dataset']}: {first['iterations']} iterations, {count} validation case{'s' * (count != 1)}")
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    _print_table(table)
     print(f"{ABOUT_REGIONS}\nECE: {N_BINS} equal bins of the top probability")
 
 
 def print_report(report: Mapping[str, Any]) -> None:
     """Print the table of ``calseg evaluate``: each score with its interval over the cases."""
-    from rich.console import Console
     from rich.table import Table
 
     def cell(entry: Mapping[str, Any] | None) -> str:
@@ -163,7 +171,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         f"{count} case{'s' * (count != 1)}, {voxels['all']:,} voxels, {voxels['near']:,} of them near the foreground,"
         f" {voxels['foreground']:,} foreground"
     )
-    Console(width=None if sys.stdout.isatty() else 100).print(table, markup=False)
+    _print_table(table)
     print(f"{ABOUT_REGIONS}\ncalibration errors: {report['config']['n_bins']} equal bins of the probability")
     for number, what in (
         ("nan_voxels", "a NaN probability; they are left out"),
