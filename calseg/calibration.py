@@ -243,7 +243,7 @@ def calibration_bins(
         sums, totals = engine(backend).calibration_bins(spec, scores)
         sums = torch.nn.functional.pad(sums, (0, 1))  # no partial hits
     else:
-        sums, totals = engine("reference").calibration_bins(spec, scores, pair.soft_labels)
+        sums, totals = engine("reference").soft_calibration_bins(spec, scores, pair.soft_labels)
     if not class_wise:
         sums = sums[:, 0]
     if not per_item:

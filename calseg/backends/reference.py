@@ -143,9 +143,11 @@ def loss_and_overlap(spec: LossSpec, tensors: LossTensors) -> tuple[Tensor, Tens
 
     ``p`` is the softmax of the logits, and ``Y`` the labels, through which the sums have no gradient.
     """
+    like = tensors.like()
+    tensors = tensors._replace(logits=like.to(compute_dtype(like.dtype)))  # so that its gradients are added unrounded
     logits, *rest = (None if t is None else flat(t) for t in tensors)
     assert logits is not None
-    labels = None if spec.labels is None else _flat_labels(spec.labels, tensors.like())
+    labels = None if spec.labels is None else _flat_labels(spec.labels, like)
     ok = _counted(spec.labels, labels, logits)
     wide = widen_counted(logits, ok)
     with torch.no_grad():
@@ -313,11 +315,18 @@ def confidence_bins(confidence: Tensor, n_bins: int, *, right_closed: bool = Fal
     return torch.bucketize(confidence.contiguous(), edges, right=not right_closed)
 
 
-def calibration_bins(spec: BinsSpec, scores: Tensor, soft_labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sums per bin and the totals, int64 ``[items, kinds, n_bins, 3]`` and ``[items, 6]`` on the CPU.
 
     The sums of a bin are count, confidence and hits. The totals are the NLL in whole nats, its rest, the Brier score,
-    and the numbers of voxels that count, that have NaN, and that have infinite NLL. No other backend takes soft labels.
+    and the numbers of voxels that count, that have NaN, and that have infinite NLL.
+    """
+    return soft_calibration_bins(spec, scores, None)
+
+
+def soft_calibration_bins(spec: BinsSpec, scores: Tensor, soft_labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Do as :func:`calibration_bins` for soft labels, which no other backend takes.
+
     With them, a bin has a fourth sum, that of the shares below 1, and ``spec.labels`` only says what is counted.
     """
     labels, ignore_index = spec.labels.tensor.long(), spec.labels.ignore_index
