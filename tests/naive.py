@@ -238,6 +238,8 @@ def vls_dice_cross_entropy(
             soft_labels = sample_soft_labels(mu, logvar, target, ignore_index=ignore_index, **sampling)
         counted, _, soft = counted_rows(target, ignore_index, soft_labels)
     p = torch.softmax(rows(input), 1)
+    if not counted.any():
+        return input.sum() * 0.0
     p, soft = (t.where(counted[:, None], 0.0).view(items, -1, C) for t in (p, soft.detach()))
     axes = (0, 1) if batch_dice else 1
     mass, difference = (p + soft).sum(axes), (p - soft).abs().sum(axes)

@@ -152,6 +152,7 @@ def loss_and_overlap(spec: LossSpec, tensors: LossTensors) -> tuple[Tensor, Tens
     wide = widen_counted(logits, ok)
     with torch.no_grad():
         distribution = label_distribution(spec, LossTensors(wide, *rest), labels, ok)
+    distribution = distribution.detach()  # for forward mode and traced graphs, which do not know no_grad
     p = torch.where(ok[:, None], torch.softmax(wide, 1), 0.0)
     sums = torch.stack([(p + distribution).sum(2, dtype=torch.float64),
                         (p - distribution).abs().sum(2, dtype=torch.float64)], 2)  # fmt: skip
@@ -192,8 +193,8 @@ def vls_cross_entropy(spec: LossSpec, tensors: LossTensors, labels: Tensor | Non
     assert spec.labels is not None
     ok = _counted(spec.labels, labels, logits)
     logits = widen_counted(logits, ok)
-    distribution = label_distribution(spec, tensors._replace(logits=logits), labels, ok)
     mu, logvar = widen_counted(mu, ok).to(logits.dtype), widen_counted(logvar, ok).to(logits.dtype)
+    distribution = label_distribution(spec, LossTensors(logits, None, mu, logvar), labels, ok)
     value = voxel_cross_entropy(logits, smooth_labels(distribution, spec.label_smoothing), spec.weight)
     value = nan_where_no_class(value, labels, logits.shape[1])
     result = reduce_loss(value, ok, weight_of_labels(spec.weight, labels, ok), spec.reduction)
@@ -329,7 +330,9 @@ def soft_calibration_bins(spec: BinsSpec, scores: Tensor, soft_labels: Tensor | 
 
     With them, a bin has a fourth sum, that of the shares below 1, and ``spec.labels`` only says what is counted.
     """
-    labels, ignore_index = spec.labels.tensor.long(), spec.labels.ignore_index
+    labels, ignore_index = spec.labels.tensor, spec.labels.ignore_index
+    if not labels.is_floating_point():
+        labels = labels.long()  # which holds any ignore_index
     if spec.mask is not None:
         labels = torch.where(spec.mask.bool(), labels, ignore_index)
     flattened = _flat_labels(spec.labels._replace(tensor=labels), scores)

@@ -306,7 +306,7 @@ void* Reader::memory(py::handle from, DType dtype) {
     if (from.is_none()) return nullptr;
     const Layout t = layout_of(from);
     int64_t step = 1;
-    if (!t.walk(0, step) || (step != 1 && t.elements > 1)) refuse("wanted contiguous memory");
+    if (t.elements > 1 && (!t.walk(0, step) || step != 1)) refuse("wanted contiguous memory");
     if (t.dtype != dtype) refuse("wanted another dtype");
     return t.data;
 }
