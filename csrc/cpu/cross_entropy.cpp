@@ -52,18 +52,22 @@ void compute_hard_overlap(const LossArgs& a, const Tiling& tiles, int64_t chunk,
         t.load(a.spec.labels, a.upstream, span, next);
         logits.begin(span, next);
         if (t.any_ignored()) clear_ignored(logits.tile(), t.labels, span.count, t.C);
-        for (int b = 0; b * kLanes < span.count; ++b) {
-            t.labels_ahead.prefetch(b);
-            hard_exponentials<true, kPlain>(t, b, logits.block(b), logits);
+        const int blocks = (span.count + kLanes - 1) / kLanes;
+        for (int first = 0, last; first < blocks; first = last) {
+            last = static_cast<int>(smaller(first + blocks_in_cache<T>(t.C), blocks));
+            for (int b = first; b < last; ++b) {
+                t.labels_ahead.prefetch(b);
+                hard_exponentials<true, kPlain>(t, b, logits.block(b), logits);
+            }
+            for (int b = first; b < last; ++b) {
+                const int64_t at = b * kLanes;
+                store(per_sum + at, per_sum_where_counted<T>(load<I<T>>(t.labels + at), load<F<T>>(t.sum + at)));
+                hard_loss<kPlain>(t, b, smoothing);
+            }
+            overlap.add_hard(t, logits.tile(), per_sum, first, last);
         }
         logits.end();
-        for (int b = 0; b * kLanes < span.count; ++b) {
-            const int64_t at = b * kLanes;
-            store(per_sum + at, per_sum_where_counted<T>(load<I<T>>(t.labels + at), load<F<T>>(t.sum + at)));
-            hard_loss<kPlain>(t, b, smoothing);
-        }
-        overlap.add_hard(t, logits.tile(), per_sum);
-        overlap.finish_tile();
+        overlap.finish_tile(span.count);
         t.template finish_tile<false>(a, span);
     }
     overlap.finish_chunk(a.chunk_overlap, chunk);
@@ -83,53 +87,70 @@ void compute_hard_slopes(const LossArgs& a, const Tiling& tiles, int64_t chunk, 
         t.load(a.spec.labels, a.upstream, span, next);
         logits.begin(span, next);
         if (t.any_ignored()) clear_ignored(logits.tile(), t.labels, span.count, t.C);
-        for (int b = 0; b * kLanes < span.count; ++b) {
-            t.labels_ahead.prefetch(b);
-            overlap_exponentials(t, b, slopes, logits.block(b), logits);
+        const int blocks = (span.count + kLanes - 1) / kLanes;
+        for (int first = 0, last; first < blocks; first = last) {
+            last = static_cast<int>(smaller(first + blocks_in_cache<T>(t.C), blocks));
+            for (int b = first; b < last; ++b) {
+                t.labels_ahead.prefetch(b);
+                overlap_exponentials(t, b, slopes, logits.block(b), logits);
+            }
+            for (int b = first; b < last; ++b) overlap_factors(t, b, smoothing);
+            const Span part{span.n, span.s + first * kLanes, static_cast<int>(smaller(last * kLanes, span.count)) - first * kLanes};
+            store_hard_gradient(a.gradients.logits, part, t, logits.block(first), stream, [&](int64_t c) {
+                return HardOverlapGradient<T>(t, logits.block(first), c, slopes, smoothing, first * kLanes);
+            });
         }
         logits.end();
-        for (int b = 0; b * kLanes < span.count; ++b) overlap_factors(t, b, smoothing);
-        store_hard_gradient(a.gradients.logits, span, t, logits.tile(), stream,
-                            [&](int64_t c) { return HardOverlapGradient<T>(t, logits.tile(), c, slopes, smoothing); });
     }
     finish_streams();
 }
 
-// Does as compute_hard() for a small constant number of classes, if FewClasses supports the tensors.
-template <int C, bool kGradient, class D, class T>
+// Computes a chunk with one-hot labels of any number of classes.
+template <Wanted kWanted, class D, class T>
+void compute_many(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+    const bool plain = !a.spec.weight.data && a.spec.label_smoothing == 0.0;
+    if constexpr (kWanted == Wanted::gradient_with_overlap) compute_hard_slopes<D, T>(a, tiles, chunk, scratch);
+    else if constexpr (kWanted == Wanted::overlap)
+        plain ? compute_hard_overlap<true, D, T>(a, tiles, chunk, scratch) : compute_hard_overlap<false, D, T>(a, tiles, chunk, scratch);
+    else
+        plain ? compute_hard<kWanted == Wanted::gradient, true, D, T>(a, tiles, chunk, scratch)
+              : compute_hard<kWanted == Wanted::gradient, false, D, T>(a, tiles, chunk, scratch);
+}
+
+// Does as compute_many() for a small constant number of classes, if FewClasses supports the tensors.
+template <int C, Wanted kWanted, class D, class T>
 void compute_few(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
-    using Few = FewClasses<C, kGradient, D, T>;
+    using Few = FewClasses<C, kWanted, D, T>;
     const bool stream = is_streamed(a.gradients.logits, a.shape);
-    if (!Few::can_compute(a.tensors.logits, a.gradients.logits, stream))
-        return compute_hard<kGradient, true, D, T>(a, tiles, chunk, scratch);
+    if (!Few::can_compute(a.tensors.logits, a.gradients.logits, stream)) return compute_many<kWanted, D, T>(a, tiles, chunk, scratch);
     LossTile<T> t(scratch, C, tiles.length, nullptr);
+    OverlapSums<T> overlap(scratch, C, kWanted == Wanted::overlap);
+    const OverlapSlopes<T> slopes(scratch, C, a.overlap_slopes, tiles, chunk);
     if (scratch.is_counting()) return;
     for (const auto& [span, next] : TilesOfChunk(tiles, chunk)) {
         t.load(a.spec.labels, a.upstream, span, next);
-        const Few few(a.tensors.logits, a.gradients.logits, t, span, stream);
-        t.any_ignored() ? few.template compute<true>(span.count) : few.template compute<false>(span.count);
-        t.template finish_tile<false>(a, span);
+        const Few few(a.tensors.logits, a.gradients.logits, t, slopes, span, stream);
+        t.any_ignored() ? few.template compute<true>(span.count, overlap) : few.template compute<false>(span.count, overlap);
+        overlap.finish_tile(span.count);
+        if (kWanted != Wanted::gradient_with_overlap) t.template finish_tile<false>(a, span);
     }
     finish_streams();
+    overlap.finish_chunk(a.chunk_overlap, chunk);
     t.finish_chunk(a.chunk_sums, chunk);
 }
 
-template <bool kGradient, class D, class T>
+template <Wanted kWanted, class D, class T>
 void choose_hard(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
-    const bool plain = !a.spec.weight.data && a.spec.label_smoothing == 0.0;
-    if (a.overlap_sums)
-        return plain ? compute_hard_overlap<true, D, T>(a, tiles, chunk, scratch)
-                     : compute_hard_overlap<false, D, T>(a, tiles, chunk, scratch);
-    if (!plain) return compute_hard<kGradient, false, D, T>(a, tiles, chunk, scratch);
+    if (a.spec.weight.data || a.spec.label_smoothing != 0.0) return compute_many<kWanted, D, T>(a, tiles, chunk, scratch);
     switch (a.shape.C) {
         case 2:
-            return compute_few<2, kGradient, D, T>(a, tiles, chunk, scratch);
+            return compute_few<2, kWanted, D, T>(a, tiles, chunk, scratch);
         case 3:
-            return compute_few<3, kGradient, D, T>(a, tiles, chunk, scratch);
+            return compute_few<3, kWanted, D, T>(a, tiles, chunk, scratch);
         case 4:
-            return compute_few<4, kGradient, D, T>(a, tiles, chunk, scratch);
+            return compute_few<4, kWanted, D, T>(a, tiles, chunk, scratch);
         default:
-            return compute_hard<kGradient, true, D, T>(a, tiles, chunk, scratch);
+            return compute_many<kWanted, D, T>(a, tiles, chunk, scratch);
     }
 }
 
@@ -168,7 +189,7 @@ void compute_soft(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch
                 for (int64_t c = 0; c < t.C; ++c) store(x + c * kLanes, load<F<T>>(x + c * kLanes) + load<F<T>>(of_overlap + c * kLanes));
         }
         for (auto* tensor : {&logits, &soft}) tensor->end(span);
-        overlap.finish_tile();
+        overlap.finish_tile(span.count);
         t.template finish_tile<false>(a, span);
     }
     overlap.finish_chunk(a.chunk_overlap, chunk);
@@ -193,9 +214,10 @@ struct CrossEntropy {
         if (a.tensors.soft_labels) return compute_soft<T>(a, tiles, chunk, scratch);
         with_stored_type<T>(a.tensors.logits.dtype, [&](auto* type) {
             using D = std::remove_pointer_t<decltype(type)>;
-            if (a.overlap_slopes) compute_hard_slopes<D, T>(a, tiles, chunk, scratch);
-            else
-                a.gradients.logits ? choose_hard<true, D, T>(a, tiles, chunk, scratch) : choose_hard<false, D, T>(a, tiles, chunk, scratch);
+            if (a.overlap_slopes) choose_hard<Wanted::gradient_with_overlap, D, T>(a, tiles, chunk, scratch);
+            else if (a.overlap_sums) choose_hard<Wanted::overlap, D, T>(a, tiles, chunk, scratch);
+            else if (a.gradients.logits) choose_hard<Wanted::gradient, D, T>(a, tiles, chunk, scratch);
+            else choose_hard<Wanted::loss, D, T>(a, tiles, chunk, scratch);
         });
     }
 };

@@ -14,13 +14,19 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
+// Returns the number of blocks whose classes fill a third of a first-level cache of 32 KiB.
+template <class T>
+CALSEG_INLINE int blocks_in_cache(int64_t C) {
+    return static_cast<int>(larger(4, 11 * 1024 / (C * kLanes * static_cast<int64_t>(sizeof(T)))));
+}
+
 // Returns 1 / sum, or 0 where the voxel is ignored: times exp(logits - max) it is the probability.
 template <class T>
 CALSEG_INLINE F<T> per_sum_where_counted(I<T> labels, F<T> sum) {
     return select(less(labels, broadcast<I<T>>(0)), zero<T>(), reciprocal(sum));
 }
 
-// Sums of the overlap over a chunk. The lanes of a vector are summed in T over a tile, and in double over the tiles.
+// Sums of the overlap over a chunk. The lanes of a vector are summed in T over about kMaxTile voxels, and then in double.
 template <class T>
 class OverlapSums {
  public:
@@ -36,15 +42,22 @@ class OverlapSums {
     // Adds class c of a block. Both numbers must be 0 where the voxel is ignored.
     CALSEG_MEMBER void add(int64_t c, F<T> p, F<T> y) { add_sums(c, p + y, magnitude(p - y)); }
 
-    // Adds a tile with one-hot labels. `e` holds exp(logits - max), and `per_sum` the factor that makes it p.
-    void add_hard(const LossTile<T>& t, const T* e, const T* per_sum) {
-        const int blocks = static_cast<int>(round_up(t.count, kLanes) / kLanes);
+    // Adds the two numbers of class c.
+    CALSEG_MEMBER void add_sums(int64_t c, F<T> mass, F<T> difference) {
+        T* const to = lanes_ + c * kOverlapSums * kLanes;
+        store(to, load<F<T>>(to) + mass);
+        store(to + kLanes, load<F<T>>(to + kLanes) + difference);
+    }
+
+    // Adds the blocks from `first` to `last` of a tile with one-hot labels. `e` holds exp(logits - max), and `per_sum` the
+    // factor that makes it p.
+    void add_hard(const LossTile<T>& t, const T* e, const T* per_sum, int first, int last) {
         const F<T> one = broadcast<F<T>>(T(1)), none = zero<T>();
         for_classes(C_, [&](auto at_once, int64_t c) {
             constexpr int K = decltype(at_once)::value;
             F<T> mass[K], difference[K];
             for (int j = 0; j < K; ++j) mass[j] = difference[j] = none;
-            for (int b = 0; b < blocks; ++b) {
+            for (int b = first; b < last; ++b) {
                 const I<T> labels = load<I<T>>(t.labels + b * kLanes);
                 const F<T> factor = load<F<T>>(per_sum + b * kLanes);
                 for (int j = 0; j < K; ++j) {
@@ -58,28 +71,27 @@ class OverlapSums {
         });
     }
 
-    void finish_tile() {
-        for (int64_t i = 0; i < C_ * kOverlapSums; ++i)
-            for (int lane = 0; lane < kLanes; ++lane) {
-                sums_[i] += static_cast<double>(lanes_[i * kLanes + lane]);
-                lanes_[i * kLanes + lane] = T(0);
-            }
+    void finish_tile(int count) {
+        voxels_ += count;
+        if (voxels_ >= kMaxTile) flush();
     }
 
-    void finish_chunk(double* chunk_overlap, int64_t chunk) const {
+    void finish_chunk(double* chunk_overlap, int64_t chunk) {
+        flush();
         for (int64_t i = 0; i < C_ * kOverlapSums; ++i) chunk_overlap[chunk * C_ * kOverlapSums + i] = sums_[i];
     }
 
  private:
-    CALSEG_MEMBER void add_sums(int64_t c, F<T> mass, F<T> difference) {
-        T* const to = lanes_ + c * kOverlapSums * kLanes;
-        store(to, load<F<T>>(to) + mass);
-        store(to + kLanes, load<F<T>>(to + kLanes) + difference);
+    void flush() {
+        for (int64_t i = 0; i < C_ * kOverlapSums; ++i) sums_[i] += sum_row(lanes_ + i * kLanes, kLanes);
+        fill(lanes_, lanes_ + C_ * kOverlapSums * kLanes, T(0));
+        voxels_ = 0;
     }
 
     int64_t C_;
-    T* lanes_;      // [C][kOverlapSums][kLanes] sums over a tile
-    double* sums_;  // [C][kOverlapSums] sums over the chunk
+    int voxels_ = 0;  // number of voxels in lanes_
+    T* lanes_;        // [C][kOverlapSums][kLanes]
+    double* sums_;    // [C][kOverlapSums] sums over the chunk, without those in lanes_
 };
 
 // Slopes of an item: the number q where p is above Y, and where it is below.
@@ -176,14 +188,15 @@ struct HardOverlapGradient {
     T above, below;
     T weight;  // class weight times the spread of label smoothing
 
-    HardOverlapGradient(const LossTile<T>& t, const T* tile, int64_t class_index, const OverlapSlopes<T>& slopes,
-                        const Smoothing<T>& smoothing)
-        : labels(t.labels),
-          e(tile + class_index * kLanes),
-          per_sum(t.sum),
-          base(t.weighted_d),
-          on_label(t.label_weight),
-          upstream(t.upstream),
+    // The first voxel is number `first` of the tile. `blocks` holds the exponentials from there on.
+    HardOverlapGradient(const LossTile<T>& t, const T* blocks, int64_t class_index, const OverlapSlopes<T>& slopes,
+                        const Smoothing<T>& smoothing, int first)
+        : labels(t.labels + first),
+          e(blocks + class_index * kLanes),
+          per_sum(t.sum + first),
+          base(t.weighted_d + first),
+          on_label(t.label_weight + first),
+          upstream(t.upstream + first),
           C(t.C),
           c(class_index),
           above(slopes.above[class_index]),

@@ -161,7 +161,7 @@ void compute(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scr
             compute_block<kClasses, kGaussianGradient, kKL>(factors, a.gradients.logits && !overlap, t, gaussian, overlap, rows, b,
                                                             first_voxel, logits, mu, logvar);
         }
-        overlap.finish_tile();
+        overlap.finish_tile(count);
         for (auto* tensor : {&logits, &mu, &logvar}) tensor->end(span);
         t.template finish_tile<kKL>(a, span);
     }
