@@ -232,6 +232,26 @@ def test_autocast(backend, operation, dtype):
     assert_result(operation, got, truth(operation, SHAPE, dtype, frozenset({("reduction", "mean")})))
 
 
+@those(lambda operation: operation.result in ("loss", "total"))
+def test_float16_under_loss_scaling(backend, operation):
+    """A gradient scaler keeps small gradients of float16 from vanishing, as it does for F.cross_entropy."""
+    shape, scale = (1, 4, 32, 32, 16), 2.0**16
+    tensors = {name: 2 * t for name, t in operation.inputs(shape, torch.float16).items()}
+    reduction = {"reduction": "mean"} if operation.result == "loss" else {}
+    arguments = operation.arguments(shape, torch.float16, **reduction)
+    leaves = leaves_of(tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = operation.bind(backend, arguments)(**leaves)
+    (scale * loss).backward()
+    oracle = operation.bind_oracle(arguments)
+    wanted = evaluate(lambda **t: scale * oracle(**t), {name: t.double() for name, t in tensors.items()}).gradients
+    for name, leaf in leaves.items():
+        got, exact = leaf.grad.double(), wanted[name]
+        # A rest of 2^-17 comes from the labels that wait as integers, and of 2^-24 from float16 itself.
+        rest = scale / (32 * 32 * 16) * 2.0**-16 if operation.held_fixed and name == "input" else 2.0**-24
+        torch.testing.assert_close(got, exact, rtol=1e-3, atol=rest, msg=lambda text, name=name: f"{name}: {text}")
+
+
 @those(lambda operation: operation.differentiable and len(operation.tensors) > 1)
 def test_mixed_dtypes(backend, operation):
     """Tensors and weights of different dtypes (the usual mixed-precision net): each gradient in its own dtype."""
