@@ -667,7 +667,7 @@ def test_bad_voxels_are_named(tmp_path: Path, spoil: Callable[[Path, Arrays], No
     [
         ({"n_bins": 0}, "n_bins must lie in 1 to 1000; got 0"),
         ({"num_resamples": 0}, "num_resamples must be at least 1; got 0"),
-        ({"seed": -1}, "seed must not be negative; got -1"),
+        ({"seed": -1}, r"seed must lie in 0 to 2\^63 - 1; got -1"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:

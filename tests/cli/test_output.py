@@ -117,6 +117,34 @@ def test_predictions_of_case_names_that_are_not_utf_8(
         assert written == sorted(path.name for path in (folder / "labelsTr").iterdir())
 
 
+LONG = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [LONG],
+        ["train", f"--{LONG}"],
+        ["train", LONG, "--out", "a"],
+        ["train", "a", "--out", LONG],
+        ["train", "a", "--out", "b", "--method", LONG],
+        ["train", "a", "--out", "b", "--iterations", LONG],
+        ["predict", "a\0b\n\x1b[31m", "c", "--out", "d", "--device", LONG],
+        ["evaluate", "a", "b", "--out", "c", "--preset", LONG, "--dataset-json", LONG],
+        ["evaluate", LONG, LONG, "--out", "c"],
+    ],
+)
+def test_a_long_argument_gives_a_short_message(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert len(err) < 800
+    assert len(err.splitlines()) == 1
+    assert err.strip().isprintable()
+
+
 # ------------------------------------------------------------------------------------------------- streams
 
 
