@@ -412,8 +412,8 @@ def _gradients_of_overlap(
         present = overlap_backward_operator(ctx.backend, *pack(spec, given), [*needed, False, False], grad_sums)
         return _placed(needed, present)
     over = made.logits is not None and not kept  # write the gradient over the labels that wait in its memory
-    grad_logits = made.logits if over else native.empty_like(tensors.logits) if needed[0] else None
-    grad_soft = native.empty_like(tensors.soft_labels) if needed[1] else None
+    empty_logits, grad_soft = _empty_if((needed[0] and not over, needed[1]), tensors[:2])
+    grad_logits = made.logits if over else empty_logits
     engine(ctx.backend).overlap_backward(spec, _with_labels(given), LossTensors(grad_logits, grad_soft), grad_sums)
     return [grad_logits, grad_soft]
 

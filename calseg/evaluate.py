@@ -233,7 +233,8 @@ def evaluate_folders(
     folder = RunFolder(Path(out), "evaluate", FOLDER_FILES)
     with folder.open(settings, resume=resume, overwrite=overwrite) as run:
         run.claim(STORE)
-        nothing = _sums(np.zeros((len(class_names), 0), np.float32), np.zeros(0, np.int16), config, presets)
+        empty = Slab(0, np.zeros((len(class_names), 0, 1, 1), np.float32), np.zeros((0, 1, 1), np.int16), 0)
+        nothing = _sums(empty, config, presets)
         store = Store.open(run.path / STORE, like=nothing)
         store.check_cases(cases)
         run.check_inputs({case.name: case_stamps(case) for case in cases if case.name in store.scores})

@@ -13,7 +13,8 @@ import pytest
 # A part -> the other parts of calseg that it may import. Parts without an entry may import any.
 BASE = ("operations", "tensors", "checks")
 ALLOWED = {
-    "operations": (), "tensors": (), "checks": ("errors", "operations", "tensors"), "native": ("tensors",), "kernels": (),
+    "operations": (), "tensors": (), "checks": ("errors", "operations", "tensors"), "native": ("tensors",),
+    "kernels": (),
     "packing": ("operations",),
     "backends": (*BASE, "native", "kernels"),
     "autograd": (*BASE, "native", "packing", "backends"),

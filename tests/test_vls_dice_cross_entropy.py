@@ -1,4 +1,4 @@
-"""Tests of Dice plus cross-entropy: other people's formulas, the labels that wait in the gradient's memory, processes."""
+"""Tests of Dice plus cross-entropy: formulas of others, labels that wait in the gradient's memory, processes."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_graph_that_is_kept_gives_its_gradients_again(backend):
     for before, after, gradient in zip(kept, again, first, strict=True):
         assert torch.equal(before, gradient)
         torch.testing.assert_close(after, 3 * before)
-    with pytest.raises(RuntimeError, match="second time|retain_graph"):
+    with pytest.raises(RuntimeError, match=r"second time|retain_graph"):
         torch.autograd.grad(loss, list(tensors.values()))
 
 

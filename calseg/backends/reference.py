@@ -9,6 +9,7 @@ are computed in float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -257,7 +258,7 @@ def _counted(labels: Labels | None, flattened: Tensor | None, scores: Tensor) ->
 
 
 def gradients(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], grad_output: Tensor
+    function: Callable[..., Any], inputs: Sequence[Tensor | None], needed: Sequence[bool], grad_output: Any
 ) -> list[Tensor | None]:
     """Return the gradients of a function with respect to the inputs that need one, and None for the others."""
     with torch.enable_grad():

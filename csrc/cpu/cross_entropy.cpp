@@ -154,15 +154,36 @@ void choose_hard(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch&
     }
 }
 
+// Computes the gradient of the logits of a block with soft labels `y`, for loss and overlap. The logits become the gradient.
 template <class T>
+CALSEG_INLINE void soft_overlap_gradient(const LossTile<T>& t, int block, int64_t C, T* logits, T* e, const T* y,
+                                         const OverlapSlopes<T>& slopes, const Smoothing<T>& smoothing) {
+    const F<T> none = zero<T>(), keep = broadcast<F<T>>(smoothing.keep), spread = broadcast<F<T>>(smoothing.spread);
+    const F<T> upstream = load<F<T>>(t.upstream + block * kLanes);
+    const F<T> per_sum = per_sum_where_counted<T>(load<I<T>>(t.labels + block * kLanes), exponentials_block(logits, e, C));
+    F<T> base = none;
+    for (int64_t c = 0; c < C; ++c) {
+        const F<T> p = load<F<T>>(e + c * kLanes) * per_sum, label = load<F<T>>(y + c * kLanes);
+        const F<T> smoothed = keep * label + spread, q = slopes.of(c, p, label);
+        const F<T> pull = upstream * select(equal(smoothed, none), none, broadcast<F<T>>(t.weight[c]) * smoothed);
+        base = base + (pull - q * p);
+        store(e + c * kLanes, p);
+        store(logits + c * kLanes, p * q - pull);
+    }
+    for (int64_t c = 0; c < C; ++c) store(logits + c * kLanes, load<F<T>>(e + c * kLanes) * base + load<F<T>>(logits + c * kLanes));
+}
+
+// kClasses is the number of classes if it is known at compile time, else 0.
+template <int kClasses, class T>
 void compute_soft(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
-    const Smoothing<T> smoothing(a.spec.label_smoothing, a.shape.C);
+    const int64_t C = kClasses ? kClasses : a.shape.C;
+    const Smoothing<T> smoothing(a.spec.label_smoothing, C);
     const bool gradient = bool(a.gradients.logits), soft_gradient = bool(a.gradients.soft_labels);
-    LossTile<T> t(scratch, a.shape.C, tiles.length, a.spec.weight.data);
-    T* e = scratch.take<T>(t.C * kLanes);
-    T* of_overlap = scratch.take<T>(t.C * kLanes);  // gradient of the overlap
-    OverlapSums<T> overlap(scratch, a.shape.C, a.overlap_sums != nullptr);
-    const OverlapSlopes<T> slopes(scratch, a.shape.C, a.overlap_slopes, tiles, chunk);
+    LossTile<T> t(scratch, C, tiles.length, a.spec.weight.data);
+    T* e = scratch.take<T>(C * kLanes);
+    T* of_overlap = scratch.take<T>(C * kLanes);  // gradient of the overlap
+    OverlapSums<T> overlap(scratch, C, a.overlap_sums != nullptr);
+    const OverlapSlopes<T> slopes(scratch, C, a.overlap_slopes, tiles, chunk);
     TensorTile<T> logits(scratch, a.tensors.logits, a.gradients.logits, a.shape, tiles.length);
     TensorTile<T> soft(scratch, a.tensors.soft_labels, a.gradients.soft_labels, a.shape, tiles.length);
     if (scratch.is_counting()) return;
@@ -170,30 +191,48 @@ void compute_soft(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch
         t.load(a.spec.labels, a.upstream, span, next);
         for (auto* tensor : {&logits, &soft}) {
             tensor->begin(span, next);
-            if (t.any_ignored()) clear_ignored(tensor->tile(), t.labels, span.count, t.C);
+            if (t.any_ignored()) clear_ignored(tensor->tile(), t.labels, span.count, C);
         }
         for (int b = 0; b * kLanes < t.count; ++b) {
             t.labels_ahead.prefetch(b);
             for (auto* tensor : {&logits, &soft}) tensor->prefetch_next(b);
             T *x = logits.block(b), *y = soft.block(b);
-            const F<T> sum = exponentials_block(x, e, t.C);
-            log_softmax_block(x, sum, t.C, [](int64_t, F<T>) {});
+            if (a.overlap_slopes && !soft_gradient) {
+                soft_overlap_gradient(t, b, C, x, e, y, slopes, smoothing);
+                continue;
+            }
+            const F<T> sum = exponentials_block(x, e, C);
             const F<T> per_sum = per_sum_where_counted<T>(load<I<T>>(t.labels + b * kLanes), sum);
-            if (overlap)
-                for (int64_t c = 0; c < t.C; ++c)
-                    overlap.add(c, load<F<T>>(e + c * kLanes) * per_sum,
-                                select(equal(per_sum, zero<T>()), zero<T>(), load<F<T>>(y + c * kLanes)));
-            if (a.overlap_slopes) slopes.gradient(of_overlap, t.C, e, per_sum, y);
-            store(t.loss + b * kLanes, soft_cross_entropy_block(t, b, t.C, x, e, sum, y, smoothing, gradient, soft_gradient));
+            if (overlap) {
+                const auto ignored = equal(per_sum, zero<T>());
+                for (int64_t c = 0; c < C; ++c)
+                    overlap.add(c, load<F<T>>(e + c * kLanes) * per_sum, select(ignored, zero<T>(), load<F<T>>(y + c * kLanes)));
+            }
+            if (a.overlap_slopes) slopes.gradient(of_overlap, C, e, per_sum, y);
+            log_softmax_block(x, sum, C, [](int64_t, F<T>) {});
+            store(t.loss + b * kLanes, soft_cross_entropy_block(t, b, C, x, e, sum, y, smoothing, gradient, soft_gradient));
             if (a.overlap_slopes && gradient)
-                for (int64_t c = 0; c < t.C; ++c) store(x + c * kLanes, load<F<T>>(x + c * kLanes) + load<F<T>>(of_overlap + c * kLanes));
+                for (int64_t c = 0; c < C; ++c) store(x + c * kLanes, load<F<T>>(x + c * kLanes) + load<F<T>>(of_overlap + c * kLanes));
         }
         for (auto* tensor : {&logits, &soft}) tensor->end(span);
         overlap.finish_tile(span.count);
-        t.template finish_tile<false>(a, span);
+        if (!a.overlap_slopes) t.template finish_tile<false>(a, span);
     }
     overlap.finish_chunk(a.chunk_overlap, chunk);
     t.finish_chunk(a.chunk_sums, chunk);
+}
+
+template <class T>
+void choose_soft(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+    if constexpr (std::is_same<T, float>::value) switch (a.shape.C) {
+            case 2:
+                return compute_soft<2, T>(a, tiles, chunk, scratch);
+            case 3:
+                return compute_soft<3, T>(a, tiles, chunk, scratch);
+            case 4:
+                return compute_soft<4, T>(a, tiles, chunk, scratch);
+        }
+    compute_soft<0, T>(a, tiles, chunk, scratch);
 }
 
 struct CrossEntropy {
@@ -211,7 +250,7 @@ struct CrossEntropy {
 
     template <class T>
     static void compute_chunk(const Args& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
-        if (a.tensors.soft_labels) return compute_soft<T>(a, tiles, chunk, scratch);
+        if (a.tensors.soft_labels) return choose_soft<T>(a, tiles, chunk, scratch);
         with_stored_type<T>(a.tensors.logits.dtype, [&](auto* type) {
             using D = std::remove_pointer_t<decltype(type)>;
             if (a.overlap_slopes) choose_hard<Wanted::gradient_with_overlap, D, T>(a, tiles, chunk, scratch);

@@ -50,7 +50,10 @@ class FewClasses {
         const int whole = count / kLine * kLine;
         Block block;
         Sums sums;
-        for (int c = 0; c < C; ++c) sums.mass[c] = sums.difference[c] = zero<T>();
+        for (int c = 0; c < C; ++c) {
+            sums.p[c] = sums.of_label[c] = zero<T>();
+            sums.hits[c] = 0;
+        }
         if (whole > 0) self.template begin<kIgnored>(0, kLanes, block);
         int at = 0;
         for (; at + kLine < whole; at += kLine) self.template line<kIgnored, true>(at, block, sums);
@@ -65,7 +68,7 @@ class FewClasses {
                     for (int i = 0; i < rest; ++i) narrow(gradients_[c][at + i], gradient[c][i]);
         }
         if (kWanted == Wanted::overlap)
-            for (int c = 0; c < C; ++c) overlap.add_sums(c, sums.mass[c], sums.difference[c]);
+            for (int c = 0; c < C; ++c) overlap.add_hard_sums(c, sums.p[c], sums.of_label[c], sums.hits[c]);
     }
 
  private:
@@ -91,7 +94,8 @@ class FewClasses {
 
     // Sums of the overlap over the blocks of a tile.
     struct Sums {
-        F<T> mass[C], difference[C];
+        F<T> p[C], of_label[C];
+        int hits[C];
     };
 
     // Computes the voxels of one line, whose first block has been begun. If kMore, it also begins the first block of the
@@ -134,7 +138,7 @@ class FewClasses {
     // Computes what is wanted of a block. Gradients are written to place `within` of the line.
     template <bool kIgnored>
     CALSEG_MEMBER void finish(int at, const Block& block, T (&gradient)[C][kLine], int within, Sums& sums) const {
-        const F<T> none = zero<T>(), one = broadcast<F<T>>(T(1));
+        const F<T> none = zero<T>();
         const auto ignored = less(block.labels, broadcast<I<T>>(0));
         const auto hit = [&](int c) { return equal(block.labels, broadcast<I<T>>(c)); };
         if (kWanted != Wanted::gradient_with_overlap) {
@@ -148,9 +152,10 @@ class FewClasses {
             for (int c = 0; c < C; ++c) store(gradient[c] + within, multiply_subtract(block.e[c], scale, select(hit(c), upstream, none)));
         } else if constexpr (kWanted == Wanted::overlap) {
             for (int c = 0; c < C; ++c) {
-                const F<T> p = block.e[c] * per_sum, y = select(hit(c), one, none);
-                sums.mass[c] = sums.mass[c] + (p + y);
-                sums.difference[c] = sums.difference[c] + magnitude(p - y);
+                const F<T> p = block.e[c] * per_sum;
+                sums.p[c] = sums.p[c] + p;
+                sums.of_label[c] = sums.of_label[c] + select(hit(c), p, none);
+                sums.hits[c] += count_of(hit(c));
             }
         } else if constexpr (kWanted == Wanted::gradient_with_overlap) {
             F<T> q[C], p[C], base = upstream;

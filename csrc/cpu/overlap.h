@@ -49,25 +49,34 @@ class OverlapSums {
         store(to + kLanes, load<F<T>>(to + kLanes) + difference);
     }
 
+    // Adds class c of one-hot labels: the sum of p, the sum of p where the class is the label, and the number of such voxels.
+    CALSEG_MEMBER void add_hard_sums(int64_t c, F<T> p, F<T> p_of_label, int hits) {
+        add_sums(c, p, p - (p_of_label + p_of_label));  // 1 - p is the difference of a voxel with that label
+        T* const to = lanes_ + c * kOverlapSums * kLanes;
+        to[0] += static_cast<T>(hits);
+        to[kLanes] += static_cast<T>(hits);
+    }
+
     // Adds the blocks from `first` to `last` of a tile with one-hot labels. `e` holds exp(logits - max), and `per_sum` the
     // factor that makes it p.
     void add_hard(const LossTile<T>& t, const T* e, const T* per_sum, int first, int last) {
-        const F<T> one = broadcast<F<T>>(T(1)), none = zero<T>();
         for_classes(C_, [&](auto at_once, int64_t c) {
             constexpr int K = decltype(at_once)::value;
-            F<T> mass[K], difference[K];
-            for (int j = 0; j < K; ++j) mass[j] = difference[j] = none;
+            F<T> sum[K], of_label[K];
+            int hits[K] = {};
+            for (int j = 0; j < K; ++j) sum[j] = of_label[j] = zero<T>();
             for (int b = first; b < last; ++b) {
                 const I<T> labels = load<I<T>>(t.labels + b * kLanes);
                 const F<T> factor = load<F<T>>(per_sum + b * kLanes);
                 for (int j = 0; j < K; ++j) {
                     const F<T> p = load<F<T>>(e + (b * C_ + c + j) * kLanes) * factor;
-                    const F<T> y = select(equal(labels, broadcast<I<T>>(static_cast<int32_t>(c) + j)), one, none);
-                    mass[j] = mass[j] + (p + y);
-                    difference[j] = difference[j] + magnitude(p - y);
+                    const auto hit = equal(labels, broadcast<I<T>>(static_cast<int32_t>(c) + j));
+                    sum[j] = sum[j] + p;
+                    of_label[j] = of_label[j] + select(hit, p, zero<T>());
+                    hits[j] += count_of(hit);
                 }
             }
-            for (int j = 0; j < K; ++j) add_sums(c + j, mass[j], difference[j]);
+            for (int j = 0; j < K; ++j) add_hard_sums(c + j, sum[j], of_label[j], hits[j]);
         });
     }
 
