@@ -27,7 +27,7 @@ LONGEST = 500
 SIZES = (0, 1, 1, 2, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33)
 CLASSES = (1, 2, 2, 3, 3, 4, 5, 8, 14, 17)
 JUNK: tuple[Any, ...] = (
-    None, True, -1, 0, 1, 3, 0.5, -0.5, 2.5, float("nan"), float("inf"), 1e300, 10**30, -(2**63), "mean", "none",
+    None, True, -1, 0, 1, 3, 0.5, -0.5, 2.5, float("nan"), float("inf"), 1e30, 10**30, -(2**63), "mean", "none",
     "x" * 9999, b"mean", [], {}, object(), [torch.zeros(999)] * 99, range(9**9), torch.tensor(0.5), torch.zeros(3),
     torch.zeros(0), torch.int64, torch.zeros(2, 3, dtype=torch.complex64), torch.zeros(2, 3).to_sparse(),
     torch.zeros(2, 3, device="meta"),

@@ -141,7 +141,7 @@ def estimate_in(
             read_all(cache, names, run, progress)
         return _write_soft_labels(run, cache, config, names, trained, progress)
     except KeyboardInterrupt:
-        done = len(read_summary(run, names)["cases"])
+        done = len(read_summary(run, config, names)["cases"])
         raise CasesInterruptedError(run.path / "soft_labels", done, len(names)) from None
 
 
@@ -206,7 +206,7 @@ def _write_soft_labels(
     nets, seconds = trained
     folds = split_folds(names, config.folds, config.split_seed)  # no more than there are cases
     pairs = [(net, name) for net, members in zip(nets, folds, strict=True) for name in members]
-    content = read_summary(run, names)
+    content = read_summary(run, config, names)
     if "temperature" not in content:
         fitted = config.temperature is None
         content["temperature"] = _fit_temperature(pairs, cache, config, progress) if fitted else config.temperature
@@ -227,7 +227,7 @@ def _write_soft_labels(
     return summary
 
 
-def read_summary(run: Run, names: Sequence[str], *, is_finished: bool = False) -> dict[str, Any]:
+def read_summary(run: Run, config: TrainConfig, names: Sequence[str], *, is_finished: bool = False) -> dict[str, Any]:
     """The content of ``soft_labels.json``, checked: of a first stage on the cases ``names``, or of a finished one."""
 
     def is_number(value: Any) -> bool:
@@ -240,12 +240,15 @@ def read_summary(run: Run, names: Sequence[str], *, is_finished: bool = False) -
     content = read_json(path)
     if not (
         isinstance(content, dict)
+        and content.keys() <= {"config", "names", "cases", "temperature", "seconds", "estimate"}
+        and as_json({"config": asdict(config), "names": names}).items() <= content.items()
         and isinstance(cases := content.get("cases"), dict)
         and cases.keys() <= set(names)
         and all(map(is_quality, cases.values()))
         and is_number(temperature := content.get("temperature", 1.0))
         and temperature > 0
-        and (not is_finished or (is_quality(content.get("estimate")) and is_number(content.get("seconds"))))
+        and is_number(content.get("seconds", None if is_finished else 0.0))
+        and is_quality(content.get("estimate", None if is_finished else dict.fromkeys(QUALITY, 0.0)))
     ):
         raise RunError(f"{path}: not what the first stage on these cases writes; give --overwrite to start anew")
     return content

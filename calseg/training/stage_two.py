@@ -84,7 +84,7 @@ def train(
         if has_first_stage:
             maps = {name: run.path / soft_label_file(name) for name in training}
             if run.holds(CHECKPOINT):  # the first stage has ended
-                summary = read_summary(run, training, is_finished=True)
+                summary = read_summary(run, config, training, is_finished=True)
             else:
                 summary = estimate_in(run, CaseCache(dataset), config, training, target, **options)
         metrics = _train_network(run, CaseCache(dataset, soft_labels=maps), config, content, target, also, **options)
