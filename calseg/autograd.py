@@ -151,13 +151,15 @@ def _run_loss(
     return engine(backend).loss(spec, tensors, gradients, grad_output), gradients
 
 
-def _needs_upstream_first(spec: LossSpec, tensors: LossTensors) -> bool:
-    """Return whether the gradients can only be computed in backward.
+def _needs_upstream_first(spec: LossSpec, tensors: LossTensors, traced: bool) -> bool:
+    """Return whether the gradients are computed in backward.
 
-    This is so if the upstream gradient differs per voxel. It is so for float16 too: the gradients of a mean underflow
-    unless the factor of the gradient scaler, which backward brings, is in them.
+    This must be so if the upstream gradient differs per voxel. It is so for float16 too: the gradients of a mean
+    underflow unless the factor of the gradient scaler, which backward brings, is in them. In compiled code, another
+    read of the logits takes less time than to multiply their gradient by the upstream gradient, unless noise is drawn.
     """
-    return spec.reduction == "none" or _is_float16(tensors)
+    draws_noise = spec.operation in ("vls_cross_entropy", "vls_elbo")
+    return spec.reduction == "none" or _is_float16(tensors) or (traced and not draws_noise)
 
 
 def _is_float16(tensors: LossTensors) -> bool:
@@ -185,7 +187,7 @@ class Loss(Function):
             return made[0]
         backend, spec, reuse_logits, traced = call
         tensors = LossTensors(*given)
-        if reuse_logits or _needs_upstream_first(spec, tensors):
+        if reuse_logits or _needs_upstream_first(spec, tensors, traced):
             _save(ctx, spec, tensors)
             ctx.gradients_for, ctx.backend, ctx.reuse_logits = _gradients_in_backward, backend, reuse_logits
             return _run_loss(backend, spec, tensors, NONE_NEEDED, traced)[0]
@@ -269,7 +271,7 @@ def loss(
         return _run_loss(backend, spec, tensors, NONE_NEEDED, traced)[0]
     if traced:
         value = Loss.apply(None, (backend, spec, reuse_logits, True), *tensors)
-    elif reuse_logits or _needs_upstream_first(spec, tensors):
+    elif reuse_logits or _needs_upstream_first(spec, tensors, traced):
         value = _attach_loss(None, (backend, spec, reuse_logits, False), *tensors)
     else:
         gradients = [None if t is None or not t.requires_grad else native.empty_like(t) for t in given]

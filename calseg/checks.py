@@ -13,11 +13,12 @@ from torch import Tensor
 
 from calseg.errors import brief
 from calseg.operations import Labels
-from calseg.tensors import FLOAT_DTYPES, LABEL_DTYPES, SOFT_LABEL_DTYPES, class_axis, flat, voxel_shape
+from calseg.tensors import FLOAT_DTYPES, LABEL_DTYPES, SOFT_LABEL_DTYPES, as_integers, class_axis, flat, voxel_shape
 
 REDUCTIONS = ("none", "mean", "sum")
 MAX_BINS = 1 << 16
 MAX = sys.float_info.max
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30  # float32 has their reciprocals
 CHECK_LABELS = os.environ.get("CALSEG_CHECK_LABELS", "0") not in ("", "0")
 
 
@@ -211,9 +212,7 @@ def check_bins(n_bins: Any) -> None:
 def check_sampling(num_samples: Any, temperature: Any) -> None:
     """Check the number of samples and the temperature of their softmax."""
     check_integer("num_samples", num_samples, 1)
-    check_number("temperature", temperature, 0.0, math.inf, "above 0", open_low=True)
-    if temperature == math.inf:
-        raise ValueError("temperature: got inf, wanted a finite number above 0")
+    check_number("temperature", temperature, MIN_TEMPERATURE, MAX_TEMPERATURE, "above 0, from 1e-30 to 1e30")
 
 
 def check_prior(beta: Any, prior_mu: Any, prior_logvar: Any) -> None:
@@ -240,10 +239,8 @@ def check_seed(seed: Any, device: torch.device) -> int | Tensor:
 
 def check_classes(labels: Labels, num_classes: int) -> None:
     """Raise IndexError at the first label that is neither a class nor ``ignore_index``."""
-    wide = labels.tensor.long()
+    wide = as_integers(labels.tensor)
     bad = ((wide < 0) | (wide >= num_classes)) & (wide != labels.ignore_index)
-    if labels.tensor.is_floating_point():
-        bad |= labels.tensor != wide
     if bool(bad.any()):
         raise label_error(int(bad.flatten().nonzero()[0]), labels, num_classes)
 

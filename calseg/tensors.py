@@ -20,6 +20,17 @@ LABEL_DTYPES = (
 SOFT_LABEL_DTYPES = (*FLOAT_DTYPES, torch.uint8, torch.uint16)  # an integer is a fraction of its largest value
 
 
+NO_CLASS = -(2**63)  # in place of a label that is no whole number of 64 bits
+
+
+def as_integers(labels: Tensor) -> Tensor:
+    """Return labels as int64. One that is not whole, or too large, becomes NO_CLASS."""
+    wide = labels.long()
+    if labels.is_floating_point():
+        return torch.where(labels == wide, wide, NO_CLASS)
+    return torch.where(wide < 0, NO_CLASS, wide) if labels.dtype == torch.uint64 else wide
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which values of ``dtype`` are computed: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

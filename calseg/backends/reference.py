@@ -30,9 +30,8 @@ from calseg.operations import (
     SampleSpec,
     Sampling,
 )
-from calseg.tensors import compute_dtype, flat, flat_voxels, unflat, voxel_shape
+from calseg.tensors import as_integers, compute_dtype, flat, flat_voxels, unflat, voxel_shape
 
-NO_CLASS = -(2**63)  # in place of a label that is no whole number
 MAX_NLL = 2.0**25  # a negative log-likelihood above this number counts as infinite
 
 
@@ -244,10 +243,7 @@ def _flat_labels(labels: Labels, scores: Tensor) -> Tensor:
     """
     if not labels.is_mask and not is_transformed():
         check_classes(labels, scores.shape[1 if scores.dim() > 1 else 0])
-    wide = labels.tensor.long()
-    if labels.tensor.is_floating_point():
-        wide = torch.where(labels.tensor == wide, wide, NO_CLASS)
-    return flat_voxels(wide)
+    return flat_voxels(as_integers(labels.tensor))
 
 
 def _counted(labels: Labels | None, flattened: Tensor | None, scores: Tensor) -> Tensor:
@@ -332,9 +328,8 @@ def soft_calibration_bins(spec: BinsSpec, scores: Tensor, soft_labels: Tensor | 
     With them, a bin has a fourth sum, that of the shares below 1, and ``spec.labels`` only says what is counted.
     """
     labels, ignore_index = spec.labels.tensor, spec.labels.ignore_index
-    if not labels.is_floating_point():
-        labels = labels.long()  # which holds any ignore_index
     if spec.mask is not None:
+        labels = labels if labels.is_floating_point() else as_integers(labels)  # which hold any ignore_index
         labels = torch.where(spec.mask.bool(), labels, ignore_index)
     flattened = _flat_labels(spec.labels._replace(tensor=labels), scores)
     counted = flattened != ignore_index

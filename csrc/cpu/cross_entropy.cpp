@@ -141,17 +141,16 @@ void compute_few(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch&
 
 template <Wanted kWanted, class D, class T>
 void choose_hard(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
-    if (a.spec.weight.data || a.spec.label_smoothing != 0.0) return compute_many<kWanted, D, T>(a, tiles, chunk, scratch);
-    switch (a.shape.C) {
-        case 2:
-            return compute_few<2, kWanted, D, T>(a, tiles, chunk, scratch);
-        case 3:
-            return compute_few<3, kWanted, D, T>(a, tiles, chunk, scratch);
-        case 4:
-            return compute_few<4, kWanted, D, T>(a, tiles, chunk, scratch);
-        default:
-            return compute_many<kWanted, D, T>(a, tiles, chunk, scratch);
+    // Other types have no code of their own for few classes where that would take long to compile.
+    constexpr bool kHasFew =
+        kWanted == Wanted::loss || kWanted == Wanted::gradient ? std::is_same<T, float>::value : std::is_same<D, float>::value;
+    if constexpr (kHasFew) {
+        const bool plain = !a.spec.weight.data && a.spec.label_smoothing == 0.0;
+        if (plain && a.shape.C == 2) return compute_few<2, kWanted, D, T>(a, tiles, chunk, scratch);
+        if (plain && a.shape.C == 3) return compute_few<3, kWanted, D, T>(a, tiles, chunk, scratch);
+        if (plain && a.shape.C == 4) return compute_few<4, kWanted, D, T>(a, tiles, chunk, scratch);
     }
+    compute_many<kWanted, D, T>(a, tiles, chunk, scratch);
 }
 
 // Computes the gradient of the logits of a block with soft labels `y`, for loss and overlap. The logits become the gradient.

@@ -78,10 +78,6 @@ CALSEG_INLINE void narrow(F16& to, T from) {
     to.bits = narrow_f16(static_cast<float>(from));
 }
 template <class T>
-CALSEG_INLINE void narrow(U8& to, T from) {
-    to.steps = static_cast<uint8_t>(from * T(255) + T(0.5));
-}
-template <class T>
 CALSEG_INLINE void narrow(U16& to, T from) {
     to.steps = static_cast<uint16_t>(from * T(65535) + T(0.5));
 }
@@ -161,7 +157,7 @@ CALSEG_INLINE void narrow_line(BF16* to, const float (&from)[32]) {
 
 // ---- dispatch from a dtype to a C++ type ----
 
-// Calls visit with a null pointer to the C++ type of a floating dtype, or of fractions.
+// Calls visit with a null pointer to the C++ type of a floating dtype.
 template <class Visit>
 CALSEG_INLINE void with_float_type(DType dtype, const Visit& visit) {
     switch (dtype) {
@@ -171,13 +167,17 @@ CALSEG_INLINE void with_float_type(DType dtype, const Visit& visit) {
             return visit(static_cast<BF16*>(nullptr));
         case DType::f16:
             return visit(static_cast<F16*>(nullptr));
-        case DType::u8:
-            return visit(static_cast<U8*>(nullptr));
-        case DType::u16:
-            return visit(static_cast<U16*>(nullptr));
         default:
             return visit(static_cast<float*>(nullptr));
     }
+}
+
+// Does as with_float_type, and knows the types of fractions too.
+template <class Visit>
+CALSEG_INLINE void with_score_type(DType dtype, const Visit& visit) {
+    if (dtype == DType::u8) visit(static_cast<U8*>(nullptr));
+    else if (dtype == DType::u16) visit(static_cast<U16*>(nullptr));
+    else with_float_type(dtype, visit);
 }
 
 // Does as with_float_type for a tensor that is computed in T. float64 is computed in double, every other dtype in float, so

@@ -26,7 +26,7 @@ namespace {
 template <class T>
 void load_row(T* to, const TensorView& view, const Span& span, int64_t c, int64_t C) {
     const int whole = span.count / kLanes, rest = span.count % kLanes;
-    with_float_type(view.dtype, [&](auto* type) {
+    with_score_type(view.dtype, [&](auto* type) {
         using From = std::remove_pointer_t<decltype(type)>;
         const From* row = address<From>(view, span, c);
         T* block = to + c * kLanes;
@@ -38,7 +38,7 @@ void load_row(T* to, const TensorView& view, const Span& span, int64_t c, int64_
 // Loads all classes of a span whose voxels are not contiguous, voxel by voxel.
 template <class T>
 void load_voxels(T* to, const TensorView& view, const Span& span, int64_t C) {
-    with_float_type(view.dtype, [&](auto* type) {
+    with_score_type(view.dtype, [&](auto* type) {
         using From = std::remove_pointer_t<decltype(type)>;
         const int64_t step_c = view.stride_c, step_s = view.stride_s;
         const From* from = address<From>(view, span);
@@ -137,8 +137,18 @@ void store_voxels(const TensorView& view, const Span& span, const T* from, int64
     });
 }
 
+// Stores all classes of a span as fractions of 16 bits.
+template <class T>
+void store_fractions(const TensorView& view, const Span& span, const T* from, int64_t C) {
+    for (int64_t c = 0; c < C; ++c) {
+        U16* to = address<U16>(view, span, c);
+        for (int i = 0; i < span.count; ++i) narrow(to[i * view.stride_s], from[(i / kLanes * C + c) * kLanes + i % kLanes]);
+    }
+}
+
 template <class T>
 void store_tile(const TensorView& view, const Span& span, const T* from, int64_t C, bool stream) {
+    if (view.dtype == DType::u16) return store_fractions(view, span, from, C);
     if (view.stride_s != 1) return store_voxels(view, span, from, C);
     for (int64_t c = 0; c < C; ++c) store_row(view, span, c, from, C, stream);
 }

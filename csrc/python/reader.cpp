@@ -77,6 +77,7 @@ struct Reader::Layout {
         bool any = false;
         int64_t extent = 0;
         step = 1;
+        if (elements == 0) return true;  // The strides of an empty tensor mean nothing.
         for (int i = rank - 1; i >= first; --i) {
             if (sizes[i] == 1) continue;
             if (!any) step = strides[i];
