@@ -70,7 +70,7 @@ def _block(
         a = log_p if weight is None else w * log_p
         for k in range(0, num_samples, samples_at_once(C)):
             z = noise(k, start, voxel, k0, k1, C, tile)
-            for half in tl.static_range(2):
+            for half in range(2):
                 _, e, sum_e = softmax_of_sample(mean, deviation, z, c, k + half, statistics, voxel, inside, C)
                 s = e * tl.where(exists(k + half, num_samples, C), reciprocal(sum_e)[:, None, :], 0.0)
                 estimate = tl.where(valid, estimate + tl.sum(s, 0), 0.0)
