@@ -145,7 +145,7 @@ def hard_cross_entropy(
         if SMOOTHED:
             value += spread * (weight_sum * log_total - weighted_d)
         value = tl.where(ok, value, 0.0)
-        store_loss(loss, partials, value, None, None, n, first, inside, tile)
+        store_loss(loss, partials, upstream, value, None, None, n, first, inside, tile)
 
     if C <= BLOCK_C and grad is not None:
         g = _hard_gradient(x, c, label, weight, top, scale_e, scale_label, scale_weight, SMOOTHED, C)
@@ -238,7 +238,7 @@ def soft_cross_entropy(
                 C, tile,
             )  # fmt: skip
     value = tl.where(ok, value, 0.0)
-    store_loss(loss, partials, value, None, None, n, first, inside, tile)
+    store_loss(loss, partials, upstream, value, None, None, n, first, inside, tile)
 
 
 def tile_demands(spec: Any, tensors: Any) -> TileDemands:

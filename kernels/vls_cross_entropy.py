@@ -145,7 +145,7 @@ def vls_cross_entropy(
         kl += block_kl
 
     value, kl = tl.where(ok, value, 0.0), tl.where(ok, kl, 0.0)
-    store_loss(loss, partials, value, kl if WITH_KL else None, gaussian.beta, n, first, inside, tile)
+    store_loss(loss, partials, upstream, value, kl if WITH_KL else None, gaussian.beta, n, first, inside, tile)
 
 
 def tile_demands(spec: Any, tensors: Any) -> TileDemands:

@@ -124,7 +124,7 @@ def vls_elbo(
         kl += block_kl
 
     value, kl = tl.where(ok, value * per_sample, 0.0), tl.where(ok, kl, 0.0)
-    store_loss(loss, partials, value, kl if WITH_KL else None, gaussian.beta, n, first, inside, tile)
+    store_loss(loss, partials, upstream, value, kl if WITH_KL else None, gaussian.beta, n, first, inside, tile)
 
 
 def tile_demands(spec: Any, tensors: Any) -> TileDemands:

@@ -97,16 +97,21 @@ def _loss_arguments(call: Call, spec: LossSpec) -> LossArguments:
     gradients = LossTensors._make(call.scores[len(LossTensors._fields) :])
     label_view, upstream_view, loss_view = call.voxels
     labels = labels_argument(label_view, spec.labels)
-    sums, num_sums, scale = None, 1, 1.0
+    sums, num_sums, scale, factor = None, 1, 1.0, None
+    if isinstance(spec.scale, Tensor):
+        factor = spec.scale.detach().resolve_neg()
+    else:
+        scale = spec.scale
     if spec.reduction == "mean":
         weight = None if spec.labels is None or spec.labels.is_mask else spec.weight
         if spec.labels is None or (labels.ignore is None and weight is None):
-            scale = 1.0 / (call.geometry.N * call.S)
+            scale /= call.geometry.N * call.S
         else:
             sums, num_sums = mean_divisors(call, labels, spec.labels.is_mask, weight)
-    upstream = Upstream(scale, sums)
+    upstream = Upstream(scale, factor, sums)
     if upstream_view is not None:
-        upstream = Upstream(scale, sums, upstream_view.ptr, upstream_view.stride_n, upstream_view.stride_s)
+        ptr, stride_n, _, stride_s = upstream_view
+        upstream = upstream._replace(ptr=ptr, stride_n=stride_n, stride_s=stride_s)
     with_kl = tensors.mu is not None and spec.labels is not None and spec.sampling.beta != 0
     partials = None
     if upstream_view is None and loss_view is None:
