@@ -54,6 +54,8 @@ class LossArguments(NamedTuple):
     partials: Tensor | None
     num_sums: int  # length of ``upstream.sums``
     with_kl: bool  # the loss has a KL term
+    overlap: Tensor | None = None  # receives the overlap of every program: see calseg.kernels.overlap
+    grad_overlap: Tensor | None = None  # gradient of the overlap
 
 
 # ---- the upstream gradient ----
