@@ -197,8 +197,6 @@ def _soft_block(
     share = weighted(w, smoothed)
     # Where Y is 0, the term is 0 even if log p is -inf: it is the limit of t log t.
     value = -tl.sum(tl.where((smoothed == 0.0) | (c >= C)[:, None], 0.0, share * log_p), 0)
-    if overlap is not None:
-        store_overlap(overlap, exp_of(log_p), y, ok, c, C)
     if grad is not None:
         g = exp_of(log_p) * scale_p[None, :] - up[None, :] * share
         if grad_overlap is not None:
@@ -209,6 +207,8 @@ def _soft_block(
         finite = tl.where((log_p == -INF) & (y == 0.0), 0.0, log_p)
         g = tl.where((up == 0.0)[None, :], 0.0, -(keep * up)[None, :] * w * finite)
         store(grad_soft, n, first, inside, c, g, C, tile)
+    if overlap is not None:
+        store_overlap(overlap, exp_of(log_p), y, ok, c, C)
     return value
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from calseg.kernels.launch import SAMPLED, SOFT, WEIGHTED, Call, TileDemands
+from calseg.kernels.launch import SAMPLED, SOFT, Call, TileDemands
 from torch import Tensor
 
 
@@ -52,9 +52,7 @@ def overlap_gradient(grad_overlap, p, y, ok, dot, n, c, C: tl.constexpr):
 
 def tile_demands(tensors: Any) -> TileDemands:
     """Return the demands of a kernel with these tensors. A thread also holds two numbers of every class."""
-    if tensors.mu is not None:
-        return SAMPLED
-    return WEIGHTED if tensors.soft_labels is None else SOFT
+    return SOFT if tensors.mu is None else SAMPLED
 
 
 def empty_overlap(call: Call) -> Tensor:

@@ -86,10 +86,6 @@ def _block(
     up, kl_up = load_upstream(upstream, n, first, inside, ok, NUM_SUMS, tile)
     hard = tl.where(c[:, None] == label[None, :], 1.0 - alpha, 0.0)
     blended = hard + estimate * (alpha / num_samples)
-    if soft is not None:
-        store(soft, n, first, inside, c, blended, C, tile)
-    if overlap is not None:
-        store_overlap(overlap, exp_of(log_p), blended, ok, c, C)
     smoothed = keep * blended + smoothing / C
     y = weighted(w, smoothed)
     # Where Y is 0, the term is 0 even if log p is -inf: it is the limit of t log t.
@@ -105,6 +101,10 @@ def _block(
             kl_up, WITH_KL,
         )  # fmt: skip
         store_gradients(grad_mu, grad_logvar, to_mu, to_logvar, n, first, inside, c, C, tile)
+    if soft is not None:
+        store(soft, n, first, inside, c, blended, C, tile)
+    if overlap is not None:
+        store_overlap(overlap, exp_of(log_p), blended, ok, c, C)
     return value, kl
 
 
