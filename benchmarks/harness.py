@@ -125,6 +125,7 @@ class Problem:
     copied: bool = True  # also time copy and clone of the first input
     read: bool = False  # also time a read of the first input
     rivals: dict[str, tuple[Loss, tuple[Tensor, ...]]] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)  # root mean square errors of estimates, by contender
 
     def step(self, function: Loss, inputs: tuple[Tensor, ...]) -> Step:
         """Return a training step of ``function``, or its forward pass alone."""
@@ -306,6 +307,10 @@ def _figures(problem: Problem, times: dict[str, list[float]]) -> dict[str, Any]:
     seconds = statistics.median(ours)
     if problem.samples:
         metrics["ns"] = seconds * 1e9 / problem.samples
+    if problem.errors:
+        # The error of independent samples falls with the root of their number, to which their time is proportional.
+        ratio = problem.errors["eager"] / problem.errors["calseg"]
+        metrics |= {"rms": problem.errors["calseg"], "equal_error": metrics["eager"] * ratio**2}
     figures: dict[str, Any] = {"rounds": len(ours), "metrics": metrics, "of_min": of_min}
     figures["seconds"] = {name: _summary(values) for name, values in times.items()}
     figures["gb_per_s"] = problem.traffic / seconds / 1e9

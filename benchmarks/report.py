@@ -33,6 +33,9 @@ reads: time in units of a read of the logits, logits.view(-1).max(), which in ca
 x liger, x flash: times faster than Liger-Kernel's and flash-attn's cross-entropy, permutes included
 of read: GB/s by the byte model as a share of that read
 floors: time in units of the larger of the bytes at the copy's bandwidth and the operations at the GPU's highest clock
+x monai: times faster than MONAI's DiceCELoss
+rms: root mean square error of the estimate; x at equal error: times faster than as many independent samples in eager
+PyTorch as have that error
 ns: per noise sample and element (samples x N x C x voxels)
 memory: peak beyond inputs, result and gradients in percent of the logits; in brackets that of the eager peer
 Ratios are medians over paired rounds of one run. Targets follow their figure: ✓ met, ✗ missed."""
@@ -83,7 +86,7 @@ def _figure(row: Row, metric: str, unit: str = "") -> str:
     value = row["metrics"].get(metric)
     if value is None:
         return "-"
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.1 else 5
     return _verdict(row, metric, f"{value:.{digits}f}{unit}")
 
 
@@ -96,6 +99,9 @@ def _further(row: Row) -> str:
         "liger": _figure(row, "liger", "x liger"),
         "flash": _figure(row, "flash", "x flash"),
         "read_share": _figure(row, "read_share", " of read"),
+        "monai": _figure(row, "monai", "x monai"),
+        "rms": _figure(row, "rms", " rms"),
+        "equal_error": _figure(row, "equal_error", "x at equal error"),
         "floor": _figure(row, "floor", " floors"),
     }
     texts = [text for metric, text in figures.items() if metric in row["metrics"]]

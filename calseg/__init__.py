@@ -22,6 +22,7 @@ from calseg.modules import (
     VLSElboLoss,
 )
 from calseg.native import empty_cache
+from calseg.regions import near_foreground
 
 __all__ = [
     "ACELoss",
@@ -40,6 +41,7 @@ __all__ = [
     "empty_cache",
     "gaussian_kl",
     "info",
+    "near_foreground",
     "sample_soft_labels",
     "soft_cross_entropy",
     "vls_cross_entropy",

@@ -302,9 +302,12 @@ def _as_labels(memory: Tensor) -> Tensor:
 
 
 def _run_overlap(
-    backend: str, spec: LossSpec, tensors: LossTensors, made: LossTensors
+    backend: str, spec: LossSpec, tensors: LossTensors, made: LossTensors, traced: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss, the sums of the overlap and the divisor of the loss, and write what ``made`` has memory for."""
+    if traced:
+        value, sums, divisor = overlap_operator(backend, *pack(spec, tensors), list(NONE_NEEDED))
+        return value, sums, divisor
     if made.logits is not None:
         made = made._replace(logits=_as_labels(made.logits))
     result: tuple[Tensor, Tensor, Tensor] = engine(backend).loss_and_overlap(spec, tensors, made)
@@ -402,15 +405,15 @@ def _gradients_of_overlap(
     needed = ctx.needs_input_grad[3:5]
     if True not in needed:
         return [None, None]
-    spec = spec._replace(operation="cross_entropy", reduction="sum", scale=factor)
+    spec = spec._replace(operation="cross_entropy", reduction="sum", scale=factor.detach())
     given = LossTensors(tensors.logits, tensors.soft_labels, made.logits)
-    grad_sums = grad_sums.contiguous()
+    grad_sums = grad_sums.detach().contiguous()
     if ctx.traced:
         present = overlap_backward_operator(ctx.backend, *pack(spec, given), [*needed, False, False], grad_sums)
         return _placed(needed, present)
     over = made.logits is not None and not kept  # write the gradient over the labels that wait in its memory
-    grad_logits = made.logits if over else native.empty_like(tensors.logits) if needed[0] else None
-    grad_soft = native.empty_like(tensors.soft_labels) if needed[1] else None
+    empty_logits, grad_soft = _empty_if((needed[0] and not over, needed[1]), tensors[:2])
+    grad_logits = made.logits if over else empty_logits
     engine(ctx.backend).overlap_backward(spec, _with_labels(given), LossTensors(grad_logits, grad_soft), grad_sums)
     return [grad_logits, grad_soft]
 
@@ -433,7 +436,12 @@ def loss_and_overlap(backend: str, spec: LossSpec, tensors: LossTensors) -> tupl
     """Compute the loss, and the sums of :func:`calseg.backends.reference.loss_and_overlap`, attached to the graph."""
     if backend == "reference":
         return reference.loss_and_overlap(spec, tensors)
-    result: tuple[Tensor, Tensor] = LossAndOverlap.apply(backend, spec, is_traced(*tensors), *tensors)
+    traced = is_traced(*tensors)
+    result: tuple[Tensor, Tensor]
+    if needs_gradient(*tensors):
+        result = LossAndOverlap.apply(backend, spec, traced, *tensors)
+    else:
+        result = _run_overlap(backend, spec, tensors, NO_GRADIENTS, traced)[:2]
     return result
 
 

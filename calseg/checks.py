@@ -13,7 +13,7 @@ from torch import Tensor
 
 from calseg.errors import brief
 from calseg.operations import Labels
-from calseg.tensors import FLOAT_DTYPES, LABEL_DTYPES, SOFT_LABEL_DTYPES, class_axis, voxel_shape
+from calseg.tensors import FLOAT_DTYPES, LABEL_DTYPES, SOFT_LABEL_DTYPES, class_axis, flat, voxel_shape
 
 REDUCTIONS = ("none", "mean", "sum")
 MAX_BINS = 1 << 16
@@ -109,22 +109,24 @@ def check_soft_labels(name: str, value: Any, scores: Tensor) -> None:
         check_probabilities(name, value)
 
 
-def check_probabilities(name: str, value: Tensor) -> None:
-    """Check that numbers are not negative and sum to 1 over classes, to the tolerance of their dtype, or are all 0."""
-    wide = value.detach().to(torch.float32)
-    if not value.is_floating_point():
-        wide = wide / torch.iinfo(value.dtype).max
-    axis, tolerance = class_axis(value), probability_tolerance(value.dtype)
-    total, least = wide.sum(axis), wide.amin(axis)
-    bad = ((total - 1).abs() > tolerance) & (total != 0) | (least < -tolerance)
+def check_probabilities(name: str, soft_labels: Tensor, counted: Tensor | None = None) -> None:
+    """Raise ValueError at the first voxel whose soft labels are no probabilities.
+
+    ``counted`` says which voxels count, ``[N, S]``. If it is None, those count that have any mass.
+    """
+    wide = flat(soft_labels.detach()).float()
+    if not soft_labels.is_floating_point():
+        wide = wide / torch.iinfo(soft_labels.dtype).max
+    total, least, tolerance = wide.sum(1), wide.amin(1), probability_tolerance(soft_labels.dtype)
+    counted = total != 0 if counted is None else counted
+    bad = counted & ~(((total - 1).abs() <= tolerance) & (least >= -tolerance))
     if bool(bad.any()):
-        position = int(bad.flatten().nonzero()[0])
-        place = [str(index) for index in place_of(position, tuple(total.shape))]
-        place.insert(axis, ":")
-        raise ValueError(
-            f"{name}[{', '.join(place)}] sums to {float(total.flatten()[position]):.4g}, wanted probabilities that sum "
-            "to 1: classes exclude each other; regions that overlap need a loss of their own"
-        )
+        at = int(bad.flatten().nonzero()[0])
+        raise probability_error(
+            float(total.flatten()[at]), float(least.flatten()[at]), at, voxel_shape(soft_labels), name,
+            "soft labels, which sum to 1 over the classes and are not negative (class indices: an integer dtype; "
+            "regions that overlap need a loss of their own)",
+        )  # fmt: skip
 
 
 def check_scale(scale: Any, scores: Tensor) -> float | Tensor:
@@ -272,13 +274,19 @@ def probability_tolerance(dtype: torch.dtype) -> float:
     return 1e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-3
 
 
-def probability_error(total: float, least: float, position: int, shape: tuple[int, ...]) -> ValueError:
+def probability_error(
+    total: float,
+    least: float,
+    position: int,
+    shape: tuple[int, ...],
+    name: str = "preds",
+    hint: str = "probabilities, which sum to 1 and are not negative (logits: from_logits=True)",
+) -> ValueError:
     """Return the error for the voxel at linear index ``position`` of ``shape``, whose scores are no probabilities."""
     where: list[object] = [*place_of(position, shape)]
     where.insert(1 if shape else 0, ":")
     return ValueError(
-        f"input[{', '.join(map(str, where))}] sums to {total:.4g}, its smallest is {least:.4g}: wanted probabilities, "
-        "which sum to 1 and are not negative (logits: from_logits=True)"
+        f"{name}[{', '.join(map(str, where))}] sums to {total:.4g}, its smallest is {least:.4g}: wanted {hint}"
     )
 
 

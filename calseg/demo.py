@@ -151,8 +151,8 @@ def draw(data: Path, soft_labels: Path, judges: Mapping[str, Judge]) -> bytes:
     The first row shows a case that was trained on: its image, the label of one rater, the soft label, and the true
     probability. Each other row shows, for one method, a case that was not trained on: its image, the predicted
     probability, its difference from the true one, and the reliability diagram over all such cases against the maps of
-    the other raters. Probabilities are those of the lesion with its core. The slice is the one in which the true
-    probability is most uncertain.
+    the other raters, near their foreground. Probabilities are those of the lesion with its core. The slice is the one
+    in which the true probability is most uncertain.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -192,7 +192,7 @@ def draw(data: Path, soft_labels: Path, judges: Mapping[str, Judge]) -> bytes:
         style = {"cmap": "RdBu_r", "vmin": -0.5, "vmax": 0.5}
         _slice(figure, row[2], f"{method}: prediction - truth", error[..., cut], style)
         assert judge.raters is not None
-        reliability_diagram(judge.raters.bins["all"], ax=row[3], title=f"{method}: other raters")
+        reliability_diagram(judge.raters.bins["near"], ax=row[3], title=f"{method}: other raters, near")
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
     return buffer.getvalue()

@@ -6,8 +6,13 @@ from collections.abc import Sequence
 
 
 def brief(content: object, limit: int = 200) -> str:
-    """Return ``content`` as one line of at most ``limit`` characters. The middle of a longer text is left out."""
+    """Return ``content`` as one line of at most ``limit`` characters. The middle of a longer text is left out.
+
+    Characters that no terminal shows are written as Python writes them.
+    """
     text = " ".join(str(content).split())
+    if not text.isprintable():
+        text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
     half = (limit - 5) // 2
     return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
 

@@ -15,13 +15,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from calseg.errors import RunError, listing
 from calseg.files import InputFile, as_json, file_stamp, write_atomic
+from calseg.regions import NEAR_RADIUS, near_foreground
 from calseg.report import REPORT_FILES, EvaluateConfig, preset_key, write_report
 from calseg.runs import CasesInterruptedError, Progress, RunFolder, check_apart, no_progress
-from calseg.scores import BinsOf, CaseScores
+from calseg.scores import CaseScores
 from calseg.volumes.datasets import IGNORE_INDEX
 from calseg.volumes.nifti import DataError
 from calseg.volumes.probabilities import (
@@ -32,6 +34,7 @@ from calseg.volumes.probabilities import (
     class_names_of,
     explain,
     find_map_cases,
+    normalised,
     read_slabs,
 )
 
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FOLDER_FILES", "EvaluateConfig", "evaluate_folders"]
 
-STORE_FORMAT = 1
+STORE_FORMAT = 2
 CONFIG = "config.json"
 STORE = "cases.jsonl"
 FOLDER_FILES = (CONFIG, STORE, *REPORT_FILES)
@@ -74,24 +77,43 @@ def score_case(
     memory: int = MEMORY,
 ) -> CaseScores:
     """Read a case slab by slab, and return its sums."""
-    conventions = {preset_key(name): metric.item_bins for name, metric in presets.items()}
     total: CaseScores | None = None
-    for slab in read_slabs(case, classes, config.ignore_label, memory):
-        scores = _score_slab(slab, case, config.n_bins, conventions)
+    for slab in read_slabs(case, classes, config.ignore_label, memory, margin=int(NEAR_RADIUS)):
+        scores = _score_slab(slab, case, config, presets)
         total = scores if total is None else total + scores
     assert total is not None  # check_headers() raises for empty axes
     return total
 
 
-def _score_slab(slab: Slab, case: MapCase, n_bins: int, conventions: Mapping[str, BinsOf]) -> CaseScores:
-    """Return the sums of a slab."""
-    probabilities, label = torch.from_numpy(slab.probabilities), torch.from_numpy(slab.label)
+def _score_slab(
+    slab: Slab, case: MapCase, config: EvaluateConfig, presets: Mapping[str, CalibrationError]
+) -> CaseScores:
+    """Return the sums of a slab. Probabilities that were rounded in the file are divided by their sums first."""
     try:
-        return CaseScores.of(
-            probabilities, label, from_logits=False, n_bins=n_bins, conventions=conventions, ignore_index=IGNORE_INDEX
-        )
+        return _sums(slab, config, presets)
+    except ValueError as error:
+        rounded = normalised(slab)
+        if rounded is None:
+            raise explain(error, slab, case) from error
+    try:
+        return _sums(rounded, config, presets)
     except ValueError as error:
         raise explain(error, slab, case) from error
+
+
+def _sums(slab: Slab, config: EvaluateConfig, presets: Mapping[str, CalibrationError]) -> CaseScores:
+    """Return the sums of the probabilities and labels of a slab."""
+    label = torch.from_numpy(slab.label)
+    near = near_foreground(torch.from_numpy(slab.around)[None], ignore_index=IGNORE_INDEX)[0]
+    return CaseScores.of(
+        torch.from_numpy(slab.probabilities),
+        label,
+        near=near[slab.margin : slab.margin + len(label)],
+        from_logits=False,
+        n_bins=config.n_bins,
+        conventions={preset_key(name): metric.item_bins for name, metric in presets.items()},
+        ignore_index=IGNORE_INDEX,
+    )
 
 
 # -------------------------------------------------------------------------------------------------- store
@@ -102,11 +124,11 @@ class Store:
     """File of the finished cases, one line of JSON per case. An incomplete last line is removed."""
 
     path: Path
-    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    scores: dict[str, CaseScores] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, path: Path) -> Store:
-        """Read the cases of an earlier run, if the file exists."""
+    def open(cls, path: Path, like: CaseScores) -> Store:
+        """Read the cases of an earlier run, if the file exists. Their sums have the names and shapes of ``like``."""
         store = cls(path)
         if not path.exists():
             return store
@@ -114,30 +136,41 @@ class Store:
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             write_atomic(path, whole)
-        try:
-            store.records = {record["case"]: record for record in map(json.loads, whole.splitlines())}
-        except (ValueError, TypeError, KeyError) as error:
-            raise RunError(f"{path}: a line is corrupt; give --overwrite to start anew") from error
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                record = json.loads(line)
+                scores = CaseScores.from_json(record)
+                store.scores[record.pop("case")] = scores
+                is_right = record == scores.to_json() and _shapes(scores) == _shapes(like)
+            except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
+                is_right = False
+            if not is_right:
+                raise RunError(f"{path}: line {number} is corrupt; give --overwrite to start anew")
         return store
 
     def add(self, case: MapCase, scores: CaseScores) -> None:
         """Append a case and flush it to the disk."""
-        record = {"case": case.name, **scores.to_json()}
         try:
             with open(self.path, "ab") as file:
-                file.write(json.dumps(record).encode() + b"\n")
+                file.write(json.dumps({"case": case.name, **scores.to_json()}).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise RunError(f"{self.path}: cannot be written ({error.strerror or error})") from error
-        self.records[case.name] = record
+        self.scores[case.name] = scores
 
     def check_cases(self, cases: Sequence[MapCase]) -> None:
         """Refuse to mix with a case that is no longer there."""
         present = {case.name for case in cases}
-        for name in self.records:
+        for name in self.scores:
             if name not in present:
                 raise RunError(f"{self.path}: cannot be resumed; the case {name!r} is gone")
+
+
+def _shapes(scores: CaseScores) -> dict[str, Any]:
+    """The shape of every tensor of the sums, by name."""
+    fields = {**scores.bins, **scores.truth, "counts": scores.counts}
+    return {name: [each.shape for each in sums] for name, sums in fields.items()}
 
 
 def case_stamps(case: MapCase) -> list[InputFile]:
@@ -188,10 +221,10 @@ def evaluate_folders(
     check_apart(Path(out), maps, truth, *([] if dataset_json is None else [dataset_json]))
     cases, left_out = find_map_cases(maps, truth)
     check_apart(Path(out), files=[file for case in cases for file in case.files])
-    named = class_names_of(None if dataset_json is None else Path(dataset_json), maps, truth)
-    class_names, notes = _check_cases(cases, None if named is None else named[0])
-    if config.ignore_label is None and named is not None:
-        config = replace(config, ignore_label=named[1])
+    named, ignore_label = class_names_of(None if dataset_json is None else Path(dataset_json), maps, truth)
+    class_names, notes = _check_cases(cases, named)
+    if config.ignore_label is None:
+        config = replace(config, ignore_label=ignore_label)
     presets = preset_metrics(config.presets, len(class_names))
     if left_out:
         notes.insert(0, f"{len(left_out)} label maps have no probability map: {listing(left_out)}")
@@ -200,19 +233,21 @@ def evaluate_folders(
     folder = RunFolder(Path(out), "evaluate", FOLDER_FILES)
     with folder.open(settings, resume=resume, overwrite=overwrite) as run:
         run.claim(STORE)
-        store = Store.open(run.path / STORE)
+        empty = Slab(0, np.zeros((len(class_names), 0, 1, 1), np.float32), np.zeros((0, 1, 1), np.int16), 0)
+        nothing = _sums(empty, config, presets)
+        store = Store.open(run.path / STORE, like=nothing)
         store.check_cases(cases)
-        run.check_inputs({case.name: case_stamps(case) for case in cases if case.name in store.records})
+        run.check_inputs({case.name: case_stamps(case) for case in cases if case.name in store.scores})
         run.write_json(CONFIG, settings)
         try:
             for done, case in enumerate(cases, 1):
-                if case.name not in store.records:
+                if case.name not in store.scores:
                     run.remember({case.name: case_stamps(case)})
                     store.add(case, score_case(case, len(class_names), config, presets, memory))
                 progress("evaluate", done, len(cases), None)
         except KeyboardInterrupt:
-            raise CasesInterruptedError(store.path, len(store.records), len(cases)) from None
-        scores = {case.name: CaseScores.from_json(store.records[case.name]) for case in cases}
+            raise CasesInterruptedError(store.path, len(store.scores), len(cases)) from None
+        scores = {case.name: store.scores[case.name] for case in cases}
         run.claim(*REPORT_FILES)
         return write_report(run.path, scores, class_names, config, presets, notes)
 
@@ -223,14 +258,14 @@ def _check_cases(cases: Sequence[MapCase], class_names: tuple[str, ...] | None) 
     Returns:
         The names of the classes, and notes for the report on what is unusual.
     """
-    notes, first = [], cases[0]
+    notes, first, is_counted = [], cases[0], class_names is None
     for case in cases:
         classes, odd = check_headers(case)
         notes += odd
         if class_names is None:
             class_names = tuple(f"class {number}" for number in range(classes))
         if classes != len(class_names):
-            of = f"{first.maps[0]} has" if class_names[-1] == f"class {len(class_names) - 1}" else "dataset.json names"
+            of = f"{first.maps[0]} has" if is_counted else "dataset.json names"
             raise DataError(f"{case.maps[0]}: {classes} classes, but {of} {len(class_names)}")
     assert class_names is not None
     return class_names, notes

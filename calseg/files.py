@@ -34,7 +34,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     try:
         temporary.unlink(missing_ok=True)
         with open(temporary, "xb") as file:  # "x" does not follow a link that has the temporary file's name
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -373,7 +373,9 @@ def _dice_from_sums(
 
         sums = all_reduce(sums, group=process_group)
     mass, difference = sums[:, 0 if include_background else 1 :].unbind(2)
-    return (difference / (mass + smooth).clamp(min=torch.finfo(sums.dtype).tiny)).mean()
+    denominator = mass + smooth
+    ratio = torch.where(denominator == 0, 0.0, difference / torch.where(denominator == 0, 1.0, denominator))
+    return ratio.sum() / max(ratio.numel(), 1)
 
 
 def soft_cross_entropy(

@@ -27,11 +27,15 @@ except ModuleNotFoundError as error:
 from calseg import checks as check
 from calseg.bootstrap import NUM_RESAMPLES, check_options, mean_interval, pooled_interval
 from calseg.calibration import (
+    BINNED,
     EQUAL_MASS_CELLS,
     NORMS,
     CalibrationBins,
     calibration_bins,
+    read_pair,
+    with_input,
 )
+from calseg.regions import NEAR_RADIUS, REGIONS, Spacing, check_region, sizes_of
 from calseg.scores import quiet_calibration_error, warn_of_nan
 from calseg.tensors import compute_dtype
 
@@ -39,6 +43,11 @@ __all__ = ["PRESETS", "BrierScore", "CalibrationError", "NegativeLogLikelihood",
 
 Plot = tuple[Any, Any]
 """The figure, which is None if the caller gave the axes, and the axes."""
+
+
+def _as_integer(number: float) -> int:
+    """Return the bits of a float64 as an integer."""
+    return int(torch.tensor(number, dtype=torch.float64, device="cpu").view(torch.int64))
 
 
 class _ExactMetric(Metric):
@@ -97,6 +106,9 @@ class _BinMetric(_ExactMetric):
         num_classes: int | None = None,
         include_background: bool = True,
         foreground_only: bool = False,
+        region: str = "all",
+        radius: float = NEAR_RADIUS,
+        spacing: Spacing = None,
         ignore_index: int = -100,
         right_closed: bool = False,
         separate_one: bool = False,
@@ -110,6 +122,9 @@ class _BinMetric(_ExactMetric):
             ("foreground_only", foreground_only), ("right_closed", right_closed), ("separate_one", separate_one),
         ):  # fmt: skip
             check.check_flag(name, flag)
+        check_region(region, radius, spacing)
+        if foreground_only and region != "all":
+            raise ValueError(f"foreground_only: got True with region={region!r}, wanted one of the two")
         if class_wise != (num_classes is not None):
             raise ValueError(
                 f"num_classes: got {check.shown(num_classes)}, wanted the number of classes with class_wise=True only"
@@ -120,7 +135,6 @@ class _BinMetric(_ExactMetric):
             raise ValueError("separate_one: got True, wanted False with class_wise or right_closed")
         self.class_wise = class_wise
         self.num_classes = num_classes
-        self.foreground_only = foreground_only
         self.separate_one = separate_one
         self.options: dict[str, Any] = {
             "n_bins": n_bins,
@@ -130,63 +144,69 @@ class _BinMetric(_ExactMetric):
             "ignore_index": ignore_index,
             "right_closed": right_closed,
         }
+        region = "foreground" if foreground_only else region
+        flags = [*map(int, self.options.values()), separate_one, list(REGIONS).index(region)]
+        distances = [radius, *([] if spacing is None else sizes_of(spacing))]
+        self.options |= {"region": region, "radius": radius, "spacing": spacing}
         kinds = () if num_classes is None else (num_classes - (not include_background),)
         binned = torch.zeros(*kinds, self.options["n_bins"] + separate_one, dtype=torch.int64)
         scalar = torch.zeros((), dtype=torch.int64)
-        shapes = {"count": binned, "confidence": binned, "hits": binned, "nll": torch.zeros(2, dtype=torch.int64)}
+        shapes = {**dict.fromkeys(BINNED, binned), "nll": torch.zeros(2, dtype=torch.int64)}
         for name in CalibrationBins._fields:
             self.add_state(name, shapes.get(name, scalar).clone(), dist_reduce_fx="sum")
-        self._add_settings(*(int(value) for value in self.options.values()), foreground_only, separate_one)
+        self._add_settings(
+            *flags, separate_one, list(REGIONS).index(self.options["region"]), *map(_as_integer, distances)
+        )
 
     @property
     def bins(self) -> CalibrationBins:
         """Sums of all updates in this process, on the CPU."""
         return CalibrationBins(*(getattr(self, name).cpu() for name in CalibrationBins._fields))
 
-    def update(self, input: Tensor | CalibrationBins, target: Tensor | None = None, mask: Tensor | None = None) -> None:
+    @with_input
+    def update(self, preds: Tensor | CalibrationBins, target: Tensor | None = None, mask: Tensor | None = None) -> None:
         """Add a volume, a batch of volumes, or a slab of a volume.
 
         Args:
-            input: logits, or probabilities if ``from_logits=False``, ``[N, C]`` or ``[N, C, *S]``. Or the result of
-                :func:`calseg.calibration_bins` for such a tensor with the same settings.
-            target: class indices ``[N, *S]`` or ``[N, 1, *S]``.
-            mask: bool ``[N, *S]`` or ``[N, 1, *S]``. A voxel does not count where it is False.
+            preds: predictions, as :func:`calseg.calibration_bins` takes them. Or its result for such a tensor with the
+                same settings.
+            target: class indices or soft labels, as :func:`calseg.calibration_bins` takes them.
+            mask: bool ``[N, *S]`` or ``[N, 1, *S]``. A voxel does not count where it is False. It replaces a region
+                that differs between volumes, such as :func:`calseg.near_foreground` with their own spacing.
         """
-        for name, sums in self.item_bins(input, target, mask).pool()._asdict().items():
+        for name, sums in self.item_bins(preds, target, mask).pool()._asdict().items():
             setattr(self, name, getattr(self, name) + sums.to(self.device))
 
+    @with_input
     def item_bins(
-        self, input: Tensor | CalibrationBins, target: Tensor | None = None, mask: Tensor | None = None
+        self, preds: Tensor | CalibrationBins, target: Tensor | None = None, mask: Tensor | None = None
     ) -> CalibrationBins:
-        """Return the sums that :meth:`update` adds, with one item per batch item of ``input``."""
-        if isinstance(input, CalibrationBins):
-            bins = input if input.num_voxels.dim() else CalibrationBins(*(sums[None] for sums in input))
+        """Return the sums that :meth:`update` adds, with one item per batch item of ``preds``."""
+        if isinstance(preds, CalibrationBins):
+            bins = preds if preds.num_voxels.dim() else CalibrationBins(*(sums[None] for sums in preds))
         elif target is None:
             raise TypeError("target: got None, wanted a tensor of class indices")
         else:
-            bins = self._item_bins(input, target, mask)
+            bins = self._item_bins(preds, target, mask)
         if bins.count.shape[1:] != self.count.shape:
-            raise ValueError(f"input: got bins {list(bins.count.shape[1:])}, wanted {list(self.count.shape)}")
+            raise ValueError(f"preds: got bins {list(bins.count.shape[1:])}, wanted {list(self.count.shape)}")
         return bins
 
-    def _item_bins(self, input: Tensor, target: Tensor, mask: Tensor | None) -> CalibrationBins:
+    def _item_bins(self, preds: Tensor, target: Tensor, mask: Tensor | None) -> CalibrationBins:
         """Do as :meth:`item_bins` for a tensor."""
-        counted = None if mask is None else check.check_mask("mask", mask, input).bool()
-        if self.foreground_only:
-            foreground = check.check_labels("target", target, input, 0).tensor != 0
-            counted = foreground if counted is None else foreground & counted
         if not self.separate_one:
-            return calibration_bins(input, target, mask=counted, per_item=True, **self.options)
-        check.check_scores("input", input)
-        dtype = compute_dtype(input.dtype)
-        p = torch.softmax(input.detach(), 1, dtype=dtype) if self.options["from_logits"] else input.detach().to(dtype)
+            return calibration_bins(preds, target, mask=mask, per_item=True, **self.options)
+        scores = read_pair(preds, target, self.options["ignore_index"], from_logits=self.options["from_logits"]).scores
+        dtype = compute_dtype(scores.dtype)
+        p = torch.softmax(scores, 1, dtype=dtype) if self.options["from_logits"] else scores.to(dtype)
         is_one = p.amax(1).float() == 1
-        parts = (~is_one, is_one) if counted is None else (counted & ~is_one, counted & is_one)
-        below, one = (calibration_bins(input, target, mask=part, per_item=True, **self.options) for part in parts)
-        binned = {
-            name: (getattr(below, name), getattr(one, name)[..., -1:]) for name in ("count", "confidence", "hits")
-        }
-        return (below + one)._replace(**{name: torch.cat(sums, -1) for name, sums in binned.items()})
+        counted = torch.ones_like(is_one) if mask is None else check.check_mask("mask", mask, scores).bool()
+        below, one = (
+            calibration_bins(preds, target, mask=part, per_item=True, **self.options)
+            for part in (counted & ~is_one, counted & is_one)
+        )
+        binned = {name: torch.cat([getattr(below, name), getattr(one, name)[..., -1:]], -1) for name in BINNED}
+        return (below + one)._replace(**binned)
 
     def value_of(self, bins: CalibrationBins) -> Tensor:
         """Return the metric of every item of sums ``[items, ...]``, float64 ``[items]`` or ``[items, K]``."""
@@ -222,7 +242,13 @@ class CalibrationError(_BinMetric):
             ``class_wise=True``. Default ``"macro"``.
         include_background: False leaves out the background: for the top label, voxels whose label is 0, and class-wise,
             class 0. Default True.
-        foreground_only: True if only voxels whose label is not 0 count, also class-wise. Default False.
+        foreground_only: True does as ``region="foreground"``. Default False.
+        region: ``"all"`` voxels, those of the ``"foreground"`` (label not 0), or those ``"near"`` the foreground, as in
+            :func:`calseg.calibration_bins`. Default ``"all"``.
+        radius: largest distance from the foreground with ``region="near"``, in voxels or in the unit of ``spacing``.
+            Default 3.
+        spacing: distance of neighbouring voxels, as in :func:`calseg.near_foreground`. Default: distances are in
+            voxels.
         ignore_index: label of voxels that do not count. Default -100.
         right_closed: True for bins :math:`(lo, hi]`, False for :math:`[lo, hi)`. Default False.
         equal_mass: True for bins of equal mass (adaptive bins), made from 4096 cells. Default False.
@@ -280,7 +306,7 @@ class CalibrationError(_BinMetric):
         """
         if not (self.equal_mass or self.separate_one):
             return bins
-        binned = {name: getattr(bins, name) for name in ("count", "confidence", "hits")}
+        binned = {name: getattr(bins, name) for name in BINNED}
         for name, sums in binned.items():
             if self.separate_one:
                 sums = torch.cat([sums[..., :-2], sums[..., -2:].sum(-1, keepdim=True)], -1)
@@ -318,7 +344,10 @@ class NegativeLogLikelihood(_BinMetric):
     Args:
         from_logits: True if inputs are logits, False if they are probabilities.
         include_background: False leaves out voxels whose label is 0, if ``class_wise`` is False.
-        foreground_only: True if only voxels whose label is not 0 count.
+        foreground_only: True does as ``region="foreground"``.
+        region: ``"all"`` voxels, those of the ``"foreground"``, or those ``"near"`` it.
+        radius: largest distance from the foreground with ``region="near"``.
+        spacing: distance of neighbouring voxels. Default: distances are in voxels.
         ignore_index: label of voxels that do not count.
         n_bins: as for :class:`CalibrationError`. This argument and those below do not change the value. A collection
             reads a volume only once for all metrics in which they are equal too.
@@ -352,7 +381,10 @@ class BrierScore(_BinMetric):
     Args:
         from_logits: True if inputs are logits, False if they are probabilities.
         include_background: False leaves out voxels whose label is 0, if ``class_wise`` is False.
-        foreground_only: True if only voxels whose label is not 0 count.
+        foreground_only: True does as ``region="foreground"``.
+        region: ``"all"`` voxels, those of the ``"foreground"``, or those ``"near"`` it.
+        radius: largest distance from the foreground with ``region="near"``.
+        spacing: distance of neighbouring voxels. Default: distances are in voxels.
         ignore_index: label of voxels that do not count.
         n_bins: as for :class:`CalibrationError`. This argument and those below do not change the value. A collection
             reads a volume only once for all metrics in which they are equal too.
@@ -443,17 +475,18 @@ class PerCase(_ExactMetric):
         """Metric of each case of this process, float64 ``[cases]`` or ``[cases, K]``, in the order of the updates."""
         return self.metric.value_of(self.cases)
 
-    def update(self, input: Tensor | CalibrationBins, target: Tensor | None = None, mask: Tensor | None = None) -> None:
+    @with_input
+    def update(self, preds: Tensor | CalibrationBins, target: Tensor | None = None, mask: Tensor | None = None) -> None:
         """Add every batch item as a case.
 
         For a case that comes in slabs, give the sum of their :func:`calseg.calibration_bins`.
 
         Args:
-            input: as for :meth:`CalibrationError.update`.
+            preds: as for :meth:`CalibrationError.update`.
             target: as for :meth:`CalibrationError.update`.
             mask: as for :meth:`CalibrationError.update`.
         """
-        for name, sums in self.metric.item_bins(input, target, mask)._asdict().items():
+        for name, sums in self.metric.item_bins(preds, target, mask)._asdict().items():
             getattr(self, name).append(sums.to(self.device))
 
     def compute(self) -> dict[str, Tensor]:

@@ -15,15 +15,17 @@ import numpy as np
 
 try:
     import matplotlib.pyplot as plt
+    from matplotlib.colors import LogNorm
 except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] != "matplotlib":
         raise
     raise ModuleNotFoundError("calseg.plots needs matplotlib: pip install 'calseg[plots]'", name="matplotlib") from None
 
-from calseg.calibration import CalibrationBins
+from calseg.calibration import BINNED, CalibrationBins
+from calseg.errors import brief
 from calseg.scores import quiet_calibration_error
 
-__all__ = ["class_reliability_diagrams", "reliability_diagram"]
+__all__ = ["class_reliability_diagrams", "class_reliability_map", "reliability_diagram"]
 
 BAR, GAP, INK = "#9ecae1", "#b2182b", "#222222"
 QUANTILES = (0.05, 0.95)
@@ -112,9 +114,7 @@ def class_reliability_diagrams(
         >>> axes.shape, axes[1, 0].get_title()
         ((4, 2), 'liver')
     """
-    _check(bins, 2, cases)
-    if len(names) != len(bins.count):
-        raise ValueError(f"names: got {len(names)}, wanted {len(bins.count)}: one per class of the bins")
+    _check(bins, 2, cases, names)
     columns = min(len(names), 4)
     rows = -(-len(names) // columns)
     figure = plt.figure(figsize=(max(3.5, 0.6 + 2.3 * columns), 1.0 + 3.3 * rows), layout="constrained")
@@ -127,7 +127,7 @@ def class_reliability_diagrams(
         mine = _of_class(bins, number)
         _draw_diagram(upper, mine, None if cases is None else _of_class(cases, number), "frequency")
         _draw_histogram(lower, mine)
-        upper.set_title(name)
+        upper.set_title(brief(name, 40), parse_math=False)
         upper.set_ylabel("Frequency of class")
         upper.tick_params(labelbottom=False)
         lower.set_xlabel("Probability")
@@ -142,8 +142,66 @@ def class_reliability_diagrams(
     return figure, axes
 
 
-def _check(bins: Any, axes: int, cases: Any) -> None:
-    """Check that bins have ``axes`` axes, and that those of the cases have one more."""
+def class_reliability_map(
+    bins: CalibrationBins, names: Sequence[str], *, title: str | None = None
+) -> tuple[Any, tuple[Any, Any]]:
+    """Draw the bins of each class as a row of colours. It suits many classes, where a diagram of each is too much.
+
+    The left map shows the frequency of the class in each bin of its probability, and above the classes the colours of
+    perfect calibration. The right map shows the number of voxels in each bin. Bins without voxels stay white. The ECE
+    of each class stands at the right.
+
+    Args:
+        bins: class-wise bins ``[K, n_bins]``: the probability of each class against its frequency.
+        names: names of the K classes.
+        title: title of the figure.
+
+    Returns:
+        The figure, and its axes: map of frequencies and map of voxels.
+
+    Raises:
+        TypeError, ValueError: the bins have the wrong type or shape, or the number of names is not K.
+
+    Example:
+        >>> import torch, calseg
+        >>> from calseg.plots import class_reliability_map
+        >>> logits = 3 * torch.randn(1, 50, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+        >>> bins = calseg.calibration_bins(logits, logits.argmax(1), class_wise=True)
+        >>> figure, (frequency, voxels) = class_reliability_map(bins, [f"organ {number}" for number in range(50)])
+        >>> frequency.get_xlabel(), len(frequency.get_yticklabels())
+        ('Probability', 51)
+    """
+    _check(bins, 2, None, names)
+    n_bins = bins.count.shape[1]
+    count = np.ma.masked_equal(bins.count.numpy(), 0)
+    perfect = (np.arange(n_bins) + 0.5) / n_bins
+    frequency = np.ma.masked_invalid(np.vstack([perfect, bins.accuracy().numpy()]))
+    edges, rows = np.linspace(0, 1, n_bins + 1), np.arange(len(names) + 1)
+    height = 1.7 + 0.16 * len(names)
+    figure, (left, right) = plt.subplots(1, 2, sharey=True, figsize=(8.0, height), layout="constrained")
+    of_frequency: dict[str, Any] = {"cmap": "cividis", "vmin": 0, "vmax": 1}
+    left.pcolormesh(edges, (-2.5, -1.5), frequency[:1], **of_frequency)
+    drawn = left.pcolormesh(edges, rows - 0.5, frequency[1:], **of_frequency)
+    scale = LogNorm(0.1, max(10.0, float(bins.count.max())))  # a single voxel is darker than none
+    counted = right.pcolormesh(edges, rows - 0.5, count, cmap="Greys", norm=scale)
+    for ax, mesh, label in ((left, drawn, "Frequency of class"), (right, counted, "Voxels")):
+        ax.set_xlabel("Probability")
+        figure.colorbar(mesh, ax=ax, label=label, location="bottom", fraction=0.3 / height, pad=0.1 / height)
+    left.set_yticks(
+        [-2, *rows[:-1]], ["perfect", *(brief(name, 40) for name in names)], fontsize="x-small", parse_math=False
+    )
+    left.invert_yaxis()
+    errors = quiet_calibration_error(bins).tolist()
+    for row, error in enumerate(errors):
+        text = "ECE -" if math.isnan(error) else f"ECE {error:.4f}"
+        right.text(1.02, row, text, va="center", fontsize="x-small", transform=right.get_yaxis_transform())
+    if title is not None:
+        figure.suptitle(title)
+    return figure, (left, right)
+
+
+def _check(bins: Any, axes: int, cases: Any, names: Sequence[str] | None = None) -> None:
+    """Check that bins have ``axes`` axes, that those of the cases have one more, and that each class has a name."""
     for name, given, wanted in (("bins", bins, axes), ("cases", cases, axes + 1)):
         if given is None and name == "cases":
             continue
@@ -151,11 +209,13 @@ def _check(bins: Any, axes: int, cases: Any) -> None:
             raise TypeError(f"{name}: got a {type(given).__name__}, wanted CalibrationBins")
         if given.count.dim() != wanted:
             raise ValueError(f"{name}: got counts of shape {list(given.count.shape)}, wanted {wanted} axes")
+    if names is not None and len(names) != len(bins.count):
+        raise ValueError(f"names: got {len(names)}, wanted {len(bins.count)}: one per class of the bins")
 
 
 def _of_class(bins: CalibrationBins, number: int) -> CalibrationBins:
     """Return the bins of one class."""
-    binned = {name: getattr(bins, name)[..., number, :] for name in ("count", "confidence", "hits")}
+    binned = {name: getattr(bins, name)[..., number, :] for name in BINNED}
     return bins._replace(**binned)
 
 

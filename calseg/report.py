@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ from calseg._version import __version__
 from calseg.bootstrap import NUM_RESAMPLES, Interval, mean_interval, pooled_interval
 from calseg.calibration import CalibrationBins
 from calseg.files import write_atomic, write_json
-from calseg.scores import N_BINS, REGIONS, STATISTICS, CaseScores, lists_of, quiet_calibration_error, stack
+from calseg.regions import REGIONS
+from calseg.scores import N_BINS, STATISTICS, CaseScores, lists_of, quiet_calibration_error, stack
 from calseg.settings import SEED, at_least, check_settings, setting, whole
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 CONFIDENCE_LEVEL = 0.95
 CLASS_DIAGRAM = "reliability_classes"
 DIAGRAMS = (*(f"reliability_{region}" for region in REGIONS), CLASS_DIAGRAM)
+DIAGRAM_CLASSES = 16
+"""The largest number of classes with a diagram each. More classes are drawn as rows of one map."""
+
 REPORT_FILES = ("report.json", "cases.csv", *(f"{name}.{ending}" for name in DIAGRAMS for ending in ("png", "pdf")))
 
 
@@ -165,6 +170,7 @@ def _write_csv(
     """Write one row of counts, Dice and scores per case. A cell without a value is empty."""
     counts = {
         "voxels": bins["all"].num_voxels,
+        "near_voxels": bins["near"].num_voxels,
         "foreground_voxels": bins["foreground"].num_voxels,
         "nan_voxels": bins["all"].num_nan,
         "infinite_voxels": bins["all"].num_infinite,
@@ -174,15 +180,22 @@ def _write_csv(
     writer.writerow(["case", *counts, *columns])
     for number, name in enumerate(names):
         numbers = [int(values[number]) for values in counts.values()]
-        writer.writerow([name, *numbers, *(_number(float(values[number])) for values in columns.values())])
+        writer.writerow(
+            [_not_a_formula(name), *numbers, *(_number(float(values[number])) for values in columns.values())]
+        )
     write_atomic(path, text.getvalue())
+
+
+def _not_a_formula(name: str) -> str:
+    """``name``, with an apostrophe before it where a spreadsheet would take it for a formula."""
+    return f"'{name}" if name.startswith(("=", "+", "-", "@")) else name
 
 
 def draw_diagrams(out: Path, bins: Mapping[str, CalibrationBins], class_names: Sequence[str]) -> None:
     """Write all diagrams of :data:`DIAGRAMS` as PNG and PDF files. The first axis of ``bins`` is the cases."""
     import matplotlib.pyplot as plt
 
-    from calseg.plots import class_reliability_diagrams, reliability_diagram
+    from calseg.plots import class_reliability_diagrams, class_reliability_map, reliability_diagram
 
     figures = {
         f"reliability_{region}": reliability_diagram(bins[region].pool(), cases=bins[region], title=title.capitalize())[
@@ -191,11 +204,19 @@ def draw_diagrams(out: Path, bins: Mapping[str, CalibrationBins], class_names: S
         for region, title in REGIONS.items()
     }
     by_class = bins["all_classes"]
-    figures[CLASS_DIAGRAM] = class_reliability_diagrams(by_class.pool(), class_names, cases=by_class)[0]
+    figures[CLASS_DIAGRAM] = (
+        class_reliability_diagrams(by_class.pool(), class_names, cases=by_class)[0]
+        if len(class_names) <= DIAGRAM_CLASSES
+        else class_reliability_map(by_class.pool(), class_names)[0]
+    )
     for name, figure in figures.items():
         for ending in ("png", "pdf"):
             buffer = io.BytesIO()
-            # Leave the creation time out of PDF files, so that equal reports are equal files.
-            figure.savefig(buffer, format=ending, dpi=200, metadata={"CreationDate": None} if ending == "pdf" else None)
+            # PDF files get no time of creation, so that equal reports are equal files.
+            metadata = {"CreationDate": None} if ending == "pdf" else None
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Glyph .* missing")  # a class name in letters that the font lacks
+                figure.savefig(buffer, format=ending, dpi=200, metadata=metadata)
+            figure.set_layout_engine("none")  # the layout is that of the first file
             write_atomic(out / f"{name}.{ending}", buffer.getvalue())
         plt.close(figure)

@@ -7,13 +7,14 @@ Training, soft labels, prediction, evaluation and the demo each write one folder
 from __future__ import annotations
 
 import errno
+import json
 import os
 import platform
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -26,7 +27,6 @@ from calseg.files import (
     failing,
     read_json,
     write_atomic,
-    write_json,
 )
 
 Progress = Callable[[str, int, int, float | None], None]
@@ -191,7 +191,7 @@ class RunState:
 
     def save(self, folder: Path) -> None:
         """Write the state."""
-        write_json(folder / STATE, {"format": STATE_FORMAT, **asdict(self)})
+        write_atomic(folder / STATE, json.dumps({"format": STATE_FORMAT, **vars(self)}))  # often, and for many cases
 
 
 _KINDS = {

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from calseg.calibration import CalibrationBins, calibration_bins, calibration_error_from_bins
 from calseg.operations import UNIT
+from calseg.regions import REGIONS, near_foreground
 
 N_BINS = 15
 BLOCK_BYTES = 1 << 22
@@ -54,20 +55,17 @@ class Statistic(NamedTuple):
         return f"{region}_classes" if self.class_wise else region
 
 
-REGIONS = {"all": "all voxels", "foreground": "foreground (label not 0)"}
-"""The regions over which every statistic is computed, with their titles."""
-
 STATISTICS: dict[str, Statistic] = {
+    "ece": Statistic("ECE", quiet_calibration_error),
     "nll": Statistic("NLL", CalibrationBins.mean_nll),
     "brier": Statistic("Brier", CalibrationBins.mean_brier),
-    "ece": Statistic("ECE", quiet_calibration_error),
     "ace": Statistic("ACE", lambda bins: quiet_calibration_error(bins, "average")),
     "mce": Statistic("MCE", lambda bins: quiet_calibration_error(bins, "max")),
     "class_wise_ece": Statistic("class-wise ECE", lambda bins: quiet_calibration_error(bins).mean(-1), class_wise=True),
 }
 """All figures of merit of predictions against labels, by their names in JSON and CSV files."""
 
-MAIN_STATISTICS = ("nll", "brier", "ece")
+MAIN_STATISTICS = ("ece", "nll", "brier")
 """The statistics that are computed after every training run. They need no class-wise bins."""
 
 
@@ -178,8 +176,8 @@ class CaseScores(NamedTuple):
     """Sums over the voxels of a case, or of a slab of a case. The operator ``+`` adds slabs and cases.
 
     Args:
-        bins: :class:`calseg.CalibrationBins` by name. Every region of :data:`REGIONS` has top-label bins under its
-            name, and class-wise bins under ``NAME_classes``. Further entries hold bins by other conventions.
+        bins: :class:`calseg.CalibrationBins` by name. Every region of :data:`calseg.regions.REGIONS` has top-label bins
+            under its name, and class-wise bins under ``NAME_classes``. Further entries hold bins by other conventions.
         counts: numbers of voxels of each class, without voxels that have a NaN probability.
         truth: :class:`TruthBins` of each region of :data:`TRUTH_REGIONS`. Empty if no true probabilities are known.
     """
@@ -197,6 +195,7 @@ class CaseScores(NamedTuple):
         from_logits: bool = True,
         n_bins: int = N_BINS,
         class_wise: bool = True,
+        near: Tensor | None = None,
         truth: Tensor | None = None,
         conventions: Mapping[str, BinsOf] | None = None,
         ignore_index: int = -100,
@@ -212,14 +211,18 @@ class CaseScores(NamedTuple):
             from_logits: True if ``scores`` are logits, False if they are probabilities. Default True.
             n_bins: number of bins of confidence, of equal width. Default 15.
             class_wise: True to compute class-wise bins too. Default True.
+            near: bool ``[*S]``, True near the foreground. A slab needs it, because slices beyond its ends decide too.
+                Default: :func:`calseg.near_foreground` of ``label``.
             truth: true probability of every class, ``[C, *S]``, or None.
             conventions: functions that make bins by other conventions, by the names of their entries in ``bins``.
             ignore_index: label of voxels that do not count. Default -100.
         """
         total: CaseScores | None = None
+        if near is None:
+            near = near_foreground(label[None], ignore_index=ignore_index)[0]
         for part in _blocks(scores):
             x, y = scores[:, part][None], label[part][None]
-            bins = _region_bins(x, y, from_logits, n_bins, class_wise, ignore_index)
+            bins = _region_bins(x, y, near[part][None], from_logits, n_bins, class_wise, ignore_index)
             for name, bins_of in (conventions or {}).items():
                 bins[name] = bins_of(x, y).pool()
             wide = y.long()
@@ -295,10 +298,10 @@ def _blocks(scores: Tensor) -> Iterator[slice]:
 
 
 def _region_bins(
-    scores: Tensor, label: Tensor, from_logits: bool, n_bins: int, class_wise: bool, ignore_index: int
+    scores: Tensor, label: Tensor, near: Tensor, from_logits: bool, n_bins: int, class_wise: bool, ignore_index: int
 ) -> dict[str, CalibrationBins]:
     """Return the entries of :attr:`CaseScores.bins` for scores ``[1, C, *S]`` and labels ``[1, *S]``."""
-    masks = {"all": None, "foreground": label > 0}
+    masks = {"near": near, "all": None, "foreground": label > 0}
     kinds = {"": False, "_classes": True} if class_wise else {"": False}
     return {
         f"{region}{ending}": calibration_bins(

@@ -18,11 +18,13 @@ order of the fields is the order of the options. This module imports neither typ
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import field, fields
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
-from calseg.errors import RunError
+from calseg.errors import RunError, brief
 
 
 class Bound(NamedTuple):
@@ -34,7 +36,7 @@ class Bound(NamedTuple):
 
 POSITIVE = Bound("be positive and finite", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Bound("be finite and not negative", lambda value: 0 <= value < math.inf)
-SEED = Bound("not be negative", lambda value: value >= 0)
+SEED = Bound("lie in 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
 FRACTION = Bound("lie in [0, 1]", lambda value: 0 <= value <= 1)
 PROPER_FRACTION = Bound("lie strictly between 0 and 1", lambda value: 0 < value < 1)
 
@@ -60,7 +62,7 @@ def setting(default: Any, help: str, bound: Bound | None = None, *, option: str 
     Args:
         default: The field's default.
         help: A sentence for a reader who has not seen the source: capital first, full stop last.
-        bound: What the value must fulfil; None where anything goes. A value of None is never checked.
+        bound: What the value must fulfil; None where anything goes. A default of None is not checked.
         option: Name or names of the option where it is not ``--`` and the field's name.
     """
     names = (option,) if isinstance(option, str) else tuple(option)
@@ -68,15 +70,22 @@ def setting(default: Any, help: str, bound: Bound | None = None, *, option: str 
 
 
 def check_settings(config: Any) -> None:
-    """Raise a :class:`~calseg.runs.RunError` for the first field of ``config`` that is out of its bound."""
+    """Raise a :class:`~calseg.runs.RunError` for the first field of ``config`` that is out of its type or bound.
+
+    The type of a field is a string: the module of the dataclass has its annotations from ``__future__``.
+    """
     for item in fields(config):
         bound, value = item.metadata.get("bound"), getattr(config, item.name)
-        if bound is not None and value is not None and not _holds(bound, value):
-            raise RunError(f"{item.name} must {bound.wanted}; got {value!r}")
+        if value is None and item.default is None:
+            continue
+        is_tuple = str(item.type).startswith("tuple[")
+        wanted, kind = KINDS[re.findall(r"\w+", str(item.type))[is_tuple]]
+        values = value if is_tuple and isinstance(value, tuple) else (value,)
+        if is_tuple != isinstance(value, tuple) or not all(isinstance(each, kind) for each in values):
+            raise RunError(f"{item.name} must be {'a tuple, each ' * is_tuple}{wanted}; got {brief(repr(value))}")
+        if bound is not None and not bound.holds(value):
+            raise RunError(f"{item.name} must {bound.wanted}; got {brief(repr(value))}")
 
 
-def _holds(bound: Bound, value: Any) -> bool:
-    try:
-        return bound.holds(value)
-    except TypeError:  # a value of another type does not compare
-        return False
+KINDS = {"int": ("a whole number", Integral), "float": ("a number", Real), "str": ("a text", str)}
+"""For each type of a field the words of a message, and what its values are."""

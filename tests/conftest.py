@@ -43,9 +43,13 @@ settings.register_profile(
 settings.load_profile("calseg")
 
 
+LEFT_OUT = ("large", "gpu", "fuzz")
+"""Markers whose tests run only where ``-m`` asks for them."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     asked = config.getoption("markexpr")
-    left_out = [item for item in items if any(item.get_closest_marker(m) and m not in asked for m in ("large", "gpu"))]
+    left_out = [item for item in items if any(item.get_closest_marker(m) and m not in asked for m in LEFT_OUT)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]

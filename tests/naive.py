@@ -214,6 +214,40 @@ def vls_cross_entropy(
     return loss + beta * reduce(kl, counted, counted.sum(), reduction, input)
 
 
+def vls_dice_cross_entropy(
+    input, target, weight=None, *, dice_weight=1.0, ce_weight=1.0, include_background=False, batch_dice=False,
+    smooth=1e-5, ignore_index=-100, label_smoothing=0.0, mu=None, logvar=None, soft_labels=None, alpha=0.1,
+    temperature=1.0, num_samples=4, seed=0, scale=1.0, **prior,
+):  # fmt: skip
+    """Return the loss with one-hot labels, class probabilities, or the labels of :func:`vls_cross_entropy`."""
+    items, C = input.shape[0] if input.dim() > 2 else 1, rows(input).shape[1]
+    if target.is_floating_point():
+        counted, soft = torch.ones(len(rows(input)), dtype=torch.bool), rows(target)
+        loss = F.cross_entropy(input, target, weight, label_smoothing=label_smoothing)
+    elif mu is None and soft_labels is None:
+        counted, labels = counted_rows(target, ignore_index)
+        soft = F.one_hot(labels, C).double()
+        loss = F.cross_entropy(input, target.long(), weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
+    else:
+        sampling = {"alpha": alpha, "temperature": temperature, "num_samples": num_samples, "seed": seed}
+        loss = vls_cross_entropy(
+            input, target, weight, mu=mu, logvar=logvar, soft_labels=soft_labels, ignore_index=ignore_index,
+            label_smoothing=label_smoothing, **sampling, **prior,
+        )  # fmt: skip
+        if soft_labels is None:
+            soft_labels = sample_soft_labels(mu, logvar, target, ignore_index=ignore_index, **sampling)
+        counted, _, soft = counted_rows(target, ignore_index, soft_labels)
+    p = torch.softmax(rows(input), 1)
+    if not counted.any():
+        return input.sum() * 0.0
+    p, soft = (t.where(counted[:, None], 0.0).view(items, -1, C) for t in (p, soft.detach()))
+    axes = (0, 1) if batch_dice else 1
+    mass, difference = (p + soft).sum(axes), (p - soft).abs().sum(axes)
+    dice = 1 - (mass - difference + smooth) / (mass + smooth)
+    dice = dice[..., 0 if include_background else 1 :].mean()
+    return scale * (dice_weight * dice + (ce_weight * loss if ce_weight else 0.0))
+
+
 def soft_cross_entropy(input, soft_target, weight=None, *, ignore_mask=None, label_smoothing=0.0, reduction="mean"):
     w = input.new_ones(rows(input).shape[1]) if weight is None else weight
     mask = torch.zeros(len(rows(input)), dtype=torch.int64) if ignore_mask is None else ignore_mask.long()

@@ -51,7 +51,7 @@ class Operation:
         oracle: the same arguments, without ``backend``; the formula in float64, with nothing of calseg in it.
         tensors: the arguments that get gradients, with how they are made for a shape and a dtype.
         result: ``"loss"`` (reduced, or a value per voxel), ``"map"`` (the shape of the input), ``"items"`` (a value per
-            item and class, reduced) or ``"bins"`` (sums of integers, without gradients).
+            item and class, reduced), ``"total"`` (one value) or ``"bins"`` (sums of integers, without gradients).
         labels: the argument that says what is ignored: ``"target"`` (class indices), ``"ignore_mask"`` or None.
         options: sets of options that the values are tested with; ``weighted`` stands for class weights.
         tolerance: of values and gradients.
@@ -61,6 +61,7 @@ class Operation:
         ignored: the values of ``ignore_index`` that every option is tested with; None is the default, without such
             voxels.
         defaults: arguments of every call that says nothing else.
+        held_fixed: tensors through which a part of the result has no gradient, though it depends on them.
         takes_weight: whether there are class weights.
         noise: whether there are random numbers, at addresses that depend on the shape.
         classes_of_shapes: numbers of classes that every shape is tested with.
@@ -80,6 +81,7 @@ class Operation:
     classes: tuple[int, ...] = (1, 2, 3, 4, 5, 14)
     ignored: tuple[int | None, ...] = (-100, 0)
     defaults: Options = field(default_factory=dict)
+    held_fixed: tuple[str, ...] = ()
     takes_weight: bool = True
     noise: bool = False
     classes_of_shapes: tuple[int, ...] = (5,)
@@ -244,7 +246,7 @@ def _naive_accumulate(*, target=None, map0, map1, **options):
 
 
 def _cross_entropy(*, input, target, **options):
-    return F.cross_entropy(input, target if target.is_floating_point() else target.long(), **options)
+    return F.cross_entropy(input, target if target.shape == input.shape else target.long(), **options)
 
 
 def _bins(**arguments):
@@ -278,6 +280,12 @@ SAMPLING = (
     {"alpha": 0.0, "beta": 2.0},
     {"alpha": 0.5, "weighted": True, "num_samples": 2, "beta": -0.5},
     {"alpha": 0.0, "beta": 0.0, "weighted": True},
+)
+DICE = (
+    {},
+    {"batch_dice": True, "include_background": True, "smooth": 1.0},
+    {"weighted": True, "label_smoothing": 0.2, "dice_weight": 0.5, "ce_weight": 2.0, "scale": 0.25},
+    {"ce_weight": 0.0, "smooth": 0.0},
 )
 SOFT_LABELS = (
     {},
@@ -369,6 +377,34 @@ _TABLE = [
         options=SAMPLING, defaults={"seed": 11}, noise=True, classes_of_shapes=(4,),
         sizes=Sizes(_up_to(2049)(2, 3, 4, 7, 8, 16, 17, 33), lambda C: Tolerance(48, 8.0, None, 8.0),
                     ({"alpha": 0.7, "num_samples": 3},)),
+    ),
+    Operation(
+        "dice", calseg.vls_dice_cross_entropy, naive.vls_dice_cross_entropy, {"input": logits}, Tolerance(16, 1.0, 32),
+        "total", typical={"weighted": True, "label_smoothing": 0.1, "batch_dice": True},
+        options=DICE, classes=TWO_OR_MORE, ignored=(None, -100, 2, 255), classes_of_shapes=(2, 5),
+        sizes=Sizes(_up_to(1031)(2, 3, 4, 5, 8, 17, 33, 117), lambda C: Tolerance(16, 1.0, 32, 0.05)),
+    ),
+    Operation(
+        "dice_of_probabilities", calseg.vls_dice_cross_entropy, naive.vls_dice_cross_entropy,
+        {"input": logits, "target": probabilities}, Tolerance(16, 1.0, 32), "total", labels=None,
+        held_fixed=("target",),
+        options=DICE, classes=TWO_OR_MORE, classes_of_shapes=(2, 5),
+    ),
+    Operation(
+        "dice_of_soft_labels", calseg.vls_dice_cross_entropy, naive.vls_dice_cross_entropy,
+        {"input": logits, "soft_labels": probabilities}, Tolerance(16, 1.0, 32), "total",
+        typical={"weighted": True, "label_smoothing": 0.1}, options=DICE, classes=TWO_OR_MORE, ignored=(-100, 1),
+        classes_of_shapes=(2, 5), held_fixed=("soft_labels",),
+        sizes=Sizes(_up_to(1031)(2, 5, 33), lambda C: Tolerance(16, 1.0, 32)),
+    ),
+    Operation(
+        "dice_of_samples", calseg.vls_dice_cross_entropy, naive.vls_dice_cross_entropy, {"input": logits, **GAUSSIAN},
+        Tolerance(48, 2.0, 48), "total", typical={"alpha": 0.6, "temperature": 0.7, "num_samples": 3},
+        options=(*SAMPLING, {"batch_dice": True, "alpha": 0.5, "include_background": True}), classes=TWO_OR_MORE,
+        defaults={"seed": 11}, noise=True, classes_of_shapes=(4,), held_fixed=("mu", "logvar"),
+        # The labels of 16 bits wait as multiples of 1 / 65535: test_vls_dice_cross_entropy.py.
+        dtypes_of_values=(torch.float32, torch.float64),
+        sizes=Sizes(_up_to(1031)(2, 4, 8, 17), lambda C: Tolerance(48, 2.0, 48), ({"alpha": 0.7, "num_samples": 3},)),
     ),
     Operation(
         "vls_elbo", calseg.vls_elbo, naive.vls_elbo, dict(GAUSSIAN), NOISE, typical={"num_samples": 3},

@@ -548,12 +548,12 @@ def test_errors_name_the_argument(backend):
     wrong = x.clone()
     wrong[1, 0, 3, 4] += 0.01
     wrong[0, :, 0, 1] = torch.nan  # a NaN is counted and raises nothing
-    with pytest.raises(ValueError, match=r"input\[1, :, 3, 4\] sums to 1.01, .*wanted probabilities.*from_logits=True"):
+    with pytest.raises(ValueError, match=r"preds\[1, :, 3, 4\] sums to 1.01, .*wanted probabilities.*from_logits=True"):
         calseg.calibration_bins(wrong, target, from_logits=False, backend=backend)
     negative = torch.tensor([[0.5, 0.5], [1.01, -0.01]])
-    with pytest.raises(ValueError, match=r"input\[1, :\] sums to 1, its smallest is -0.01"):
+    with pytest.raises(ValueError, match=r"preds\[1, :\] sums to 1, its smallest is -0.01"):
         calseg.calibration_bins(negative, torch.tensor([0, 0]), from_logits=False, backend=backend)
-    with pytest.raises(ValueError, match=r"input\[:\] sums to 3"):
+    with pytest.raises(ValueError, match=r"preds\[:\] sums to 3"):
         calseg.calibration_bins(torch.ones(3), torch.tensor(1), from_logits=False, backend=backend)
     # voxels that do not count are not checked
     calseg.calibration_bins(negative, torch.tensor([0, -100]), from_logits=False, backend=backend)
@@ -579,7 +579,7 @@ def test_errors_name_the_argument(backend):
         ({"mask": torch.ones(2, 5).bool()}, ValueError, r"mask: .*\[2, 5\].*wanted shape \[2, 4\]"),
         ({"backend": "gpu"}, ValueError, "backend: got 'gpu'"),
         ({"target": torch.zeros(2, 5)}, TypeError, "target: got a float32 tensor"),
-        ({"input": torch.zeros(2, 3, 4).long()}, TypeError, "input: got a int64 tensor"),
+        ({"input": torch.zeros(2, 3, 4).long()}, TypeError, "preds: got a int64 tensor"),
         ({"input": torch.zeros(2, 1, 4), "class_wise": True, "include_background": False}, ValueError,
          "include_background: got False for one class"),
     ],

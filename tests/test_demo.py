@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("nibabel")
 pytest.importorskip("monai")
@@ -16,7 +17,8 @@ pytest.importorskip("monai")
 from calseg.demo import run_demo
 from calseg.errors import RunError
 from calseg.runs import RunInterruptedError
-from calseg.simulation import DemoConfig, make_case
+from calseg.scores import MAIN_STATISTICS, CaseScores, values_of
+from calseg.simulation import DemoConfig, make_case, training_rater
 from calseg.volumes.datasets import find_cases
 
 
@@ -44,6 +46,24 @@ def test_demo_truth_is_what_its_raters_draw() -> None:
     assert 0.02 < disputed < 0.6
 
 
+def test_near_the_foreground_the_truth_is_calibrated_and_in_the_foreground_it_is_not() -> None:
+    """The label chooses the foreground, and there even the true probabilities have an error of 5 %."""
+    config = DemoConfig(cases=8)
+    total: dict[str, CaseScores] = {}
+    for index in range(config.cases):
+        _, raters, truth = make_case(config.seed, index, config)
+        p = torch.from_numpy(truth)
+        voxels = torch.multinomial(p.flatten(1).T, 1, generator=torch.Generator().manual_seed(index))
+        labels = {"drawn": voxels.view(p.shape[1:]), "rater": torch.from_numpy(raters[training_rater(index, config)])}
+        for name, label in labels.items():
+            scores = CaseScores.of(p, label, from_logits=False, class_wise=False)
+            total[name] = total[name] + scores if name in total else scores
+    ece = {name: {region: values["ece"] for region, values in values_of(scores.bins, MAIN_STATISTICS).items()}
+           for name, scores in total.items()}  # fmt: skip
+    assert ece["drawn"] == pytest.approx({"near": 0.0017, "all": 0.0006, "foreground": 0.0483}, abs=2e-4)
+    assert ece["rater"] == pytest.approx({"near": 0.0076, "all": 0.0015, "foreground": 0.0473}, abs=2e-4)
+
+
 def test_demo_runs_resumes_and_refuses(tmp_path: Path) -> None:
     settings = DemoConfig(cases=4, raters=2, side=16, iterations=2)
     out = tmp_path / "demo"
@@ -53,7 +73,8 @@ def test_demo_runs_resumes_and_refuses(tmp_path: Path) -> None:
     assert list(results) == ["cross_entropy", "calseg"]
     for metrics in results.values():
         assert metrics["iterations"] == 2
-        assert 0 < metrics["raters"]["all"]["ece"] < 1
+        assert 0 < metrics["raters"]["near"]["ece"] < 1
+        assert metrics["raters"]["near"]["nll"] > metrics["raters"]["all"]["nll"] > 0
         assert 0 < metrics["truth"]["brier"] < 2
     stored = json.loads((out / "demo.json").read_text())
     assert stored["results"]["calseg"]["all"] == results["calseg"]["all"]

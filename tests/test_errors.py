@@ -77,8 +77,8 @@ CASES = [
     *each(WITH_LABELS, TypeError, r"target: got \[0\] \(list\), wanted a tensor of class indices", target=[0]),
     *each(WITH_LABELS, ValueError, r"target: .*\[2, 4\] on cpu, wanted shape \[2, 4, 5\] for scores of shape \[2, 3, 4, 5\]", target=Y[..., 0]),
     *each(WITH_LABELS, ValueError, r"target: .*\[2, 2, 4, 5\].*wanted shape \[2, 4, 5\]", target=torch.stack([Y, Y], 1)),
-    *each(WITH_LABELS, TypeError, r"target: got a float32 tensor .*wanted integer class indices.*target\.long\(\)", target=Y.float()),
-    *each(WITH_LABELS, TypeError, r"target: got a bool tensor", target=Y > 0),
+    *each(WITH_LABELS, IndexError, r"target\[0, 0, 0\] is 0.5: wanted a class in \[0, 3\)", target=torch.full(Y.shape, 0.5)),
+    *each(WITH_LABELS, TypeError, r"target: got a complex64 tensor .*wanted class indices", target=Y.to(torch.complex64)),
     # both, or half, of a thing
     *each((sampled,), ValueError, "soft_labels: got both soft_labels and mu, logvar", soft_labels=X),
     *each((vls,), ValueError, "logvar: got None, wanted mu and logvar together", mu=MU),
@@ -163,6 +163,8 @@ def test_place_of_a_bad_label_at_every_rank(backend):
         (scores(4, 3), torch.tensor([0, 1, -1, 2]), r"target\[2\]"),
         (scores(1, 3, 70000), torch.zeros(1, 70000, dtype=torch.uint8).index_fill(1, torch.tensor([69999]), 3),
          r"target\[0, 69999\]"),
+        (scores(2, 3, 4, 5), torch.full((2, 1, 4, 5), 1.25), r"target\[0, 0, 0, 0\] is 1.25"),
+        (scores(2, 3, 2), torch.tensor([[[0, 1]], [[2, -5]]]), r"target\[1, 0, 1\] is -5"),
         (scores(2, 3, 4, 5), torch.where(torch.arange(40).view(2, 5, 4) == 39, 9, 0).transpose(1, 2), r"target\[1, 3, 4\]"),
     ):  # fmt: skip
         with pytest.raises(IndexError, match=place):

@@ -28,9 +28,10 @@ from calseg import evaluate as module  # noqa: E402
 from calseg import report as report_module  # noqa: E402
 from calseg.errors import RunError  # noqa: E402
 from calseg.evaluate import FOLDER_FILES, EvaluateConfig, evaluate_folders  # noqa: E402
+from calseg.regions import REGIONS  # noqa: E402
 from calseg.report import DIAGRAMS  # noqa: E402
 from calseg.runs import CasesInterruptedError  # noqa: E402
-from calseg.scores import REGIONS, STATISTICS  # noqa: E402
+from calseg.scores import STATISTICS  # noqa: E402
 from calseg.volumes import nifti  # noqa: E402
 from calseg.volumes.nifti import DataError  # noqa: E402
 from calseg.volumes.probabilities import find_map_cases, read_slabs  # noqa: E402
@@ -135,6 +136,14 @@ def flat(cases: Arrays) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(p), torch.from_numpy(np.concatenate([label.reshape(-1) for _, label in cases.values()]))
 
 
+def regions_of(label: np.ndarray) -> dict[str, torch.Tensor]:
+    """Return the voxels of each region. Those near the foreground are found by the distances of all pairs."""
+    front = torch.from_numpy(label > 0)
+    places = torch.ones_like(front).nonzero().double()
+    near = (torch.cdist(places, front.nonzero().double()) < 3.001).any(1).view(front.shape)
+    return {"near": near, "all": torch.ones_like(front), "foreground": front}
+
+
 # ---- values ----
 
 
@@ -143,10 +152,11 @@ def test_the_report_is_the_arithmetic_of_the_arrays(tmp_path: Path) -> None:
     write_nifti(tmp_path / "maps", cases)
     report = evaluate(tmp_path / "maps", write_labels(tmp_path, cases), tmp_path / "out")
     p, y = flat(cases)
-    front = y > 0
     assert report["classes"] == list(CLASSES)
-    assert report["voxels"] == {"all": len(y), "foreground": int(front.sum())}
-    for region, keep in (("all", torch.ones_like(front)), ("foreground", front)):
+    inside_of = {name: regions_of(label) for name, (_, label) in cases.items()}
+    for region in REGIONS:
+        keep = torch.cat([inside[region].flatten() for inside in inside_of.values()])
+        assert report["voxels"][region] == int(keep.sum())
         mine, labels = p[keep].double(), y[keep].long()
         truth = mine.gather(1, labels[:, None])[:, 0]
         onehot = torch.nn.functional.one_hot(labels, 3)
@@ -164,8 +174,8 @@ def test_the_report_is_the_arithmetic_of_the_arrays(tmp_path: Path) -> None:
             assert entry["value"] == pytest.approx(float(value), abs=1e-7), (region, score)
             assert entry["interval"][0] <= entry["value"] <= entry["interval"][1]
         per_case = []
-        for q, label in cases.values():
-            inside = label > 0 if region == "foreground" else np.ones_like(label, bool)
+        for name, (q, label) in cases.items():
+            inside = inside_of[name][region].numpy()
             mine, labels = torch.from_numpy(q[inside]), torch.from_numpy(label[inside])
             per_case.append(float(calibration_error(mine, labels, from_logits=False)))
         mean = report[region]["ece"]["mean"]
@@ -228,8 +238,8 @@ def test_csv(tmp_path: Path) -> None:
             torch.from_numpy(p).reshape(-1, 3), torch.from_numpy(label).reshape(-1), from_logits=False
         )
         assert float(row["ece_all"]) == pytest.approx(float(ece), abs=1e-12)
-    assert rows[-1]["foreground_voxels"] == "0"
-    assert rows[-1]["ece_foreground"] == ""
+    assert rows[-1]["foreground_voxels"] == rows[-1]["near_voxels"] == "0"
+    assert rows[-1]["ece_foreground"] == rows[-1]["ece_near"] == ""
 
 
 def test_presets(tmp_path: Path) -> None:
@@ -266,10 +276,13 @@ def test_every_form_gives_the_same_report(tmp_path: Path, form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_slabs_and_temporary_files_change_nothing(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = arrays()
+    for _, label in cases.values():
+        label[..., :4] = 0  # a slab without foreground is near that of another slab
     labels = write_labels(tmp_path, cases)
     (tmp_path / "maps").mkdir()
     FORMS[form](tmp_path / "maps", cases)
-    evaluate(tmp_path / "maps", labels, tmp_path / "whole")
+    report = evaluate(tmp_path / "maps", labels, tmp_path / "whole")
+    assert report["voxels"]["foreground"] < report["voxels"]["near"] < report["voxels"]["all"]
     files = []
     make = nifti.tempfile.TemporaryFile
     monkeypatch.setattr(nifti.tempfile, "TemporaryFile", lambda: files.append(make()) or files[-1])
@@ -364,7 +377,9 @@ def test_what_is_odd_is_noted(tmp_path: Path) -> None:
     save(tmp_path / "maps" / "case_1.nii.gz", cases["case_1"][0], np.diag([1, 1, 2, 1.0]))
     report = evaluate(tmp_path / "maps", labels, tmp_path / "out")
     assert report["notes"][0] == "1 label maps have no probability map: case_2"
-    assert report["notes"][1].startswith(f"{tmp_path / 'maps' / 'case_1.nii.gz'}: its affine differs")
+    assert report["notes"][1].startswith(
+        f"{labels / 'case_1.nii.gz'}: its affine differs from that of {tmp_path / 'maps'}"
+    )
     assert len(report["notes"]) == 2
 
 
@@ -481,7 +496,7 @@ def test_resume_refuses_what_has_changed(tmp_path: Path) -> None:
         evaluate(maps, labels, out, resume=True)
     store = out / "cases.jsonl"
     store.write_bytes(b"{}\n" + store.read_bytes())
-    with pytest.raises(RunError, match=r"cases.jsonl: a line is corrupt; give --overwrite"):
+    with pytest.raises(RunError, match=r"cases.jsonl: line 1 is corrupt; give --overwrite"):
         evaluate(maps, labels, out, resume=True)
     foreign = out / "notes.txt"
     foreign.write_text("mine")
@@ -629,7 +644,7 @@ def _label(value: Any) -> Callable[[Path, Arrays], None]:
         (_spoil_map(lambda p: np.log(p, out=p)), r"\(0, 0, 0\) sum to .*not logits"),
         (_truncate("maps/case_1.nii.gz"), r"maps.case_1.nii.gz: cannot be read; the file is corrupt or truncated"),
         (_truncate("labelsTr/case_1.nii.gz"), r"labelsTr.case_1.nii.gz: cannot be read; the file is corrupt"),
-        (_label(3), r"labelsTr.case_1.nii.gz: labels outside the classes 0 to 2 .*: 3"),
+        (_label(3), r"labelsTr.case_1.nii.gz: labels outside the classes 0 to 2: 3; the first is at voxel"),
         (_label(0.5), r"labelsTr.case_1.nii.gz: labels must be whole numbers; found 0.5"),
         (_label(np.nan), r"labelsTr.case_1.nii.gz: labels must be whole numbers; found nan"),
     ],
@@ -652,7 +667,7 @@ def test_bad_voxels_are_named(tmp_path: Path, spoil: Callable[[Path, Arrays], No
     [
         ({"n_bins": 0}, "n_bins must lie in 1 to 1000; got 0"),
         ({"num_resamples": 0}, "num_resamples must be at least 1; got 0"),
-        ({"seed": -1}, "seed must not be negative; got -1"),
+        ({"seed": -1}, r"seed must lie in 0 to 2\^63 - 1; got -1"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 pytest.importorskip("torchmetrics")
 
 from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassCalibrationError
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 import calseg
 from calseg import metrics as module
@@ -92,6 +92,65 @@ def test_probabilities_masks_and_foreground_of_classes() -> None:
     assert torch.equal(metric.compute(), calseg.calibration_error_from_bins(bins))
     assert metric.compute().shape == (3,)
     assert 0 < int(bins.num_voxels) < int((target > -1).sum())
+
+
+def test_regions() -> None:
+    x, target = volumes()
+    target = target * (scores(4, 6, 7, 8) > 2)
+    for options in (
+        {"region": "near"},
+        {"region": "near", "radius": 4, "spacing": (2, 1, 3)},
+        {"region": "foreground"},
+    ):
+        metric = CalibrationError(**options)
+        for item in range(len(x)):
+            metric.update(preds=x[item : item + 1], target=target[item : item + 1, None])
+        wanted = calseg.calibration_bins(x, target, **options)
+        assert all(map(torch.equal, metric.bins, wanted))
+        assert 0 < int(wanted.num_voxels) < target.numel()
+        assert torch.equal(metric.compute(), calseg.calibration_error(x, target, **options))
+    both = CalibrationError(foreground_only=True)
+    both.merge_state(metric)  # the same settings
+    assert same_state(both, metric)
+    for other in (CalibrationError(region="near"), CalibrationError(region="near", radius=2)):
+        with pytest.raises(ValueError, match="other settings"):
+            CalibrationError(region="near", spacing=2.0).merge_state(other)
+    with pytest.raises(ValueError, match="foreground_only: got True with region='near'"):
+        CalibrationError(foreground_only=True, region="near")
+    with pytest.raises(ValueError, match="region: got 'rim'"):
+        NegativeLogLikelihood(region="rim")
+
+
+def test_soft_labels_and_binary_predictions() -> None:
+    x, generator = scores(4, 3, 5, 6), torch.Generator().manual_seed(0)
+    maps = torch.randint(0, 3, (5, 4, 5, 6), generator=generator)
+    soft = torch.nn.functional.one_hot(maps, 3).float().mean(0).movedim(-1, 1)
+    metric, per_case = CalibrationError(), PerCase(CalibrationError(), pooled=True)
+    for item in range(4):
+        metric.update(x[item : item + 1], soft[item : item + 1])
+        per_case.update(x[item : item + 1], soft[item : item + 1])
+    assert torch.equal(metric.compute(), calseg.calibration_error(x, soft))
+    assert torch.equal(per_case.compute()["value"], metric.compute())
+    assert metric.bins.partial_hits.any()
+    assert metric.diagram_bins(metric.bins).accuracy().nan_to_num().max() <= 1
+    p, target = scores(2, 5, 6).sigmoid(), maps[0, :2].clamp(max=1)
+    for settings in ({}, {"separate_one": True}, {"class_wise": True, "num_classes": 2, "include_background": False}):
+        metric = CalibrationError(from_logits=False, **settings)
+        metric.update(p, target)
+        two = CalibrationError(from_logits=False, **settings)
+        two.update(torch.stack([1 - p, p], 1), target)
+        assert same_state(metric, two)
+        assert float(metric.compute()) > 0
+
+
+def test_a_collection_with_metrics_of_torchmetrics() -> None:
+    x, target = volumes()
+    metrics = MetricCollection([CalibrationError(), MulticlassAccuracy(3, average="micro")])
+    target = target.clamp(min=0)
+    metrics.update(preds=x, target=target)
+    values = metrics.compute()
+    assert float(values["MulticlassAccuracy"]) == pytest.approx(float((x.argmax(1) == target).float().mean()))
+    assert torch.equal(values["CalibrationError"], calseg.calibration_error(x, target))
 
 
 def test_nll_and_brier() -> None:
@@ -590,7 +649,7 @@ def test_nan_is_reported_once() -> None:
         (
             lambda: CalibrationError(class_wise=True, num_classes=4).update(torch.zeros(2, 3), torch.zeros(2).long()),
             ValueError,
-            r"input: got bins \[3, 15\], wanted \[4, 15\]",
+            r"preds: got bins \[3, 15\], wanted \[4, 15\]",
         ),
         (
             lambda: CalibrationError(from_logits=False).update(torch.ones(2, 3), torch.zeros(2).long()),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +20,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.colors import to_rgba  # noqa: E402
 
 import calseg  # noqa: E402
-from calseg.plots import BAR, class_reliability_diagrams, reliability_diagram  # noqa: E402
+from calseg.plots import BAR, class_reliability_diagrams, class_reliability_map, reliability_diagram  # noqa: E402
+from calseg.report import draw_diagrams  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +107,7 @@ def test_classes() -> None:
             count=bins.count.sum(0)[number],
             confidence=bins.confidence.sum(0)[number],
             hits=bins.hits.sum(0)[number],
+            partial_hits=bins.partial_hits.sum(0)[number],
         )
         check_diagram(diagram, mine)
         check_histogram(histogram, mine)
@@ -119,6 +124,46 @@ def test_many_classes_wrap() -> None:
     figure.draw_without_rendering()
     boxes = [ax.get_window_extent() for ax in axes.flat]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_a_map_of_many_classes() -> None:
+    x = scores(1, 40, 12, 12, dtype=torch.float32)
+    bins = calseg.calibration_bins(x, labels((1, 40, 12, 12)), class_wise=True)
+    names = [f"organ ${number}" for number in range(40)]
+    figure, (frequency, voxels) = class_reliability_map(bins, names, title="Organs")
+    figure.savefig(io.BytesIO())
+    perfect, drawn = (mesh.get_array() for mesh in frequency.collections)
+    np.testing.assert_allclose(perfect[0], (np.arange(15) + 0.5) / 15)
+    assert (drawn.mask == (bins.count == 0).numpy()).all()
+    np.testing.assert_array_equal(drawn.compressed(), bins.accuracy()[bins.count > 0])
+    np.testing.assert_array_equal(voxels.collections[0].get_array().filled(0), bins.count)
+    assert [text.get_text() for text in frequency.get_yticklabels()] == ["perfect", *names]
+    assert [text.get_text() for text in voxels.texts] == [
+        f"ECE {error:.4f}" for error in calseg.calibration_error_from_bins(bins).tolist()
+    ]
+    rows = [text.get_window_extent() for text in voxels.texts]
+    assert not any(a.overlaps(b) for a, b in itertools.pairwise(rows))
+
+
+def test_the_report_has_a_map_of_many_classes(tmp_path: Path) -> None:
+    """Diagrams of each would take minutes."""
+    x = scores(2, 40, 12, 12, dtype=torch.float32)
+    options = {"n_bins": 15, "per_item": True}
+    bins = {region: calseg.calibration_bins(x, x.argmax(1), **options) for region in ("all", "foreground")}
+    bins["all_classes"] = calseg.calibration_bins(x, x.argmax(1), class_wise=True, **options)
+    begun = time.perf_counter()
+    draw_diagrams(tmp_path, bins, [str(number) for number in range(40)])
+    assert time.perf_counter() - begun < 10
+    assert len(list(tmp_path.iterdir())) == 6
+    width, height = plt.imread(tmp_path / "reliability_classes.png").shape[1::-1]
+    assert (width, height) == (1600, round(200 * (1.7 + 0.16 * 40)))
+
+
+def test_a_map_without_voxels() -> None:
+    bins = calseg.calibration_bins(torch.zeros(1, 20, 2), torch.full((1, 2), -100), class_wise=True)
+    figure, (_, voxels) = class_reliability_map(bins, [str(number) for number in range(20)])
+    figure.savefig(io.BytesIO())
+    assert voxels.texts[0].get_text() == "ECE -"
 
 
 def test_into_given_axes() -> None:
@@ -178,6 +223,8 @@ def test_the_picture() -> None:
         (lambda b, c: reliability_diagram(b, cases=b), ValueError, "cases: got counts"),
         (lambda b, c: class_reliability_diagrams(b, ["a"]), ValueError, "bins: got counts"),
         (lambda b, c: class_reliability_diagrams(c, ["a", "b"]), ValueError, "names: got 2, wanted 3"),
+        (lambda b, c: class_reliability_map(b, ["a"]), ValueError, "bins: got counts"),
+        (lambda b, c: class_reliability_map(c, ["a", "b"]), ValueError, "names: got 2, wanted 3"),
     ],
 )
 def test_errors(call, error, message) -> None:

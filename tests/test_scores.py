@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from calseg import calibration_error, scores
+from calseg import calibration_error, near_foreground, scores
 from calseg.bootstrap import case_weights, weighted_sums
 from calseg.calibration import calibration_bins
+from calseg.regions import REGIONS
 from calseg.scores import (
     MAIN_STATISTICS,
-    REGIONS,
     STATISTICS,
     TRUTH_REGIONS,
     TRUTH_STATISTICS,
@@ -61,7 +61,11 @@ def test_blocks_and_slabs_add_up_to_the_whole(
     for size in (1, 500, 1 << 30):
         monkeypatch.setattr(scores, "BLOCK_BYTES", size)
         assert_same(CaseScores.of(x, y, truth=t, **options), whole)
-    parts = [CaseScores.of(x[:, part], y[part], truth=t[:, part], **options) for part in (slice(0, 4), slice(4, None))]
+    near = near_foreground(y[None])[0]
+    parts = [
+        CaseScores.of(x[:, part], y[part], near=near[part], truth=t[:, part], **options)
+        for part in (slice(0, 4), slice(4, None))
+    ]
     assert_same(parts[0] + parts[1], whole)
     # Axes in another order in memory, as files have them.
     turned = CaseScores.of(x.transpose(0, -1).contiguous().transpose(0, -1), y, truth=t, **options)
@@ -80,26 +84,32 @@ def test_a_block_is_read_once_for_all_sums(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(scores, "BLOCK_BYTES", 3 * x[:, 0].numel() * x.element_size())
     CaseScores.of(x, y)
     starts = [start for start, _ in seen]
-    assert [size for _, size in seen] == [3] * 16 + [1] * 4  # four kinds of bins of a block before the next block
+    assert [size for _, size in seen] == [3] * 24 + [1] * 6  # six kinds of bins of a block before the next block
     assert starts == sorted(starts)
     seen.clear()
     CaseScores.of(x, y, class_wise=False)
-    assert len(seen) == 10
+    assert len(seen) == 15
 
 
 def test_sums_are_those_of_the_operations() -> None:
     x, y, _ = volume()
+    y[:6] = 0
     case = CaseScores.of(x, y, n_bins=9)
+    assert (
+        int(case.bins["foreground"].num_voxels) < int(case.bins["near"].num_voxels) < int(case.bins["all"].num_voxels)
+    )
     batch = x[None], y[None]
     for name, options in {
+        "near": {"region": "near"},
         "all": {},
-        "foreground": {"include_background": False},
+        "foreground": {"region": "foreground"},
+        "near_classes": {"class_wise": True, "region": "near"},
         "all_classes": {"class_wise": True},
         "foreground_classes": {"class_wise": True, "mask": y[None] > 0},
     }.items():
         wanted = calibration_bins(*batch, n_bins=9, **options)
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(case.bins[name], wanted, strict=True))
-    assert list(case.bins) == ["all", "foreground", "all_classes", "foreground_classes"]
+    assert list(case.bins) == [*REGIONS, *(f"{region}_classes" for region in REGIONS)]
     assert case.truth == {}
 
 

@@ -56,7 +56,9 @@ def test_the_estimate_is_the_expected_softmax(backend, num_samples):
     density = torch.exp(-t * t / 2) / math.sqrt(2 * math.pi)
     sigmoid = torch.sigmoid((mu[1] - mu[0] + spread * t) / 1.7)
     mean = torch.trapezoid(density * sigmoid, t)
-    of_one, of_pair = (torch.trapezoid(density * (f - mean) ** 2, t) for f in (sigmoid, (sigmoid + sigmoid.flip(0)) / 2))
+    of_one, of_pair = (
+        torch.trapezoid(density * (f - mean) ** 2, t) for f in (sigmoid, (sigmoid + sigmoid.flip(0)) / 2)
+    )
     pairs, alone = divmod(num_samples, 2)
     deviation = float((4 * pairs * of_pair + alone * of_one).sqrt()) / num_samples
     full = lambda values: torch.tensor(values).view(1, 2, 1).expand(1, 2, voxels)  # noqa: E731

@@ -13,12 +13,13 @@ import pytest
 # A part -> the other parts of calseg that it may import. Parts without an entry may import any.
 BASE = ("operations", "tensors", "checks")
 ALLOWED = {
-    "operations": (), "tensors": (), "checks": ("errors", "operations", "tensors"), "native": ("tensors",), "kernels": (),
+    "operations": (), "tensors": (), "checks": ("errors", "operations", "tensors"), "native": ("tensors",),
+    "kernels": (),
     "packing": ("operations",),
     "backends": (*BASE, "native", "kernels"),
     "autograd": (*BASE, "native", "packing", "backends"),
     "functional": (*BASE, "native", "autograd", "backends.choice"),
-    "calibration": (*BASE, "backends.choice"),
+    "regions": ("tensors", "checks"), "calibration": (*BASE, "backends.choice", "regions"),
     "errors": (), "files": ("errors",), "runs": ("errors", "files"), "volumes": ("errors", "files"),
 }  # fmt: skip
 # A package from elsewhere -> the only part that may import it.

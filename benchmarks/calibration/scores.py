@@ -14,7 +14,8 @@ from torch import Tensor
 
 from calseg.bootstrap import weighted_sums
 from calseg.calibration import UNIT, CalibrationBins
-from calseg.scores import REGIONS, STATISTICS, TRUTH_REGIONS, TRUTH_STATISTICS, CaseScores, TruthBins, stack
+from calseg.regions import REGIONS
+from calseg.scores import STATISTICS, TRUTH_REGIONS, TRUTH_STATISTICS, CaseScores, TruthBins, stack
 
 
 class Score(NamedTuple):

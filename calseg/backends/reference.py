@@ -9,13 +9,14 @@ are computed in float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from calseg.backends.choice import is_transformed
 from calseg.backends.rng import standard_normal
-from calseg.checks import check_classes, probability_error
+from calseg.checks import check_classes, check_probabilities, probability_error
 from calseg.operations import (
     UNIT,
     AccumulateSpec,
@@ -143,13 +144,16 @@ def loss_and_overlap(spec: LossSpec, tensors: LossTensors) -> tuple[Tensor, Tens
 
     ``p`` is the softmax of the logits, and ``Y`` the labels, through which the sums have no gradient.
     """
+    like = tensors.like()
+    tensors = tensors._replace(logits=like.to(compute_dtype(like.dtype)))  # so that its gradients are added unrounded
     logits, *rest = (None if t is None else flat(t) for t in tensors)
     assert logits is not None
-    labels = None if spec.labels is None else _flat_labels(spec.labels, tensors.like())
+    labels = None if spec.labels is None else _flat_labels(spec.labels, like)
     ok = _counted(spec.labels, labels, logits)
     wide = widen_counted(logits, ok)
     with torch.no_grad():
         distribution = label_distribution(spec, LossTensors(wide, *rest), labels, ok)
+    distribution = distribution.detach()  # for forward mode and traced graphs, which do not know no_grad
     p = torch.where(ok[:, None], torch.softmax(wide, 1), 0.0)
     sums = torch.stack([(p + distribution).sum(2, dtype=torch.float64),
                         (p - distribution).abs().sum(2, dtype=torch.float64)], 2)  # fmt: skip
@@ -190,8 +194,8 @@ def vls_cross_entropy(spec: LossSpec, tensors: LossTensors, labels: Tensor | Non
     assert spec.labels is not None
     ok = _counted(spec.labels, labels, logits)
     logits = widen_counted(logits, ok)
-    distribution = label_distribution(spec, tensors._replace(logits=logits), labels, ok)
     mu, logvar = widen_counted(mu, ok).to(logits.dtype), widen_counted(logvar, ok).to(logits.dtype)
+    distribution = label_distribution(spec, LossTensors(logits, None, mu, logvar), labels, ok)
     value = voxel_cross_entropy(logits, smooth_labels(distribution, spec.label_smoothing), spec.weight)
     value = nan_where_no_class(value, labels, logits.shape[1])
     result = reduce_loss(value, ok, weight_of_labels(spec.weight, labels, ok), spec.reduction)
@@ -254,7 +258,7 @@ def _counted(labels: Labels | None, flattened: Tensor | None, scores: Tensor) ->
 
 
 def gradients(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], grad_output: Tensor
+    function: Callable[..., Any], inputs: Sequence[Tensor | None], needed: Sequence[bool], grad_output: Any
 ) -> list[Tensor | None]:
     """Return the gradients of a function with respect to the inputs that need one, and None for the others."""
     with torch.enable_grad():
@@ -319,14 +323,28 @@ def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
     The sums of a bin are count, confidence and hits. The totals are the NLL in whole nats, its rest, the Brier score,
     and the numbers of voxels that count, that have NaN, and that have infinite NLL.
     """
-    labels, ignore_index = spec.labels.tensor.long(), spec.labels.ignore_index
+    return soft_calibration_bins(spec, scores, None)
+
+
+def soft_calibration_bins(spec: BinsSpec, scores: Tensor, soft_labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Do as :func:`calibration_bins` for soft labels, which no other backend takes.
+
+    With them, a bin has a fourth sum, that of the shares below 1, and ``spec.labels`` only says what is counted.
+    """
+    labels, ignore_index = spec.labels.tensor, spec.labels.ignore_index
+    if not labels.is_floating_point():
+        labels = labels.long()  # which holds any ignore_index
     if spec.mask is not None:
         labels = torch.where(spec.mask.bool(), labels, ignore_index)
     flattened = _flat_labels(spec.labels._replace(tensor=labels), scores)
     counted = flattened != ignore_index
     if spec.skip_background:
         counted = counted & (flattened != 0)
-    sums, totals, bad = _bins(flat(scores), flattened, counted, spec)
+    if soft_labels is not None:
+        check_probabilities("target", soft_labels, counted)
+    sums, totals, bad = _bins(
+        flat(scores), flattened, None if soft_labels is None else flat(soft_labels), counted, spec
+    )
     if bad is not None:
         raise probability_error(*bad, voxel_shape(scores))
     if not spec.per_item:
@@ -335,7 +353,7 @@ def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _bins(
-    scores: Tensor, labels: Tensor, counted: Tensor, spec: BinsSpec
+    scores: Tensor, labels: Tensor, soft_labels: Tensor | None, counted: Tensor, spec: BinsSpec
 ) -> tuple[Tensor, Tensor, tuple[float, float, int] | None]:
     """Return the sums and the totals of every item, and the first voxel whose scores are no probabilities.
 
@@ -354,13 +372,15 @@ def _bins(
             at = int(bad.flatten().nonzero()[0])
             return total, least, (float(total.flatten()[at]), float(least.flatten()[at]), at)
 
-    truth = torch.where(ok, labels, 0)[:, None]
+    if soft_labels is None:
+        truth = one_hot(torch.where(ok, labels, 0), classes, p.dtype)
+    else:
+        truth = widen_counted(soft_labels, ok).to(p.dtype).clamp(0, 1)
     if not spec.class_wise:
         top = x.argmax(1, keepdim=True)  # the first class with the largest score
-        confidence, hit = p.gather(1, top), top == truth
+        confidence, hit = p.gather(1, top), truth.gather(1, top)
     else:
-        confidence = p[:, spec.first_class :]
-        hit = truth == torch.arange(spec.first_class, classes, device=p.device)[None, :, None]
+        confidence, hit = p[:, spec.first_class :], truth[:, spec.first_class :]
     confidence = confidence.clamp(0, 1).contiguous()
     bin = confidence_bins(confidence, n_bins, right_closed=spec.right_closed)
 
@@ -368,18 +388,21 @@ def _bins(
     row = torch.arange(batch * kinds, device=p.device).view(batch, kinds, 1)
     inside = ok[:, None].expand_as(bin)
     index = (row * n_bins + bin)[inside]
-    sums = torch.zeros(batch * kinds * n_bins, 3, dtype=torch.int64, device=p.device)
-    for column, values in enumerate((torch.ones_like(bin), (confidence * UNIT).round(), hit)):
+    columns = [torch.ones_like(bin), (confidence * UNIT).round(), hit == 1]
+    if soft_labels is not None:
+        columns.append((torch.where(hit < 1, hit, 0.0) * UNIT).round())
+    sums = torch.zeros(batch * kinds * n_bins, len(columns), dtype=torch.int64, device=p.device)
+    for column, values in enumerate(columns):
         sums[:, column].index_add_(0, index, values[inside].long())
 
     log_p = torch.log_softmax(x, 1) if spec.from_logits else x.clamp(min=0).log()
-    nll = -torch.where(ok, log_p.gather(1, truth)[:, 0], 0.0)
+    nll = -torch.where(truth > 0, truth * log_p, 0.0).sum(1).masked_fill(~ok, 0.0)
     infinite = nll > MAX_NLL
     nll = nll.clamp(min=0).masked_fill(infinite, 0.0)
-    brier = torch.where(ok, (p - one_hot(truth[:, 0], classes, p.dtype)).square().sum(1), 0.0)
+    brier = torch.where(ok, (p - truth).square().sum(1), 0.0)
     whole, rest = nll.floor(), (nll - nll.floor()) * UNIT
     totals = (whole, rest.round(), (brier * UNIT).round(), counted, counted & is_nan, infinite)
-    return sums.view(batch, kinds, n_bins, 3), torch.stack([each.long().sum(1) for each in totals], 1), None
+    return sums.view(batch, kinds, n_bins, len(columns)), torch.stack([each.long().sum(1) for each in totals], 1), None
 
 
 def ace_bins(spec: AceSpec, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

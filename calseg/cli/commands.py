@@ -27,7 +27,9 @@ Resume = Annotated[
     bool,
     typer.Option("--resume", help="Continue the interrupted run in the folder --out; give the same other options."),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that the folder --out holds.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the run that the folder --out holds; other files stay.")
+]
 Device = Annotated[str, typer.Option(help="Device that the networks run on: cpu, cuda, cuda:1 and so on.")]
 Threads = Annotated[int, typer.Option(min=0, help="Number of CPU threads; 0 leaves the choice to PyTorch.")]
 

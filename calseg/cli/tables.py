@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import calseg
-from calseg.scores import MAIN_STATISTICS, N_BINS, REGIONS, STATISTICS, TRUTH_STATISTICS
+from calseg.regions import NEAR_RADIUS, REGIONS
+from calseg.scores import MAIN_STATISTICS, N_BINS, STATISTICS, TRUTH_STATISTICS
+
+ABOUT_REGIONS = f"""\
+near: voxels within {NEAR_RADIUS:g} voxels of the label's foreground, where both outcomes occur
+foreground: voxels whose label is not 0, as in many papers; the outcome itself chooses this region, so that even the
+  true probabilities have a calibration error there"""
 
 
 def print_info(*, as_json: bool) -> None:
@@ -51,16 +57,26 @@ def progress_bars() -> Iterator[Any]:
     open_task: list[Any] = []
 
     def progress(stage: str, done: int, total: int, loss: float | None) -> None:
-        bars.start()  # only now, so that an error before the first stage stays a single line
-        if not open_task or open_task[0] != stage:
-            open_task[:] = [stage, bars.add_task(stage, total=total, loss="")]
-        bars.update(open_task[1], completed=done, loss="" if loss is None else f"loss {loss:.4f}")
+        with suppress(OSError):  # a terminal that was closed is no reason to stop
+            bars.start()  # only now, so that an error before the first stage stays a single line
+            if not open_task or open_task[0] != stage:
+                open_task[:] = [stage, bars.add_task(stage, total=total, loss="")]
+            bars.update(open_task[1], completed=done, loss="" if loss is None else f"loss {loss:.4f}")
 
     try:
         yield progress
     finally:
         if open_task:
-            bars.stop()
+            with suppress(OSError):
+                bars.stop()
+
+
+def _print_table(table: Any) -> None:
+    """Print a table of rich's on stdout. A name with brackets or colons is text, and no markup."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 100
+    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
 
 
 def print_estimate(summary: Mapping[str, Any]) -> None:
@@ -78,7 +94,6 @@ def print_estimate(summary: Mapping[str, Any]) -> None:
 
 def print_metrics(runs: Mapping[str, Mapping[str, Any]]) -> None:
     """Print the scores of training runs in one table with a column per run."""
-    from rich.console import Console
     from rich.table import Table
 
     first = next(iter(runs.values()))
@@ -107,19 +122,19 @@ def print_metrics(runs: Mapping[str, Mapping[str, Any]]) -> None:
             row(STATISTICS[name].title, region, region, name)
     if "raters" in first:
         table.add_section()
-        for name in MAIN_STATISTICS:
-            row(STATISTICS[name].title, "all, other raters", "raters", "all", name)
+        for region in ("near", "all"):
+            for name in MAIN_STATISTICS:
+                row(STATISTICS[name].title, f"{region}, other raters", "raters", region, name)
         row(TRUTH_STATISTICS["brier"].title, "all, true probability", "truth", "brier")
     table.add_section()
     row("training", "seconds", "seconds", "train", digits=0)
     print(f"{first['dataset']}: {first['iterations']} iterations, {count} validation case{'s' * (count != 1)}")
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
-    print(f"foreground: voxels whose label is not 0; ECE: {N_BINS} equal bins of the top probability")
+    _print_table(table)
+    print(f"{ABOUT_REGIONS}\nECE: {N_BINS} equal bins of the top probability")
 
 
 def print_report(report: Mapping[str, Any]) -> None:
     """Print the table of ``calseg evaluate``: each score with its interval over the cases."""
-    from rich.console import Console
     from rich.table import Table
 
     def cell(entry: Mapping[str, Any] | None) -> str:
@@ -152,9 +167,12 @@ def print_report(report: Mapping[str, Any]) -> None:
         row(f"ECE, {name}", "its voxels", entry)
     voxels = report["voxels"]
     count = report["cases"]
-    print(f"{count} case{'s' * (count != 1)}, {voxels['all']:,} voxels, {voxels['foreground']:,} of them foreground")
-    Console(width=None if sys.stdout.isatty() else 100).print(table, markup=False)
-    print(f"foreground: label not 0; calibration errors: {report['config']['n_bins']} equal bins of the probability")
+    print(
+        f"{count} case{'s' * (count != 1)}, {voxels['all']:,} voxels, {voxels['near']:,} of them near the foreground,"
+        f" {voxels['foreground']:,} foreground"
+    )
+    _print_table(table)
+    print(f"{ABOUT_REGIONS}\ncalibration errors: {report['config']['n_bins']} equal bins of the probability")
     for number, what in (
         ("nan_voxels", "a NaN probability; they are left out"),
         ("infinite_voxels", "a label of probability 0, whose NLL is infinite"),

@@ -173,12 +173,17 @@ def check_device(name: str) -> torch.device:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list, so that the current update can end. A second signal acts at once."""
+    """Collects SIGINT, SIGTERM and SIGHUP, so that the iteration in progress can end; a second one acts at once.
+
+    A signal that the process ignores, as under ``nohup``, stays ignored.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received  # Python delivers signals to the main thread only
         return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    previous = {number: signal.getsignal(number) for number in numbers}
+    previous = {number: handler for number, handler in previous.items() if handler != signal.SIG_IGN}
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)

@@ -89,7 +89,7 @@ def predict_folder(
                     logits = predict_volume(net, cache.get(name).image, config.patch_size)
                     probabilities = torch.softmax(logits, 0).cpu().numpy()
                     results.remember(cache.inputs([name]))
-                    results.write(maps[name], probabilities_file(probabilities, cache.case(name).label))
+                    results.write(maps[name], probabilities_file(probabilities, cache.case(name).images[0]))
                     done.add(name)
                 progress("predict", number, len(names), None)
         except KeyboardInterrupt:

@@ -141,7 +141,7 @@ def estimate_in(
             read_all(cache, names, run, progress)
         return _write_soft_labels(run, cache, config, names, trained, progress)
     except KeyboardInterrupt:
-        done = len(read_json(run.path / SUMMARY)["cases"])
+        done = len(read_summary(run, names)["cases"])
         raise CasesInterruptedError(run.path / "soft_labels", done, len(names)) from None
 
 
@@ -206,7 +206,7 @@ def _write_soft_labels(
     nets, seconds = trained
     folds = split_folds(names, config.folds, config.split_seed)  # no more than there are cases
     pairs = [(net, name) for net, members in zip(nets, folds, strict=True) for name in members]
-    content = read_json(run.path / SUMMARY)
+    content = read_summary(run, names)
     if "temperature" not in content:
         fitted = config.temperature is None
         content["temperature"] = _fit_temperature(pairs, cache, config, progress) if fitted else config.temperature
@@ -214,7 +214,7 @@ def _write_soft_labels(
     final = replace(config, temperature=content["temperature"])
     cases: dict[str, dict[str, float]] = content["cases"]
     for done, (net, name) in enumerate(pairs, 1):
-        if name not in cases:
+        if name not in cases or not run.holds(soft_label_file(name)):
             cases[name] = _write(run, net, cache, name, final)
             run.write_json(SUMMARY, content)
         progress("soft labels", done, len(pairs), None)
@@ -227,9 +227,35 @@ def _write_soft_labels(
     return summary
 
 
+def read_summary(run: Run, names: Sequence[str], *, is_finished: bool = False) -> dict[str, Any]:
+    """The content of ``soft_labels.json``, checked: of a first stage on the cases ``names``, or of a finished one."""
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and -LARGEST < value < LARGEST  # NaN fails
+
+    def is_quality(values: Any) -> bool:
+        return isinstance(values, dict) and values.keys() == set(QUALITY) and all(map(is_number, values.values()))
+
+    path = run.path / SUMMARY
+    content = read_json(path)
+    if not (
+        isinstance(content, dict)
+        and isinstance(cases := content.get("cases"), dict)
+        and cases.keys() <= set(names)
+        and all(map(is_quality, cases.values()))
+        and is_number(temperature := content.get("temperature", 1.0))
+        and temperature > 0
+        and (not is_finished or (is_quality(content.get("estimate")) and is_number(content.get("seconds"))))
+    ):
+        raise RunError(f"{path}: not what the first stage on these cases writes; give --overwrite to start anew")
+    return content
+
+
 def split_folds(names: Sequence[str], folds: int, seed: int) -> list[list[str]]:
     """Split names into ``folds`` parts of about equal size. The parts depend on the arguments only."""
-    order = sorted(names, key=lambda name: hashlib.sha256(f"fold:{seed}:{name}".encode()).digest())
+    order = sorted(
+        names, key=lambda name: hashlib.sha256(f"fold:{seed}:{name}".encode(errors="surrogateescape")).digest()
+    )
     return [sorted(order[number::folds]) for number in range(min(folds, len(order)))]
 
 
@@ -300,7 +326,7 @@ def estimate_case(net: StageOneNet, case: LoadedCase, config: TrainConfig) -> Te
     posterior. The results are averaged with Gaussian weights.
     """
     device = next(net.parameters()).device
-    seed = int.from_bytes(hashlib.sha256(case.name.encode()).digest()[:4], "big")
+    seed = int.from_bytes(hashlib.sha256(case.name.encode(errors="surrogateescape")).digest()[:4], "big")
     # Number the classes from 1, because windows are padded with 0, which must not mean background.
     label = np.where(case.label == IGNORE_INDEX, 0, case.label + 1).astype(np.float32)
     volume = torch.from_numpy(np.concatenate([case.image, label[None]])).to(device)
@@ -352,8 +378,12 @@ def _write(run: Run, net: StageOneNet, cache: CaseCache, name: str, config: Trai
     valid = label != IGNORE_INDEX
     onehot = torch.zeros_like(soft).scatter_(0, torch.where(valid, label, 0)[None], valid[None].to(soft))
     blended = (1 - config.alpha) * onehot + config.alpha * soft
-    run.write(soft_label_file(name), soft_labels_file(blended.numpy(), cache.case(name).label))
+    run.write(soft_label_file(name), soft_labels_file(blended.numpy(), cache.case(name).images[0]))
     return _quality(soft, label, cache.dataset)
+
+
+QUALITY = ("dice", "nll", "confidence", "accuracy")
+LARGEST = 1e300
 
 
 def _quality(soft: Tensor, label: Tensor, dataset: Dataset) -> dict[str, float]:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from calseg.errors import RunError
-from calseg.files import read_json
 from calseg.methods import METHODS, Output, Target
 from calseg.runs import Progress, Run, RunFolder, check_apart, no_progress, read_state
 from calseg.scores import CaseScores, summarise
@@ -23,7 +22,7 @@ from calseg.training.config import TrainConfig
 from calseg.training.inference import predict_volume
 from calseg.training.loop import Patches, check_device, fit, noise_seed
 from calseg.training.nets import SegmentationNet, build_net
-from calseg.training.stage_one import SUMMARY, estimate_in, soft_label_file, stage_one_files
+from calseg.training.stage_one import estimate_in, read_summary, soft_label_file, stage_one_files
 from calseg.volumes.datasets import IGNORE_INDEX, Dataset, find_cases, split_cases
 from calseg.volumes.patches import CaseCache
 from calseg.volumes.probabilities import soft_labels_path
@@ -85,7 +84,7 @@ def train(
         if has_first_stage:
             maps = {name: run.path / soft_label_file(name) for name in training}
             if run.holds(CHECKPOINT):  # the first stage has ended
-                summary = read_json(run.path / SUMMARY)
+                summary = read_summary(run, training, is_finished=True)
             else:
                 summary = estimate_in(run, CaseCache(dataset), config, training, target, **options)
         metrics = _train_network(run, CaseCache(dataset, soft_labels=maps), config, content, target, also, **options)

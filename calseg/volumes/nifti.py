@@ -1,6 +1,7 @@
 """NIfTI files: reading voxels and headers, and making files. A problem with a file raises :class:`DataError`.
 
-Axes are those of nibabel, ``(x, y, z)``, and channels or classes come last on disk.
+Axes are nibabel's, ``(x, y, z)``, and channels or classes come last on disk. An image of two dimensions is one slice.
+The fifth axis, where ITK puts the components of vectors, is the fourth here.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 import nibabel
 import numpy as np
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.imageglobals import LoggingOutputSuppressor
+from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from numpy.typing import NDArray
 
 from calseg.errors import CalsegError
@@ -73,7 +76,9 @@ def open_volume(path: Path, max_bytes: int | None = None) -> Iterator[ArrayProxy
                 size, wanted = file.seek(0, os.SEEK_END), _size_of(header)
                 if size < wanted:
                     raise EOFError(f"{size} of {wanted} bytes")
-        yield ArrayProxy(file, header)
+        proxy = ArrayProxy(file, header)
+        shape = shape_of(header)
+        yield proxy if proxy.shape == shape else proxy.reshape(shape)
 
 
 def read_header(path: Path) -> Any:
@@ -100,6 +105,20 @@ def _parse(start: bytes, path: Path) -> Any:
     if min(shape, default=0) < 0:
         raise DataError(f"{path}: shape {shape}")
     return header
+
+
+def shape_of(header: Any) -> tuple[int, ...]:
+    """The shape of a volume: ``(x, y, z)``, or ``(x, y, z, values)``."""
+    shape = tuple(int(size) for size in header.get_data_shape())
+    if len(shape) == 2:
+        return (*shape, 1)
+    return (*shape[:3], *shape[4:]) if len(shape) == 5 and shape[3] == 1 else shape
+
+
+def step_of(header: Any) -> float:
+    """The distance between neighbouring values of whole numbers that the header scales; 0 where nothing is scaled."""
+    slope, _ = header.get_slope_inter()
+    return abs(float(slope)) if slope is not None and header.get_data_dtype().kind in "iu" else 0.0
 
 
 def _size_of(header: Any) -> int:
@@ -130,10 +149,111 @@ def unpack(packed: Any, size: int, max_bytes: int | None = None, start: bytes = 
     return cast("IO[bytes]", file)
 
 
-def read_volume(path: Path) -> NDArray[Any]:
-    """The voxels of a NIfTI file, scaled as it says. Gzip is read to its end: the checksum is verified."""
-    with open_volume(path) as voxels, naming(path):
-        return np.asanyarray(voxels)
+def read_volume(path: Path, like: Path | None = None) -> NDArray[Any]:
+    """The voxels of a NIfTI file, scaled as it says. Gzip is read to its end: the checksum is verified.
+
+    Where ``like`` is given, the axes are turned to those of that file (:func:`match`).
+    """
+    with open_volume(path) as proxy, naming(path):
+        voxels = np.asanyarray(proxy)
+    return voxels if like is None else turned(voxels, match(read_grid(path), read_grid(like)).turn)
+
+
+# ----------------------------------------------------------------------------------------------- orientation
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the voxels of a file lie.
+
+    Attributes:
+        path: The file.
+        shape: Its axes, ``(x, y, z)`` first.
+        affine: From voxel indices to millimetres; None where the file does not say.
+        is_placed: Whether the affine tells of the body: not where the header gives no coordinates, and not for the
+            identity, which programs write that know of no coordinates.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    affine: NDArray[np.float64] | None = None
+    is_placed: bool = False
+
+
+Turn = NDArray[np.float64]
+"""For each axis of an array the axis that it becomes, and -1 where it is mirrored: an orientation of nibabel's."""
+
+
+class Match(NamedTuple):
+    """How the voxels of one file are matched with those of another: ``turn`` first, and what is odd about it."""
+
+    turn: Turn | None = None
+    note: str = ""
+
+
+def read_grid(path: Path) -> Grid:
+    """The grid of a NIfTI file."""
+    header = read_header(path)
+    affine = np.asarray(header.get_best_affine(), np.float64)
+    is_placed = bool(header["sform_code"] or header["qform_code"]) and not np.array_equal(affine, np.eye(4))
+    is_placed = is_placed and bool(np.isfinite(affine).all()) and abs(float(np.linalg.det(affine[:3, :3]))) > 1e-12
+    return Grid(path, shape_of(header), affine, is_placed)
+
+
+def match(own: Grid, other: Grid) -> Match:
+    """The turn that puts the voxels of ``own`` onto the grid ``other``, without any loss.
+
+    Affines are the same to a thousandth of a voxel's size, and the corner of the grid to a hundredth of a millimetre.
+    Where they differ otherwise, voxels are matched as they are stored, with a note. A file that is stored in another
+    orientation, but not on the same grid, is refused: to match its voxels as stored would be to mirror them.
+    """
+    if own.affine is None or other.affine is None or _same_place(own.affine, other.affine):
+        return Match()
+    as_stored = Match(note=f"{own.path}: its affine differs from that of {other.path}; voxels are matched as stored")
+    if not (own.is_placed and other.is_placed):
+        return as_stored
+    turn = io_orientation(np.linalg.inv(other.affine) @ own.affine)
+    if np.isnan(turn).any() or np.array_equal(turn, NOT_TURNED):
+        return as_stored
+    shape = tuple(int(own.shape[axis]) for axis in np.argsort(turn[:, 0]))
+    if shape != other.shape[:3] or not _same_place(own.affine @ inv_ornt_aff(turn, own.shape[:3]), other.affine):
+        raise DataError(
+            f"{own.path}: stored with the axes {_axes(own)}, where {other.path} has {_axes(other)}, and not on the same"
+            " grid; resample one to the other, or mend the header that is wrong"
+        )
+    return Match(turn, f"{own.path}: turned to the axes {_axes(other)} of {other.path}")
+
+
+NOT_TURNED = np.array([[0, 1], [1, 1], [2, 1]])
+
+
+def _axes(grid: Grid) -> str:
+    """The directions of the axes, as in RAS: to the right, to the front, upwards."""
+    assert grid.affine is not None
+    return "".join(nibabel.aff2axcodes(grid.affine))
+
+
+def _same_place(first: NDArray[np.float64], second: NDArray[np.float64]) -> bool:
+    size = float(np.abs(second[:3, :3]).max())
+    return bool(
+        np.allclose(first[:3, :3], second[:3, :3], rtol=0, atol=1e-3 * size)
+        and np.allclose(first[:3, 3], second[:3, 3], rtol=0, atol=1e-2)
+    )
+
+
+def turned(voxels: NDArray[Any], turn: Turn | None) -> NDArray[Any]:
+    """``voxels[x, y, z, ...]`` after a turn."""
+    return voxels if turn is None else np.asarray(apply_orientation(voxels, turn))
+
+
+def part_of(shape: tuple[int, ...], turn: Turn | None, start: int, stop: int) -> tuple[slice, ...]:
+    """The part of a volume of that shape that becomes the slices from ``start`` to ``stop`` along z after a turn."""
+    axis = 2 if turn is None else int(np.flatnonzero(turn[:, 0] == 2)[0])
+    if turn is not None and turn[axis, 1] < 0:
+        start, stop = shape[axis] - stop, shape[axis] - start
+    part = [slice(0, size) for size in shape]
+    part[axis] = slice(start, stop)
+    return tuple(part)
 
 
 # ----------------------------------------------------------------------------------------------- writing
@@ -144,7 +264,7 @@ def volume_file(voxels: NDArray[Any], like: Path, *, slope: float | None = None)
 
     A reader of the file multiplies its numbers by ``slope``, if that is given.
     """
-    image = nibabel.Nifti1Image(voxels, nibabel.load(like).affine)  # type: ignore[attr-defined]
+    image = nibabel.Nifti1Image(voxels, read_grid(like).affine)
     if slope is not None:
         image.header.set_slope_inter(slope, 0)
     return gzip.compress(image.to_bytes(), 3, mtime=0)

@@ -95,10 +95,11 @@ class CaseCache:
         if name in self._kept:
             self._kept.move_to_end(name)
             return self._kept[name]
-        image, label = load_case(self._cases[name], self.dataset)
+        case = self._cases[name]
+        image, label = load_case(case, self.dataset)
         soft = None
         if name in self.soft_labels:
-            soft = read_soft_labels(self.soft_labels[name], label, len(self.dataset.class_names))
+            soft = read_soft_labels(self.soft_labels[name], label, len(self.dataset.class_names), case.images[0])
         loaded = LoadedCase(
             name=name,
             image=normalise(image),

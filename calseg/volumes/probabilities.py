@@ -2,7 +2,7 @@
 
 A case has the name of its label map. Its probability map has one of three forms:
 
-- ``case.nii.gz`` or ``case.nii``: a 4-D file ``[x, y, z, C]``.
+- ``case.nii.gz`` or ``case.nii``: a 4-D file ``[x, y, z, C]``, or ``[x, y, C]`` for a label of one slice.
 - ``case_0000.nii.gz``, ``case_0001.nii.gz``, ...: a 3-D file per class.
 - ``case.npz`` with the key ``probabilities``: an array ``[C, z, y, x]``, as nnU-Net's ``--save_probabilities`` writes
   it. Its axes are in reverse order to those of nibabel. nnU-Net also writes the segmentation ``case.nii.gz`` beside it,
@@ -19,7 +19,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,10 +31,16 @@ from calseg.errors import listing
 from calseg.volumes.datasets import IGNORE_INDEX, LabelMap, Volume, check_label, read_class_names
 from calseg.volumes.nifti import (
     DataError,
+    Grid,
+    match,
     naming,
     open_volume,
+    part_of,
+    read_grid,
     read_header,
     read_volume,
+    step_of,
+    turned,
     unpack,
     volume_file,
 )
@@ -76,7 +82,7 @@ def find_map_cases(probabilities: Path, labels: Path) -> tuple[list[MapCase], li
         if number and name not in truth:
             channels.setdefault(name[: number.start()], {})[int(number[1])] = whole.pop(name)
     for name in set(packed) & set(whole):
-        if len(_read_header(whole[name]).shape) == 3:  # nnU-Net's segmentation
+        if len(read_grid(whole[name]).shape) == 3:  # nnU-Net's segmentation
             del whole[name]
     found: dict[str, tuple[Path, ...]] = {}
     for name in sorted({*whole, *packed, *channels}):
@@ -84,6 +90,12 @@ def find_map_cases(probabilities: Path, labels: Path) -> tuple[list[MapCase], li
             raise DataError(f"{probabilities}: holds the case {name!r} in more than one form; keep one of them")
         if name in channels:
             numbers = channels[name]
+            if name not in truth:
+                file = numbers[min(numbers)]
+                label = NIFTI.sub("", file.name)
+                raise DataError(
+                    f"{file}: no label map {label}.nii.gz in {labels}, nor {name}.nii.gz for a file per class"
+                )
             missing = next(number for number in range(len(numbers) + 1) if number not in numbers)
             if missing < len(numbers):
                 raise DataError(f"{numbers[max(numbers)]}: found, but no file {name}_{missing:04d} for class {missing}")
@@ -115,60 +127,58 @@ def _nifti_files(folder: Path) -> dict[str, Path]:
 # ------------------------------------------------------------------------------------------------- headers
 
 
-class _Header(NamedTuple):
-    """Shape and affine of a file."""
-
-    shape: tuple[int, ...]  # [C, z, y, x]
-    affine: NDArray[np.float64] | None  # None for .npz
-
-
 def check_headers(case: MapCase) -> tuple[int, list[str]]:
     """Return the number of classes of a case, and notes on what is unusual. Only the headers of its files are read.
 
-    Raises:
-        DataError: the shapes of the files do not fit together.
+    Raises :class:`~calseg.volumes.nifti.DataError` where shapes or orientations do not fit.
     """
-    first = case.maps[0]
-    headers = [_read_header(file) for file in case.maps]
-    for file, header in zip(case.maps, headers, strict=True):
-        wanted = (3, "a 3-D file per class") if len(case.maps) > 1 else (4, "4-D [x, y, z, classes], or .npz,")
-        if len(header.shape) != wanted[0] or 0 in header.shape:
-            raise DataError(f"{file}: shape {header.shape[::-1]}; probabilities are wanted as {wanted[1]}")
-        if header.shape != headers[0].shape:
-            raise DataError(f"{file}: shape {header.shape[::-1]} differs from {headers[0].shape[::-1]} of {first}")
-    classes = len(case.maps) if len(case.maps) > 1 else headers[0].shape[0]
+    grids, label = _grids(case)
+    first, notes = grids[0], []
+    for grid in grids:
+        if len(grid.shape) != (3 if len(grids) > 1 else 4) or 0 in grid.shape:
+            if grid.path.suffix == ".npz":
+                raise DataError(f"{grid.path}: {KEY!r} of shape {grid.shape[::-1]}; [classes, z, y, x] is wanted")
+            wanted = "a 3-D file per class" if len(grids) > 1 else "4-D [x, y, z, classes]"
+            raise DataError(f"{grid.path}: shape {grid.shape}; probabilities are wanted as {wanted}")
+        if grid.shape != first.shape:
+            raise DataError(f"{grid.path}: shape {grid.shape} differs from {first.shape} of {first.path}")
+        if match(grid, first).turn is not None:
+            raise DataError(f"{grid.path}: stored with other axes than {first.path}; the classes are wanted alike")
+    classes = len(grids) if len(grids) > 1 else first.shape[3]
     if classes < 2:
-        raise DataError(f"{first}: {classes} class; the probabilities of all classes, background included, are wanted")
-    space = headers[0].shape[-3:]
-    label = _read_header(case.label)
-    shape = label.shape[1:] if len(label.shape) == 4 and label.shape[0] == 1 else label.shape
-    if shape != space:
-        hint = " (reversed: are the axes of the .npz [C, z, y, x]?)" if shape == space[::-1] else ""
-        raise DataError(f"{case.label}: label of shape {shape[::-1]}, but {first} has {space[::-1]}{hint}")
-    notes = []
-    for file, header in zip(case.maps, headers, strict=True):
-        if header.affine is not None and label.affine is not None and not _same_place(header.affine, label.affine):
-            notes.append(f"{file}: its affine differs from that of {case.label}; voxels are matched as stored")
-            break
+        raise DataError(
+            f"{first.path}: {classes} class; the probabilities of all classes, background included, are wanted"
+        )
+    turn, note = match(label, first)
+    shape = label.shape if turn is None else tuple(label.shape[int(axis)] for axis in np.argsort(turn[:, 0]))
+    if shape != first.shape[:3]:
+        hint = " (reversed: are the axes of the .npz [C, z, y, x]?)" if shape == first.shape[2::-1] else ""
+        raise DataError(f"{case.label}: label of shape {shape}, but {first.path} has {first.shape[:3]}{hint}")
+    if note:
+        notes.append(note)
     return classes, notes
 
 
-def _same_place(first: NDArray[np.float64], second: NDArray[np.float64]) -> bool:
-    """Return whether two affines are equal to 0.001 of the voxel size, and their origins to 0.01 mm."""
-    size = float(np.abs(second[:3, :3]).max())
-    return bool(
-        np.allclose(first[:3, :3], second[:3, :3], rtol=0, atol=1e-3 * size)
-        and np.allclose(first[:3, 3], second[:3, 3], rtol=0, atol=1e-2)
-    )
-
-
-def _read_header(path: Path) -> _Header:
-    """Read the header of a NIfTI file or of the array in a ``.npz`` file."""
+def _read_grid(path: Path) -> Grid:
     if path.suffix == ".npz":
         with naming(path), _open_member(path) as member:
-            return _Header(_read_npy_header(path, member)[0], None)
-    header = read_header(path)
-    return _Header(tuple(int(size) for size in header.get_data_shape()[::-1]), header.get_best_affine())
+            return Grid(path, _read_npy_header(path, member)[0][::-1])
+    return read_grid(path)
+
+
+def _grids(case: MapCase) -> tuple[list[Grid], Grid]:
+    """The grids of the maps and of the label of a case.
+
+    The fourth axis of a label is left out if there is one value per voxel. Where the label is a single slice, a map
+    ``[x, y, C]`` is that of one.
+    """
+    maps, label = [_read_grid(file) for file in case.maps], read_grid(case.label)
+    if label.shape[3:] == (1,):
+        label = replace(label, shape=label.shape[:3])
+    shape = maps[0].shape
+    if len(maps) == 1 and len(shape) == 3 and shape[2] > 1 and label.shape == (*shape[:2], 1):
+        maps = [replace(maps[0], shape=(*label.shape, shape[2]))]
+    return maps, label
 
 
 @contextmanager
@@ -193,8 +203,6 @@ def _read_npy_header(path: Path, member: Any) -> tuple[tuple[int, ...], str, np.
     shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(member)
     if dtype.kind != "f":
         raise DataError(f"{path}: {KEY!r} of type {dtype}; floating-point numbers are wanted")
-    if len(shape) != 4:
-        raise DataError(f"{path}: {KEY!r} of shape {shape}; [classes, z, y, x] is wanted")
     return shape, "F" if is_fortran else "C", dtype
 
 
@@ -202,43 +210,61 @@ def _read_npy_header(path: Path, member: Any) -> tuple[tuple[int, ...], str, np.
 
 
 class Slab(NamedTuple):
-    """Probabilities, float ``[C, dz, y, x]``, and labels, int16 ``[dz, y, x]``, of the slices from ``start`` on."""
+    """Probabilities, float ``[C, dz, y, x]``, of the slices from ``start`` on, and their labels.
+
+    ``around`` is the labels, int16 ``[dz + margins, y, x]``, with some slices on either side, ``margin`` before.
+    """
 
     start: int
     probabilities: NDArray[Any]
-    label: LabelMap
+    around: LabelMap
+    margin: int
+
+    @property
+    def label(self) -> LabelMap:
+        """The labels of the slab, ``[dz, y, x]``."""
+        return self.around[self.margin : self.margin + self.probabilities.shape[1]]
 
 
-def read_slabs(case: MapCase, classes: int, ignore_label: int | None, memory: int = MEMORY) -> Iterator[Slab]:
-    """Read a case in slabs, from ``z = 0`` on.
+def read_slabs(
+    case: MapCase, classes: int, ignore_label: int | None, memory: int = MEMORY, *, margin: int = 0
+) -> Iterator[Slab]:
+    """Read a case in slabs, from ``z = 0`` on, with the labels of up to ``margin`` slices on either side of each.
 
     A slab has 1/32 of ``memory``, in bytes, because the caller may need much more memory to process it. A ``.nii`` file
     is read slab by slab. A compressed file has no random access. It is unpacked once, into memory if its size is at
     most a quarter of ``memory``, else into a temporary file (in ``TMPDIR``).
     """
+    grids, label_grid = _grids(case)
     with ExitStack() as stack:
         budget = memory // 4 // len(case.maps)
         if case.maps[0].suffix == ".npz":
-            depth, read = _open_npz(case.maps[0], budget, stack)
+            depth, read = _open_npz(case.maps[0], grids[0].shape, budget, stack)
         else:
-            depth, read = _open_nifti(case.maps, budget, stack)
+            depth, read = _open_nifti(case.maps, grids[0].shape, budget, stack)
         truth = stack.enter_context(open_volume(case.label, memory // 8))
-        slice_bytes = 4 * classes * int(np.prod(truth.shape[:2]))
+        truth = truth.reshape(truth.shape[:3])
+        turn = match(label_grid, grids[0]).turn
+        step = step_of(read_header(case.label))
+        slice_bytes = 4 * classes * math.prod(truth.shape) // depth
         thickness = max(1, memory // 32 // slice_bytes)
         for start in range(0, depth, thickness):
             stop = min(start + thickness, depth)
+            before, after = max(start - margin, 0), min(stop + margin, depth)
+            part = part_of(truth.shape, turn, before, after)
             with naming(case.label):
-                voxels = np.asanyarray(truth[:, :, start:stop]).T.reshape(stop - start, *truth.shape[1::-1])
-            label = check_label(voxels, case.label, classes, ignore_label)
-            yield Slab(start, _as_float(read(start, stop), case.maps[0]), label)
+                voxels = np.asanyarray(truth[part])
+            first = tuple(each.start for each in part)
+            around = turned(check_label(voxels, case.label, classes, ignore_label, step, first), turn).T
+            yield Slab(start, _as_float(read(start, stop), case.maps[0]), around, start - before)
 
 
 Read = Callable[[int, int], NDArray[Any]]
 
 
-def _open_nifti(maps: tuple[Path, ...], budget: int, stack: ExitStack) -> tuple[int, Read]:
+def _open_nifti(maps: tuple[Path, ...], shape: tuple[int, ...], budget: int, stack: ExitStack) -> tuple[int, Read]:
     """Open NIfTI files, and return the number of slices and a function that reads a range of them."""
-    volumes = [stack.enter_context(open_volume(path, budget)) for path in maps]
+    volumes = [stack.enter_context(open_volume(path, budget)).reshape(shape) for path in maps]
 
     def read(start: int, stop: int) -> NDArray[Any]:
         parts = []
@@ -247,20 +273,20 @@ def _open_nifti(maps: tuple[Path, ...], budget: int, stack: ExitStack) -> tuple[
                 parts.append(np.asanyarray(volume[:, :, start:stop]).T)
         return parts[0] if len(parts) == 1 else np.stack(parts)
 
-    return int(volumes[0].shape[2]), read
+    return shape[2], read
 
 
-def _open_npz(path: Path, budget: int, stack: ExitStack) -> tuple[int, Read]:
+def _open_npz(path: Path, shape: tuple[int, ...], budget: int, stack: ExitStack) -> tuple[int, Read]:
     """Do as :func:`_open_nifti` for a ``.npz`` file."""
     with naming(path), _open_member(path) as member:
-        shape, order, dtype = _read_npy_header(path, member)
+        _, order, dtype = _read_npy_header(path, member)
         file = stack.enter_context(unpack(member, dtype.itemsize * math.prod(shape), budget))
 
     def read(start: int, stop: int) -> NDArray[Any]:
         with naming(path):
-            return np.asarray(fileslice(file, (slice(None), slice(start, stop)), shape, dtype, order=order))
+            return np.asarray(fileslice(file, (slice(None), slice(start, stop)), shape[::-1], dtype, order=order))
 
-    return shape[1], read
+    return shape[2], read
 
 
 def _as_float(voxels: NDArray[Any], path: Path) -> NDArray[Any]:
@@ -272,12 +298,34 @@ def _as_float(voxels: NDArray[Any], path: Path) -> NDArray[Any]:
     return np.require(voxels, dtype=dtype, requirements=["C", "W"])  # "W": the buffer of a file is read-only
 
 
+def sum_tolerance(classes: int) -> float:
+    """By how much the probabilities of a voxel may miss 1 in sum where a file holds rounded ones.
+
+    One step of 8 bits for every class: rounding down takes as much off a class, and rounding to 8 bits or to three
+    decimals half of it. The probabilities are then divided by their sum.
+    """
+    return classes / 255
+
+
+def normalised(slab: Slab) -> Slab | None:
+    """The slab with probabilities that were rounded divided by their sums; None where more is wrong with one."""
+    p = slab.probabilities.astype(np.float32)
+    total = p.sum(0)
+    with np.errstate(invalid="ignore"):
+        is_off = (np.abs(total - 1) > 1e-3) & (slab.label != IGNORE_INDEX)
+    if not (p[:, is_off] >= 0).all() or not (np.abs(total[is_off] - 1) <= sum_tolerance(len(p))).all():
+        return None
+    p[:, is_off] /= total[is_off]
+    return slab._replace(probabilities=p)
+
+
 def explain(error: ValueError, slab: Slab, case: MapCase) -> DataError:
     """Return an error that names the file and the first voxel whose values are no probabilities."""
     p = slab.probabilities.astype(np.float64)
     total, least = p.sum(0), p.min(0)
     with np.errstate(invalid="ignore"):
-        bad = ~np.isnan(total) & ~((np.abs(total - 1) <= 1e-3) & (least >= -1e-3))
+        bad = ~((np.abs(total - 1) <= sum_tolerance(len(p))) & (least >= -1e-3))
+    bad &= ~np.isnan(total) & (slab.label != IGNORE_INDEX)
     if not bad.any():
         return DataError(f"{case.maps[0]}: {error}")
     z, y, x = (int(index[0]) for index in np.nonzero(bad))
@@ -290,13 +338,13 @@ def explain(error: ValueError, slab: Slab, case: MapCase) -> DataError:
 
 def class_names_of(
     dataset_json: Path | None, probabilities: Path, labels: Path
-) -> tuple[tuple[str, ...], int | None] | None:
-    """Return class names and ignore label from the given ``dataset.json`` or one near the maps, or None."""
+) -> tuple[tuple[str, ...] | None, int | None]:
+    """Class names and ignore label of the ``dataset.json`` given or found beside the maps; None where it has none."""
     places = (labels / "dataset.json", labels.parent / "dataset.json", probabilities / "dataset.json")
     for path in places if dataset_json is None else (dataset_json,):
         if dataset_json is not None or path.is_file():
             return read_class_names(path)
-    return None
+    return None, None
 
 
 # ------------------------------------------------------------------------------------------- soft labels
@@ -321,16 +369,21 @@ def probabilities_file(probabilities: Volume, like: Path) -> bytes:
     return volume_file(np.moveaxis(probabilities, 0, -1), like)
 
 
-def read_soft_labels(path: Path, label: LabelMap, classes: int) -> Volume:
-    """Read soft labels, float32 ``[classes, x, y, z]``. They sum to 1 in each voxel, and are 0 in ignored voxels."""
-    voxels = read_volume(path)
+def read_soft_labels(path: Path, label: LabelMap, classes: int, like: Path | None = None) -> Volume:
+    """float32 ``[classes, x, y, z]`` that sum to 1 where ``label`` is not ignored, and are 0 where it is.
+
+    Where ``like`` is given, the axes are turned to those of that file.
+    """
+    voxels = read_volume(path, like)
+    if voxels.ndim == 3 and label.shape[2] == 1:
+        voxels = voxels[:, :, None]
     wanted = (*label.shape, classes)
     if voxels.shape != wanted or voxels.dtype.kind not in "iuf":
         raise DataError(f"{path}: soft labels of shape {voxels.shape} and type {voxels.dtype}; {wanted} is wanted")
     soft = np.ascontiguousarray(np.moveaxis(voxels, -1, 0), dtype=np.float32)
     total = soft.sum(0)
     counts = label != IGNORE_INDEX
-    # NaN fails both comparisons. The tolerance allows for files of 8 bits, which may be off by half a step per class.
-    if not ((soft >= 0).all() and (np.abs(total[counts] - 1) < classes / 256).all()):
+    # NaN fails both comparisons.
+    if not ((soft >= 0).all() and (np.abs(total[counts] - 1) <= sum_tolerance(classes)).all()):
         raise DataError(f"{path}: soft labels must be probabilities that sum to 1 in every labelled voxel")
     return np.asarray(soft * np.where(counts, 1 / np.where(counts, total, 1), 0).astype(np.float32))

@@ -59,10 +59,7 @@ void classes_of(int32_t* to, const From* from, int64_t step, int count, int64_t 
 // for the padding of the last block. Returns the place of the first label that is not a class, or -1 if there is none.
 int load_checked_labels(int32_t* to, const BinsArgs& a, const Span& span) {
     const int count = span.count;
-    with_integer_type(a.spec.labels.tensor.dtype, [&](auto* type) {
-        using From = std::remove_pointer_t<decltype(type)>;
-        const int64_t step = a.spec.labels.tensor.stride_s;
-        const From* from = address<From>(a.spec.labels.tensor, span);
+    with_labels(a.spec.labels.tensor, span, [&](const auto* from, int64_t step) {
         classes_of(to, from, step, count, a.shape.C, a.spec.labels.ignore_index, a.spec.skip_background);
     });
     fill<int32_t>(to + count, to + round_up(count, kLanes), kSkipped);
@@ -76,16 +73,6 @@ int load_checked_labels(int32_t* to, const BinsArgs& a, const Span& span) {
     for (int i = 0; least == kNoClass; ++i)
         if (to[i] == kNoClass) return i;
     return -1;
-}
-
-// Returns the label of voxel i of a span.
-int64_t label_at(const TensorView& labels, const Span& span, int i) {
-    int64_t label = 0;
-    with_integer_type(labels.dtype, [&](auto* type) {
-        using From = std::remove_pointer_t<decltype(type)>;
-        label = static_cast<int64_t>(*address<From>(labels, span.n, span.s + i));
-    });
-    return label;
 }
 
 template <bool kLogits, class T>
@@ -384,7 +371,6 @@ void compute(const BinsArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scr
         const int bad = load_checked_labels(state.rows.labels, a, span);
         if (bad >= 0) {
             fault.label_position = span.n * a.shape.S + span.s + bad;
-            fault.label = label_at(a.spec.labels.tensor, span, bad);
             break;
         }
         add(a, state, span, next, fault);

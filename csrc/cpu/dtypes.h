@@ -58,6 +58,8 @@ CALSEG_INLINE float widened(float x) { return x; }
 CALSEG_INLINE double widened(double x) { return x; }
 CALSEG_INLINE float widened(BF16 x) { return widen_bf16(x.bits); }
 CALSEG_INLINE float widened(F16 x) { return widen_f16(x.bits); }
+CALSEG_INLINE float widened(U8 x) { return static_cast<float>(x.steps) * (1.0f / 255.0f); }
+CALSEG_INLINE float widened(U16 x) { return static_cast<float>(x.steps) * (1.0f / 65535.0f); }
 
 template <class T>
 CALSEG_INLINE void narrow(float& to, T from) {
@@ -74,6 +76,14 @@ CALSEG_INLINE void narrow(BF16& to, T from) {
 template <class T>
 CALSEG_INLINE void narrow(F16& to, T from) {
     to.bits = narrow_f16(static_cast<float>(from));
+}
+template <class T>
+CALSEG_INLINE void narrow(U8& to, T from) {
+    to.steps = static_cast<uint8_t>(from * T(255) + T(0.5));
+}
+template <class T>
+CALSEG_INLINE void narrow(U16& to, T from) {
+    to.steps = static_cast<uint16_t>(from * T(65535) + T(0.5));
 }
 
 // ---- conversion of kLanes contiguous numbers ----
@@ -151,7 +161,7 @@ CALSEG_INLINE void narrow_line(BF16* to, const float (&from)[32]) {
 
 // ---- dispatch from a dtype to a C++ type ----
 
-// Calls visit with a null pointer to the C++ type of a floating dtype.
+// Calls visit with a null pointer to the C++ type of a floating dtype, or of fractions.
 template <class Visit>
 CALSEG_INLINE void with_float_type(DType dtype, const Visit& visit) {
     switch (dtype) {
@@ -161,6 +171,10 @@ CALSEG_INLINE void with_float_type(DType dtype, const Visit& visit) {
             return visit(static_cast<BF16*>(nullptr));
         case DType::f16:
             return visit(static_cast<F16*>(nullptr));
+        case DType::u8:
+            return visit(static_cast<U8*>(nullptr));
+        case DType::u16:
+            return visit(static_cast<U16*>(nullptr));
         default:
             return visit(static_cast<float*>(nullptr));
     }

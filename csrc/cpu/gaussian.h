@@ -75,8 +75,7 @@ class GaussianBlock {
         const F<T> per_temperature = broadcast<F<T>>(per_temperature_), half = broadcast<F<T>>(T(0.5));
         const F<T> prior_mu = broadcast<F<T>>(prior_mu_), prior_logvar = broadcast<F<T>>(prior_logvar_);
         const F<T> precision = broadcast<F<T>>(prior_precision_), one = broadcast<F<T>>(T(1));
-        F<T> kl = zero<T>(), largest = zero<T>();
-        top_ = broadcast<F<T>>(T(-INFINITY));
+        F<T> kl = zero<T>();
         for_classes(C(), [&](auto at_once, int64_t c) {
             constexpr int K = decltype(at_once)::value;
             F<T> sigma[K];
@@ -88,21 +87,9 @@ class GaussianBlock {
                     const F<T> gap = m - prior_mu;
                     kl = kl + ((prior_logvar - lv) + ((sigma[j] * sigma[j] + gap * gap) * precision - one));
                 }
-                const F<T> scaled = m * per_temperature, scaled_sigma = sigma[j] * per_temperature;
-                top_ = larger(scaled, top_);
-                largest = larger(scaled_sigma, largest);  // leaves a NaN out: it makes the exponentials NaN in either form
-                store(mu + (c + j) * kLanes, scaled);
-                store(logvar + (c + j) * kLanes, scaled_sigma);
+                store(mu + (c + j) * kLanes, m * per_temperature);
+                store(logvar + (c + j) * kLanes, sigma[j] * per_temperature);
             }
-        });
-        shares_ = less(largest, broadcast<F<T>>(T(kLargestShared)));
-        all_share_ = C() > 1 && all(shares_);
-        for_classes(C(), [&](auto at_once, int64_t c) {
-            constexpr int K = decltype(at_once)::value;
-            F<T> e[K];
-            for (int j = 0; j < K; ++j) e[j] = load<F<T>>(mu + (c + j) * kLanes) - top_;
-            exp_nonpositive(e);
-            for (int j = 0; j < K; ++j) store(at_mean_ + (c + j) * kLanes, e[j]);
         });
         return half * kl;
     }
@@ -120,6 +107,7 @@ class GaussianBlock {
     // that of g times the noise to grad_logvar. finish_gradients() applies the factors that are missing.
     template <bool kEstimate, bool kGradient>
     CALSEG_MEMBER void add_samples(T* estimate, const T* a) {
+        begin_samples();
         for (int64_t first = 0; first < num_samples_; first += 2 * group_size(C())) {
             const int64_t count = draw_group(first);
             for (int64_t k = 0; k < count; k += 2) {
@@ -161,6 +149,7 @@ class GaussianBlock {
         const auto of_label = [&](int64_t c, F<T> value, F<T> otherwise) {
             return select(equal(labels, broadcast<I<T>>(static_cast<int32_t>(c))), value, otherwise);
         };
+        begin_samples();
         F<T> loss = none, label_mean = none;
         for (int64_t c = 0; c < C(); ++c) label_mean = of_label(c, load<F<T>>(mean + c * kLanes), label_mean);
         for (int64_t first = 0; first < num_samples_; first += 2 * group_size(C())) {
@@ -218,6 +207,25 @@ class GaussianBlock {
     // ---- steps of a sum over samples, for losses with a sum of their own ----
 
     CALSEG_MEMBER int64_t C() const { return kClasses ? kClasses : C_; }
+
+    // Computes what all samples of the block share. Comes before the first group.
+    CALSEG_MEMBER void begin_samples() {
+        F<T> largest = zero<T>();
+        top_ = broadcast<F<T>>(T(-INFINITY));
+        for (int64_t c = 0; c < C(); ++c) {
+            top_ = larger(load<F<T>>(mean + c * kLanes), top_);
+            largest = larger(load<F<T>>(deviation + c * kLanes), largest);  // leaves a NaN out, which reaches every result anyway
+        }
+        shares_ = less(largest, broadcast<F<T>>(T(kLargestShared)));
+        all_share_ = C() > 1 && all(shares_);
+        for_classes(C(), [&](auto at_once, int64_t c) {
+            constexpr int K = decltype(at_once)::value;
+            F<T> e[K];
+            for (int j = 0; j < K; ++j) e[j] = load<F<T>>(mean + (c + j) * kLanes) - top_;
+            exp_nonpositive(e);
+            for (int j = 0; j < K; ++j) store(at_mean_ + (c + j) * kLanes, e[j]);
+        });
+    }
 
     // Draws the noise of the group of pairs that begins with sample `first`. Returns the number of samples in the group,
     // which is odd if the last sample has no partner.

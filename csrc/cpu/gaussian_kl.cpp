@@ -20,6 +20,7 @@ struct GaussianKL : TiledForFirstCache<LossArgs, 2, 1 << 15> {
         TensorTile<T> logvar(scratch, a.tensors.logvar, a.gradients.logvar, a.shape, tiles.length);
         if (scratch.is_counting()) return;
         const bool gradient = a.gradients.mu || a.gradients.logvar;
+        fill(t.loss, t.loss + tiles.length, T(0));
         gaussian.clear_gradients();  // there are no samples, so the gradients are those of the KL term alone
         for (const auto& [span, next] : TilesOfChunk(tiles, chunk)) {
             t.load(Labels(), a.upstream, span, next);
@@ -30,8 +31,7 @@ struct GaussianKL : TiledForFirstCache<LossArgs, 2, 1 << 15> {
                 if (gradient) gaussian.template finish_gradients<true>(zero<T>(), load<F<T>>(t.kl_upstream + b * kLanes));
             }
             for (auto* tensor : {&mu, &logvar}) tensor->end(span);
-            t.sums.kl += sum_row(t.kl, span.count);
-            if (a.loss) store_tile(a.loss, span, t.kl, 1, false);
+            t.template finish_tile<true>(a, span);
         }
         t.finish_chunk(a.chunk_sums, chunk);
     }

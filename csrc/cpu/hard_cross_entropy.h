@@ -100,12 +100,13 @@ struct HardGradient {
     }
 };
 
-// Stores the gradient of the logits of a tile. The tile e is overwritten if the voxels of the gradient are not contiguous.
-template <bool kPlain, class T>
-void store_hard_gradient(const TensorView& to, const Span& span, const LossTile<T>& t, T* e, const Smoothing<T>& smoothing, bool stream) {
+// Stores the gradient of the logits of a tile. gradient_of(c) returns the function object of class c. The tile e, which it
+// reads, is overwritten if the voxels of the gradient are not contiguous.
+template <class T, class GradientOf>
+void store_hard_gradient(const TensorView& to, const Span& span, const LossTile<T>& t, T* e, bool stream, const GradientOf& gradient_of) {
     const bool rows = to.stride_s == 1;
     for (int64_t c = 0; c < t.C; ++c) {
-        const HardGradient<kPlain, T> gradient(t, e, c, smoothing);
+        const auto gradient = gradient_of(c);
         if (rows) write_row<T>(to, span, c, stream, gradient);
         else
             for (int b = 0; b * kLanes < span.count; ++b) store(e + (b * t.C + c) * kLanes, gradient(b));

@@ -37,6 +37,27 @@ struct ClassLabels {
     static constexpr auto kMaxLabel = static_cast<int64_t>(static_cast<Unsigned>(-1) / (std::is_signed<From>::value ? 2 : 1) & INT64_MAX);
 };
 
+// Calls visit(row, step) with the labels of a span as integers: label i is row[i * step]. Labels that are stored as
+// floating-point numbers are converted. One that is not whole becomes a number that is no class.
+template <class Visit>
+CALSEG_INLINE void with_labels(const TensorView& labels, const Span& span, const Visit& visit) {
+    const int64_t step = labels.stride_s;
+    if (labels.dtype > DType::f16)
+        return with_integer_type(labels.dtype,
+                                 [&](auto* type) { visit(address<std::remove_pointer_t<decltype(type)>>(labels, span), step); });
+    alignas(64) int32_t whole[kMaxTile];
+    with_float_type(labels.dtype, [&](auto* type) {
+        const auto* from = address<std::remove_pointer_t<decltype(type)>>(labels, span);
+        for (int i = 0; i < span.count; ++i) {
+            const auto value = widened(from[i * step]);
+            const bool fits = value > -2147483648.0f && value < 2147483648.0f;
+            const int32_t truncated = static_cast<int32_t>(fits ? value : 0);
+            whole[i] = fits && static_cast<decltype(value)>(truncated) == value ? truncated : INT32_MIN;
+        }
+    });
+    visit(static_cast<const int32_t*>(whole), int64_t{1});
+}
+
 // Reads the labels of a tile. Stores the class of each voxel that counts, or 0 if the labels are a mask. Stores -1 for an
 // ignored voxel, for a label that is not a class, and for the padding of the last block. Returns the number of voxels that
 // count.
@@ -48,12 +69,10 @@ inline int load_labels(int32_t* to, const Labels& labels, const Span& span, int6
         fill<int32_t>(to, to + count, 0);
         return count;
     }
-    with_integer_type(labels.tensor.dtype, [&](auto* type) {
-        using From = std::remove_pointer_t<decltype(type)>;
-        const int64_t step = labels.tensor.stride_s;
+    with_labels(labels.tensor, span, [&](const auto* from, int64_t step) {
+        using From = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
         const IgnoreIndex<From> ignore(labels.ignore_index);
         const ClassLabels<From> classes(labels.is_mask ? INT64_MAX : C);
-        const From* from = address<From>(labels.tensor, span);
         const int32_t keep = labels.is_mask ? 0 : -1;
         // If ignore_index is not a class, the test for classes already rejects it, and no comparison with it is needed.
         const bool may_be_class = ignore.possible && classes.contain(ignore.value);

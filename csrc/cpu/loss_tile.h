@@ -78,15 +78,15 @@ struct LossTile {
 
     bool any_ignored() const { return counted < count; }
 
-    // Adds the tile's losses and KL terms to the sums, and stores loss + beta * kl if `to` is given.
+    // Adds the tile's losses and KL terms to the sums, and stores scale * (loss + beta * kl) if the call wants it.
     template <bool kKL>
-    void finish_tile(const TensorView& to, double beta, const Span& span) {
+    void finish_tile(const LossArgs& a, const Span& span) {
         sums.loss += sum_row(loss, count);
         if (kKL) sums.kl += sum_row(kl, count);
-        if (!to) return;
-        if (kKL)
-            for (int i = 0; i < count; ++i) loss[i] += static_cast<T>(beta) * kl[i];
-        store_tile(to, span, loss, 1, false);
+        if (!a.loss) return;
+        const T scale = static_cast<T>(a.spec.scale), beta = static_cast<T>(a.spec.sampling.beta);
+        for (int i = 0; i < count; ++i) loss[i] = scale * (kKL ? loss[i] + beta * kl[i] : loss[i]);
+        store_tile(a.loss, span, loss, 1, false);
     }
 
     void finish_chunk(LossSums* chunk_sums, int64_t chunk) const {

@@ -10,18 +10,17 @@ constexpr int64_t kChunk = 1 << 16;  // voxels
 
 int64_t per_item(const ScanArgs& a) { return (a.shape.S + kChunk - 1) / kChunk; }
 
-// Scans voxels `first` to `last` of batch item n. Compares and counts in the type of the labels, so that a vector holds as
-// many as possible. The counters start again after kBlock voxels, because a counter of one byte holds no more than 255.
+// Scans a row of labels, of which the first is that of voxel `position`. Compares and counts in the type of the labels, so
+// that a vector holds as many as possible. The counters start again after kBlock voxels, because a counter of one byte holds
+// no more than 255.
 template <class From>
-void scan(const ScanArgs& a, int64_t n, int64_t first, int64_t last, LabelSums& sums) {
+void scan(const ScanArgs& a, const From* from, int64_t step, int64_t position, int length, LabelSums& sums) {
     using Unsigned = std::make_unsigned_t<From>;
-    constexpr int64_t kBlock = sizeof(From) == 1 ? 192 : 1024;
-    const int64_t step = a.labels.tensor.stride_s;
+    constexpr int kBlock = sizeof(From) == 1 ? 192 : kMaxTile;
     const IgnoreIndex<From> ignore(a.labels.ignore_index);
     const ClassLabels<From> classes(a.labels.is_mask ? INT64_MAX : a.shape.C);
-    const From* from = address<From>(a.labels.tensor, n, 0);
-    for (int64_t block = first; block < last; block += kBlock) {
-        const int count = static_cast<int>(smaller(kBlock, last - block));
+    for (int block = 0; block < length; block += kBlock) {
+        const int count = static_cast<int>(smaller(kBlock, length - block));
         const From* row = from + block * step;
         Unsigned ignored = 0, bad = 0;
         const auto tally = [&](auto by) {
@@ -34,14 +33,11 @@ void scan(const ScanArgs& a, int64_t n, int64_t first, int64_t last, LabelSums& 
         if (step == 1) tally(std::integral_constant<int64_t, 1>());
         else tally(step);
         if (bad && sums.bad_position < 0)
-            for (int i = 0; i < count; ++i) {
-                const From label = row[i * step];
-                if (ignore != label && !classes.contain(label)) {
-                    sums.bad_position = n * a.shape.S + block + i;
-                    sums.bad_value = static_cast<int64_t>(label);
+            for (int i = 0; i < count; ++i)
+                if (ignore != row[i * step] && !classes.contain(row[i * step])) {
+                    sums.bad_position = position + block + i;
                     return;
                 }
-            }
         sums.counted += count - static_cast<int>(ignored);
         if (a.weight)
             for (int i = 0; i < count; ++i)
@@ -56,7 +52,11 @@ void scan_chunk(const ScanArgs& a, int64_t chunk, void*) {
     const int64_t n = chunk / per_item(a), first = chunk % per_item(a) * kChunk;
     const int64_t last = smaller(first + kChunk, a.shape.S);
     LabelSums sums;
-    with_integer_type(a.labels.tensor.dtype, [&](auto* type) { scan<std::remove_pointer_t<decltype(type)>>(a, n, first, last, sums); });
+    for (int64_t at = first; at < last && sums.bad_position < 0; at += kMaxTile) {
+        const Span span{n, at, static_cast<int>(smaller(kMaxTile, last - at))};
+        with_labels(a.labels.tensor, span,
+                    [&](const auto* from, int64_t step) { scan(a, from, step, n * a.shape.S + at, span.count, sums); });
+    }
     a.chunk_sums[chunk] = sums;
 }
 

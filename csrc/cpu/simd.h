@@ -88,6 +88,12 @@ CALSEG_INLINE Array<T> square_root(Array<T> a) {
 }
 
 template <class T>
+CALSEG_INLINE Array<T> magnitude(Array<T> a) {
+    for (int i = 0; i < kLanes; ++i) a.v[i] = std::fabs(a.v[i]);
+    return a;
+}
+
+template <class T>
 CALSEG_INLINE Array<T> reciprocal(Array<T> a) {
     for (int i = 0; i < kLanes; ++i) a.v[i] = T(1) / a.v[i];
     return a;
@@ -128,6 +134,11 @@ CALSEG_INLINE bool all(Array<bool> mask) {
     for (bool lane : mask.v) r &= lane;
     return r;
 }
+CALSEG_INLINE int count_of(Array<bool> mask) {
+    int r = 0;
+    for (bool lane : mask.v) r += lane;
+    return r;
+}
 // Stores 64-bit words: to[i] = high[i] * 2^32 + low[i].
 CALSEG_INLINE void store_words(uint64_t* to, Array<int32_t> low, Array<int32_t> high) {
     for (int i = 0; i < kLanes; ++i)
@@ -162,6 +173,7 @@ typedef uint32_t UintVector __attribute__((vector_size(4 * kLanes)));
 typedef __mmask16 MaskVector;
 CALSEG_INLINE bool any(MaskVector mask) { return mask != 0; }
 CALSEG_INLINE bool all(MaskVector mask) { return mask == 0xffff; }
+CALSEG_INLINE int count_of(MaskVector mask) { return __builtin_popcount(mask); }
 CALSEG_INLINE MaskVector equal(IntVector a, IntVector b) { return _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b); }
 CALSEG_INLINE MaskVector less(IntVector a, IntVector b) { return _mm512_cmplt_epi32_mask((__m512i)a, (__m512i)b); }
 CALSEG_INLINE MaskVector equal(FloatVector a, FloatVector b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
@@ -186,6 +198,17 @@ CALSEG_INLINE bool any(MaskVector mask) {
 #endif
 }
 CALSEG_INLINE bool all(MaskVector mask) { return !any(~mask); }
+CALSEG_INLINE int count_of(MaskVector mask) {
+#if defined(__AVX2__)
+    return __builtin_popcount(static_cast<unsigned>(_mm256_movemask_ps((__m256)mask)));
+#elif defined(__SSE2__)
+    return __builtin_popcount(static_cast<unsigned>(_mm_movemask_ps((__m128)mask)));
+#else
+    int r = 0;
+    for (int i = 0; i < kLanes; ++i) r -= mask[i];
+    return r;
+#endif
+}
 CALSEG_INLINE MaskVector equal(IntVector a, IntVector b) { return a == b; }
 CALSEG_INLINE MaskVector less(IntVector a, IntVector b) { return a < b; }
 CALSEG_INLINE MaskVector equal(FloatVector a, FloatVector b) { return a == b; }
@@ -230,6 +253,7 @@ CALSEG_INLINE FloatVector multiply_subtract(FloatVector a, FloatVector b, FloatV
 #endif
 }
 CALSEG_INLINE IntVector to_int_bits(FloatVector a) { return (IntVector)a; }
+CALSEG_INLINE FloatVector magnitude(FloatVector a) { return (FloatVector)((IntVector)a & 0x7fffffff); }
 CALSEG_INLINE FloatVector to_float_bits(IntVector a) { return (FloatVector)a; }
 CALSEG_INLINE FloatVector convert(IntVector a) { return __builtin_convertvector(a, FloatVector); }
 CALSEG_INLINE FloatVector to_values(IntVector a, FloatVector) { return convert(a); }

@@ -7,6 +7,7 @@
 
 #include "cpu/gaussian.h"
 #include "cpu/kernel.h"
+#include "cpu/overlap.h"
 #include "cpu/soft_cross_entropy.h"
 
 namespace calseg {
@@ -81,12 +82,26 @@ CALSEG_INLINE F<T> plain_cross_entropy(const Factors<T>& f, bool with_logits, co
     return select(less(labels, broadcast<I<T>>(0)), none, loss);
 }
 
+// Adds the overlap of a block, and turns the logits into the soft labels. On entry, w.soft holds the sum of the samples if
+// the loss is plain, else the soft labels.
+template <class T>
+CALSEG_INLINE void add_overlap(const Factors<T>& f, OverlapSums<T>& overlap, int64_t C, I<T> labels, const BlockRows<T>& w, T* logits,
+                               F<T> sum) {
+    const F<T> per_sum = per_sum_where_counted<T>(labels, sum), none = zero<T>();
+    const auto ignored = less(labels, broadcast<I<T>>(0));
+    for (int64_t c = 0; c < C; ++c) {
+        const F<T> y = select(ignored, none, f.plain ? f.blend(labels, c, w.soft) : load<F<T>>(w.soft + c * kLanes));
+        overlap.add(c, load<F<T>>(w.e + c * kLanes) * per_sum, y);
+        store(logits + c * kLanes, y);
+    }
+}
+
 // Computes a block: stores its losses and KL terms, and turns logits, mu and logvar into their gradients. The logits become
-// a gradient only if with_logits, mu and logvar only if kGaussianGradient.
+// a gradient only if with_logits, mu and logvar only if kGaussianGradient. With an overlap, they become the soft labels.
 template <int kClasses, bool kGaussianGradient, bool kKL, class T>
 CALSEG_INLINE void compute_block(const Factors<T>& f, bool with_logits, LossTile<T>& t, GaussianBlock<T, kClasses>& gaussian,
-                                 const BlockRows<T>& w, int block, uint64_t first_voxel, TensorTile<T>& logits_tile, TensorTile<T>& mu_tile,
-                                 TensorTile<T>& logvar_tile) {
+                                 OverlapSums<T>& overlap, const BlockRows<T>& w, int block, uint64_t first_voxel,
+                                 TensorTile<T>& logits_tile, TensorTile<T>& mu_tile, TensorTile<T>& logvar_tile) {
     const int64_t C = kClasses ? kClasses : t.C;
     const I<T> labels = load<I<T>>(t.labels + block * kLanes);
     const F<T> none = zero<T>();
@@ -113,6 +128,7 @@ CALSEG_INLINE void compute_block(const Factors<T>& f, bool with_logits, LossTile
     logvar_tile.prefetch_next(block);
     const F<T> loss = f.plain ? plain_cross_entropy<kClasses>(f, with_logits, t, w, block, logits, sum)
                               : blended_cross_entropy<kClasses>(f, with_logits, t, w, block, logits, sum);
+    if (overlap) add_overlap(f, overlap, C, labels, w, logits, sum);
     if (kGaussianGradient) {
         const F<T> to_samples = broadcast<F<T>>(f.to_samples), to_kl = broadcast<F<T>>(f.to_kl);
         gaussian.template finish_gradients<kKL>(load<F<T>>(t.upstream + block * kLanes) * to_samples,
@@ -128,6 +144,7 @@ void compute(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scr
     LossTile<T> t(scratch, C, tiles.length, a.spec.weight.data);
     GaussianBlock<T, kClasses> gaussian(scratch, a.spec.sampling, C);
     const BlockRows<T> rows(scratch, C);
+    OverlapSums<T> overlap(scratch, C, a.overlap_sums != nullptr);
     TensorTile<T> logits(scratch, a.tensors.logits, a.gradients.logits, a.shape, tiles.length);
     TensorTile<T> mu(scratch, a.tensors.mu, a.gradients.mu, a.shape, tiles.length);
     TensorTile<T> logvar(scratch, a.tensors.logvar, a.gradients.logvar, a.shape, tiles.length);
@@ -141,12 +158,14 @@ void compute(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scr
             for (auto* tensor : {&logits, &mu, &logvar}) clear_ignored(tensor->tile(), t.labels, count, C);
         for (int b = 0; b * kLanes < count; ++b) {
             const auto first_voxel = static_cast<uint64_t>(span.n * a.shape.S + span.s + b * kLanes);
-            compute_block<kClasses, kGaussianGradient, kKL>(factors, bool(a.gradients.logits), t, gaussian, rows, b, first_voxel, logits,
-                                                            mu, logvar);
+            compute_block<kClasses, kGaussianGradient, kKL>(factors, a.gradients.logits && !overlap, t, gaussian, overlap, rows, b,
+                                                            first_voxel, logits, mu, logvar);
         }
+        overlap.finish_tile(count);
         for (auto* tensor : {&logits, &mu, &logvar}) tensor->end(span);
-        t.template finish_tile<kKL>(a.loss, a.spec.sampling.beta, span);
+        t.template finish_tile<kKL>(a, span);
     }
+    overlap.finish_chunk(a.chunk_overlap, chunk);
     t.finish_chunk(a.chunk_sums, chunk);
 }
 

@@ -46,7 +46,7 @@ void compute(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scr
             store(t.kl + b * kLanes, select(ignored, none, kl));
         }
         for (auto* tensor : {&mu, &logvar}) tensor->end(span);
-        t.template finish_tile<kKL>(a.loss, a.spec.sampling.beta, span);
+        t.template finish_tile<kKL>(a, span);
     }
     t.finish_chunk(a.chunk_sums, chunk);
 }

@@ -22,15 +22,25 @@ struct LossSums {
     int64_t uncounted = 0;  // number of voxels whose label is ignored or not a class
 };
 
+// Overlap of the probabilities p with the labels Y. For each item and class it has two sums over the voxels that count:
+// of p + Y, and of |p - Y|. The overlap is no part of the loss. The caller computes Dice from the sums.
+constexpr int kOverlapSums = 2;
+
 struct LossArgs {
     Shape shape;
     LossSpec spec;
     LossTensors tensors;
-    LossTensors gradients;  // out, each may be absent
+    // Out, each may be absent. If overlap_sums are computed of sampled labels, the labels are stored in place of the gradient
+    // of the logits.
+    LossTensors gradients;
     Upstream upstream;
-    Voxels loss;                     // out, may be absent: loss of every voxel
-    void* reduced = nullptr;         // out, may be absent: mean or sum, in the type in which the scores are computed
-    LossSums* chunk_sums = nullptr;  // out: [chunks]
+    Voxels loss;                             // out, may be absent: loss of every voxel
+    void* reduced = nullptr;                 // out, may be absent: mean or sum, in the type in which the scores are computed
+    double* divisor = nullptr;               // out, may be absent: divisor of the sum of the losses
+    double* overlap_sums = nullptr;          // out, may be absent: [N][C][kOverlapSums]
+    const double* overlap_slopes = nullptr;  // may be absent: gradient of the result with respect to the sums, same shape
+    double* chunk_overlap = nullptr;         // out: [chunks][C][kOverlapSums], if there are overlap_sums
+    LossSums* chunk_sums = nullptr;          // out: [chunks]
 };
 
 struct SampleArgs {
@@ -60,7 +70,6 @@ struct BlendArgs {
 // Bad input of calibration_bins. A position is that of the first bad voxel in [N, S], or -1 if there is none.
 struct BinsFault {
     int64_t label_position = -1;      // voxel whose label is neither a class nor ignored
-    int64_t label = 0;                // that label
     int64_t score_position = -1;      // voxel whose scores are no probabilities
     double total = 0.0, least = 0.0;  // sum and smallest of these scores
 };
@@ -101,9 +110,9 @@ struct AceArgs {
 
 // Result of scan_labels.
 struct LabelSums {
-    int64_t counted = 0;                       // number of voxels that are not ignored
-    double weight = 0.0;                       // sum of their class weights
-    int64_t bad_position = -1, bad_value = 0;  // position and value of the first label that is neither a class nor ignored
+    int64_t counted = 0;        // number of voxels that are not ignored
+    double weight = 0.0;        // sum of their class weights
+    int64_t bad_position = -1;  // position of the first label that is neither a class nor ignored
 };
 
 struct ScanArgs {

@@ -1,5 +1,6 @@
 #include "host/operations.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -78,13 +79,12 @@ LabelSums scan(const Labels& labels, const Shape& shape, const double* weight, i
         total.weight += chunk.weight;
         if (total.bad_position < 0 && chunk.bad_position >= 0) {
             total.bad_position = chunk.bad_position;
-            total.bad_value = chunk.bad_value;
         }
     }
     return total;
 }
 
-LabelFault fault_of(const LabelSums& sums) { return {sums.bad_position, sums.bad_value}; }
+LabelFault fault_of(const LabelSums& sums) { return {sums.bad_position}; }
 
 // Runs a kernel, unless a label is out of range.
 template <class Args>
@@ -114,10 +114,14 @@ bool writes_over_logits(const LossArgs& args) { return args.gradients.logits && 
 // chunks, so that the result is the same for any number of threads. If only_if_all_count, chunks are skipped once a voxel
 // is found that does not count.
 LossSums compute_loss(const Kernel<LossArgs>& kernel, LossArgs args, const Divisors& by, int num_threads, bool only_if_all_count = false) {
-    args.upstream.scale /= by.loss;
-    args.upstream.kl_scale /= by.kl;
-    std::vector<LossSums> chunks(static_cast<std::size_t>(kernel.num_chunks(args)));
+    args.upstream.scale *= args.spec.scale / by.loss;
+    args.upstream.kl_scale *= args.spec.scale / by.kl;
+    const auto num_chunks = static_cast<std::size_t>(kernel.num_chunks(args));
+    std::vector<LossSums> chunks(num_chunks);
     args.chunk_sums = chunks.data();
+    const auto overlaps = static_cast<std::size_t>(args.overlap_sums ? args.shape.C * kOverlapSums : 0);
+    std::vector<double> overlap(num_chunks * overlaps);
+    args.chunk_overlap = overlap.data();
     compute(kernel, args, num_threads,
             [&](int64_t chunk) { return only_if_all_count && chunks[static_cast<std::size_t>(chunk)].uncounted > 0; });
     LossSums total;
@@ -125,6 +129,11 @@ LossSums compute_loss(const Kernel<LossArgs>& kernel, LossArgs args, const Divis
         total.loss += chunk.loss;
         total.kl += chunk.kl;
         total.uncounted += chunk.uncounted;
+    }
+    if (overlaps > 0) std::fill_n(args.overlap_sums, args.shape.N * static_cast<int64_t>(overlaps), 0.0);
+    for (std::size_t i = 0; i < overlap.size(); ++i) {  // an item has as many chunks as any other one
+        const std::size_t item = i / overlaps * static_cast<std::size_t>(args.shape.N) / num_chunks;
+        args.overlap_sums[item * overlaps + i % overlaps] += overlap[i];
     }
     return total;
 }
@@ -174,13 +183,20 @@ LabelFault loss(const Kernel<LossArgs>& kernel, const LossArgs& args, int num_th
     }
     const Divisors by = divisors(labels, spec);
     const double beta = spec.sampling.beta;
+    if (args.divisor) *args.divisor = by.loss;
     if (args.reduced) {
-        const double value = total.loss / by.loss + (beta != 0.0 ? beta * total.kl / by.kl : 0.0);
+        const double value = spec.scale * (total.loss / by.loss + (beta != 0.0 ? beta * total.kl / by.kl : 0.0));
         if ((args.tensors.logits ? args.tensors.logits : args.tensors.mu).dtype == DType::f64) *static_cast<double*>(args.reduced) = value;
         else *static_cast<float*>(args.reduced) = static_cast<float>(value);
     }
     return {};
 }
+
+LabelFault loss_and_overlap(LossArgs& args, int num_threads) {
+    return loss(args.tensors.mu ? kernels().vls_cross_entropy : kernels().cross_entropy, args, num_threads);
+}
+
+LabelFault overlap_backward(LossArgs& args, int num_threads) { return loss(kernels().cross_entropy, args, num_threads); }
 
 LabelFault sample_soft_labels(SampleArgs& args, int num_threads) {
     return compute_with_good_labels(kernels().sample_soft_labels, args, num_threads);

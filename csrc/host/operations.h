@@ -11,11 +11,15 @@ constexpr int64_t kElementsPerThread = 1 << 14;
 // First label that is neither a class nor ignored. Its position is that of the voxel in [N, S], or -1 if there is no such
 // label. If there is one, the results of the operation are invalid, and its inputs have not been changed.
 struct LabelFault {
-    int64_t position = -1, label = 0;
+    int64_t position = -1;
 };
 
 // Computes the loss that `kernel` belongs to, and its gradients.
 LabelFault loss(const Kernel<LossArgs>& kernel, const LossArgs& args, int num_threads);
+// Computes the loss and the sums of the overlap, for hard, given or sampled labels.
+LabelFault loss_and_overlap(LossArgs& args, int num_threads);
+// Computes the gradients of the loss, a sum over voxels, and of the overlap, for hard or given labels.
+LabelFault overlap_backward(LossArgs& args, int num_threads);
 
 LabelFault sample_soft_labels(SampleArgs& args, int num_threads);
 void sample_soft_labels_backward(SampleArgs& args, int num_threads);

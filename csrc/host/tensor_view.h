@@ -17,9 +17,9 @@ struct TensorView {
     explicit operator bool() const { return data != nullptr; }
 };
 
-struct Scores : TensorView {};   // one floating-point number per voxel and class
+struct Scores : TensorView {};   // one number per voxel and class: a floating-point number, or a fraction of u8 or u16
 struct Voxels : TensorView {};   // one floating-point number per voxel; stride_c is 0
-struct Indices : TensorView {};  // one integer per voxel; stride_c is 0
+struct Indices : TensorView {};  // one label per voxel, of any dtype; stride_c is 0
 
 // One float64 per class, contiguous.
 struct Classes {

@@ -19,15 +19,15 @@ namespace py = pybind11;
 namespace calseg {
 namespace {
 
-// Returns None, or of a label that is no class (position, label, number of classes).
+// Returns None, or of a label that is no class (position, number of classes).
 py::object to_python(const LabelFault& fault, const Shape& shape) {
     if (fault.position < 0) return py::none();
-    return py::make_tuple(fault.position, fault.label, shape.C);
+    return py::make_tuple(fault.position, shape.C);
 }
 
-// Returns (label_position, label, score_position, total, least). Positions are -1 where there was no fault.
+// Returns (label_position, score_position, total, least). Positions are -1 where there was no fault.
 py::object to_python(const BinsFault& fault, const Shape&) {
-    return py::make_tuple(fault.label_position, fault.label, fault.score_position, fault.total, fault.least);
+    return py::make_tuple(fault.label_position, fault.score_position, fault.total, fault.least);
 }
 
 // Place of an argument: its name, and the members that lead to where it is read into.
@@ -101,6 +101,10 @@ void define_operations(py::module_& m) {
 #define CALSEG_DEFINE(name) define_loss(#name, &run_loss<&KernelTable::name>);
     CALSEG_LOSSES(CALSEG_DEFINE)
 #undef CALSEG_DEFINE
+    define(m, "loss_and_overlap", &loss_and_overlap, In<&LossArgs::tensors>{"tensors"}, In<&LossArgs::spec>{"spec"},
+           Out<&LossArgs::gradients>{"made"}, LossResult{"loss"}, In<&LossArgs::overlap_sums>{"sums"}, In<&LossArgs::divisor>{"divisor"});
+    define(m, "overlap_backward", &overlap_backward, In<&LossArgs::tensors>{"tensors"}, In<&LossArgs::spec>{"spec"},
+           Out<&LossArgs::gradients>{"gradients"}, In<&LossArgs::overlap_slopes>{"grad_sums"});
     define(m, "sample_soft_labels", &sample_soft_labels, In<&SampleArgs::tensors>{"tensors"}, In<&SampleArgs::spec>{"spec"},
            Out<&SampleArgs::soft_labels>{"soft_labels"});
     define(m, "sample_soft_labels_backward", &sample_soft_labels_backward, In<&SampleArgs::tensors>{"tensors"},

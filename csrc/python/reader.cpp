@@ -221,7 +221,8 @@ void Reader::read(py::handle from, Scores& to) {
     view(from, torch_, held_, is_result_, [&](py::handle tensor) {
         const Layout t = layout_of(tensor);
         if (t.rank == 0) refuse("wanted a class axis");
-        if (!has_shape_) {
+        const bool is_first = !has_shape_;
+        if (is_first) {
             sizes_.assign(t.sizes, t.sizes + t.rank);
             shape_ = {1, t.sizes[t.rank > 1], 1};
             if (t.rank == 2) shape_.S = t.sizes[0];
@@ -235,7 +236,9 @@ void Reader::read(py::handle from, Scores& to) {
         } else if (sizes_.size() != static_cast<std::size_t>(t.rank) || !std::equal(sizes_.begin(), sizes_.end(), t.sizes)) {
             refuse("wanted the shape of the other scores");
         }
-        if (t.dtype > DType::f16) refuse("wanted floating-point numbers");
+        // Soft labels may be fractions of the largest integer. The first scores are logits.
+        const bool is_fraction = (t.dtype == DType::u8 || t.dtype == DType::u16) && !is_first;
+        if (t.dtype > DType::f16 && !is_fraction) refuse("wanted floating-point numbers");
         to.data = t.data;
         to.dtype = t.dtype;
         to.stride_n = 0;
@@ -248,17 +251,17 @@ void Reader::read(py::handle from, Scores& to) {
     });
 }
 
-void Reader::read(py::handle from, Voxels& to) { read_voxels(from, to, false); }
-void Reader::read(py::handle from, Indices& to) { read_voxels(from, to, true); }
+void Reader::read(py::handle from, Voxels& to) { read_voxels(from, to, true); }
+void Reader::read(py::handle from, Indices& to) { read_voxels(from, to, false); }
 
-void Reader::read_voxels(py::handle from, TensorView& to, bool integers) {
+void Reader::read_voxels(py::handle from, TensorView& to, bool is_value) {
     if (from.is_none()) return;
     view(from, torch_, held_, is_result_, [&](py::handle tensor) {
         const Layout t = layout_of(tensor);
         bool fits = has_shape_ && sizes_.size() == static_cast<std::size_t>(t.rank) + 1;
         for (int i = 0; fits && i < t.rank; ++i) fits = t.sizes[i] == sizes_[static_cast<std::size_t>(i == 0 ? 0 : i + 1)];
         if (!fits) refuse("wanted the shape of the scores without their class axis");
-        if (integers != (t.dtype > DType::f16)) refuse(integers ? "wanted integers" : "wanted floating-point numbers");
+        if (is_value && t.dtype > DType::f16) refuse("wanted floating-point numbers");
         to.data = t.data;
         to.dtype = t.dtype;
         to.stride_n = to.stride_c = 0;
@@ -287,6 +290,10 @@ void Reader::read(py::handle from, Classes& to) {
 
 void Reader::read(py::handle from, int64_t*& to) { to = static_cast<int64_t*>(memory(from, DType::i64)); }
 
+void Reader::read(py::handle from, double*& to) { to = static_cast<double*>(memory(from, DType::f64)); }
+
+void Reader::read(py::handle from, const double*& to) { to = static_cast<const double*>(memory(from, DType::f64)); }
+
 void Reader::read(py::handle from, void*& to) { to = memory(from, dtype_ == DType::f64 ? DType::f64 : DType::f32); }
 
 void Reader::read(py::handle from, const void*& to) {
@@ -299,7 +306,7 @@ void* Reader::memory(py::handle from, DType dtype) {
     if (from.is_none()) return nullptr;
     const Layout t = layout_of(from);
     int64_t step = 1;
-    if (!t.walk(0, step) || (step != 1 && t.elements > 1)) refuse("wanted contiguous memory");
+    if (t.elements > 1 && (!t.walk(0, step) || step != 1)) refuse("wanted contiguous memory");
     if (t.dtype != dtype) refuse("wanted another dtype");
     return t.data;
 }

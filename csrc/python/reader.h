@@ -48,8 +48,10 @@ class Reader {
     void read(pybind11::handle from, uint64_t& to);
     void read(pybind11::handle from, bool& to);
 
-    // Reads the address of a contiguous tensor: of int64, or of the type that the scores are computed in.
+    // Reads the address of a contiguous tensor: of int64, of float64, or of the type that the scores are computed in.
     void read(pybind11::handle from, int64_t*& to);
+    void read(pybind11::handle from, double*& to);
+    void read(pybind11::handle from, const double*& to);
     void read(pybind11::handle from, const void*& to);
     void read(pybind11::handle from, void*& to);
 
@@ -94,7 +96,7 @@ class Reader {
     void read_attributes(pybind11::handle tensor, Layout& to) const;
     bool has_memory(pybind11::handle tensor, const Layout& layout) const;
     void* memory(pybind11::handle from, DType dtype);
-    void read_voxels(pybind11::handle from, TensorView& to, bool integers);
+    void read_voxels(pybind11::handle from, TensorView& to, bool is_value);
     [[noreturn]] void refuse(const std::string& why) const;
 
     const Torch& torch_;

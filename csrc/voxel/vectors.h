@@ -18,6 +18,14 @@ struct F16 {
     uint16_t bits;
 };
 
+// Fractions of the largest integer of 8 or 16 bits, as memory holds them.
+struct U8 {
+    uint8_t steps;
+};
+struct U16 {
+    uint16_t steps;
+};
+
 // Vectors of T and of 32-bit integers.
 template <class T>
 using F = typename Vectors<T>::F;

@@ -57,11 +57,15 @@ def test_train_resume_and_table(capsys: pytest.CaptureFixture[str], data: Path, 
     assert metrics["config"]["patch_size"] == [16, 16, 8]
     for row in (
         f"Dice lesion.*{metrics['dice']['lesion']:.4f}",
+        f"ECE.*near.*{metrics['near']['ece']:.4f}",
         f"NLL.*all.*{metrics['all']['nll']:.4f}",
         f"Brier.*foreground.*{metrics['foreground']['brier']:.4f}",
         f"ECE.*foreground.*{metrics['foreground']['ece']:.4f}",
     ):
         assert re.search(row, out)
+    regions = re.findall(r"│ (?:ECE|NLL|Brier) +│ (\w+)", out)
+    assert regions == ["near"] * 3 + ["all"] * 3 + ["foreground"] * 3
+    assert "the outcome itself chooses this region" in out
     # Resuming takes the settings from the run; what is typed and differs is refused.
     code, _, _ = run(capsys, "train", data, "--out", out_folder, "--resume")
     assert code == 0

@@ -45,7 +45,10 @@ def test_commands(
     assert code == 0, err
     report = json.loads((out / "report.json").read_text())
     assert report["cases"] == 6
-    pooled = report["foreground"]["ece"]["pooled"]
+    assert f"{report['voxels']['near']:,} of them near the foreground" in text
+    assert text.index("near voxels") < text.index("all voxels") < text.index("foreground voxels")
+    assert "the outcome itself chooses this region" in text
+    pooled = report["near"]["ece"]["pooled"]
     low, high = pooled["interval"]
     assert f"{pooled['value']:.4f} [{low:.4f}, {high:.4f}]" in text
     assert "ECE, monai" in text

@@ -45,7 +45,7 @@ class Example:
         ({"share": float("nan")}, r"^share must lie in \[0, 1\]; got nan$"),
         ({"kind": "c"}, "^kind must be one of a, b; got 'c'$"),
         ({"bins": 21}, "^bins must lie in 1 to 20; got 21$"),
-        ({"bins": "15"}, "^bins must lie in 1 to 20; got '15'$"),
+        ({"bins": "15"}, "^bins must be a whole number; got '15'$"),
     ],
 )
 def test_the_setting_out_of_bounds_is_named(changes: dict[str, object], message: str) -> None:

@@ -106,7 +106,7 @@ def test_float_labels_are_cast_when_whole(tmp_path: Path) -> None:
         ({"labels": {"background": 0, "organ": [1, 2]}}, "region-based labels"),
         ({"labels": {"background": 0, "other": 0}}, "the number 0 twice"),
         ({"labels": {"0": "background"}}, "at least two classes"),
-        ({"labels": {"zero": "background"}}, "holds no whole number"),
+        ({"labels": {"zero": "background"}}, "must map numbers to names"),
         ({"labels": []}, "must map numbers to names"),
         ({"modality": None}, "must name the channels"),
         ({"modality": {"first": "MRI"}}, "channels must be numbered"),
@@ -190,12 +190,12 @@ def test_corrupt_files_are_named(tmp_path: Path, damage: Any, part: str) -> None
         (
             "labelsTr",
             np.full((10, 9, 8), 2, np.uint8),
-            "outside the classes 0 to 1 of dataset.json: 2",
+            "outside the classes 0 to 1: 2; the first is at voxel",
         ),
         (
             "labelsTr",
             np.full((10, 9, 8), -1, np.int16),
-            "outside the classes 0 to 1 of dataset.json: -1",
+            "outside the classes 0 to 1: -1; the first is at voxel",
         ),
         ("labelsTr", np.full((10, 9, 8), np.nan, np.float32), "labels must be whole numbers; found nan"),
         (
@@ -204,11 +204,11 @@ def test_corrupt_files_are_named(tmp_path: Path, damage: Any, part: str) -> None
             r"shape \(10, 9, 7\), but .*has \(10, 9, 8\)",
         ),
         ("labelsTr", np.zeros((10, 9, 8, 2), np.uint8), "a 3-D label map"),
-        ("labelsTr", np.zeros((10, 9), np.uint8), "a 3-D label map"),
+        ("labelsTr", np.zeros((10, 9), np.uint8), r"shape \(10, 9, 1\), but .*has \(10, 9, 8\)"),
         ("imagesTr", np.full((10, 9, 8), np.inf, np.float32), "720 voxels are NaN or infinite"),
         ("imagesTr", np.full((10, 9, 8), 1e300), "720 voxels are NaN or infinite"),
         ("imagesTr", np.zeros((10, 9, 8, 3), np.float32), r"3 channels, but dataset.json names 1 \(MRI\)"),
-        ("imagesTr", np.zeros((10, 9), np.float32), "a 3-D volume, or 4-D"),
+        ("imagesTr", np.zeros((10, 9, 8, 2, 2), np.float32), "a 3-D volume, or 4-D"),
         ("imagesTr", np.zeros((10, 9, 8), np.complex64), "real numbers are wanted"),
     ],
 )
