@@ -10,14 +10,8 @@ from typing import Any
 import triton
 import triton.language as tl
 from calseg.kernels.launch import Call
-from calseg.kernels.softmax import INF, exp_of, online_top_and_sum, reciprocal, top_and_sum
+from calseg.kernels.softmax import INF, online_top_and_sum, softmax, top_and_sum
 from calseg.kernels.tile import View, classes, load, locate, store
-
-
-@triton.jit
-def _softmax(x, top, total, per_temperature):
-    """Return the softmax of a block of classes, given the results of :func:`top_and_sum` for all classes."""
-    return exp_of((x - top[None, :]) * per_temperature) * reciprocal(total)[None, :]
 
 
 @triton.jit
@@ -39,7 +33,7 @@ def accumulate_softmax(
         x = load(logits, n, first, inside, None, c, C, tile)
         y = load(other, n, first, inside, None, c, C, tile)
         top, total = top_and_sum(x, c, per_temperature, C)
-        p = _softmax(x, top, total, per_temperature)
+        p = softmax(x, top, total, per_temperature)
         if BACKWARD:
             dot = tl.sum(tl.where((c < C)[:, None], p * y, 0.0), 0)
             store(out, n, first, inside, c, p * per_temperature * (y - dot[None, :]), C, tile)
@@ -56,11 +50,11 @@ def accumulate_softmax(
             for start in range(0, C, BLOCK_C):
                 x = load(logits, n, first, inside, None, start + c, C, tile)
                 y = load(other, n, first, inside, None, start + c, C, tile)
-                dot += tl.sum(tl.where((start + c < C)[:, None], _softmax(x, top, total, per_temperature) * y, 0.0), 0)
+                dot += tl.sum(tl.where((start + c < C)[:, None], softmax(x, top, total, per_temperature) * y, 0.0), 0)
         for start in range(0, C, BLOCK_C):
             x = load(logits, n, first, inside, None, start + c, C, tile)
             y = load(other, n, first, inside, None, start + c, C, tile)
-            p = _softmax(x, top, total, per_temperature)
+            p = softmax(x, top, total, per_temperature)
             value = p * per_temperature * (y - dot[None, :]) if BACKWARD else y + p
             store(out, n, first, inside, start + c, value, C, tile)
 

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from calseg.kernels.labels import class_weights, label_weights, load_labels, weighted
 from calseg.kernels.launch import HARD, SOFT, WEIGHTED, Call, TileDemands
+from calseg.kernels.overlap import overlap_dot, overlap_gradient, store_overlap
 from calseg.kernels.reductions import LossArguments, load_upstream, store_loss
-from calseg.kernels.softmax import INF, exp_of, online_top_and_sum, reciprocal, top_and_sum
+from calseg.kernels.softmax import INF, exp_of, online_top_and_sum, reciprocal, softmax, top_and_sum
 from calseg.kernels.tile import classes, load, locate, store
 
 
@@ -48,9 +49,16 @@ def _hard_terms(x, c, label, weight, top, SMOOTHED: tl.constexpr, C: tl.constexp
 
 
 @triton.jit
+def _one_hot(c, label):
+    """Return the labels as one-hot ``[BLOCK_C, TILE]``."""
+    return tl.where(c[:, None] == label[None, :], 1.0, 0.0)
+
+
+@triton.jit
 def _hard_gradient(
-    x, c, label, weight, top, scale_e, scale_label, scale_weight, SMOOTHED: tl.constexpr, C: tl.constexpr
-):
+    x, c, label, weight, top, total, scale_e, scale_label, scale_weight, grad_overlap, dot, ok, n,
+    SMOOTHED: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
     """Return the gradient of the logits of a block of classes."""
     # Hide from the compiler that this label is the one in _hard_terms(). Otherwise it keeps the results of the
     # comparisons there as single bits in registers, and to unpack them takes three times as long as to compare again.
@@ -59,6 +67,8 @@ def _hard_gradient(
     g = tl.where(c[:, None] == label[None, :], g - scale_label[None, :], g)
     if SMOOTHED:
         g -= class_weights(weight, c, C)[:, None] * scale_weight[None, :]
+    if grad_overlap is not None:
+        g += overlap_gradient(grad_overlap, softmax(x, top, total, 1.0), _one_hot(c, label), ok, dot, n, c, C)
     return g
 
 
@@ -71,6 +81,8 @@ def hard_cross_entropy(
     loss,  # out [N, S] or None
     partials,  # out [1, programs] or None
     grad,  # out [N, C, S] or None
+    overlap,  # out [programs, C, 2] or None
+    grad_overlap,  # [N, C, 2] or None
     S,
     smoothing,  # None if there is no label smoothing
     C: tl.constexpr,
@@ -119,9 +131,19 @@ def hard_cross_entropy(
         scale_label = up * on_label
         scale_weight = up * spread
 
+    dot = tl.full([tile.TILE], 0.0, tl.float32)
     if C <= BLOCK_C:
         label_d, weighted_d = _hard_terms(x, c, label, weight, top, SMOOTHED, C)
+        if overlap is not None:
+            store_overlap(overlap, softmax(x, top, total, 1.0), _one_hot(c, label), ok, c, C)
+        if grad_overlap is not None:
+            dot = overlap_dot(grad_overlap, softmax(x, top, total, 1.0), _one_hot(c, label), n, c, C)
     else:
+        if grad_overlap is not None:
+            for start in range(0, C, BLOCK_C):
+                x = load(logits, n, first, inside, counted, start + c, C, tile)
+                p = softmax(x, top, total, 1.0)
+                dot += overlap_dot(grad_overlap, p, _one_hot(start + c, label), n, start + c, C)
         label_d = tl.full([tile.TILE], 0.0, tl.float32)
         weighted_d = label_d
         for start in range(0, C, BLOCK_C):
@@ -129,9 +151,12 @@ def hard_cross_entropy(
             a, b = _hard_terms(x, start + c, label, weight, top, SMOOTHED, C)
             label_d += a
             weighted_d += b
+            if overlap is not None:
+                store_overlap(overlap, softmax(x, top, total, 1.0), _one_hot(start + c, label), ok, start + c, C)
             if grad is not None:
                 g = _hard_gradient(
-                    x, start + c, label, weight, top, scale_e, scale_label, scale_weight, SMOOTHED, C
+                    x, start + c, label, weight, top, total, scale_e, scale_label, scale_weight, grad_overlap, dot, ok,
+                    n, SMOOTHED, C,
                 )  # fmt: skip
                 store(grad, n, first, inside, start + c, g, C, tile)
 
@@ -145,20 +170,28 @@ def hard_cross_entropy(
         if SMOOTHED:
             value += spread * (weight_sum * log_total - weighted_d)
         value = tl.where(ok, value, 0.0)
-        store_loss(loss, partials, value, None, None, n, first, inside, tile)
+        store_loss(loss, partials, upstream, value, None, None, n, first, inside, tile)
 
     if C <= BLOCK_C and grad is not None:
-        g = _hard_gradient(x, c, label, weight, top, scale_e, scale_label, scale_weight, SMOOTHED, C)
+        g = _hard_gradient(
+            x, c, label, weight, top, total, scale_e, scale_label, scale_weight, grad_overlap, dot, ok, n, SMOOTHED, C
+        )
         store(grad, n, first, inside, c, g, C, tile)
 
 
 @triton.jit
+def _log_softmax(x, top, log_total):
+    """Return the logarithm of the softmax of a block of classes."""
+    return (x - top[None, :]) - log_total[None, :]
+
+
+@triton.jit
 def _soft_block(
-    x, y, c, weight, top, log_total, scale_p, up, keep, spread, grad, grad_soft, n, first, inside,
-    C: tl.constexpr, tile: tl.constexpr,
+    x, y, c, weight, top, log_total, scale_p, up, keep, spread, grad, grad_soft, overlap, grad_overlap, dot, ok, n,
+    first, inside, C: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    """Return ``- sum_c w[c] Y[c] log p[c]`` over a block of classes, and store the gradients of the block."""
-    log_p = (x - top[None, :]) - log_total[None, :]
+    """Return ``- sum_c w[c] Y[c] log p[c]`` over a block of classes, and store the results of the block."""
+    log_p = _log_softmax(x, top, log_total)
     w = class_weights(weight, c, C)[:, None]
     smoothed = keep * y + spread
     share = weighted(w, smoothed)
@@ -166,12 +199,16 @@ def _soft_block(
     value = -tl.sum(tl.where((smoothed == 0.0) | (c >= C)[:, None], 0.0, share * log_p), 0)
     if grad is not None:
         g = exp_of(log_p) * scale_p[None, :] - up[None, :] * share
+        if grad_overlap is not None:
+            g += overlap_gradient(grad_overlap, exp_of(log_p), y, ok, dot, n, c, C)
         store(grad, n, first, inside, c, g, C, tile)
     if grad_soft is not None:
         # Where Y is 0 and log p is -inf, the term of the loss is 0, and so is its gradient.
         finite = tl.where((log_p == -INF) & (y == 0.0), 0.0, log_p)
         g = tl.where((up == 0.0)[None, :], 0.0, -(keep * up)[None, :] * w * finite)
         store(grad_soft, n, first, inside, c, g, C, tile)
+    if overlap is not None:
+        store_overlap(overlap, exp_of(log_p), y, ok, c, C)
     return value
 
 
@@ -186,6 +223,8 @@ def soft_cross_entropy(
     partials,  # out [1, programs] or None
     grad,  # out [N, C, S] or None
     grad_soft,  # out [N, C, S] or None
+    overlap,  # out [programs, C, 2] or None
+    grad_overlap,  # [N, C, 2] or None
     S,
     smoothing,
     C: tl.constexpr,
@@ -193,7 +232,10 @@ def soft_cross_entropy(
     IS_MASK: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """Compute ``- sum_c w[c] Y[c] log softmax(x)[c]``, and the gradients of x and Y."""
+    """Compute ``- sum_c w[c] Y[c] log softmax(x)[c]``, and the gradients of x and Y.
+
+    ``grad`` may be the memory of ``soft``: an element of the labels is read before that of the gradient is written.
+    """
     BLOCK_C: tl.constexpr = tile.BLOCK_C
     n, first, inside = locate(tl.program_id(0), S, tile)
     if labels.ptr is None:
@@ -224,21 +266,30 @@ def soft_cross_entropy(
     up, _ = load_upstream(upstream, n, first, inside, ok, NUM_SUMS, tile)
     scale_p = up * mass
 
+    dot = tl.full([tile.TILE], 0.0, tl.float32)
     if C <= BLOCK_C:
+        if grad_overlap is not None:
+            dot = overlap_dot(grad_overlap, exp_of(_log_softmax(x, top, log_total)), y, n, c, C)
         value = _soft_block(
-            x, y, c, weight, top, log_total, scale_p, up, keep, spread, grad, grad_soft, n, first, inside, C, tile
-        )
+            x, y, c, weight, top, log_total, scale_p, up, keep, spread, grad, grad_soft, overlap, grad_overlap, dot, ok,
+            n, first, inside, C, tile,
+        )  # fmt: skip
     else:
+        if grad_overlap is not None:
+            for start in range(0, C, BLOCK_C):
+                x = load(logits, n, first, inside, counted, start + c, C, tile)
+                y = load(soft, n, first, inside, counted, start + c, C, tile)
+                dot += overlap_dot(grad_overlap, exp_of(_log_softmax(x, top, log_total)), y, n, start + c, C)
         value = tl.full([tile.TILE], 0.0, tl.float32)
         for start in range(0, C, BLOCK_C):
             x = load(logits, n, first, inside, counted, start + c, C, tile)
             y = load(soft, n, first, inside, counted, start + c, C, tile)
             value += _soft_block(
-                x, y, start + c, weight, top, log_total, scale_p, up, keep, spread, grad, grad_soft, n, first, inside,
-                C, tile,
+                x, y, start + c, weight, top, log_total, scale_p, up, keep, spread, grad, grad_soft, overlap,
+                grad_overlap, dot, ok, n, first, inside, C, tile,
             )  # fmt: skip
     value = tl.where(ok, value, 0.0)
-    store_loss(loss, partials, value, None, None, n, first, inside, tile)
+    store_loss(loss, partials, upstream, value, None, None, n, first, inside, tile)
 
 
 def tile_demands(spec: Any, tensors: Any) -> TileDemands:
@@ -254,12 +305,13 @@ def launch(call: Call, spec: Any, given: LossArguments) -> None:
     outputs = given.upstream, given.loss, given.partials
     if tensors.soft_labels is None:
         call.launch(
-            hard_cross_entropy, tensors.logits, given.labels, spec.weight, *outputs, gradients.logits, call.S,
-            spec.label_smoothing or None, call.C, given.num_sums,
+            hard_cross_entropy, tensors.logits, given.labels, spec.weight, *outputs, gradients.logits, given.overlap,
+            given.grad_overlap, call.S, spec.label_smoothing or None, call.C, given.num_sums,
         )  # fmt: skip
     else:
         is_mask = spec.labels is not None and spec.labels.is_mask
         call.launch(
             soft_cross_entropy, tensors.logits, tensors.soft_labels, given.labels, spec.weight, *outputs,
-            gradients.logits, gradients.soft_labels, call.S, spec.label_smoothing, call.C, given.num_sums, is_mask,
+            gradients.logits, gradients.soft_labels, given.overlap, given.grad_overlap, call.S, spec.label_smoothing,
+            call.C, given.num_sums, is_mask,
         )  # fmt: skip

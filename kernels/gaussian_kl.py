@@ -43,7 +43,7 @@ def gaussian_kl(
         to_mu, to_logvar = kl_gradients(gaussian, mean, sigma, up)
         store_gradients(grad_mu, grad_logvar, to_mu, to_logvar, n, first, inside, c, C, tile)
     value = tl.where(inside, value, 0.0)
-    store_loss(loss, partials, value, None, None, n, first, inside, tile)
+    store_loss(loss, partials, upstream, value, None, None, n, first, inside, tile)
 
 
 def tile_demands(spec: Any, tensors: Any) -> TileDemands:

@@ -11,7 +11,7 @@ from calseg.kernels.tile import View, voxel_pointers
 
 
 class Labels(NamedTuple):
-    """Class indices or a mask ``[N, S]`` of any integer dtype. ``ptr`` is None if there are no labels.
+    """Class indices ``[N, S]`` of any dtype, or a mask. ``ptr`` is None if there are no labels.
 
     ``ignore`` is the label of ignored voxels, or None if the dtype cannot hold that value.
     """
@@ -22,6 +22,15 @@ class Labels(NamedTuple):
     ignore: int | None = None
 
 
+def holds(dtype: torch.dtype, number: int) -> bool:
+    """Return whether a dtype has a value that equals this integer."""
+    if not dtype.is_floating_point:
+        return torch.iinfo(dtype).min <= number <= torch.iinfo(dtype).max
+    info = torch.finfo(dtype)
+    lowest_bit = max(1, number & -number)
+    return abs(number) <= info.max and abs(number) // lowest_bit < 2 / info.eps
+
+
 def labels_argument(view: View | None, labels: Any) -> Labels:
     """Return the argument by which a kernel receives ``labels``, the labels of a spec or None.
 
@@ -29,8 +38,8 @@ def labels_argument(view: View | None, labels: Any) -> Labels:
     """
     if view is None:
         return Labels()
-    info, ignore_index = torch.iinfo(labels.tensor.dtype), labels.ignore_index
-    if not info.min <= ignore_index <= info.max:
+    ignore_index = labels.ignore_index
+    if not holds(labels.tensor.dtype, ignore_index):
         ignore_index = None
     elif ignore_index >= 2**63:  # kernels compare signed numbers of 64 bits
         ignore_index -= 2**64
@@ -46,9 +55,17 @@ def load_labels(labels, n, first, inside, C: tl.constexpr, IS_MASK: tl.constexpr
     """
     given = tl.load(voxel_pointers(labels, n, first, tile), mask=inside, other=0)
     NARROW: tl.constexpr = given.dtype.primitive_bitwidth < 32 or given.dtype == tl.int32
-    given = given.to(tl.int32 if NARROW else tl.int64)
+    WHOLE: tl.constexpr = given.dtype.is_int()
+    if WHOLE:
+        given = given.to(tl.int32 if NARROW else tl.int64)
+        bad = (given < 0) | (given >= C)
+        label = given
+    else:
+        given = given.to(tl.float32 if NARROW else given.dtype)
+        bad = ((given >= 0) & (given < C) & (tl.floor(given) == given)) == 0
+        label = tl.where((given >= 0) & (given < C), given, -1)  # an integer cannot hold every float
     # Compute none of the three results from another one: Triton 3.6 would move it before the one that it depends on.
-    label, ok, bad = given, inside, (given < 0) | (given >= C)
+    ok = inside
     if labels.ignore is not None:
         counts = given != labels.ignore
         label, ok, bad = tl.where(counts, label, -1), ok & counts, counts & bad

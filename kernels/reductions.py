@@ -23,13 +23,15 @@ FINISH_BLOCK = 4096
 
 
 class Upstream(NamedTuple):
-    """The upstream gradient of every voxel: ``scale``, divided by the divisors of the mean, times a tensor ``[N, S]``.
+    """The upstream gradient of every voxel: a factor, divided by the divisors of the mean, times a tensor ``[N, S]``.
 
-    ``sums`` ``[2, NUM_SUMS]`` holds partial sums of the divisors of the loss and of the KL term. It is None if there
-    are no divisors, or if ``scale`` includes them. ``ptr`` is the tensor ``[N, S]``, and None if that is 1 everywhere.
+    The factor, which also multiplies the loss, is ``scale`` times ``factor``, a 0-d tensor or None. ``sums``
+    ``[2, NUM_SUMS]`` holds partial sums of the divisors of the loss and of the KL term. It is None if there are no
+    divisors, or if ``scale`` includes them. ``ptr`` is the tensor ``[N, S]``, and None if that is 1 everywhere.
     """
 
     scale: float
+    factor: Any = None
     sums: Any = None
     ptr: Any = None
     stride_n: int | None = None
@@ -52,9 +54,18 @@ class LossArguments(NamedTuple):
     partials: Tensor | None
     num_sums: int  # length of ``upstream.sums``
     with_kl: bool  # the loss has a KL term
+    overlap: Tensor | None = None  # receives the overlap of every program: see calseg.kernels.overlap
+    grad_overlap: Tensor | None = None  # gradient of the overlap
 
 
 # ---- the upstream gradient ----
+
+
+@triton.jit
+def load_factor(upstream):
+    """Return the factor of the loss, a number."""
+    scale = upstream.scale
+    return scale if upstream.factor is None else scale * tl.load(upstream.factor).to(tl.float32)
 
 
 @triton.jit
@@ -67,7 +78,7 @@ def divisors(sums, NUM_SUMS: tl.constexpr):
 @triton.jit
 def load_upstream(upstream, n, first, inside, ok, NUM_SUMS: tl.constexpr, tile: tl.constexpr):
     """Return the upstream gradients of the loss and of the KL term of every voxel. They are 0 where ``ok`` is false."""
-    of_loss = tl.full([tile.TILE], 0.0, tl.float32) + upstream.scale
+    of_loss = tl.full([tile.TILE], 0.0, tl.float32) + load_factor(upstream)
     of_kl = of_loss
     if upstream.sums is not None:
         loss_divisor, kl_divisor = divisors(upstream.sums, NUM_SUMS)
@@ -129,10 +140,14 @@ def store_sum(partials, row: tl.constexpr, values):
 
 
 @triton.jit
-def store_loss(loss, partials, value, kl, beta, n, first, inside, tile: tl.constexpr):
-    """Store the loss of every voxel, or this program's share of the sums. ``kl`` is None where there is no KL term."""
+def store_loss(loss, partials, upstream, value, kl, beta, n, first, inside, tile: tl.constexpr):
+    """Store the loss of every voxel, times its factor, or this program's share of the sums.
+
+    ``kl`` is None where there is no KL term.
+    """
     if loss is not None:
-        store_voxels(loss, n, first, inside, value if kl is None else value + beta * kl, tile)
+        value = value if kl is None else value + beta * kl
+        store_voxels(loss, n, first, inside, load_factor(upstream) * value, tile)
     if partials is not None:
         store_sum(partials, 0, value)
         if kl is not None:
@@ -142,10 +157,9 @@ def store_loss(loss, partials, value, kl, beta, n, first, inside, tile: tl.const
 @triton.jit
 def finish_loss(
     partials,  # [1 or 2, num_partials]: sums of the loss and of the KL term
-    sums,  # [2, NUM_SUMS] or None
+    upstream,
     out,  # out []
     num_partials,
-    scale,
     beta,
     WITH_KL: tl.constexpr,
     NUM_SUMS: tl.constexpr,
@@ -160,9 +174,10 @@ def finish_loss(
         loss += tl.load(partials + start + i, mask=mask, other=0.0)
         if WITH_KL:
             kl += tl.load(partials + num_partials + start + i, mask=mask, other=0.0)
-    value, kl_value = tl.sum(loss, 0) * scale, tl.sum(kl, 0) * scale
-    if sums is not None:
-        loss_divisor, kl_divisor = divisors(sums, NUM_SUMS)
+    factor = load_factor(upstream)
+    value, kl_value = tl.sum(loss, 0) * factor, tl.sum(kl, 0) * factor
+    if upstream.sums is not None:
+        loss_divisor, kl_divisor = divisors(upstream.sums, NUM_SUMS)
         value, kl_value = value / loss_divisor, kl_value / kl_divisor
     if WITH_KL:
         value += beta * kl_value
@@ -174,7 +189,6 @@ def reduced_loss(call: Call, spec: Any, given: LossArguments) -> Tensor:
     value = torch.empty((), dtype=spec.dtype, device=call.like.device)
     block = min(FINISH_BLOCK, host.power_of_two(call.programs))
     beta = spec.sampling.beta if given.with_kl else 0.0
-    scale, sums = given.upstream.scale, given.upstream.sums
-    arguments = (given.partials, sums, value, call.programs, scale, beta, given.with_kl, given.num_sums, block)
+    arguments = (given.partials, given.upstream, value, call.programs, beta, given.with_kl, given.num_sums, block)
     host.launch_kernel(finish_loss, 1, call.like, arguments, 8)
     return value

@@ -46,7 +46,7 @@ def _sampled_block(
     voxel = n * S + first + tl.arange(0, tile.TILE)
     for k in range(0, num_samples, samples_at_once(C)):
         z = noise(k, start, voxel, k0, k1, C, tile)
-        for half in tl.static_range(2):
+        for half in range(2):
             _, e, total = softmax_of_sample(mean, deviation, z, c, k + half, statistics, voxel, inside, C)
             s = e * tl.where(exists(k + half, num_samples, C), reciprocal(total)[:, None, :], 0.0)
             if BACKWARD:

@@ -23,6 +23,29 @@ def _store_row(statistics, row, voxel, inside, values):
     tl.store(statistics.ptr + row * statistics.num_voxels + voxel, values, mask=inside)
 
 
+@triton.jit
+def _fold(top, total, dot, weighted, nu, a, w, c, C: tl.constexpr):
+    """Return the first four arguments after another block of classes of a sample.
+
+    They are the maximum of nu, ``sum exp(nu - max)``, and the sums of these exponentials times ``a`` and times ``w``.
+    """
+    higher, total = online_top_and_sum(top, total, nu, c, 1.0, C)
+    shrink = exp_of(top - higher)
+    e = tl.where((c < C)[:, None], exp_of(nu - higher[None, :]), 0.0)
+    if a is not None:
+        dot = dot * shrink + tl.sum(a * e, 0)
+    return higher, total, dot, weighted * shrink + tl.sum(w * e, 0)
+
+
+@triton.jit
+def _store_sample(statistics, k, voxel, inside, top, total, dot, weighted):
+    """Store the rows of sample k, given the results of :func:`_fold`, and return ``sum_c w s`` of the sample."""
+    _store_row(statistics, 3 + 3 * k, voxel, inside, top)
+    _store_row(statistics, 4 + 3 * k, voxel, inside, total)
+    _store_row(statistics, 5 + 3 * k, voxel, inside, dot / total)
+    return weighted / total
+
+
 @triton.jit(do_not_specialize=["seed"])
 def sample_statistics(
     logits,  # [N, C, S] or None
@@ -75,31 +98,25 @@ def sample_statistics(
     k0, k1 = load_seed(seed, gaussian.seed)
     estimated = zero  # sum_k sum_c w s
     for pair in range(0, num_samples, 2):
-        for half in tl.static_range(2):
-            k = pair + half
-            sample_top, sample_total, dot, weighted = lowest, zero, zero, zero
-            for start in range(0, C, BLOCK_C):
-                c = classes(start, tile)
-                mean = load(mu, n, first, inside, counted, c, C, tile) * per_temperature
-                deviation = exp_any(load(logvar, n, first, inside, counted, c, C, tile) * 0.5) * per_temperature
-                z = tl.reshape(noise(pair, start, voxel, k0, k1, C, tile), [BLOCK_C, tile.TILE])
-                nu = mean + deviation * z if half == 0 else mean - deviation * z
-                before = sample_top
-                sample_top, sample_total = online_top_and_sum(sample_top, sample_total, nu, c, 1.0, C)
-                shrink = exp_of(before - sample_top)
-                e = tl.where((c < C)[:, None], exp_of(nu - sample_top[None, :]), 0.0)
-                w = class_weights(weight, c, C)[:, None]
-                weighted = weighted * shrink + tl.sum(w * e, 0)
-                if logits is not None:
-                    x = load(logits, n, first, inside, counted, c, C, tile)
-                    log_p = (x - top[None, :]) - log_total[None, :]
-                    dot = dot * shrink + tl.sum(w * tl.where(log_p < LOWEST, LOWEST, log_p) * e, 0)
-                elif grad_output is not None:
-                    dot = dot * shrink + tl.sum(load(grad_output, n, first, inside, counted, c, C, tile) * e, 0)
-            _store_row(statistics, 3 + 3 * k, voxel, inside, sample_top)
-            _store_row(statistics, 4 + 3 * k, voxel, inside, sample_total)
-            _store_row(statistics, 5 + 3 * k, voxel, inside, dot / sample_total)
-            estimated += tl.where(k < num_samples, weighted / sample_total, 0.0)
+        plus, minus = (lowest, zero, zero, zero), (lowest, zero, zero, zero)
+        for start in range(0, C, BLOCK_C):
+            c = classes(start, tile)
+            d = tl.reshape(noise(pair, start, voxel, k0, k1, C, tile), [BLOCK_C, tile.TILE])
+            d *= exp_any(load(logvar, n, first, inside, counted, c, C, tile) * 0.5) * per_temperature
+            mean = load(mu, n, first, inside, counted, c, C, tile) * per_temperature
+            w = class_weights(weight, c, C)[:, None]
+            a = None
+            if logits is not None:
+                x = load(logits, n, first, inside, counted, c, C, tile)
+                log_p = (x - top[None, :]) - log_total[None, :]
+                a = w * tl.where(log_p < LOWEST, LOWEST, log_p)
+            elif grad_output is not None:
+                a = load(grad_output, n, first, inside, counted, c, C, tile)
+            plus = _fold(*plus, mean + d, a, w, c, C)
+            minus = _fold(*minus, mean - d, a, w, c, C)
+        estimated += _store_sample(statistics, pair, voxel, inside, *plus)
+        of_minus = _store_sample(statistics, pair + 1, voxel, inside, *minus)
+        estimated += tl.where(pair + 1 < num_samples, of_minus, 0.0)
 
     if logits is not None:
         on_label = 1.0 if weight is None else label_weights(weight, label, C)

@@ -46,6 +46,12 @@ def top_and_sum(x, c, scale, C: tl.constexpr):
 
 
 @triton.jit
+def softmax(x, top, total, scale):
+    """Return the softmax of ``scale * x`` for a block of classes, given :func:`top_and_sum` of all classes."""
+    return exp_of((x - top[None, :]) * scale) * reciprocal(total)[None, :]
+
+
+@triton.jit
 def online_top_and_sum(top, total, x, c, scale, C: tl.constexpr):
     """Return ``top`` and ``total`` after another block of classes.
 

@@ -113,20 +113,26 @@ def pointers(x, n, first, c, tile: tl.constexpr):
 
 @triton.jit
 def load(x, n, first, inside, ok, c, C: tl.constexpr, tile: tl.constexpr):
-    """Load classes ``c`` of the tile as float32.
+    """Load classes ``c`` of the tile as float32. An unsigned integer is a fraction of the largest one of its type.
 
     The value is 0 past class C and where ``ok`` is false, even if memory holds a NaN there. ``ok`` may be None.
     """
+    TYPE: tl.constexpr = x.ptr.dtype.element_ty
     mask = (c < C)[:, None] & inside[None, :]
-    values = tl.load(pointers(x, n, first, c, tile), mask=mask, other=0.0).to(tl.float32)
+    values = tl.load(pointers(x, n, first, c, tile), mask=mask, other=0).to(tl.float32)
+    if TYPE.is_int():
+        values *= 1.0 / (2**TYPE.primitive_bitwidth - 1)
     return values if ok is None else tl.where(ok[None, :], values, 0.0)
 
 
 @triton.jit
 def store(x, n, first, inside, c, values, C: tl.constexpr, tile: tl.constexpr):
     """Store classes ``c`` of the tile: the inverse of :func:`load`."""
+    TYPE: tl.constexpr = x.ptr.dtype.element_ty
     mask = (c < C)[:, None] & inside[None, :]
-    tl.store(pointers(x, n, first, c, tile), values.to(x.ptr.dtype.element_ty), mask=mask)
+    if TYPE.is_int():
+        values = values * (2**TYPE.primitive_bitwidth - 1) + 0.5
+    tl.store(pointers(x, n, first, c, tile), values.to(TYPE), mask=mask)
 
 
 # ---- tensors without a class axis ----

@@ -25,6 +25,7 @@ from calseg.kernels.gaussian import (
 from calseg.kernels.labels import class_weights, load_labels, weighted
 from calseg.kernels.launch import SAMPLED, Call, TileDemands
 from calseg.kernels.noise import load_seed
+from calseg.kernels.overlap import store_overlap
 from calseg.kernels.reductions import LossArguments, load_upstream, store_loss
 from calseg.kernels.sample_statistics import launch_sample_statistics
 from calseg.kernels.softmax import INF, LOWEST, exp_any, exp_of, reciprocal, top_and_sum
@@ -34,10 +35,10 @@ from calseg.kernels.tile import classes, load, locate, store
 @triton.jit
 def _block(
     start, logits, mu, logvar, gaussian, k0, k1, num_samples, statistics, label, ok, bad, counted, weight, upstream,
-    grad_logits, grad_mu, grad_logvar, S, n, first, inside, smoothing, alpha, SAMPLED: tl.constexpr,
+    grad_logits, grad_mu, grad_logvar, soft, overlap, S, n, first, inside, smoothing, alpha, SAMPLED: tl.constexpr,
     WITH_KL: tl.constexpr, C: tl.constexpr, NUM_SUMS: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    """Return the terms of a block of classes in the loss and in the KL term, and store the gradients of the block."""
+    """Return the terms of a block of classes in the loss and in the KL term, and store the results of the block."""
     GRADIENT: tl.constexpr = grad_mu is not None or grad_logvar is not None
     c = classes(start, tile)
     valid = (c < C)[:, None]
@@ -70,7 +71,7 @@ def _block(
         a = log_p if weight is None else w * log_p
         for k in range(0, num_samples, samples_at_once(C)):
             z = noise(k, start, voxel, k0, k1, C, tile)
-            for half in tl.static_range(2):
+            for half in range(2):
                 _, e, sum_e = softmax_of_sample(mean, deviation, z, c, k + half, statistics, voxel, inside, C)
                 s = e * tl.where(exists(k + half, num_samples, C), reciprocal(sum_e)[:, None, :], 0.0)
                 estimate = tl.where(valid, estimate + tl.sum(s, 0), 0.0)
@@ -84,7 +85,8 @@ def _block(
     # Load the upstream gradient only now, so that it takes no registers in the loop.
     up, kl_up = load_upstream(upstream, n, first, inside, ok, NUM_SUMS, tile)
     hard = tl.where(c[:, None] == label[None, :], 1.0 - alpha, 0.0)
-    smoothed = keep * (hard + estimate * (alpha / num_samples)) + smoothing / C
+    blended = hard + estimate * (alpha / num_samples)
+    smoothed = keep * blended + smoothing / C
     y = weighted(w, smoothed)
     # Where Y is 0, the term is 0 even if log p is -inf: it is the limit of t log t.
     value = -tl.sum(tl.where((smoothed == 0.0) | (c >= C)[:, None], 0.0, y * log_p), 0)
@@ -99,6 +101,10 @@ def _block(
             kl_up, WITH_KL,
         )  # fmt: skip
         store_gradients(grad_mu, grad_logvar, to_mu, to_logvar, n, first, inside, c, C, tile)
+    if soft is not None:
+        store(soft, n, first, inside, c, blended, C, tile)
+    if overlap is not None:
+        store_overlap(overlap, exp_of(log_p), blended, ok, c, C)
     return value, kl
 
 
@@ -119,6 +125,8 @@ def vls_cross_entropy(
     grad_logits,  # out [N, C, S] or None
     grad_mu,  # out [N, C, S] or None
     grad_logvar,  # out [N, C, S] or None
+    soft,  # out [N, C, S] or None: the sampled labels
+    overlap,  # out [programs, C, 2] or None
     S,
     smoothing,
     alpha,
@@ -138,14 +146,14 @@ def vls_cross_entropy(
     for start in range(0, C, tile.BLOCK_C):
         block_value, block_kl = _block(
             start, logits, mu, logvar, gaussian, k0, k1, num_samples, statistics, label, ok, bad, counted, weight,
-            upstream, grad_logits, grad_mu, grad_logvar, S, n, first, inside, smoothing, alpha, SAMPLED, WITH_KL, C,
-            NUM_SUMS, tile,
+            upstream, grad_logits, grad_mu, grad_logvar, soft, overlap, S, n, first, inside, smoothing, alpha, SAMPLED,
+            WITH_KL, C, NUM_SUMS, tile,
         )  # fmt: skip
         value += block_value
         kl += block_kl
 
     value, kl = tl.where(ok, value, 0.0), tl.where(ok, kl, 0.0)
-    store_loss(loss, partials, value, kl if WITH_KL else None, gaussian.beta, n, first, inside, tile)
+    store_loss(loss, partials, upstream, value, kl if WITH_KL else None, gaussian.beta, n, first, inside, tile)
 
 
 def tile_demands(spec: Any, tensors: Any) -> TileDemands:
@@ -154,8 +162,14 @@ def tile_demands(spec: Any, tensors: Any) -> TileDemands:
 
 
 def launch(call: Call, spec: Any, given: LossArguments) -> None:
-    """Launch the kernel. If classes are taken in blocks, the kernel of the statistics comes first."""
+    """Launch the kernel. If classes are taken in blocks, the kernel of the statistics comes first.
+
+    With the overlap, the labels are stored in place of the gradient of the logits.
+    """
     logits, mu, logvar, gradients = given.tensors.logits, given.tensors.mu, given.tensors.logvar, given.gradients
+    grad_logits, soft = gradients.logits, None
+    if given.overlap is not None:
+        grad_logits, soft = soft, grad_logits
     sampling = sampling_arguments(spec.sampling, call.like.device)
     smoothing, alpha = spec.label_smoothing, spec.alpha
     statistics = launch_sample_statistics(
@@ -163,6 +177,6 @@ def launch(call: Call, spec: Any, given: LossArguments) -> None:
     )
     call.launch(
         vls_cross_entropy, logits, mu, logvar, *sampling, statistics, given.labels, spec.weight, given.upstream,
-        given.loss, given.partials, gradients.logits, gradients.mu, gradients.logvar, call.S, smoothing, alpha,
-        alpha != 0, given.with_kl, call.C, given.num_sums,
+        given.loss, given.partials, grad_logits, gradients.mu, gradients.logvar, soft, given.overlap, call.S, smoothing,
+        alpha, alpha != 0, given.with_kl, call.C, given.num_sums,
     )  # fmt: skip

@@ -60,7 +60,7 @@ def _block(
     voxel = n * S + first + tl.arange(0, tile.TILE)
     for k in range(0, num_samples, samples_at_once(C)):
         z = noise(k, start, voxel, k0, k1, C, tile)
-        for half in tl.static_range(2):
+        for half in range(2):
             top, e, total = softmax_of_sample(mean, sigma, z, c, k + half, statistics, voxel, inside, C)
             there = exists(k + half, num_samples, C)
             label_z = tl.sum(tl.where(hit[None, :, :], z, 0.0), 1)
@@ -124,7 +124,7 @@ def vls_elbo(
         kl += block_kl
 
     value, kl = tl.where(ok, value * per_sample, 0.0), tl.where(ok, kl, 0.0)
-    store_loss(loss, partials, value, kl if WITH_KL else None, gaussian.beta, n, first, inside, tile)
+    store_loss(loss, partials, upstream, value, kl if WITH_KL else None, gaussian.beta, n, first, inside, tile)
 
 
 def tile_demands(spec: Any, tensors: Any) -> TileDemands:

@@ -18,6 +18,8 @@ from calseg.kernels.calibration_bins import NO_FAULT
 from calseg.kernels.calibration_bins import launch as launch_calibration_bins
 from calseg.kernels.labels import labels_argument
 from calseg.kernels.launch import BINS, SAMPLED, SOFT, Call, Geometry, TileDemands
+from calseg.kernels.overlap import empty_overlap, finished_overlap
+from calseg.kernels.overlap import tile_demands as overlap_demands
 from calseg.kernels.reductions import LossArguments, Upstream, mean_divisors, reduced_loss
 from calseg.kernels.sample_soft_labels import launch as launch_sample_soft_labels
 from calseg.kernels.scale_gradients import launch as launch_scale_gradient
@@ -63,9 +65,7 @@ def loss(
         The loss, ``[N, *S]`` or a 0-d tensor by the reduction. It is 0 if ``grad_output`` is given.
     """
     operation = import_module(f"calseg.kernels.{spec.operation}")
-    tensors = LossTensors._make(_readable_or_none(tensor) for tensor in tensors)
-    weight = None if spec.weight is None else spec.weight.detach().resolve_neg().contiguous()
-    spec = spec._replace(labels=_readable_labels(spec.labels), weight=weight)
+    spec, tensors = _readable_loss(spec, tensors)
     like = tensors.like()
     per_voxel = None
     if grad_output is None and spec.reduction == "none":
@@ -78,7 +78,7 @@ def loss(
         value = math.nan if spec.reduction == "mean" else 0.0
         return per_voxel if per_voxel is not None else torch.full((), value, dtype=spec.dtype, device=like.device)
     _check_labels(spec.labels, call.C)
-    given = _loss_arguments(call, spec)
+    given = _loss_arguments(call, spec, reduced=grad_output is None and per_voxel is None)
     operation.launch(call, spec, given)
     if per_voxel is not None:
         return per_voxel
@@ -88,8 +88,50 @@ def loss(
     return reduced
 
 
-def _loss_arguments(call: Call, spec: LossSpec) -> LossArguments:
-    """Return the arguments of the launch of any loss.
+def loss_and_overlap(spec: LossSpec, tensors: LossTensors, made: LossTensors) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss, the sums of the overlap, and the divisor of the loss.
+
+    The sums are those of :func:`calseg.backends.reference.loss_and_overlap`. ``made`` has memory for what is made
+    beside them: the sampled labels, in place of the logits, and the gradients of mu and logvar.
+    """
+    operation = import_module(f"calseg.kernels.{spec.operation}")
+    spec, tensors = _readable_loss(spec, tensors)
+    like = tensors.like()
+    N, C, S = shape_of(like)
+    if N * S == 0:
+        nothing = like.new_zeros((N, C, 2), dtype=torch.float64)
+        return like.new_full((), math.nan, dtype=spec.dtype), nothing, nothing.sum()
+    label_tensor = None if spec.labels is None else spec.labels.tensor
+    call = _call_of_items(overlap_demands(tensors), (*tensors, *made), (label_tensor, None, None))
+    _check_labels(spec.labels, C)
+    given = _loss_arguments(call, spec, reduced=True)._replace(overlap=empty_overlap(call))
+    operation.launch(call, spec, given)
+    if given.upstream.sums is None:
+        divisor = like.new_full((), N * S, dtype=torch.float64)
+    else:
+        divisor = given.upstream.sums[0].sum(dtype=torch.float64)
+    return reduced_loss(call, spec, given), finished_overlap(call, given.overlap), divisor
+
+
+def overlap_backward(spec: LossSpec, tensors: LossTensors, gradients: LossTensors, grad_sums: Tensor) -> None:
+    """Write the gradients of logits and soft labels of :func:`loss_and_overlap`, for labels that are not sampled.
+
+    ``spec`` is a sum over voxels. ``grad_sums`` is the gradient of the sums, which only reaches the logits. The
+    gradient of the logits may lie in the memory of the soft labels.
+    """
+    operation = import_module(f"calseg.kernels.{spec.operation}")
+    spec, tensors = _readable_loss(spec, tensors)
+    if tensors.like().numel() == 0:
+        return
+    label_tensor = None if spec.labels is None else spec.labels.tensor
+    call = _call_of_items(overlap_demands(tensors), (*tensors, *gradients), (label_tensor, None, None))
+    grad_overlap = None if gradients.logits is None else grad_sums
+    given = _loss_arguments(call, spec, reduced=False)._replace(grad_overlap=grad_overlap)
+    operation.launch(call, spec, given)
+
+
+def _loss_arguments(call: Call, spec: LossSpec, *, reduced: bool) -> LossArguments:
+    """Return the arguments of the launch of any loss. ``reduced`` says whether the sum over voxels is wanted.
 
     If the divisors of the mean depend on the labels, a kernel that sums them is launched first.
     """
@@ -97,19 +139,24 @@ def _loss_arguments(call: Call, spec: LossSpec) -> LossArguments:
     gradients = LossTensors._make(call.scores[len(LossTensors._fields) :])
     label_view, upstream_view, loss_view = call.voxels
     labels = labels_argument(label_view, spec.labels)
-    sums, num_sums, scale = None, 1, 1.0
+    sums, num_sums, scale, factor = None, 1, 1.0, None
+    if isinstance(spec.scale, Tensor):
+        factor = spec.scale.detach().resolve_neg()
+    else:
+        scale = spec.scale
     if spec.reduction == "mean":
         weight = None if spec.labels is None or spec.labels.is_mask else spec.weight
         if spec.labels is None or (labels.ignore is None and weight is None):
-            scale = 1.0 / (call.geometry.N * call.S)
+            scale /= call.geometry.N * call.S
         else:
             sums, num_sums = mean_divisors(call, labels, spec.labels.is_mask, weight)
-    upstream = Upstream(scale, sums)
+    upstream = Upstream(scale, factor, sums)
     if upstream_view is not None:
-        upstream = Upstream(scale, sums, upstream_view.ptr, upstream_view.stride_n, upstream_view.stride_s)
+        ptr, stride_n, _, stride_s = upstream_view
+        upstream = upstream._replace(ptr=ptr, stride_n=stride_n, stride_s=stride_s)
     with_kl = tensors.mu is not None and spec.labels is not None and spec.sampling.beta != 0
     partials = None
-    if upstream_view is None and loss_view is None:
+    if reduced:
         partials = torch.empty((1 + with_kl, call.programs), dtype=torch.float32, device=call.like.device)
     return LossArguments(tensors, gradients, labels, upstream, loss_view, partials, num_sums, with_kl)
 
@@ -235,6 +282,13 @@ def _readable_or_none(scores: Tensor | None) -> Tensor | None:
     return None if scores is None else _readable(scores)
 
 
+def _readable_loss(spec: LossSpec, tensors: LossTensors) -> tuple[LossSpec, LossTensors]:
+    """Do as :func:`_readable` for all tensors of a loss."""
+    weight = None if spec.weight is None else spec.weight.detach().resolve_neg().contiguous()
+    spec = spec._replace(labels=_readable_labels(spec.labels), weight=weight)
+    return spec, LossTensors._make(_readable_or_none(tensor) for tensor in tensors)
+
+
 def _readable_voxels(voxels: Tensor) -> Tensor:
     """Do as :func:`_readable` for a tensor without class axis."""
     voxels = voxels.resolve_neg()
@@ -256,6 +310,21 @@ def _check_labels(labels: Labels | None, num_classes: int) -> None:
 def _call(demands: TileDemands, scores: Sequence[Tensor | None], voxels: Sequence[Tensor | None] = ()) -> Call:
     """Return the call of a kernel on these tensors."""
     return Call(demands, geometry_of(scores, voxels), scores, voxels)
+
+
+def _call_of_items(demands: TileDemands, scores: Sequence[Tensor | None], voxels: Sequence[Tensor | None]) -> Call:
+    """Do as :func:`_call`, and never merge batch items."""
+    first = lambda t: None if t is None else t[:1]  # noqa: E731
+    stride = lambda tensors: [t.stride(0) for t in tensors if t is not None]  # noqa: E731
+    like = next(t for t in scores if t is not None)
+    if like.dim() < 3:  # there is a single item
+        return _call(demands, scores, voxels)
+    _, C, S, of_scores, of_voxels = geometry_of(list(map(first, scores)), list(map(first, voxels)))
+    geometry = Geometry(
+        len(like), C, S, [(n, c, s) for n, (_, c, s) in zip(stride(scores), of_scores, strict=True)],
+        [(n, c, s) for n, (_, c, s) in zip(stride(voxels), of_voxels, strict=True)],
+    )  # fmt: skip
+    return Call(demands, geometry, scores, voxels)
 
 
 def geometry_of(scores: Sequence[Tensor | None], voxels: Sequence[Tensor | None]) -> Geometry:

@@ -115,6 +115,8 @@ def call(
     elif operation == "vls_cross_entropy":
         spec = spec._replace(alpha=0.1, sampling=sampling)
         engine.loss(spec, LossTensors(x, mu=x, logvar=x), LossTensors(g, mu=g, logvar=g))
+    elif operation.endswith("_overlap"):
+        overlap(operation, x, spec, sampling)
     elif operation in ("vls_elbo", "gaussian_kl"):
         spec = spec._replace(labels=labels if operation == "vls_elbo" else None, sampling=sampling)
         engine.loss(spec, LossTensors(mu=x, logvar=x), LossTensors(mu=g, logvar=g))
@@ -138,6 +140,22 @@ def call(
             engine.calibration_bins(bins, x)
     elif operation == "scale_gradients":
         engine.scale_gradients([x], torch.empty(()))
+
+
+def overlap(operation: str, x: torch.Tensor, spec: LossSpec, sampling: Sampling) -> None:
+    """Call both passes of a loss with an overlap term, with hard, soft or sampled labels."""
+    forward = spec._replace(operation="cross_entropy")
+    backward = forward._replace(reduction="sum", scale=torch.empty((), dtype=torch.float64))
+    grad_sums = torch.empty(*x.shape[:2], 2, dtype=torch.float64)
+    if operation == "sampled_overlap":
+        forward = spec._replace(operation="vls_cross_entropy", alpha=0.1, sampling=sampling)
+        labels = x.view(torch.uint16) if x.element_size() == 2 else x
+        engine.loss_and_overlap(forward, LossTensors(x, mu=x, logvar=x), LossTensors(labels, mu=x, logvar=x))
+        engine.overlap_backward(backward, LossTensors(x, labels), LossTensors(x), grad_sums)
+    else:
+        tensors = LossTensors(x, x if operation == "soft_overlap" else None)
+        engine.loss_and_overlap(forward, tensors, LossTensors())
+        engine.overlap_backward(backward, tensors, tensors, grad_sums)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from test_vls_cross_entropy import gaussian, vls
 from test_vls_elbo import elbo
 
 import calseg
+from calseg import checks
 from calseg.backends import choice, rng
 from calseg.operations import UNIT, Labels, LossSpec, LossTensors, Sampling
 
@@ -562,7 +563,7 @@ def test_a_label_out_of_range_makes_the_loss_nan(label):
 
 
 def test_a_label_out_of_range_raises_if_asked_to(monkeypatch):
-    monkeypatch.setattr(engine, "CHECK_LABELS", True)
+    monkeypatch.setattr(checks, "CHECK_LABELS", True)
     target = torch.tensor([[0, 1, 2, 9]], dtype=torch.uint8)
     x = scores(1, 3, 4, dtype=torch.float32)
     for call in (
@@ -576,7 +577,7 @@ def test_a_label_out_of_range_raises_if_asked_to(monkeypatch):
 
 
 def test_the_switch_in_the_environment():
-    code = "from calseg.backends import triton; print(triton.CHECK_LABELS)"
+    code = "from calseg.checks import CHECK_LABELS; print(CHECK_LABELS)"
     for value, wanted in (("1", "True"), ("0", "False"), ("", "False")):
         done = subprocess.run(
             [sys.executable, "-c", code], env={**os.environ, "CALSEG_CHECK_LABELS": value}, capture_output=True,
