@@ -232,7 +232,8 @@ def test_autocast(backend, operation, dtype):
     assert_result(operation, got, truth(operation, SHAPE, dtype, frozenset({("reduction", "mean")})))
 
 
-@those(lambda operation: operation.result in ("loss", "total"))
+# Sampled labels of 16 bits wait rounded, so that a probability near one may lie on its other side.
+@those(lambda operation: operation.result in ("loss", "total") and operation.name != "dice_of_samples")
 def test_float16_under_loss_scaling(backend, operation):
     """A gradient scaler keeps small gradients of float16 from vanishing, as it does for F.cross_entropy."""
     shape, scale = (1, 4, 32, 32, 16), 2.0**16
@@ -247,8 +248,7 @@ def test_float16_under_loss_scaling(backend, operation):
     wanted = evaluate(lambda **t: scale * oracle(**t), {name: t.double() for name, t in tensors.items()}).gradients
     for name, leaf in leaves.items():
         got, exact = leaf.grad.double(), wanted[name]
-        # A rest of 2^-17 comes from the labels that wait as integers, and of 2^-24 from float16 itself.
-        rest = scale / (32 * 32 * 16) * 2.0**-16 if operation.held_fixed and name == "input" else 2.0**-24
+        rest = scale / (32 * 32 * 16) * 2.0**-21 + 2.0**-24  # p - 1 is rounded in float32, and the result in float16
         torch.testing.assert_close(got, exact, rtol=1e-3, atol=rest, msg=lambda text, name=name: f"{name}: {text}")
 
 

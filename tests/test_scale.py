@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import labels, scores
+from internals import needs_native
 from operations import OPERATIONS
 from test_operations import bound, leaves_of, weighted_sum
 
@@ -29,6 +30,8 @@ def test_scale_multiplies_loss_and_gradients(backend, operation):
             torch.testing.assert_close(tensor, number, rtol=0, atol=0)
 
 
+@needs_native
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own, on some Python versions
 @pytest.mark.parametrize("scale", [0.25, torch.tensor(0.25)], ids=["number", "tensor"])
 def test_compiled(scale):
     logits, target = scores(*SHAPE), labels(SHAPE)

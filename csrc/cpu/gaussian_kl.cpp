@@ -20,13 +20,13 @@ struct GaussianKL : TiledForFirstCache<LossArgs, 2, 1 << 15> {
         TensorTile<T> logvar(scratch, a.tensors.logvar, a.gradients.logvar, a.shape, tiles.length);
         if (scratch.is_counting()) return;
         const bool gradient = a.gradients.mu || a.gradients.logvar;
-        fill(t.loss, t.loss + tiles.length, T(0));
         gaussian.clear_gradients();  // there are no samples, so the gradients are those of the KL term alone
         for (const auto& [span, next] : TilesOfChunk(tiles, chunk)) {
             t.load(Labels(), a.upstream, span, next);
             for (auto* tensor : {&mu, &logvar}) tensor->begin(span, next);
             for (int b = 0; b * kLanes < span.count; ++b) {
                 for (auto* tensor : {&mu, &logvar}) tensor->prefetch_next(b);
+                store(t.loss + b * kLanes, zero<T>());
                 store(t.kl + b * kLanes, gaussian.template set<true>(mu.block(b), logvar.block(b), 0));
                 if (gradient) gaussian.template finish_gradients<true>(zero<T>(), load<F<T>>(t.kl_upstream + b * kLanes));
             }
