@@ -110,8 +110,8 @@ def region_mask(region: str, labels: Tensor, radius: float, spacing: Spacing, ig
 
 def _can_hold(dtype: torch.dtype, value: int) -> bool:
     """Return whether a label can have this value. PyTorch would compare a label of 8 bits with 156 instead of -100."""
-    if dtype == torch.bool:
-        return False
+    if dtype == torch.bool or dtype.is_floating_point:
+        return dtype.is_floating_point
     return torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max
 
 

@@ -13,9 +13,8 @@ from calseg import CalibrationBins
 
 REDUCTIONS = ("none", "mean", "sum")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-LABELS = (
-    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64, *FLOATS,
-)  # fmt: skip
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
+LABELS = (*INTEGERS, *FLOATS)
 # Numbers around the widths of vectors, tiles and unrolled loops over classes.
 CLASSES = (1, 2, 3, 4, 5, 7, 8, 9, 14, 16, 17, 32, 33, 117)
 SIZES = (*range(1, 71), 127, 128, 129, 255, 256, 257, 511, 513, 1000, 1023, 1024, 1025, 1031, 2049)

@@ -214,7 +214,7 @@ def test_wrong_soft_labels():
         calibration_bins(torch.zeros(1, 2), wrong)
     with pytest.raises(ValueError, match=r"target\[0, :\] sums to nan"):
         calibration_bins(torch.zeros(1, 2), torch.full((1, 2), torch.nan))
-    with pytest.raises(TypeError, match=r"target: got a float32 tensor.*wanted integer class indices"):
+    with pytest.raises(ValueError, match=r"target: got a float32 tensor.*wanted shape \[2, 4, 5\]"):
         calibration_bins(x, soft[:, :2])
     with pytest.raises(ValueError, match="backend: got 'gpu'"):
         calibration_bins(x, soft, backend="gpu")

@@ -29,10 +29,9 @@ def pair(target, backend, **options):
     wide = dict(options)
     if options.get("weight") is not None:
         wide["weight"] = options["weight"].double()
-    long = target if target.is_floating_point() else target.long()
     return (
         lambda input: calseg.vls_cross_entropy(input, target, backend=backend, **options),
-        lambda input: F.cross_entropy(input, long, **wide),
+        lambda input: F.cross_entropy(input, target if target.shape == input.shape else target.long(), **wide),
     )
 
 

@@ -149,7 +149,7 @@ def test_the_report_has_a_map_of_many_classes(tmp_path: Path) -> None:
     """Diagrams of each would take minutes."""
     x = scores(2, 40, 12, 12, dtype=torch.float32)
     options = {"n_bins": 15, "per_item": True}
-    bins = {region: calseg.calibration_bins(x, x.argmax(1), **options) for region in ("all", "foreground")}
+    bins = {region: calseg.calibration_bins(x, x.argmax(1), **options) for region in ("near", "all", "foreground")}
     bins["all_classes"] = calseg.calibration_bins(x, x.argmax(1), class_wise=True, **options)
     begun = time.perf_counter()
     draw_diagrams(tmp_path, bins, [str(number) for number in range(40)])

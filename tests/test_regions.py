@@ -122,7 +122,7 @@ Y = torch.zeros(1, 4, 4, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"target": Y.float()}, TypeError, "target: got a float32 tensor.*wanted integer or bool labels"),
+        ({"target": Y.to(torch.complex64)}, TypeError, "target: got a complex64 tensor.*wanted class indices"),
         ({"target": Y[0, 0]}, ValueError, r"target: .*wanted shape \[N, \*S\] with a spatial axis"),
         ({"radius": -1}, ValueError, "radius: got -1, wanted a number from 0 to 1e\\+09"),
         ({"radius": float("nan")}, ValueError, "radius: got nan"),

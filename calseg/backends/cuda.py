@@ -8,7 +8,7 @@ from torch import Tensor
 from calseg import native
 from calseg.checks import label_error, probabilities_at
 from calseg.operations import BinsSpec, num_kinds
-from calseg.tensors import shape_of
+from calseg.tensors import as_integers, shape_of
 
 DEVICES = ("cuda",)
 CAPABILITY = (8, 0)  # the lowest compute capability that CMakeLists.txt compiles for
@@ -36,6 +36,8 @@ def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
     sizes = [2, items * 6, items * kinds * spec.n_bins * 3]
     faults, totals, sums = results.split(sizes)
     faults.fill_(NO_FAULT)
+    if spec.labels.tensor.is_floating_point():
+        spec = spec._replace(labels=spec.labels._replace(tensor=as_integers(spec.labels.tensor)))
     native.extension.cuda_calibration_bins(scores, spec, sums, totals, faults, *_device_and_stream(scores))
     faults, totals, sums = results.cpu().split(sizes)
     label_position, score_position = faults.tolist()

@@ -19,7 +19,7 @@ import bins_of_backends
 import pytest
 import test_calibration as calibration
 import torch
-from cases import LABELS, LAYOUTS, assert_near_bins, assert_same_bins, labels, scores
+from cases import INTEGERS, LABELS, LAYOUTS, assert_near_bins, assert_same_bins, labels, scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -113,7 +113,7 @@ def call_of(spec: BinsSpec, scores: torch.Tensor) -> Call:
 
     Tensors that cannot be read with one stride are copied, and kept until the process ends.
     """
-    label_tensor, ignore_index, _ = spec.labels
+    label_tensor, ignore_index, *_ = spec.labels
     read = [scores if tensors.is_walkable(scores) else scores.contiguous()]
     for voxels in (label_tensor, spec.mask):
         walkable = voxels is None or tensors.one_stride(voxels.shape[1:], voxels.stride()[1:]) is not None
@@ -367,7 +367,7 @@ def test_items_that_are_one(on_host):
     assert (plan.N, plan.S, plan.score_stride, plan.label_stride) == (1, 9, 5, 1)
 
 
-@pytest.mark.parametrize("dtype", LABELS, ids=str)
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_labels_as_bits(on_host, dtype):
     """Labels are compared by value, so a negative label is not a class, although its bits are a large number."""
     info = torch.iinfo(dtype)
