@@ -192,6 +192,8 @@ def _soft_block(
 ):  # fmt: skip
     """Return ``- sum_c w[c] Y[c] log p[c]`` over a block of classes, and store the results of the block."""
     log_p = _log_softmax(x, top, log_total)
+    if overlap is not None:
+        store_overlap(overlap, exp_of(log_p), y, ok, c, C)
     w = class_weights(weight, c, C)[:, None]
     smoothed = keep * y + spread
     share = weighted(w, smoothed)
@@ -207,8 +209,6 @@ def _soft_block(
         finite = tl.where((log_p == -INF) & (y == 0.0), 0.0, log_p)
         g = tl.where((up == 0.0)[None, :], 0.0, -(keep * up)[None, :] * w * finite)
         store(grad_soft, n, first, inside, c, g, C, tile)
-    if overlap is not None:
-        store_overlap(overlap, exp_of(log_p), y, ok, c, C)
     return value
 
 

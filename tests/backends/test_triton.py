@@ -58,8 +58,10 @@ if choice.TRITON_ERROR is None:
     import triton
     import triton.language as tl
     from calseg.kernels import launch
+    from calseg.kernels.labels import holds
     from calseg.kernels.launch import HARD, SAMPLED, SOFT, WEIGHTED, Geometry
     from calseg.kernels.noise import normals, philox4x32
+    from calseg.kernels.overlap import finished_overlap
     from calseg.kernels.tile import Tile
     from calseg.kernels.vls_elbo import vls_elbo
 
@@ -117,7 +119,7 @@ def test_label_types(dtype):
             lambda input, given=given: calseg.vls_cross_entropy(
                 input, given, ignore_index=ignore_index, backend="triton"
             ),
-            pair(flat, None, ignore_index=ignore_index)[1], x,
+            pair(flat.long(), None, ignore_index=ignore_index)[1], x,
         )  # fmt: skip
 
 
@@ -393,26 +395,140 @@ BLOCKED = {
     "estimate": lambda b, r, y, w, mu, logvar: calseg.sample_soft_labels(mu, logvar, seed=1, num_samples=3, backend=b),
     "accumulate": lambda b, r, y, w, mu, logvar: calseg.accumulate_soft_labels(
         (mu, logvar), y, alpha=0.4, temperature=2.0, backend=b),
+    "hard_overlap": lambda b, r, y, w, x: calseg.vls_dice_cross_entropy(x, y, w, label_smoothing=0.1, backend=b),
+    "soft_overlap": lambda b, r, y, w, x, soft: calseg.vls_dice_cross_entropy(x, y, w, soft_labels=soft, backend=b),
+    "sampled_overlap": lambda b, r, y, w, x, mu, logvar: calseg.vls_dice_cross_entropy(
+        x, y, w, mu=mu, logvar=logvar, alpha=0.6, temperature=0.7, seed=1, num_samples=3, backend=b),
 }  # fmt: skip
+OVERLAPS = [name for name in BLOCKED if name.endswith("overlap")]
+WITHOUT_REDUCTION = ("sample", "estimate", "accumulate", *OVERLAPS)
+
+
+def blocked(name: str, shape: tuple[int, ...], target: torch.Tensor, backend: str, reduction: str = "none"):
+    """Return an entry of BLOCKED as a function of its tensors, and the tensors in float32."""
+    function, weight = BLOCKED[name], class_weights(shape[1])
+    all_tensors = {"x": scores(*shape), "soft": torch.softmax(scores(*shape, seed=9), 1), "mu": scores(*shape, seed=1),
+                   "logvar": scores(*shape, seed=2, scale=0.8)}  # fmt: skip
+    names = function.__code__.co_varnames[4 : function.__code__.co_argcount]
+    dtype_of = lambda tensors: next(iter(tensors.values())).dtype  # noqa: E731
+    return (
+        lambda **t: function(backend, reduction, target, weight.to(dtype_of(t)), **t),
+        {name: all_tensors[name].float() for name in names},
+    )
 
 
 @pytest.mark.parametrize("name", BLOCKED)
 def test_classes_in_blocks(name, monkeypatch):
     """Tiles of four classes give the results of one tile for all classes."""
     monkeypatch.setattr(launch, "choose_tile", lambda kind, geometry, itemsize: (Tile(4, 64, LANE_MAJOR=kind.noise), 4))
-    shape, target, function = (2, 10, 4, 5), labels((2, 10, 4, 5), ignore_index=-100), BLOCKED[name]
-    all_tensors = {"x": scores(*shape), "soft": torch.softmax(scores(*shape, seed=9), 1), "mu": scores(*shape, seed=1),
-                   "logvar": scores(*shape, seed=2, scale=0.8)}  # fmt: skip
-    names = function.__code__.co_varnames[4 : function.__code__.co_argcount]
-    tensors = {k: all_tensors[k].float() for k in names}
+    shape, target = (2, 10, 4, 5), labels((2, 10, 4, 5), ignore_index=-100)
+    for reduction in ("none",) if name in WITHOUT_REDUCTION else ("none", "mean"):
+        function, tensors = blocked(name, shape, target, "triton", reduction)
+        oracle, _ = blocked(name, shape, target, "reference", reduction)
+        assert_matches(function, oracle, tensors, ulps=ULPS, scale=2.0)
 
-    def of(backend, reduction):
-        weight = class_weights(10)
-        dtype_of = lambda t: next(iter(t.values())).dtype  # noqa: E731
-        return lambda **t: function(backend, reduction, target, weight.to(dtype_of(t)), **t)
 
-    for reduction in ("none",) if name in ("sample", "estimate", "accumulate") else ("none", "mean"):
-        assert_matches(of("triton", reduction), of("reference", reduction), tensors, ulps=ULPS, scale=2.0)
+# ---- the overlap ----
+
+
+@pytest.mark.parametrize("name", OVERLAPS)
+@pytest.mark.parametrize("C", [2, 3, 14, 33, 117])
+def test_overlap(C, name):
+    """Every number of classes, and one or several items with several programs each."""
+    for shape in ((2, C, 300), (19, C)) if C < 14 else ((1, C, 33),):
+        target = labels(shape, ignore_index=-100)
+        function, tensors = blocked(name, shape, target, "triton")
+        assert_matches(function, blocked(name, shape, target, "reference")[0], tensors, ulps=ULPS, scale=1.0,
+                       grad_scale=2.0 / target.numel())  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=id_of)
+@pytest.mark.parametrize("name", OVERLAPS)
+def test_overlap_of_low_precision(dtype, name):
+    """Value and gradients are computed in float32, and rounded once. Sampled labels wait in 16 bits."""
+    shape = (2, 4, 9, 5)
+    target = labels(shape, ignore_index=-100)
+    function, tensors = blocked(name, shape, target, "triton")
+    tensors = {key: t.to(dtype) for key, t in tensors.items()}
+    ulps = 512 if name == "sampled_overlap" else 16
+    assert_matches(function, blocked(name, shape, target, "reference")[0], tensors, ulps=ulps)
+
+
+@pytest.mark.parametrize(
+    "layout", ["channels_last", "sliced_channels_last", "every_second", "batch_inside", "odd_offset"]
+)
+@pytest.mark.parametrize("name", OVERLAPS)
+def test_overlap_of_layouts(name, layout):
+    """Layouts give the numbers of contiguous tensors. The items of a batch are never merged."""
+    shape = (3, 5, 6, 7)
+    target = labels(shape, ignore_index=-100)
+    function, tensors = blocked(name, shape, target, "triton")
+    wanted = evaluate(function, tensors)
+    for changed in ((next(iter(tensors)),), tuple(tensors)):
+        got = evaluate(function, {key: LAYOUTS[layout](t) if key in changed else t for key, t in tensors.items()})
+        assert_accurate(got.value, wanted.value, ulps=4)
+        for key, gradient in got.gradients.items():
+            assert_accurate(gradient, wanted.gradients[key], ulps=16, what=key)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16], ids=id_of)
+def test_overlap_of_fractions(dtype):
+    """Soft labels that are fractions of an integer equal the numbers that they stand for."""
+    shape, largest = (2, 4, 9, 5), torch.iinfo(dtype).max
+    steps = (torch.softmax(scores(*shape, seed=3), 1) * largest).round().long()
+    x = {"input": scores(*shape, dtype=torch.float32)}
+    target = labels(shape, ignore_index=-100)
+    for call in (
+        lambda input, soft: calseg.soft_cross_entropy(input, soft, backend="triton"),
+        lambda input, soft: calseg.vls_dice_cross_entropy(input, target, soft_labels=soft, backend="triton"),
+    ):
+        got, wanted = (
+            evaluate(lambda input, call=call, soft=soft: call(input, soft), x)
+            for soft in (steps.to(dtype), steps.float() / largest)
+        )
+        assert_accurate(got.value, wanted.value, ulps=4)
+        assert_accurate(got.gradients["input"], wanted.gradients["input"], ulps=8)
+
+
+@pytest.mark.parametrize("name", OVERLAPS)
+def test_overlap_launches_few_kernels(name, monkeypatch):
+    """One pass forward and one backward; two calls give the same bits."""
+    launched, launch_kernel = [], launch.launch_kernel
+
+    def recorded(kernel, *arguments):
+        launched.append(kernel.fn.__name__)
+        launch_kernel(kernel, *arguments)
+
+    monkeypatch.setattr(launch, "launch_kernel", recorded)
+    shape = (2, 3, 400)
+    function, tensors = blocked(name, shape, labels(shape, ignore_index=-100), "triton")
+    first, second = evaluate(function, tensors), evaluate(function, tensors)
+    assert torch.equal(first.value, second.value)
+    assert all(torch.equal(second.gradients[key], gradient) for key, gradient in first.gradients.items())
+    forward = {"hard_overlap": "hard", "soft_overlap": "soft", "sampled_overlap": "vls"}[name] + "_cross_entropy"
+    backward = "hard_cross_entropy" if name == "hard_overlap" else "soft_cross_entropy"
+    scaled = ["scale_gradient"] * 2 if name == "sampled_overlap" else []
+    assert launched == ["scan_labels", forward, "finish_loss", backward, *scaled] * 2
+
+
+def test_sums_of_programs_are_added_in_float64():
+    """The sums of many programs, which float32 could not add, agree with float64."""
+    call = SimpleNamespace(geometry=Geometry(2, 3, 10**8, [], []), C=3)
+    parts = 1000 * torch.rand(2 * 50_000, 3, 2, generator=torch.Generator().manual_seed(1)) + 0.001
+    got = finished_overlap(call, parts)
+    assert_accurate(got, parts.double().view(2, -1, 3, 2).sum(1), ulps=64)
+
+
+@pytest.mark.parametrize("name", OVERLAPS)
+def test_a_label_out_of_range_makes_the_overlap_nan(name):
+    """The item of a bad label has a NaN loss, and other voxels of other items are untouched."""
+    shape = (2, 3, 12)
+    target = labels(shape)
+    target[0, 7] = 3
+    function, tensors = blocked(name, shape, target, "triton")
+    got = evaluate(function, tensors)
+    assert got.value.isnan()
+    assert got.gradients["x"][0].isnan().any()
 
 
 # ---- calibration bins: the tests of the other backends, a choice of their cases ----
@@ -562,6 +678,22 @@ def test_a_label_out_of_range_makes_the_loss_nan(label):
     assert soft.isnan().all(1).nonzero().tolist() == [[0, 7]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *LOW], ids=id_of)
+def test_a_label_that_is_no_whole_number_makes_the_loss_nan(dtype):
+    bad = torch.tensor([1.5, -0.5, torch.nan, torch.inf, -torch.inf, 5.0, -100.5, 3e4], dtype=dtype)
+    if dtype == torch.bfloat16:
+        bad[6] = -1.25  # it rounds -100.5 to -100
+    target = labels((1, 5, 12), ignore_index=-100).to(dtype)
+    target[0, :8] = bad
+    got = evaluate(pair(target, "triton", reduction="none")[0], {"input": scores(1, 5, 12, dtype=torch.float32)})
+    assert got.value[0, :8].isnan().all()
+    assert got.value[0, 8:].isfinite().all()
+    assert got.gradients["input"][..., 8:].isfinite().all()
+    exact = {257: dtype != torch.bfloat16, 2**24 + 1: dtype == torch.float64}
+    for number in (-100, 0, 255, *exact):
+        assert holds(dtype, number) == exact.get(number, True), number
+
+
 def test_a_label_out_of_range_raises_if_asked_to(monkeypatch):
     monkeypatch.setattr(checks, "CHECK_LABELS", True)
     target = torch.tensor([[0, 1, 2, 9]], dtype=torch.uint8)
@@ -680,6 +812,27 @@ def test_upstream_gradient(name, factor):
         loss.backward()
 
 
+LOSSES = [f"{name}-{reduction}" for name, entry in OPERATIONS.items() if entry.result == "loss"
+          for reduction in REDUCTIONS]  # fmt: skip
+TOTALS = [name for name, entry in OPERATIONS.items() if entry.result == "total"]
+
+
+@pytest.mark.parametrize("name", [*LOSSES, *TOTALS])
+def test_scale(name):
+    """A power of two as the scale, a number or a tensor, multiplies loss and gradients exactly."""
+    kind, _, reduction = name.partition("-")
+    entry, shape = OPERATIONS[kind], (2, 3, 4, 5)
+    options = {**entry.typical, **({"reduction": reduction} if reduction else {})}
+    results = []
+    for scale in (1.0, -0.5, torch.tensor(-0.5, dtype=torch.bfloat16)):
+        arguments = entry.arguments(shape, torch.float32, scale=scale, **options)
+        results.append(evaluate(entry.bind("triton", arguments), entry.inputs(shape, torch.float32)))
+    for got in results[1:]:
+        assert torch.equal(got.value, -0.5 * results[0].value)
+        for key, gradient in results[0].gradients.items():
+            assert torch.equal(got.gradients[key], -0.5 * gradient), key
+
+
 def test_nothing_waits_for_the_host(monkeypatch):
     """No operation reads a value of a tensor, forward or backward, which would make the host wait for a GPU."""
 
@@ -687,9 +840,10 @@ def test_nothing_waits_for_the_host(monkeypatch):
         raise AssertionError("a tensor's value was asked for")
 
     seed, gaussians = torch.tensor(11), OPERATIONS["estimate"].inputs((2, 3, 4, 5))
-    losses = [operation(f"{name}-mean") for name, entry in OPERATIONS.items() if entry.result == "loss"]
+    losses = [operation(name) for name in (*LOSSES, *TOTALS) if not name.endswith(("none", "sum"))]
     cases = [
         *((lambda f=f, **t: f("triton", t), tensors) for f, tensors in losses),
+        (lambda mu, logvar: calseg.gaussian_kl(mu, logvar, scale=torch.tensor(0.5), backend="triton"), gaussians),
         (lambda mu, logvar: calseg.accumulate_soft_labels((mu, logvar), backend="triton").sum(), gaussians),
         (lambda mu, logvar: calseg.sample_soft_labels(mu, logvar, seed=seed, backend="triton").sum(),
          gaussians),
@@ -834,7 +988,7 @@ def test_alignment():
 REGISTERS = {
     "cross_entropy": 144, "weighted_cross_entropy": 128, "soft_cross_entropy": 168, "vls_cross_entropy": 240,
     "vls_elbo": 184, "gaussian_kl": 128, "sample_soft_labels": 136, "accumulate_soft_labels": 96, "scale_gradients": 64,
-    "calibration_bins": 248,
+    "calibration_bins": 248, "hard_overlap": 160, "soft_overlap": 168, "sampled_overlap": 240,
 }  # fmt: skip
 COMPILED = [
     *({"operation": "cross_entropy", "C": C} for C in (2, 4, 14, 33, 117)),
@@ -859,6 +1013,9 @@ COMPILED = [
     {"operation": "calibration_bins", "C": 14, "layout": "channels_last"},
     {"operation": "calibration_bins", "C": 4, "dtype": "bfloat16"},
     {"operation": "scale_gradients", "C": 4, "dtype": "bfloat16"},
+    *({"operation": operation, "C": C} for operation in OVERLAPS for C in (2, 4, 14, 33, 117)),
+    *({"operation": operation, "C": 4, "dtype": "bfloat16"} for operation in OVERLAPS),
+    *({"operation": operation, "C": 4, "layout": "channels_last"} for operation in OVERLAPS),
 ]
 OPTIONS = {"dtype", "layout", "gradient", "ignore_index"}
 # Bytes of stack a thread, by (Triton, kernel, C, layout, architecture), summed over a case. All others have none.
