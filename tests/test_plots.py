@@ -154,7 +154,7 @@ def test_the_report_has_a_map_of_many_classes(tmp_path: Path) -> None:
     begun = time.perf_counter()
     draw_diagrams(tmp_path, bins, [str(number) for number in range(40)])
     assert time.perf_counter() - begun < 10
-    assert len(list(tmp_path.iterdir())) == 6
+    assert len(list(tmp_path.iterdir())) == 8
     width, height = plt.imread(tmp_path / "reliability_classes.png").shape[1::-1]
     assert (width, height) == (1600, round(200 * (1.7 + 0.16 * 40)))
 
