@@ -15,7 +15,7 @@ from calseg.kernels.labels import class_weights, label_weights, load_labels, wei
 from calseg.kernels.launch import HARD, SOFT, WEIGHTED, Call, TileDemands
 from calseg.kernels.overlap import overlap_dot, overlap_gradient, store_overlap
 from calseg.kernels.reductions import LossArguments, load_upstream, store_loss
-from calseg.kernels.softmax import INF, exp_of, online_top_and_sum, reciprocal, softmax, top_and_sum
+from calseg.kernels.softmax import INF, exp_of, fine_reciprocal, online_top_and_sum, reciprocal, softmax, top_and_sum
 from calseg.kernels.tile import classes, load, locate, store
 
 
@@ -127,7 +127,8 @@ def hard_cross_entropy(
     scale_weight = total
     if grad is not None:
         up, _ = load_upstream(upstream, n, first, inside, ok, NUM_SUMS, tile)
-        scale_e = up * mass * reciprocal(total)
+        # The gradients of loss and overlap may cancel each other.
+        scale_e = up * mass * (reciprocal(total) if grad_overlap is None else fine_reciprocal(total))
         scale_label = up * on_label
         scale_weight = up * spread
 
