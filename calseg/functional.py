@@ -63,7 +63,12 @@ def _check_reuse(logits: Tensor, backend: str) -> None:
 
 
 def _unchecked_cross_entropy(
-    input: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float, scale: float | Tensor = 1.0
+    input: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    scale: float | Tensor = 1.0,
 ) -> Tensor | None:
     """Compute the loss of the commonest call without the checks, which take longer than a small loss itself.
 

@@ -107,7 +107,8 @@ def test_scores_out_of_the_ordinary_are_checked(make):
     [
         {"reduction": "average"}, {"reduction": None}, {"label_smoothing": 0},
         {"label_smoothing": 1.5}, {"label_smoothing": float("nan")}, {"ignore_index": 2**64}, {"ignore_index": True},
-        {"ignore_index": 1.0}, {"logits": None}, {"logits": [1.0]}, {"target": "labels"}, {"target": torch.zeros(2, 8, dtype=torch.complex64)},
+        {"ignore_index": 1.0}, {"logits": None}, {"logits": [1.0]}, {"target": "labels"},
+        {"target": torch.zeros(2, 8, dtype=torch.complex64)},
         {"target": torch.zeros(2, 3, 8)}, {"target": torch.zeros(2, 1, 8, dtype=torch.int64)},
         {"target": torch.zeros(2, 7, dtype=torch.int64)}, {"target": torch.zeros(2, 8, dtype=torch.bool)},
         {"target": torch.zeros(2, 8, dtype=torch.int64, device="meta")},
