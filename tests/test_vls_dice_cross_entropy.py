@@ -214,6 +214,16 @@ def test_regions_that_overlap_are_refused():
         calseg.vls_dice_cross_entropy(scores(*SHAPE), regions)
 
 
+def test_soft_labels_that_do_not_sum_to_1_are_refused(cpu):
+    """Regions that overlap, held as floats, are found by the sums that the loss needs anyway."""
+    logits, target = scores(*SHAPE), labels(SHAPE)
+    regions = torch.ones(SHAPE)
+    with pytest.raises(ValueError, match=r"soft_labels\[0, :, 0, 0, 0\] sums to 4, .*regions that overlap"):
+        calseg.vls_dice_cross_entropy(logits, target, soft_labels=regions, backend=cpu)
+    with pytest.raises(ValueError, match=r"target\[0, :, 0, 0, 0\] sums to 4, .*regions that overlap"):
+        calseg.vls_dice_cross_entropy(logits, regions, backend=cpu)
+
+
 def test_import_of_the_module_needs_no_process_group():
     assert "RANK" not in os.environ
     loss = calseg.VLSDiceCrossEntropyLoss(batch_dice=True, smooth=1.0)
