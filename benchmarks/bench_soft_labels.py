@@ -20,7 +20,7 @@ from torch import Tensor
 import calseg
 
 SAMPLES, ALPHA = 4, 0.1
-TARGETS = {"eager": 25, "ns": 0.7, "memory": 5}
+TARGETS = {"eager": 20, "ns": 0.4, "memory": 5}
 CPU_CASES = [
     *(
         Case("soft_labels", classes, edge, compiled=True, memory=True, targets={"compile": 25, **TARGETS})
