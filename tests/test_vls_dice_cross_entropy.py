@@ -53,6 +53,22 @@ def test_on_hard_labels_it_is_the_loss_of_nnunet(backend, batch_dice, include_ba
     assert_accurate(got.gradients["input"], wanted.gradients["input"], ulps=64)
 
 
+@pytest.mark.parametrize("batch_dice", [False, True])
+@pytest.mark.parametrize("include_background", [False, True])
+def test_on_hard_labels_it_is_the_loss_of_monai(backend, batch_dice, include_background):
+    losses = pytest.importorskip("monai.losses")
+    logits, target = scores(*SHAPE), labels(SHAPE, ignore_index=None)
+    options = {"include_background": include_background, "to_onehot_y": True, "softmax": True, "batch": batch_dice}
+    monai = losses.DiceCELoss(**options, smooth_nr=1e-5, smooth_dr=1e-5, lambda_dice=0.7, lambda_ce=1.3)
+    ours = {"batch_dice": batch_dice, "include_background": include_background, "dice_weight": 0.7, "ce_weight": 1.3}
+    got = evaluate(
+        lambda input: calseg.vls_dice_cross_entropy(input, target, backend=backend, **ours), {"input": logits}
+    )
+    wanted = evaluate(lambda input: monai(input, target[:, None]), {"input": logits})
+    assert_accurate(got.value, wanted.value, ulps=64)
+    assert_accurate(got.gradients["input"], wanted.gradients["input"], ulps=64)
+
+
 def test_soft_labels_are_its_minimum(backend):
     """Where the probabilities are the soft labels, the overlap term is 0, and Dice as such has a slope."""
     probabilities = torch.softmax(scores(*SHAPE), 1)
