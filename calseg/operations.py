@@ -34,7 +34,9 @@ class Labels(NamedTuple):
 
     def ignored(self) -> Tensor:
         """Return a mask of the voxels that are ignored. Labels are compared as numbers: one of 8 bits is never -100."""
-        return self.tensor.long() == self.ignore_index
+        wide = self.tensor.long()
+        same = wide == self.ignore_index
+        return same & (self.tensor == wide) if self.tensor.is_floating_point() else same
 
 
 class Sampling(NamedTuple):

@@ -13,6 +13,7 @@ from cases import FLOATS, assert_accurate, evaluate, id_of, labels, scores
 from torch import Tensor
 
 import calseg
+from calseg import checks
 
 SHAPE = (2, 4, 7, 6, 5)
 
@@ -230,8 +231,9 @@ def test_regions_that_overlap_are_refused():
         calseg.vls_dice_cross_entropy(scores(*SHAPE), regions)
 
 
-def test_soft_labels_that_do_not_sum_to_1_are_refused(cpu):
-    """Regions that overlap, held as floats, are found by the sums that the loss needs anyway."""
+def test_soft_labels_that_do_not_sum_to_1_are_refused(cpu, monkeypatch):
+    """With CALSEG_CHECK_LABELS=1, regions that overlap are found where floats hold them."""
+    monkeypatch.setattr(checks, "CHECK_LABELS", True)
     logits, target = scores(*SHAPE), labels(SHAPE)
     regions = torch.ones(SHAPE)
     with pytest.raises(ValueError, match=r"soft_labels\[0, :, 0, 0, 0\] sums to 4, .*regions that overlap"):

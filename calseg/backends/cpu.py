@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from calseg import native
-from calseg.checks import check_probabilities, label_error, probability_error, probability_tolerance
+from calseg.checks import label_error, probability_error
 from calseg.operations import (
     AccumulateSpec,
     AceSpec,
@@ -67,17 +67,7 @@ def loss_and_overlap(spec: LossSpec, tensors: LossTensors, made: LossTensors) ->
     fault = native.extension.loss_and_overlap(tensors, spec, made, loss, sums, divisor)
     if fault is not None:
         raise _fault(fault, spec.labels)
-    if tensors.soft_labels is not None:
-        _check_mass(spec, tensors.soft_labels, sums, divisor)
     return loss.to(spec.dtype), sums, divisor
-
-
-def _check_mass(spec: LossSpec, soft_labels: Tensor, sums: Tensor, divisor: Tensor) -> None:
-    """Raise ValueError if soft labels do not sum to 1. The sums say so without another pass over the labels."""
-    if spec.weight is None or spec.labels is None:  # then the divisor is the number of voxels that count
-        expected = 2 * float(divisor)  # the probabilities of a voxel sum to 1, and its soft labels too
-        if abs(float(sums[..., 0].sum()) - expected) > probability_tolerance(soft_labels.dtype) * expected:
-            check_probabilities("target" if spec.labels is None else "soft_labels", soft_labels)
 
 
 def overlap_backward(spec: LossSpec, tensors: LossTensors, gradients: LossTensors, grad_sums: Tensor) -> None:
