@@ -37,7 +37,25 @@ class _Loss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-class VLSCrossEntropyLoss(_Loss):
+class _VLSLoss(_Loss):
+    """Base class of the losses on variational soft labels."""
+
+    of_a_batch = ("input", "target", "mu", "logvar", "soft_labels")
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        mu: Tensor | None = None,
+        logvar: Tensor | None = None,
+        soft_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss of a batch, by the function that the class names."""
+        return self.function(input, target, self.weight, mu=mu, logvar=logvar, soft_labels=soft_labels, **self.options)
+
+
+class VLSCrossEntropyLoss(_VLSLoss):
     """:func:`calseg.vls_cross_entropy` as a module, which can replace :class:`torch.nn.CrossEntropyLoss`.
 
     Args:
@@ -58,24 +76,9 @@ class VLSCrossEntropyLoss(_Loss):
     """
 
     function = staticmethod(functional.vls_cross_entropy)
-    of_a_batch = ("input", "target", "mu", "logvar", "soft_labels")
-
-    def forward(
-        self,
-        input: Tensor,
-        target: Tensor,
-        *,
-        mu: Tensor | None = None,
-        logvar: Tensor | None = None,
-        soft_labels: Tensor | None = None,
-    ) -> Tensor:
-        """Return the loss of a batch; see :func:`calseg.vls_cross_entropy`."""
-        return functional.vls_cross_entropy(
-            input, target, self.weight, mu=mu, logvar=logvar, soft_labels=soft_labels, **self.options
-        )
 
 
-class VLSDiceCrossEntropyLoss(_Loss):
+class VLSDiceCrossEntropyLoss(_VLSLoss):
     """:func:`calseg.vls_dice_cross_entropy` as a module, which can replace nnU-Net's ``DC_and_CE_loss``.
 
     Args:
@@ -95,21 +98,6 @@ class VLSDiceCrossEntropyLoss(_Loss):
     """
 
     function = staticmethod(functional.vls_dice_cross_entropy)
-    of_a_batch = ("input", "target", "mu", "logvar", "soft_labels")
-
-    def forward(
-        self,
-        input: Tensor,
-        target: Tensor,
-        *,
-        mu: Tensor | None = None,
-        logvar: Tensor | None = None,
-        soft_labels: Tensor | None = None,
-    ) -> Tensor:
-        """Return the loss of a batch; see :func:`calseg.vls_dice_cross_entropy`."""
-        return functional.vls_dice_cross_entropy(
-            input, target, self.weight, mu=mu, logvar=logvar, soft_labels=soft_labels, **self.options
-        )
 
 
 class SoftCrossEntropyLoss(_Loss):
