@@ -106,8 +106,9 @@ def test_calls_from_several_python_threads():
         assert all(pool.map(work, range(6)))
 
 
-def test_the_interpreter_runs_while_the_engine_does():
-    """The GIL is released, so that another Python thread runs."""
+def test_the_interpreter_runs_while_the_engine_does(set_threads):
+    """The GIL is released, so that another Python thread runs, where the machine has a core for it."""
+    set_threads(1)
     x, target = scores(1, 8, 256, 256, dtype=torch.float32), labels((1, 8, 256, 256))
     mu = torch.zeros_like(x)
     counted, stop = [0], threading.Event()
@@ -121,9 +122,12 @@ def test_the_interpreter_runs_while_the_engine_does():
     sys.setswitchinterval(1e-4)
     counter.start()
     try:
-        start = counted[0]
-        calseg.vls_cross_entropy(x, target, mu=mu, logvar=mu, num_samples=32, seed=0)
-        longest = counted[0] - start
+        for _ in range(20):  # in a call that holds the GIL, the thread cannot count at all
+            start = counted[0]
+            calseg.vls_cross_entropy(x, target, mu=mu, logvar=mu, num_samples=32, seed=0)
+            longest = max(longest, counted[0] - start)
+            if longest > 1000:
+                break
     finally:
         stop.set()
         counter.join()
