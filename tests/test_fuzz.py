@@ -133,6 +133,7 @@ class Call:
             if isinstance(arguments.get("weight"), Tensor):
                 arguments["weight"] = arguments["weight"].double()
         function: Callable[..., Tensor] = lambda **tensors: self.operation.function(**tensors, **arguments)  # noqa: E731
+        torch.manual_seed(0)  # of seeds that are drawn
         try:
             return run(self.operation, function, tensors)
         except Exception as error:
