@@ -288,14 +288,11 @@ def loss(
 # sampled labels wait in the memory of that gradient. The gradients of mu and logvar are made in the forward pass.
 
 
-def _is_sampled(tensors: LossTensors) -> bool:
-    return tensors.mu is not None
-
-
-def _overlap_made(spec: LossSpec, tensors: LossTensors, needed: Sequence[bool]) -> list[bool]:
+def _overlap_made(tensors: LossTensors, needed: Sequence[bool]) -> list[bool]:
     """Return which tensors the forward pass makes: sampled labels in place of the logits, gradients of mu, logvar."""
-    now = _is_sampled(tensors) and not _is_float16(tensors)
-    return [_is_sampled(tensors) and needed[0], False, now and needed[2], now and needed[3]]
+    is_sampled = tensors.mu is not None
+    now = is_sampled and not _is_float16(tensors)
+    return [is_sampled and needed[0], False, now and needed[2], now and needed[3]]
 
 
 def _as_labels(memory: Tensor) -> Tensor:
@@ -367,7 +364,7 @@ class LossAndOverlap(Function):
     @staticmethod
     def forward(ctx: Any, backend: str, spec: LossSpec, traced: bool, *given: Tensor | None) -> tuple[Tensor, Tensor]:
         tensors = LossTensors(*given)
-        making = _overlap_made(spec, tensors, ctx.needs_input_grad[3:])
+        making = _overlap_made(tensors, ctx.needs_input_grad[3:])
         if traced:
             value, sums, divisor, *rest = overlap_operator(backend, *pack(spec, tensors), making)
             made = LossTensors(*_placed(making, rest))

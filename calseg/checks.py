@@ -13,7 +13,16 @@ from torch import Tensor
 
 from calseg.errors import brief
 from calseg.operations import Labels
-from calseg.tensors import FLOAT_DTYPES, LABEL_DTYPES, SOFT_LABEL_DTYPES, as_integers, class_axis, flat, voxel_shape
+from calseg.tensors import (
+    FLOAT_DTYPES,
+    LABEL_DTYPES,
+    SOFT_LABEL_DTYPES,
+    as_fractions,
+    as_integers,
+    class_axis,
+    flat,
+    voxel_shape,
+)
 
 REDUCTIONS = ("none", "mean", "sum")
 MAX_BINS = 1 << 16
@@ -115,9 +124,7 @@ def check_probabilities(name: str, soft_labels: Tensor, counted: Tensor | None =
 
     ``counted`` says which voxels count, ``[N, S]``. If it is None, those count that have any mass.
     """
-    wide = flat(soft_labels.detach()).float()
-    if not soft_labels.is_floating_point():
-        wide = wide / torch.iinfo(soft_labels.dtype).max
+    wide = flat(as_fractions(soft_labels.detach())).float()
     total, least, tolerance = wide.sum(1), wide.amin(1), probability_tolerance(soft_labels.dtype)
     counted = total != 0 if counted is None else counted
     bad = counted & ~(((total - 1).abs() <= tolerance) & (least >= -tolerance))

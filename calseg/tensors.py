@@ -31,6 +31,12 @@ def as_integers(labels: Tensor) -> Tensor:
     return torch.where(wide < 0, NO_CLASS, wide) if labels.dtype == torch.uint64 else wide
 
 
+def as_fractions(soft_labels: Tensor) -> Tensor:
+    """Return soft labels in the dtype in which they are computed. Integers are fractions of their largest value."""
+    wide = soft_labels.to(compute_dtype(soft_labels.dtype))
+    return wide if soft_labels.is_floating_point() else wide / torch.iinfo(soft_labels.dtype).max
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which values of ``dtype`` are computed: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -30,7 +30,7 @@ from calseg.operations import (
     SampleSpec,
     Sampling,
 )
-from calseg.tensors import as_integers, compute_dtype, flat, flat_voxels, unflat, voxel_shape
+from calseg.tensors import as_fractions, as_integers, compute_dtype, flat, flat_voxels, unflat, voxel_shape
 
 MAX_NLL = 2.0**25  # a negative log-likelihood above this number counts as infinite
 
@@ -66,10 +66,7 @@ def widen_counted(tensor: Tensor, ok: Tensor) -> Tensor:
 
     Integers are fractions of their largest value.
     """
-    wide = tensor.to(compute_dtype(tensor.dtype))
-    if not tensor.is_floating_point():
-        wide = wide / torch.iinfo(tensor.dtype).max
-    return torch.where(ok[:, None], wide, 0.0)
+    return torch.where(ok[:, None], as_fractions(tensor), 0.0)
 
 
 def voxel_cross_entropy(logits: Tensor, distribution: Tensor, weight: Tensor | None) -> Tensor:
