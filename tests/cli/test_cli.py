@@ -25,13 +25,6 @@ from calseg.training import loop  # noqa: E402
 QUICK = ["--iterations", "3", "--patch-size", "16", "16", "8", "--val-fraction", "0.5", "--threads", "1"]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_dataset(folder, DemoConfig(cases=4, raters=2, side=16))
-    return folder
-
-
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "info")
     assert code == 0

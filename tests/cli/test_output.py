@@ -24,17 +24,9 @@ import nibabel  # noqa: E402
 from command_line import run  # noqa: E402
 
 from calseg import report  # noqa: E402
-from calseg.simulation import DemoConfig, make_dataset  # noqa: E402
 from calseg.training import loop  # noqa: E402
 
 QUICK = ["--iterations", "1", "--patch-size", "16", "16", "8", "--val-fraction", "0.5", "--threads", "1"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_dataset(folder, DemoConfig(cases=4, raters=2, side=16))
-    return folder
 
 
 @pytest.fixture
