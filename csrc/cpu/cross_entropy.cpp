@@ -12,6 +12,14 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
+// Loads labels and logits of a tile. The logits of ignored voxels become 0.
+template <class T, class Ahead>
+void begin_tile(const LossArgs& a, LossTile<T>& t, Ahead& logits, const Span& span, const Span& next) {
+    t.load(a.spec.labels, a.upstream, span, next);
+    logits.begin(span, next);
+    if (t.any_ignored()) clear_ignored(logits.tile(), t.labels, span.count, t.C);
+}
+
 // Computes a chunk with one-hot labels. D is the type in which the logits are stored.
 template <bool kGradient, bool kPlain, class D, class T>
 void compute_hard(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
@@ -21,9 +29,7 @@ void compute_hard(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch
     ReadAhead<T, D> logits(scratch, a.tensors.logits, a.shape.C, tiles.length);
     if (scratch.is_counting()) return;
     for (const auto& [span, next] : TilesOfChunk(tiles, chunk)) {
-        t.load(a.spec.labels, a.upstream, span, next);
-        logits.begin(span, next);
-        if (t.any_ignored()) clear_ignored(logits.tile(), t.labels, span.count, t.C);
+        begin_tile(a, t, logits, span, next);
         for (int b = 0; b * kLanes < span.count; ++b) {
             t.labels_ahead.prefetch(b);
             hard_exponentials<kGradient, kPlain>(t, b, logits.block(b), logits);
@@ -49,9 +55,7 @@ void compute_hard_overlap(const LossArgs& a, const Tiling& tiles, int64_t chunk,
     ReadAhead<T, D> logits(scratch, a.tensors.logits, a.shape.C, tiles.length);
     if (scratch.is_counting()) return;
     for (const auto& [span, next] : TilesOfChunk(tiles, chunk)) {
-        t.load(a.spec.labels, a.upstream, span, next);
-        logits.begin(span, next);
-        if (t.any_ignored()) clear_ignored(logits.tile(), t.labels, span.count, t.C);
+        begin_tile(a, t, logits, span, next);
         const int blocks = (span.count + kLanes - 1) / kLanes;
         for (int first = 0, last; first < blocks; first = last) {
             last = static_cast<int>(smaller(first + blocks_in_cache<T>(t.C), blocks));
@@ -84,9 +88,7 @@ void compute_hard_slopes(const LossArgs& a, const Tiling& tiles, int64_t chunk, 
     ReadAhead<T, D> logits(scratch, a.tensors.logits, a.shape.C, tiles.length);
     if (scratch.is_counting()) return;
     for (const auto& [span, next] : TilesOfChunk(tiles, chunk)) {
-        t.load(a.spec.labels, a.upstream, span, next);
-        logits.begin(span, next);
-        if (t.any_ignored()) clear_ignored(logits.tile(), t.labels, span.count, t.C);
+        begin_tile(a, t, logits, span, next);
         const int blocks = (span.count + kLanes - 1) / kLanes;
         for (int first = 0, last; first < blocks; first = last) {
             last = static_cast<int>(smaller(first + blocks_in_cache<T>(t.C), blocks));
@@ -117,70 +119,39 @@ void compute_many(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch
               : compute_hard<kWanted == Wanted::gradient, false, D, T>(a, tiles, chunk, scratch);
 }
 
-// Does as compute_many() for a small constant number of classes, if FewClasses supports the tensors.
-template <int C, Wanted kWanted, class D, class T>
-void compute_few(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
-    using Few = FewClasses<C, kWanted, D, T>;
-    const bool stream = is_streamed(a.gradients.logits, a.shape);
-    if (!Few::can_compute(a.tensors.logits, a.gradients.logits, stream)) return compute_many<kWanted, D, T>(a, tiles, chunk, scratch);
-    LossTile<T> t(scratch, C, tiles.length, nullptr);
-    OverlapSums<T> overlap(scratch, C, kWanted == Wanted::overlap);
-    const OverlapSlopes<T> slopes(scratch, C, a.overlap_slopes, tiles, chunk);
-    if (scratch.is_counting()) return;
-    for (const auto& [span, next] : TilesOfChunk(tiles, chunk)) {
-        t.load(a.spec.labels, a.upstream, span, next);
-        const Few few(a.tensors.logits, a.gradients.logits, t, slopes, span, stream);
-        t.any_ignored() ? few.template compute<true>(span.count, overlap) : few.template compute<false>(span.count, overlap);
-        overlap.finish_tile(span.count);
-        if (kWanted != Wanted::gradient_with_overlap) t.template finish_tile<false>(a, span);
-    }
-    finish_streams();
-    overlap.finish_chunk(a.chunk_overlap, chunk);
-    t.finish_chunk(a.chunk_sums, chunk);
-}
-
-template <Wanted kWanted, class D, class T>
-void choose_hard(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
-    // Other types have no code of their own for few classes where that would take long to compile.
-    constexpr bool kHasFew =
-        kWanted == Wanted::loss || kWanted == Wanted::gradient ? std::is_same<T, float>::value : std::is_same<D, float>::value;
-    if constexpr (kHasFew) {
-        const bool plain = !a.spec.weight.data && a.spec.label_smoothing == 0.0;
-        if (plain && a.shape.C == 2) return compute_few<2, kWanted, D, T>(a, tiles, chunk, scratch);
-        if (plain && a.shape.C == 3) return compute_few<3, kWanted, D, T>(a, tiles, chunk, scratch);
-        if (plain && a.shape.C == 4) return compute_few<4, kWanted, D, T>(a, tiles, chunk, scratch);
-    }
-    compute_many<kWanted, D, T>(a, tiles, chunk, scratch);
-}
-
-// Computes the gradient of the logits of a block with soft labels `y`, for loss and overlap. The logits become the gradient.
+// Computes the gradients of a block with soft labels `y`, for loss and overlap. The logits become their gradient. If
+// `soft_gradient`, y becomes its own, which only the loss has.
 template <class T>
-CALSEG_INLINE void soft_overlap_gradient(const LossTile<T>& t, int block, int64_t C, T* logits, T* e, const T* y,
-                                         const OverlapSlopes<T>& slopes, const Smoothing<T>& smoothing) {
+CALSEG_INLINE void soft_overlap_gradient(const LossTile<T>& t, int block, int64_t C, T* logits, T* e, T* y, const OverlapSlopes<T>& slopes,
+                                         const Smoothing<T>& smoothing, bool soft_gradient) {
     const F<T> none = zero<T>(), keep = broadcast<F<T>>(smoothing.keep), spread = broadcast<F<T>>(smoothing.spread);
-    const F<T> upstream = load<F<T>>(t.upstream + block * kLanes);
-    const F<T> per_sum = per_sum_where_counted<T>(load<I<T>>(t.labels + block * kLanes), exponentials_block(logits, e, C));
+    const F<T> upstream = load<F<T>>(t.upstream + block * kLanes), sum = exponentials_block(logits, e, C);
+    const F<T> per_sum = per_sum_where_counted<T>(load<I<T>>(t.labels + block * kLanes), sum);
+    const F<T> log_sum = soft_gradient ? log_positive(sum) : none;
     F<T> base = none;
     for (int64_t c = 0; c < C; ++c) {
-        const F<T> p = load<F<T>>(e + c * kLanes) * per_sum, label = load<F<T>>(y + c * kLanes);
+        const F<T> p = load<F<T>>(e + c * kLanes) * per_sum, label = load<F<T>>(y + c * kLanes), weight = broadcast<F<T>>(t.weight[c]);
         const F<T> smoothed = keep * label + spread, q = slopes.of(c, p, label);
-        const F<T> pull = upstream * select(equal(smoothed, none), none, broadcast<F<T>>(t.weight[c]) * smoothed);
+        const F<T> pull = upstream * select(equal(smoothed, none), none, weight * smoothed);
         base = base + (pull - q * p);
+        if (soft_gradient) {
+            const F<T> log_p = load<F<T>>(logits + c * kLanes) - log_sum;
+            store(y + c * kLanes, soft_label_gradient<T>(upstream, keep * weight, log_p, label));
+        }
         store(e + c * kLanes, p);
         store(logits + c * kLanes, p * q - pull);
     }
     for (int64_t c = 0; c < C; ++c) store(logits + c * kLanes, load<F<T>>(e + c * kLanes) * base + load<F<T>>(logits + c * kLanes));
 }
 
-// kClasses is the number of classes if it is known at compile time, else 0.
-template <int kClasses, class T>
+// Computes a chunk with soft labels of any number of classes.
+template <class T>
 void compute_soft(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
-    const int64_t C = kClasses ? kClasses : a.shape.C;
+    const int64_t C = a.shape.C;
     const Smoothing<T> smoothing(a.spec.label_smoothing, C);
     const bool gradient = bool(a.gradients.logits), soft_gradient = bool(a.gradients.soft_labels);
     LossTile<T> t(scratch, C, tiles.length, a.spec.weight.data);
     T* e = scratch.take<T>(C * kLanes);
-    T* of_overlap = scratch.take<T>(C * kLanes);  // gradient of the overlap
     OverlapSums<T> overlap(scratch, C, a.overlap_sums != nullptr);
     const OverlapSlopes<T> slopes(scratch, C, a.overlap_slopes, tiles, chunk);
     TensorTile<T> logits(scratch, a.tensors.logits, a.gradients.logits, a.shape, tiles.length);
@@ -196,8 +167,8 @@ void compute_soft(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch
             t.labels_ahead.prefetch(b);
             for (auto* tensor : {&logits, &soft}) tensor->prefetch_next(b);
             T *x = logits.block(b), *y = soft.block(b);
-            if (a.overlap_slopes && !soft_gradient) {
-                soft_overlap_gradient(t, b, C, x, e, y, slopes, smoothing);
+            if (a.overlap_slopes) {
+                soft_overlap_gradient(t, b, C, x, e, y, slopes, smoothing, soft_gradient);
                 continue;
             }
             const F<T> sum = exponentials_block(x, e, C);
@@ -207,11 +178,8 @@ void compute_soft(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch
                 for (int64_t c = 0; c < C; ++c)
                     overlap.add(c, load<F<T>>(e + c * kLanes) * per_sum, select(ignored, zero<T>(), load<F<T>>(y + c * kLanes)));
             }
-            if (a.overlap_slopes) slopes.gradient(of_overlap, C, e, per_sum, y);
             log_softmax_block(x, sum, C, [](int64_t, F<T>) {});
             store(t.loss + b * kLanes, soft_cross_entropy_block(t, b, C, x, e, sum, y, smoothing, gradient, soft_gradient));
-            if (a.overlap_slopes && gradient)
-                for (int64_t c = 0; c < C; ++c) store(x + c * kLanes, load<F<T>>(x + c * kLanes) + load<F<T>>(of_overlap + c * kLanes));
         }
         for (auto* tensor : {&logits, &soft}) tensor->end(span);
         overlap.finish_tile(span.count);
@@ -221,17 +189,52 @@ void compute_soft(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch
     t.finish_chunk(a.chunk_sums, chunk);
 }
 
-template <class T>
-void choose_soft(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
-    if constexpr (std::is_same<T, float>::value) switch (a.shape.C) {
-            case 2:
-                return compute_soft<2, T>(a, tiles, chunk, scratch);
-            case 3:
-                return compute_soft<3, T>(a, tiles, chunk, scratch);
-            case 4:
-                return compute_soft<4, T>(a, tiles, chunk, scratch);
-        }
-    compute_soft<0, T>(a, tiles, chunk, scratch);
+// Computes a chunk of a small constant number of classes. Returns false if FewClasses does not support the tensors.
+template <int C, Wanted kWanted, bool kSoft, class D, class T>
+bool compute_few(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+    using Few = FewClasses<C, kWanted, kSoft, D, T>;
+    const bool stream = is_streamed(a.gradients.logits, a.shape);
+    if (!Few::can_compute(a, stream)) return false;
+    LossTile<T> t(scratch, C, tiles.length, nullptr);
+    OverlapSums<T> overlap(scratch, C, kWanted == Wanted::overlap);
+    const OverlapSlopes<T> slopes(scratch, C, a.overlap_slopes, tiles, chunk);
+    if (scratch.is_counting()) return true;
+    for (const auto& [span, next] : TilesOfChunk(tiles, chunk)) {
+        t.load(a.spec.labels, a.upstream, span, next);
+        const Few few(a, t, slopes, span, stream);
+        t.any_ignored() ? few.template compute<true>(span.count, overlap) : few.template compute<false>(span.count, overlap);
+        overlap.finish_tile(span.count);
+        if (kWanted != Wanted::gradient_with_overlap) t.template finish_tile<false>(a, span);
+    }
+    finish_streams();
+    overlap.finish_chunk(a.chunk_overlap, chunk);
+    t.finish_chunk(a.chunk_sums, chunk);
+    return true;
+}
+
+// Does as compute_few() for the number of classes of the call. Returns false if there is no code for few classes.
+template <Wanted kWanted, bool kSoft, class D, class T>
+bool try_few(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+    if (a.spec.weight.data || a.spec.label_smoothing != 0.0 || a.gradients.soft_labels) return false;
+    if (a.shape.C == 2) return compute_few<2, kWanted, kSoft, D, T>(a, tiles, chunk, scratch);
+    if (a.shape.C == 3) return compute_few<3, kWanted, kSoft, D, T>(a, tiles, chunk, scratch);
+    if (a.shape.C == 4) return compute_few<4, kWanted, kSoft, D, T>(a, tiles, chunk, scratch);
+    return false;
+}
+
+// D is the type in which the logits are stored.
+template <Wanted kWanted, class D, class T>
+void choose(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
+    // Other types have no code of their own for few classes where that would take long to compile.
+    constexpr bool kAlone = kWanted == Wanted::loss || kWanted == Wanted::gradient, kIsFloat = std::is_same<D, float>::value;
+    if (a.tensors.soft_labels) {
+        if constexpr (kIsFloat)
+            if (try_few<kWanted, true, D, T>(a, tiles, chunk, scratch)) return;
+        return compute_soft<T>(a, tiles, chunk, scratch);
+    }
+    if constexpr (kIsFloat || (kAlone && std::is_same<T, float>::value))
+        if (try_few<kWanted, false, D, T>(a, tiles, chunk, scratch)) return;
+    compute_many<kWanted, D, T>(a, tiles, chunk, scratch);
 }
 
 struct CrossEntropy {
@@ -249,13 +252,12 @@ struct CrossEntropy {
 
     template <class T>
     static void compute_chunk(const Args& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
-        if (a.tensors.soft_labels) return choose_soft<T>(a, tiles, chunk, scratch);
         with_stored_type<T>(a.tensors.logits.dtype, [&](auto* type) {
             using D = std::remove_pointer_t<decltype(type)>;
-            if (a.overlap_slopes) choose_hard<Wanted::gradient_with_overlap, D, T>(a, tiles, chunk, scratch);
-            else if (a.overlap_sums) choose_hard<Wanted::overlap, D, T>(a, tiles, chunk, scratch);
-            else if (a.gradients.logits) choose_hard<Wanted::gradient, D, T>(a, tiles, chunk, scratch);
-            else choose_hard<Wanted::loss, D, T>(a, tiles, chunk, scratch);
+            if (a.overlap_slopes) choose<Wanted::gradient_with_overlap, D, T>(a, tiles, chunk, scratch);
+            else if (a.overlap_sums) choose<Wanted::overlap, D, T>(a, tiles, chunk, scratch);
+            else if (a.gradients.logits) choose<Wanted::gradient, D, T>(a, tiles, chunk, scratch);
+            else choose<Wanted::loss, D, T>(a, tiles, chunk, scratch);
         });
     }
 };

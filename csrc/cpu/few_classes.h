@@ -1,5 +1,5 @@
-// Cross-entropy with one-hot labels of two to four classes, the overlap, and their gradient, without class weights and label
-// smoothing.
+// Cross-entropy of two to four classes with one-hot or soft labels, the overlap, and the gradient of the logits, without
+// class weights and label smoothing.
 //
 // With so few classes, registers hold all numbers of a block. So logits are read from the tensor and gradients are written
 // to the tensor without a tile in between. Nothing is prefetched, because the processor's own prefetcher can follow that
@@ -18,28 +18,30 @@ namespace {
 // gradient of losses and overlap.
 enum class Wanted { loss, gradient, overlap, gradient_with_overlap };
 
-// Computation of one tile. D is the type in which logits and gradient are stored. T is the compute type.
-template <int C, Wanted kWanted, class D, class T>
+// Computation of one tile. D is the type in which logits, soft labels and gradient are stored. T is the compute type.
+template <int C, Wanted kWanted, bool kSoft, class D, class T>
 class FewClasses {
     static constexpr bool kGradient = kWanted == Wanted::gradient || kWanted == Wanted::gradient_with_overlap;
 
  public:
-    // Returns whether these tensors are supported: the voxels are contiguous, the dtypes are equal, and the rows of the
-    // gradient are aligned if it is to be streamed.
-    static bool can_compute(const TensorView& logits, const TensorView& gradient, bool stream) {
-        if (logits.stride_s != 1 || (kGradient && (gradient.stride_s != 1 || gradient.dtype != logits.dtype))) return false;
+    // Returns whether the tensors of a call are supported: the voxels are contiguous, the dtypes are equal, and the rows of
+    // the gradient are aligned if it is to be streamed.
+    static bool can_compute(const LossArgs& a, bool stream) {
+        const TensorView &logits = a.tensors.logits, &soft = a.tensors.soft_labels, &gradient = a.gradients.logits;
+        const auto readable = [&](const TensorView& tensor) { return tensor.stride_s == 1 && tensor.dtype == logits.dtype; };
+        if (!readable(logits) || (kSoft && !readable(soft)) || (kGradient && !readable(gradient))) return false;
         if (!kGradient || !stream) return true;
         const bool aligned =
             reinterpret_cast<uintptr_t>(gradient.data) % 64 == 0 && gradient.stride_c % kLine == 0 && gradient.stride_n % kLine == 0;
         return kStreamed<D> && aligned;
     }
 
-    FewClasses(const TensorView& logits, const TensorView& gradient, const LossTile<T>& t, const OverlapSlopes<T>& slopes, const Span& span,
-               bool stream)
+    FewClasses(const LossArgs& a, const LossTile<T>& t, const OverlapSlopes<T>& slopes, const Span& span, bool stream)
         : labels_(t.labels), labels_ahead_(t.labels_ahead), upstream_(t.upstream), loss_(t.loss), slopes_(slopes), stream_(stream) {
         for (int c = 0; c < C; ++c) {
-            logits_[c] = address<D>(logits, span, c);
-            gradients_[c] = kGradient ? address<D>(gradient, span, c) : nullptr;
+            logits_[c] = address<D>(a.tensors.logits, span, c);
+            soft_[c] = kSoft ? address<D>(a.tensors.soft_labels, span, c) : nullptr;
+            gradients_[c] = kGradient ? address<D>(a.gradients.logits, span, c) : nullptr;
         }
     }
 
@@ -51,7 +53,7 @@ class FewClasses {
         Block block;
         Sums sums;
         for (int c = 0; c < C; ++c) {
-            sums.p[c] = sums.of_label[c] = zero<T>();
+            sums.mass[c] = sums.other[c] = zero<T>();
             sums.hits[c] = 0;
         }
         if (whole > 0) self.template begin<kIgnored>(0, kLanes, block);
@@ -62,13 +64,15 @@ class FewClasses {
             const int rest = static_cast<int>(smaller(count - at, kLanes));
             alignas(64) T gradient[C][kLine];
             self.template begin<true>(at, rest, block);
-            self.template finish<true>(at, block, gradient, 0, sums);
+            self.template finish<true>(at, rest, block, gradient, 0, sums);
             if (kGradient)
                 for (int c = 0; c < C; ++c)
                     for (int i = 0; i < rest; ++i) narrow(gradients_[c][at + i], gradient[c][i]);
         }
         if (kWanted == Wanted::overlap)
-            for (int c = 0; c < C; ++c) overlap.add_hard_sums(c, sums.p[c], sums.of_label[c], sums.hits[c]);
+            for (int c = 0; c < C; ++c)
+                if (kSoft) overlap.add_sums(c, sums.mass[c], sums.other[c]);
+                else overlap.add_hard_sums(c, sums.mass[c], sums.other[c], sums.hits[c]);
     }
 
  private:
@@ -80,7 +84,9 @@ class FewClasses {
     // than a processor looks ahead. So the code begins the next block before it finishes the current one, and the two
     // overlap.
     struct Block {
-        F<T> e[C], sum, label_d;
+        F<T> e[C], sum;
+        F<T> label_d;     // sum over classes of Y * (logit - max)
+        F<T> label_mass;  // soft labels only: sum of Y
         I<T> labels;
 
         // Copies member by member. The compiler copies a whole structure through memory.
@@ -88,13 +94,15 @@ class FewClasses {
             for (int c = 0; c < C; ++c) e[c] = other.e[c];
             sum = other.sum;
             label_d = other.label_d;
+            if (kSoft) label_mass = other.label_mass;
             labels = other.labels;
         }
     };
 
-    // Sums of the overlap over the blocks of a tile.
+    // Sums of the overlap over the blocks of a tile: those of p + Y and |p - Y| for soft labels, else the three that
+    // OverlapSums::add_hard_sums() takes.
     struct Sums {
-        F<T> p[C], of_label[C];
+        F<T> mass[C], other[C];
         int hits[C];
     };
 
@@ -108,7 +116,7 @@ class FewClasses {
             const bool more = kMore || within + kLanes < kLine;
             Block next;
             if (more) begin<kIgnored>(at + kLanes, kLanes, next);
-            finish<kIgnored>(at, block, gradient, within, sums);
+            finish<kIgnored>(at, kLanes, block, gradient, within, sums);
             if (more) block.become(next);
         }
         if (kGradient)
@@ -128,43 +136,69 @@ class FewClasses {
         }
         for (int c = 0; c < C; ++c) {
             x[c] = x[c] - top;
-            block.label_d = c == 0 ? x[0] : select(equal(block.labels, broadcast<I<T>>(c)), x[c], block.label_d);
+            if constexpr (!kSoft) block.label_d = c == 0 ? x[0] : select(equal(block.labels, broadcast<I<T>>(c)), x[c], block.label_d);
+        }
+        if constexpr (kSoft) {
+            block.label_mass = block.label_d = zero<T>();
+            for (int c = 0; c < C; ++c) {
+                const F<T> y = soft_label<kIgnored>(c, at, count, block.labels);
+                block.label_mass = block.label_mass + y;
+                // Where Y is 0, so is the product, even if the logit is -inf.
+                block.label_d = block.label_d + select(equal(y, zero<T>()), y, y * x[c]);
+            }
         }
         exponentials(x);
         block.sum = x[0];
         for (int c = 1; c < C; ++c) block.sum = block.sum + x[c];
     }
 
-    // Computes what is wanted of a block. Gradients are written to place `within` of the line.
+    // Loads the soft labels of class c.
     template <bool kIgnored>
-    CALSEG_MEMBER void finish(int at, const Block& block, T (&gradient)[C][kLine], int within, Sums& sums) const {
+    CALSEG_MEMBER F<T> soft_label(int c, int at, int count, I<T> labels) const {
+        const F<T> y = load_widened<T>(soft_[c] + at, count);
+        return kIgnored ? select(less(labels, broadcast<I<T>>(0)), zero<T>(), y) : y;
+    }
+
+    // Computes what is wanted of a block of `count` voxels. Gradients are written to place `within` of the line.
+    template <bool kIgnored>
+    CALSEG_MEMBER void finish(int at, int count, const Block& block, T (&gradient)[C][kLine], int within, Sums& sums) const {
         const F<T> none = zero<T>();
         const auto ignored = less(block.labels, broadcast<I<T>>(0));
         const auto hit = [&](int c) { return equal(block.labels, broadcast<I<T>>(c)); };
+        const auto soft = [&](int c) { return soft_label<kIgnored>(c, at, count, block.labels); };
         if (kWanted != Wanted::gradient_with_overlap) {
-            const F<T> loss = log_positive(block.sum) - block.label_d;
+            const F<T> log_sum = log_positive(block.sum), loss = (kSoft ? block.label_mass * log_sum : log_sum) - block.label_d;
             store(loss_ + at, kIgnored ? select(ignored, none, loss) : loss);
         }
-        const F<T> upstream = load<F<T>>(upstream_ + at),
+        const F<T> upstream = load<F<T>>(upstream_ + at), mass = kSoft ? upstream * block.label_mass : upstream,
                    per_sum = kIgnored ? select(ignored, none, reciprocal(block.sum)) : reciprocal(block.sum);
+        // Returns what the gradient of the loss subtracts in class c.
+        const auto pull = [&](int c) { return kSoft ? upstream * soft(c) : select(hit(c), upstream, none); };
         if constexpr (kWanted == Wanted::gradient) {
-            const F<T> scale = upstream * reciprocal(block.sum);
-            for (int c = 0; c < C; ++c) store(gradient[c] + within, multiply_subtract(block.e[c], scale, select(hit(c), upstream, none)));
+            const F<T> scale = mass * reciprocal(block.sum);
+            for (int c = 0; c < C; ++c) store(gradient[c] + within, multiply_subtract(block.e[c], scale, pull(c)));
+        } else if constexpr (kWanted == Wanted::overlap && kSoft) {
+            for (int c = 0; c < C; ++c) {
+                const F<T> p = block.e[c] * per_sum, y = soft(c);
+                sums.mass[c] = sums.mass[c] + (p + y);
+                sums.other[c] = sums.other[c] + magnitude(p - y);
+            }
         } else if constexpr (kWanted == Wanted::overlap) {
             for (int c = 0; c < C; ++c) {
                 const F<T> p = block.e[c] * per_sum;
-                sums.p[c] = sums.p[c] + p;
-                sums.of_label[c] = sums.of_label[c] + select(hit(c), p, none);
+                sums.mass[c] = sums.mass[c] + p;
+                sums.other[c] = sums.other[c] + select(hit(c), p, none);
                 sums.hits[c] += count_of(hit(c));
             }
         } else if constexpr (kWanted == Wanted::gradient_with_overlap) {
-            F<T> q[C], p[C], base = upstream;
+            F<T> q[C], p[C], base = mass;
             for (int c = 0; c < C; ++c) {
-                q[c] = select(hit(c), broadcast<F<T>>(slopes_.below[c]), broadcast<F<T>>(slopes_.above[c]));
                 p[c] = block.e[c] * per_sum;
+                if constexpr (kSoft) q[c] = slopes_.of(c, p[c], soft(c));
+                else q[c] = select(hit(c), broadcast<F<T>>(slopes_.below[c]), broadcast<F<T>>(slopes_.above[c]));
                 base = base - q[c] * p[c];
             }
-            for (int c = 0; c < C; ++c) store(gradient[c] + within, multiply_subtract(p[c], base + q[c], select(hit(c), upstream, none)));
+            for (int c = 0; c < C; ++c) store(gradient[c] + within, multiply_subtract(p[c], base + q[c], pull(c)));
         }
     }
 
@@ -185,7 +219,7 @@ class FewClasses {
         for (int i = 0; i < kLine; i += 64 / static_cast<int>(sizeof(D))) stream_line(to + i, narrowed + i);
     }
 
-    const D* logits_[C];
+    const D *logits_[C], *soft_[C];
     D* gradients_[C];
     const int32_t* labels_;
     LabelsAhead labels_ahead_;

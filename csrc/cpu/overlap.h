@@ -126,17 +126,6 @@ struct OverlapSlopes {
         const F<T> high = broadcast<F<T>>(above[c]), low = broadcast<F<T>>(below[c]), half = broadcast<F<T>>(T(0.5));
         return select(less(y, p), high, select(less(p, y), low, half * (high + low)));
     }
-
-    // Writes the gradient of the logits of a block to `to`, for labels `y`.
-    CALSEG_MEMBER void gradient(T* to, int64_t C, const T* e, F<T> per_sum, const T* y) const {
-        F<T> dot = zero<T>();
-        for (int64_t c = 0; c < C; ++c) {
-            const F<T> p = load<F<T>>(e + c * kLanes) * per_sum, q = of(c, p, load<F<T>>(y + c * kLanes));
-            dot = dot + q * p;
-            store(to + c * kLanes, q);
-        }
-        for (int64_t c = 0; c < C; ++c) store(to + c * kLanes, load<F<T>>(e + c * kLanes) * per_sum * (load<F<T>>(to + c * kLanes) - dot));
-    }
 };
 
 // ---- one-hot labels: gradient of loss and overlap in three steps, as hard_cross_entropy.h computes that of the loss ----

@@ -8,6 +8,15 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
+// Returns the gradient of a soft label y. `weight` is the class weight times what label smoothing keeps of y.
+template <class T>
+CALSEG_INLINE F<T> soft_label_gradient(F<T> upstream, F<T> weight, F<T> log_p, F<T> y) {
+    const F<T> none = zero<T>();
+    // Where y is 0 and log p is -inf, the term of the loss is 0, and so is its gradient.
+    const F<T> finite = select(equal(log_p, broadcast<F<T>>(T(-INFINITY))), select(equal(y, none), none, log_p), log_p);
+    return select(equal(upstream, none), none, (none - weight * upstream) * finite);
+}
+
 // Returns the losses of a block with soft labels Y. On entry, `log_p` holds log softmax(logits), `e` and `sum` hold
 // exp(logits - max) and its sum over classes, and `soft` holds Y. If `gradient`, log_p becomes the gradient of the logits.
 // If `soft_gradient`, soft becomes the gradient of Y.
@@ -24,18 +33,14 @@ CALSEG_INLINE F<T> soft_cross_entropy_block(const LossTile<T>& t, int block, int
         mass = mass + select(absent, none, y);
         loss = loss - select(absent, none, y * load<F<T>>(log_p + c * kLanes));
     }
-    const F<T> scale_p = upstream * mass * reciprocal(sum), impossible = broadcast<F<T>>(T(-INFINITY));
+    const F<T> scale_p = upstream * mass * reciprocal(sum);
     for (int64_t c = 0; c < C && (gradient || soft_gradient); ++c) {
         const F<T> weight = broadcast<F<T>>(t.weight[c]), y = load<F<T>>(soft + c * kLanes), lp = load<F<T>>(log_p + c * kLanes);
         const F<T> smoothed = keep * y + spread;
         if (gradient)
             store(log_p + c * kLanes,
                   load<F<T>>(e + c * kLanes) * scale_p - upstream * select(equal(smoothed, none), none, weight * smoothed));
-        if (soft_gradient) {
-            // Where Y is 0 and log p is -inf, the term of the loss is 0, and so is its gradient.
-            const F<T> finite = select(equal(lp, impossible), select(equal(y, none), none, lp), lp);
-            store(soft + c * kLanes, select(equal(upstream, none), none, (none - keep * weight * upstream) * finite));
-        }
+        if (soft_gradient) store(soft + c * kLanes, soft_label_gradient<T>(upstream, keep * weight, lp, y));
     }
     return select(less(load<I<T>>(t.labels + block * kLanes), broadcast<I<T>>(0)), none, loss);
 }
