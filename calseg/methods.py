@@ -13,14 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from calseg import checks as check
-from calseg.functional import vls_cross_entropy, vls_elbo
+from calseg.functional import vls_cross_entropy, vls_dice_cross_entropy, vls_elbo
 from calseg.tensors import compute_dtype
 
 
@@ -386,8 +386,9 @@ class Method:
 
     Attributes:
         title: Name for readers, as tables and help texts show it.
-        loss: Function that is called as ``loss(output, target, **settings)`` with an :class:`Output` and a
-            :class:`Target`. It returns the sum over the voxels that count, a 0-d tensor.
+        loss: Function that is called as ``loss(output, target, dice_weight, **settings)`` with an :class:`Output` and a
+            :class:`Target`. It returns the mean over the voxels that count, plus ``dice_weight`` times the Dice loss, a
+            0-d tensor. The mean is 0 if no voxel counts.
         settings: The settings of :class:`calseg.training.TrainConfig` that the method takes, with their published
             defaults. A default of None means that the setting is fitted during training.
         dense_head: Whether the network gets a head for ``mu`` and ``logvar``.
@@ -401,44 +402,74 @@ class Method:
     soft_labels: bool = False
 
 
-def _of_logits(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a :attr:`Method.loss` that calls ``function``, a loss of logits and labels."""
+def mean_over_voxels(total: Tensor, label: Tensor, ignore_index: int = -100) -> Tensor:
+    """Divide a sum over voxels by the number of voxels that count. Where none counts, a sum of 0 stays 0."""
+    return total / (label != ignore_index).sum().clamp(min=1)
 
-    def loss(output: Output, target: Target, **settings: float) -> Tensor:
-        return function(output.logits, target.label, reduction="sum", **settings)
+
+def cross_entropy_and_dice(logits: Tensor, label: Tensor, dice_weight: float, **labels: Any) -> Tensor:
+    """Return the cross-entropy plus ``dice_weight`` times the Dice loss over the batch, both with the same labels.
+
+    Args:
+        logits: float ``[N, C, *S]``.
+        label: class indices ``[N, *S]``, and -100 where a voxel does not count.
+        dice_weight: weight of the Dice loss. If it is 0, the Dice loss is not computed.
+        labels: arguments of :func:`calseg.vls_cross_entropy` that make soft labels.
+    """
+    if dice_weight:
+        return vls_dice_cross_entropy(logits, label, dice_weight=dice_weight, batch_dice=True, **labels)
+    return mean_over_voxels(vls_cross_entropy(logits, label, reduction="sum", **labels), label)
+
+
+def _of_logits(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a :attr:`Method.loss` of ``function``, a loss of logits and labels, and of the Dice loss of the labels."""
+
+    def loss(output: Output, target: Target, dice_weight: float, **settings: float) -> Tensor:
+        value = mean_over_voxels(function(output.logits, target.label, reduction="sum", **settings), target.label)
+        if not dice_weight:
+            return value
+        return value + vls_dice_cross_entropy(
+            output.logits, target.label, ce_weight=0.0, dice_weight=dice_weight, batch_dice=True
+        )
 
     return loss
 
 
-def _label_smoothing_loss(output: Output, target: Target, *, alpha: float) -> Tensor:
-    """Return the cross-entropy with uniform label smoothing."""
-    return vls_cross_entropy(output.logits, target.label, label_smoothing=alpha, reduction="sum")
+def _cross_entropy_loss(output: Output, target: Target, dice_weight: float) -> Tensor:
+    """Return the loss of the labels."""
+    return cross_entropy_and_dice(output.logits, target.label, dice_weight)
+
+
+def _label_smoothing_loss(output: Output, target: Target, dice_weight: float, *, alpha: float) -> Tensor:
+    """Return the cross-entropy with uniform label smoothing, and the Dice loss of the labels."""
+    return cross_entropy_and_dice(output.logits, target.label, dice_weight, label_smoothing=alpha)
 
 
 def _vls_loss(
-    output: Output, target: Target, *, alpha: float, temperature: float, num_samples: int, beta: float
-) -> Tensor:
-    """Return the ELBO of mu and logvar, plus the cross-entropy with soft labels sampled from them.
+    output: Output, target: Target, dice_weight: float, *,
+    alpha: float, temperature: float, num_samples: int, beta: float,
+) -> Tensor:  # fmt: skip
+    """Return the ELBO of mu and logvar, plus the loss of soft labels that are sampled from them.
 
-    The cross-entropy has no gradient with respect to mu and logvar.
+    The loss of the soft labels has no gradient with respect to mu and logvar.
     """
     mu, logvar = output.mu, output.logvar
     assert mu is not None
     assert logvar is not None
     elbo = vls_elbo(mu, logvar, target.label, num_samples=num_samples, beta=beta, reduction="sum", seed=target.seeds[0])
-    return elbo + vls_cross_entropy(
-        output.logits, target.label, reduction="sum", mu=mu.detach(), logvar=logvar.detach(),
+    return mean_over_voxels(elbo, target.label) + cross_entropy_and_dice(
+        output.logits, target.label, dice_weight, mu=mu.detach(), logvar=logvar.detach(),
         alpha=alpha, temperature=temperature, num_samples=num_samples, beta=0.0, seed=target.seeds[1],
     )  # fmt: skip
 
 
-def _calseg_loss(output: Output, target: Target, **settings: float) -> Tensor:
-    """Return the cross-entropy with the soft labels of the first stage. Only that stage uses ``settings``."""
-    return vls_cross_entropy(output.logits, target.label, soft_labels=target.soft_labels, reduction="sum")
+def _calseg_loss(output: Output, target: Target, dice_weight: float, **settings: float) -> Tensor:
+    """Return the loss of the soft labels of the first stage. Only that stage uses ``settings``."""
+    return cross_entropy_and_dice(output.logits, target.label, dice_weight, soft_labels=target.soft_labels)
 
 
 METHODS: dict[str, Method] = {
-    "cross_entropy": Method("cross-entropy", _of_logits(vls_cross_entropy), {}),
+    "cross_entropy": Method("cross-entropy", _cross_entropy_loss, {}),
     "label_smoothing": Method("label smoothing", _label_smoothing_loss, {"alpha": 0.1}),
     "svls": Method("spatially varying label smoothing", _of_logits(svls_cross_entropy), {"sigma": 1.0}),
     "focal": Method("focal loss", _of_logits(focal_cross_entropy), {"gamma": 3.0}),

@@ -92,6 +92,12 @@ class TrainConfig:
         Bound("be among 0, 1 and 2", lambda axes: all(axis in (0, 1, 2) for axis in axes)),
         option="--flip-axis",
     )
+    dice_weight: float = setting(
+        0.0,
+        "Weight of the Dice loss beside the loss of the method. It compares the probabilities with the soft labels of"
+        " vls and calseg, and with the labels for other methods. With 0 there is none.",
+        NOT_NEGATIVE,
+    )
     alpha: float = _of_method(
         "alpha",
         "Strength of the smoothing: the share of the smooth target in the label (label_smoothing, vls, calseg), or the"

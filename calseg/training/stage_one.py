@@ -20,8 +20,8 @@ from torch import Tensor
 
 from calseg.errors import RunError, listing
 from calseg.files import as_json, file_digest, read_json
-from calseg.functional import gaussian_kl, vls_cross_entropy
-from calseg.methods import TemperatureFit
+from calseg.functional import gaussian_kl
+from calseg.methods import TemperatureFit, cross_entropy_and_dice, mean_over_voxels
 from calseg.runs import (
     CasesInterruptedError,
     Progress,
@@ -301,20 +301,19 @@ def _build(dataset: Dataset, config: TrainConfig) -> StageOneNet:
 def _loss_of(net: StageOneNet, config: TrainConfig) -> Callable[[Patches, int], Tensor]:
     """Return the function that computes the loss of the first stage.
 
-    It is the sum of the cross-entropy of the label, the squared error of the image, and the KL divergence of the
-    posterior from its prior. The first two are means over the labelled voxels. The KL divergence is summed over the
-    code, and is a mean over the patches.
+    It is the sum of the cross-entropy of the label, with the Dice loss beside it, the squared error of the image, and
+    the KL divergence of the posterior from its prior. Cross-entropy and error are means over the labelled voxels. The
+    KL divergence is summed over the code, and is a mean over the patches.
     """
 
     def loss_of(patches: Patches, iteration: int) -> Tensor:
         generator = torch.Generator().manual_seed(noise_seed(config.seed, iteration, 0))
         noise = torch.randn(len(patches.image), net.latent_size, generator=generator, device="cpu").to(patches.image)
         logits, image, mu, logvar = net(patches.image, patches.label, noise)
-        valid = patches.label != IGNORE_INDEX
-        voxels = valid.sum().clamp(min=1)
-        nll = vls_cross_entropy(logits, patches.label, ignore_index=IGNORE_INDEX, reduction="sum") / voxels
-        error: Tensor = ((image - patches.image).square().mean(1) * valid).sum() / voxels
-        return nll + config.reconstruction * error + config.beta * gaussian_kl(mu, logvar)
+        of_label = cross_entropy_and_dice(logits, patches.label, config.dice_weight)
+        squares = (image - patches.image).square().mean(1) * (patches.label != IGNORE_INDEX)
+        error = mean_over_voxels(squares.sum(), patches.label)
+        return of_label + config.reconstruction * error + config.beta * gaussian_kl(mu, logvar)
 
     return loss_of
 

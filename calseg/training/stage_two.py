@@ -23,7 +23,7 @@ from calseg.training.inference import predict_volume
 from calseg.training.loop import Patches, check_device, fit, noise_seed
 from calseg.training.nets import SegmentationNet, build_net
 from calseg.training.stage_one import estimate_in, read_summary, soft_label_file, stage_one_files
-from calseg.volumes.datasets import IGNORE_INDEX, Dataset, find_cases, split_cases
+from calseg.volumes.datasets import Dataset, find_cases, split_cases
 from calseg.volumes.patches import CaseCache
 from calseg.volumes.probabilities import soft_labels_path
 
@@ -146,13 +146,9 @@ def _train_network(
 def objective(
     output: Output, label: Tensor, config: TrainConfig, iteration: int, soft_labels: Tensor | None = None
 ) -> Tensor:
-    """Return the loss of the method, a 0-d tensor: its mean over the labelled voxels of ``label[N, *S]``.
-
-    The loss of a method is a sum, which is divided here. So a batch without a labelled voxel gives 0 and not NaN.
-    """
-    seeds = noise_seed(config.seed, iteration, 0), noise_seed(config.seed, iteration, 1)
-    loss = METHODS[config.method].loss(output, Target(label, soft_labels, seeds), **config.method_settings)
-    return loss / (label != IGNORE_INDEX).sum().clamp(min=1)
+    """Return the loss of the method for ``label[N, *S]``, a 0-d tensor. It is 0 if no voxel has a label."""
+    target = Target(label, soft_labels, (noise_seed(config.seed, iteration, 0), noise_seed(config.seed, iteration, 1)))
+    return METHODS[config.method].loss(output, target, config.dice_weight, **config.method_settings)
 
 
 def score_cases(

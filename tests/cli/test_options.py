@@ -24,7 +24,8 @@ from calseg.simulation import DemoConfig, make_dataset  # noqa: E402
 from calseg.training.config import TrainConfig  # noqa: E402
 
 OF_STAGE_ONE = {
-    "iterations", "batch_size", "patch_size", "learning_rate", "seed", "split_seed", "foreground", "flip_axes", "alpha",
+    "iterations", "batch_size", "patch_size", "learning_rate", "seed", "split_seed", "foreground", "flip_axes",
+    "dice_weight", "alpha",
     "temperature", "num_samples", "beta", "latent_size", "reconstruction", "folds",
 }  # fmt: skip
 
@@ -69,12 +70,12 @@ def test_options_of_old_still_work() -> None:
     names = {
         "info": "--json",
         "train": "--out --method --loss --iterations --batch-size --patch-size --learning-rate --seed --val-fraction"
-        " --split-seed --foreground --flip-axis --alpha --sigma --gamma --margin --temperature --num-samples --beta"
-        " --latent-size --reconstruction --folds --soft-labels --resume --overwrite --checkpoint-every --device"
-        " --threads",
+        " --split-seed --foreground --flip-axis --dice-weight --alpha --sigma --gamma --margin"
+        " --temperature --num-samples --beta --latent-size --reconstruction --folds --soft-labels --resume --overwrite"
+        " --checkpoint-every --device --threads",
         "soft-labels": "--out --networks --iterations --batch-size --patch-size --learning-rate --seed --split-seed"
-        " --foreground --flip-axis --alpha --temperature --num-samples --beta --latent-size --reconstruction --folds"
-        " --resume --overwrite --checkpoint-every --device --threads",
+        " --foreground --flip-axis --dice-weight --alpha --temperature --num-samples --beta --latent-size"
+        " --reconstruction --folds --resume --overwrite --checkpoint-every --device --threads",
         "predict": "--out --cases --resume --overwrite --device --threads",
         "evaluate": "--out --n-bins --ignore-label --preset --dataset-json --num-resamples --seed --memory --resume"
         " --overwrite --threads",
@@ -103,7 +104,7 @@ def test_a_new_method_needs_an_entry_only(
 ) -> None:
     """A new method needs an entry only. This one is half the cross-entropy, with its own default of a setting."""
     plain = METHODS["cross_entropy"].loss
-    entry = Method("half", lambda output, target, *, alpha: alpha * plain(output, target), {"alpha": 0.5})
+    entry = Method("half", lambda *given, alpha: alpha * plain(*given), {"alpha": 0.5})
     monkeypatch.setitem(methods.METHODS, "half", entry)
     assert TrainConfig(method="half").alpha == 0.5
     make_dataset(tmp_path / "data", DemoConfig(cases=4, raters=2, side=16))

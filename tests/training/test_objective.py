@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from boxes import TINY, config
 
-from calseg.functional import vls_cross_entropy, vls_elbo
-from calseg.methods import Output
-from calseg.training.loop import learning_rate, noise_seed
+from calseg.functional import sample_soft_labels, vls_cross_entropy, vls_elbo
+from calseg.methods import METHODS, Output
+from calseg.training.loop import Patches, learning_rate, noise_seed
+from calseg.training.nets import build_stage_one
+from calseg.training.stage_one import _loss_of
 from calseg.training.stage_two import objective
 from calseg.volumes.datasets import IGNORE_INDEX
 
@@ -65,11 +67,55 @@ def test_vls_objective_is_elbo_plus_soft_cross_entropy() -> None:
     torch.testing.assert_close(gradients[1:], torch.autograd.grad(elbo, [output.mu, output.logvar]))
 
 
-def test_objective_without_a_labelled_voxel_is_zero() -> None:
+def dice(p: torch.Tensor, y: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """``1 - sum(p + y - |p - y|) / sum(p + y)`` over the batch, averaged over the foreground classes."""
+    counts = (label != IGNORE_INDEX)[:, None]
+    axes = (0, 2, 3, 4)
+    mass, difference = ((p + y) * counts).sum(axes), ((p - y).abs() * counts).sum(axes)
+    return (1 - (mass - difference) / mass)[1:].mean()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dice_weight_adds_the_dice_loss_of_the_labels_of_the_method(method: str) -> None:
+    output, label = random_output()
+    settings = config(method=method, dice_weight=0.7, seed=5)
+    soft = torch.softmax(torch.randn(output.logits.shape, generator=torch.Generator().manual_seed(1)), 1)
+    without = objective(output, label, config(method=method, seed=5), 7, soft)
+    loss = objective(output, label, settings, 7, soft)
+    labels = F.one_hot(label.long().clamp(min=0), 3).movedim(-1, 1).float()
+    if method == "vls":
+        labels = sample_soft_labels(
+            output.mu.detach(), output.logvar.detach(), label, alpha=settings.alpha, temperature=settings.temperature,
+            num_samples=settings.num_samples, ignore_index=IGNORE_INDEX, seed=noise_seed(5, 7, 1),
+        )  # fmt: skip
+    elif method == "calseg":
+        labels = soft
+    added = 0.7 * dice(output.logits.softmax(1), labels, label)
+    torch.testing.assert_close(loss, without + added)
+    torch.testing.assert_close(
+        *torch.autograd.grad(loss - without, output.logits), *torch.autograd.grad(added, output.logits)
+    )
+
+
+def test_dice_weight_reaches_the_first_stage() -> None:
+    settings = config(method="calseg", dice_weight=0.7)
+    net = build_stage_one(1, 3, latent_size=settings.latent_size, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    patches = Patches(torch.randn(2, 1, 16, 16, 16, generator=generator), torch.randint(0, 3, (2, 16, 16, 16)), None)
+    with_dice, without = (_loss_of(net, each)(patches, 3) for each in (settings, config(method="calseg")))
+    logits = net(
+        *patches[:2], torch.randn(2, net.latent_size, generator=torch.Generator().manual_seed(noise_seed(0, 3, 0)))
+    )[0]
+    onehot = F.one_hot(patches.label, 3).movedim(-1, 1).float()
+    torch.testing.assert_close(with_dice - without, 0.7 * dice(logits.softmax(1), onehot, patches.label))
+
+
+@pytest.mark.parametrize("dice_weight", [0.0, 1.0])
+def test_objective_without_a_labelled_voxel_is_zero(dice_weight: float) -> None:
     output, label = random_output()
     label.fill_(IGNORE_INDEX)
     for method, each in (("vls", output), ("cross_entropy", Output(output.logits, None, None))):
-        loss = objective(each, label, config(method=method), 0)
+        loss = objective(each, label, config(method=method, dice_weight=dice_weight), 0)
         assert loss.item() == 0
         loss.backward()
     assert output.logits.grad is not None
