@@ -85,7 +85,7 @@ def _voxels(name: str, value: Any, scores: Tensor) -> Tensor:
         raise TypeError(f"{name}: got {describe(value)}, wanted a tensor of class indices")
     if value.dtype not in LABEL_DTYPES:
         raise TypeError(f"{name}: got {describe(value)}, wanted class indices")
-    of_scores = scores.shape
+    of_scores, given = scores.shape, value
     wanted = of_scores[:1] + of_scores[2:] if len(of_scores) > 1 else of_scores[:0]
     if value.dim() == len(of_scores) > 1 and value.shape[1] == 1:
         value = value.squeeze(1)
@@ -95,7 +95,7 @@ def _voxels(name: str, value: Any, scores: Tensor) -> Tensor:
             why = ": it looks one-hot or like regions that overlap, and classes exclude each other; "
             why += f"{name}.argmax(1) for one-hot, soft_labels={name}.float() for probabilities"
         raise ValueError(
-            f"{name}: got {describe(value)}, wanted shape {list(wanted)} for scores of shape {list(scores.shape)}{why}"
+            f"{name}: got {describe(given)}, wanted shape {list(wanted)} for scores of shape {list(scores.shape)}{why}"
         )
     if value.device != scores.device:
         raise ValueError(f"{name}: got {describe(value)}, wanted it on {scores.device}")

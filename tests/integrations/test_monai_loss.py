@@ -220,7 +220,7 @@ X, Y = scores(2, 3, 4, 5), torch.zeros(2, 1, 4, 5)
         (X[:, :1], Y, "input: got a float64 tensor .*at least 2 classes: for a single channel, give the background"),
         (X[0, 0, 0], Y, "input: got .*at least 2 classes"),
         (X, Y[:, 0], r"target: got .*wanted class indices \[B, 1, \*S\] or floating-point soft labels \[B, 3, \*S\]"),
-        (X, Y[:1], "target: got a float32 tensor of shape .1, 4, 5. on cpu, wanted shape .2, 4, 5."),
+        (X, Y[:1], "target: got a float32 tensor of shape .1, 1, 4, 5. on cpu, wanted shape .2, 4, 5."),
         (X, Y[..., :4], "target: got"),
         (X, Y.repeat(1, 3, 1, 1).long(), "target: got a int64 tensor"),
         (X, [Y], "target: got .*list.*, wanted a tensor"),
