@@ -241,7 +241,7 @@ class CalibrationHandler:
         >>> CalibrationHandler({"ece": CalibrationError(), "brier": BrierScore()}).attach(evaluator)
         >>> logits, label = torch.tensor([[[2.0], [0.0]]]), torch.tensor([[[0]]])
         >>> {name: round(value, 4) for name, value in evaluator.run([(logits, label)]).metrics.items()}
-        {'ece': 0.1192, 'brier': 0.0284}
+        {'brier': 0.0284, 'ece': 0.1192}
     """
 
     def __init__(
