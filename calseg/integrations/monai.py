@@ -331,9 +331,9 @@ class EnsureSoftLabeld(MapTransform):
         keys: keys of the soft labels, ``[C, *S]``.
         label_key: key of the label, class indices ``[1, *S]``. Default ``"label"``.
         num_classes: number C of classes. Default: any.
-        alpha: that of ``calseg soft-labels``, if the maps come from there. Then every voxel must give its own label a
-            share of at least 1 - alpha, so that a shift by a single voxel is found. Default None: the mean of these
-            shares over the foreground must be at least 1/2, which finds coarse faults.
+        alpha: that of ``calseg soft-labels``, if the maps come from there (0.5 unless it was given another). Then every
+            voxel must give its own label a share of at least 1 - alpha, so that a shift by a single voxel is found.
+            Default None: the mean of these shares over the foreground must be at least 1/2, which finds coarse faults.
         ignore_index: label of voxels whose soft labels are not checked, and become 0. Default -100.
         allow_missing_keys: True if a case may lack the keys. Default False.
 
@@ -350,7 +350,7 @@ class EnsureSoftLabeld(MapTransform):
         torch.Size([2, 1, 4])
         >>> check({"label": label, "soft_label": soft.roll(1, -1)})
         Traceback (most recent call last):
-        ValueError: soft_label: gives the label of 2 of 4 voxels less than 1 - alpha = 0.8, at (0, 0) 0: is it shifted?
+        ValueError: soft_label: gives the label of 2 of 4 voxels less than 1 - alpha = 0.8, at (0, 0) 0: is it ...
     """
 
     def __init__(
@@ -419,7 +419,8 @@ class EnsureSoftLabeld(MapTransform):
             if bool(low.any()):
                 raise ValueError(
                     f"{name}: gives the label of {int(low.sum())} of {int(counted.sum())} voxels less than 1 - alpha = "
-                    f"{1 - self.alpha:.4g}, at {_place(low)} {float(share[low][0]):.2g}: is it shifted?"
+                    f"{1 - self.alpha:.4g}, at {_place(low)} {float(share[low][0]):.3g}: is it shifted, or "
+                    "made with another alpha?"
                 )
             return
         foreground = counted & (labels > 0)
