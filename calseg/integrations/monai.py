@@ -174,7 +174,7 @@ class DiceVLSLoss(_Loss):
             why = ": for a single channel, give the background one of its own" if classes == 1 else ""
             raise ValueError(f"input: got {check.describe(input)}, wanted [B, C, *S] with at least 2 classes{why}")
         target = self._labels(target, classes)
-        counted = classes - (not self.include_background)
+        counted = classes - int(not self.include_background)
         return vls_dice_cross_entropy(
             input, target, self.weight, mu=mu, logvar=logvar, soft_labels=soft_labels,
             dice_class_weight=self.weight if counted > 1 else None, **self.options,
@@ -231,6 +231,8 @@ class CalibrationHandler:
 
     Raises:
         TypeError: an argument has the wrong type.
+        ValueError: in the run, predictions are probabilities, and a metric of calseg takes logits; or what the metrics
+            raise.
 
     Example:
         >>> import torch
@@ -272,6 +274,7 @@ class CalibrationHandler:
             raise TypeError(f"metrics: got {check.describe(metrics)}, wanted a metric, or metrics by name")
         self.metrics = metrics
         self.output_transform = output_transform
+        self._is_first = True
 
     def attach(self, engine: Any, name: str | None = None) -> None:
         """Compute the metrics in every epoch of an engine.
@@ -291,6 +294,7 @@ class CalibrationHandler:
 
     def _start(self, engine: Any) -> None:
         self.metrics.reset()
+        self._is_first = True
         device = getattr(engine.state, "device", None)
         if device is not None:  # a process group for GPUs gathers tensors on them
             self.metrics.to(device)
@@ -301,12 +305,31 @@ class CalibrationHandler:
             raise ValueError(f"output_transform: got {check.describe(output)}, wanted predictions and target")
         preds, target = output
         if isinstance(preds, Tensor):
-            self.metrics.update(preds, target)
+            pairs = [(preds, target)]
+        elif isinstance(preds, (tuple, list)) and isinstance(target, (tuple, list)) and len(preds) == len(target):
+            pairs = [(item[None], label[None]) for item, label in zip(preds, target, strict=True)]
+        else:
+            raise TypeError(
+                f"output_transform: got predictions {_kind(preds)} and target {_kind(target)}, wanted two tensors, or "
+                "two lists of tensors of the same length"
+            )
+        for item, label in pairs:
+            self._refuse_probabilities(item)
+            self.metrics.update(item, label)
+
+    def _refuse_probabilities(self, preds: Any) -> None:
+        """Raise ValueError if the first predictions of an epoch are probabilities, and a metric takes logits."""
+        if not self._is_first or not isinstance(preds, Tensor) or preds.dim() < 2 or preds.shape[1] < 2:
             return
-        if not isinstance(target, (tuple, list)) or len(preds) != len(target):
-            raise ValueError(f"target: got {check.describe(target)}, wanted a list of {len(preds)}, as of predictions")
-        for item, label in zip(preds, target, strict=True):
-            self.metrics.update(item[None], label[None])
+        self._is_first = False
+        some = plain(preds).detach().movedim(1, 0).flatten(1)[:, :4096].float()
+        looks = some.numel() and bool((some >= 0).all()) and bool(((some.sum(0) - 1).abs() < 1e-3).all())
+        taking = [name for name, metric in self.metrics.items(copy_state=False) if _takes_logits(metric)]
+        if looks and taking:
+            raise ValueError(
+                f"{taking[0]}: got predictions that are probabilities, wanted logits; give the metric "
+                "from_logits=False, or leave the softmax out"
+            )
 
     def _finish(self, engine: Any, name: str | None) -> None:
         for key, metric in self.metrics.items():
@@ -316,6 +339,17 @@ class CalibrationHandler:
             for part, value in values.items():
                 value = value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
                 engine.state.metrics[full_name if part == "value" else f"{full_name}_{part}"] = value
+
+
+def _takes_logits(metric: Any) -> bool:
+    """Return whether a metric is one of calseg for logits. One over cases has the metric of a case."""
+    options = getattr(getattr(metric, "metric", metric), "options", {})
+    return isinstance(options, dict) and options.get("from_logits", False) is True
+
+
+def _kind(value: Any) -> str:
+    """Return the type of predictions or targets, with its length."""
+    return f"{type(value).__name__} of {len(value)}" if hasattr(value, "__len__") else type(value).__name__
 
 
 class EnsureSoftLabeld(MapTransform):

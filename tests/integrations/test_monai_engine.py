@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import labels, scores
@@ -181,8 +182,18 @@ def test_bad_metrics(metrics, message):
     ("output", "error", "message"),
     [
         ({"pred": torch.rand(1, 3, 4), "label": torch.zeros(1, 1, 5)}, ValueError, r"target: got .*shape \[1, 1, 5\]"),
-        ({"pred": [torch.rand(3, 4)], "label": []}, ValueError, "target: got .*, wanted a list of 1"),
-        ({"pred": [torch.rand(3, 4)], "label": torch.zeros(1, 1, 4)}, ValueError, "target: got .*wanted a list of 1"),
+        (
+            {"pred": [torch.rand(3, 4)], "label": []},
+            TypeError,
+            "predictions list of 1 and target list of 0, wanted two",
+        ),
+        ({"pred": [torch.rand(3, 4)], "label": torch.zeros(1, 1, 4)}, TypeError, "list of 1 and target Tensor of 1"),
+        ({"pred": np.ones((2, 3, 4)), "label": torch.zeros(2, 1, 4)}, TypeError, "predictions ndarray of 2"),
+        (
+            {"pred": torch.rand(1, 3, 4).softmax(1), "label": torch.zeros(1, 1, 4)},
+            ValueError,
+            "CalibrationError: got predictions that are probabilities, wanted logits; give .* from_logits=False",
+        ),
         ({"pred": torch.rand(1, 3, 4)}, KeyError, "label"),
         ([1, 2, 3], ValueError, "output_transform: got .*, wanted predictions and target"),
     ],
