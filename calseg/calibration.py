@@ -17,7 +17,7 @@ from calseg import checks as check
 from calseg.backends.choice import choose, engine
 from calseg.operations import UNIT, BinsSpec, Labels
 from calseg.regions import NEAR_RADIUS, Spacing, check_region, region_mask
-from calseg.tensors import class_axis, compute_dtype, shape_of
+from calseg.tensors import class_axis, compute_dtype, plain, shape_of
 
 NORMS = ("l1", "l2", "max", "average")
 EQUAL_MASS_CELLS = 4096  # number of cells of equal width, from which bins of equal mass are made
@@ -222,7 +222,7 @@ def calibration_bins(
         check.check_flag(name, flag)
     pair = read_pair(preds, target, ignore_index, from_logits=from_logits)
     scores, labels = pair.scores, pair.labels
-    counted = None if mask is None else check.check_mask("mask", mask, scores)
+    counted = None if mask is None else check.check_mask("mask", plain(mask), scores)
     inside = region_mask(region, labels.tensor, radius, spacing, ignore_index)
     if inside is not None:
         counted = inside.view(torch.uint8) if counted is None else inside & counted
@@ -270,6 +270,7 @@ class Pair(NamedTuple):
 
 def read_pair(preds: Any, target: Any, ignore_index: int, *, from_logits: bool) -> Pair:
     """Check predictions and labels, and return binary ones as those of two classes."""
+    preds, target = plain(preds), plain(target)
     check.check_scores("preds", preds)
     preds = preds.detach()
     if not isinstance(target, Tensor) or target.shape != preds.shape:

@@ -85,7 +85,7 @@ def _voxels(name: str, value: Any, scores: Tensor) -> Tensor:
         raise TypeError(f"{name}: got {describe(value)}, wanted a tensor of class indices")
     if value.dtype not in LABEL_DTYPES:
         raise TypeError(f"{name}: got {describe(value)}, wanted class indices")
-    of_scores = scores.shape
+    of_scores, given = scores.shape, value
     wanted = of_scores[:1] + of_scores[2:] if len(of_scores) > 1 else of_scores[:0]
     if value.dim() == len(of_scores) > 1 and value.shape[1] == 1:
         value = value.squeeze(1)
@@ -95,7 +95,7 @@ def _voxels(name: str, value: Any, scores: Tensor) -> Tensor:
             why = ": it looks one-hot or like regions that overlap, and classes exclude each other; "
             why += f"{name}.argmax(1) for one-hot, soft_labels={name}.float() for probabilities"
         raise ValueError(
-            f"{name}: got {describe(value)}, wanted shape {list(wanted)} for scores of shape {list(scores.shape)}{why}"
+            f"{name}: got {describe(given)}, wanted shape {list(wanted)} for scores of shape {list(scores.shape)}{why}"
         )
     if value.device != scores.device:
         raise ValueError(f"{name}: got {describe(value)}, wanted it on {scores.device}")
@@ -149,19 +149,19 @@ def check_scale(scale: Any, scores: Tensor) -> float | Tensor:
     return float(scale)
 
 
-def check_weight(weight: Any, scores: Tensor) -> None:
+def check_weight(weight: Any, scores: Tensor, name: str = "weight") -> None:
     """Check that a value is class weights ``[C]`` or None."""
     if weight is None:
         return
     classes = scores.shape[1 if scores.dim() > 1 else 0]
     if not isinstance(weight, Tensor) or weight.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"weight: got {describe(weight)}, wanted a floating tensor of shape [{classes}]")
+        raise TypeError(f"{name}: got {describe(weight)}, wanted a floating tensor of shape [{classes}]")
     if weight.dim() != 1 or weight.shape[0] != classes:
-        raise ValueError(f"weight: got {describe(weight)}, wanted shape [{classes}]: one value per class")
+        raise ValueError(f"{name}: got {describe(weight)}, wanted shape [{classes}]: one value per class")
     if weight.device != scores.device:
-        raise ValueError(f"weight: got {describe(weight)}, wanted it on {scores.device}")
+        raise ValueError(f"{name}: got {describe(weight)}, wanted it on {scores.device}")
     if weight.requires_grad:
-        raise ValueError("weight: got a tensor that requires a gradient, wanted a constant")
+        raise ValueError(f"{name}: got a tensor that requires a gradient, wanted a constant")
 
 
 def check_reduction(reduction: Any) -> None:
@@ -179,6 +179,14 @@ def check_number(name: str, value: Any, low: float, high: float, wanted: str, *,
         raise TypeError(f"{name}: got {describe(value)}, wanted a number {wanted}")
     if not (low <= value <= high) or (open_low and value == low) or MAX < value != math.inf:  # NaN is not in a range
         raise ValueError(f"{name}: got {shown(value)}, wanted a number {wanted}")
+
+
+def check_pair(name: str, value: Any) -> tuple[float, float]:
+    """Check that a value is a number of at least 0, or a tuple of two, and return two."""
+    pair = value if isinstance(value, tuple) and len(value) == 2 else (value, value)
+    for number in pair:
+        check_number(name, number, 0.0, MAX, "of at least 0")
+    return pair
 
 
 def check_finite(name: str, value: Any) -> None:

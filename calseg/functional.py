@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import _reduction
+from torch.overrides import has_torch_function_variadic
 
 from calseg import autograd, native
 from calseg import checks as check
@@ -25,7 +26,7 @@ from calseg.operations import (
     SampleSpec,
     Sampling,
 )
-from calseg.tensors import FLOAT_DTYPES, compute_dtype, is_walkable, layout_like, shape_of
+from calseg.tensors import FLOAT_DTYPES, compute_dtype, is_walkable, layout_like, plain, shape_of
 
 WIDE_DTYPES = (torch.float32, torch.float64)  # the loss has the dtype of such logits, under autocast too
 
@@ -47,9 +48,22 @@ def _sampling(
     return Sampling(num_samples, float(temperature), float(beta), float(prior_mu), float(prior_logvar), seed)
 
 
-def _check_reuse(logits: Tensor, backend: str) -> None:
+def _owner(input: Tensor) -> Tensor:
+    """Return the tensor whose memory the input is, which is the input itself unless it is of a subclass.
+
+    An operation on a subclass makes a plain tensor, and its result is a view of all of that, which nobody else has.
+    """
+    logits = plain(input)
+    base = logits._base
+    if logits is input or base is None:
+        return input
+    is_whole = (base.shape, base.stride(), base.data_ptr()) == (logits.shape, logits.stride(), logits.data_ptr())
+    return base if is_whole else input
+
+
+def _check_reuse(input: Tensor, backend: str) -> None:
     """Refuse to reuse the logits' storage where somebody else could see it change."""
-    problem = None
+    problem, logits = None, _owner(input)
     if backend == "reference" or torch.compiler.is_compiling():
         problem = "it needs the CPU or Triton backend, in eager mode"
     elif logits.is_leaf:
@@ -159,7 +173,8 @@ def vls_cross_entropy(
             order); default: the fastest that there is. On a GPU float64 takes the reference.
         reuse_logits: let backward write the gradient of ``input`` over ``input`` itself, which saves memory of its
             size; ``input`` then holds no logits after backward. Needs an ``input`` that is not a leaf and shares its
-            storage with no other tensor. A backward that keeps the graph takes new memory. Default False.
+            storage with no other tensor (one of a subclass may be a view of all of a plain tensor). A backward that
+            keeps the graph takes new memory. Default False.
         scale: factor of the loss and of its gradients, a number or a 0-d tensor: the weight of a level of deep
             supervision, or 1 / steps of gradient accumulation. It costs no pass over the gradient. Default 1.
 
@@ -191,6 +206,9 @@ def vls_cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
+    given = input
+    if has_torch_function_variadic(input, target, weight, mu, logvar, soft_labels):
+        input, target, weight, mu, logvar, soft_labels = map(plain, (input, target, weight, mu, logvar, soft_labels))
     if weight is mu is logvar is soft_labels is None and backend is None and not reuse_logits:
         loss = _unchecked_cross_entropy(input, target, ignore_index, reduction, label_smoothing, scale)
         if loss is not None:
@@ -201,7 +219,7 @@ def vls_cross_entropy(
         beta=beta, prior_mu=prior_mu, prior_logvar=prior_logvar, seed=seed, backend=backend, scale=scale,
     )  # fmt: skip
     if reuse_logits:
-        _check_reuse(input, chosen)
+        _check_reuse(given, chosen)
     return autograd.loss(chosen, spec, tensors, reuse_logits)
 
 
@@ -261,7 +279,9 @@ def vls_dice_cross_entropy(
     ce_weight: float = 1.0,
     include_background: bool = False,
     batch_dice: bool = False,
-    smooth: float = 1e-5,
+    smooth: float | tuple[float, float] = 1e-5,
+    dice_class_weight: Tensor | None = None,
+    reduction: str = "mean",
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     mu: Tensor | None = None,
@@ -304,7 +324,12 @@ def vls_dice_cross_entropy(
         ce_weight: factor of cross-entropy and KL term. Default 1.
         include_background: whether the overlap of class 0 counts. Default False.
         batch_dice: whether S and D are summed over the items of the batch. Default False.
-        smooth: number added to numerator and denominator, at least 0. Default 1e-5.
+        smooth: number added to numerator and denominator, at least 0; or one for each, ``(numerator, denominator)``.
+            Default 1e-5.
+        dice_class_weight: factor of the dice of each class ``[C]``, whose mean is not divided by the factors. Default
+            ones.
+        reduction: ``"mean"``, or ``"sum"`` of dice over items and classes, and of the rest over voxels. Default
+            ``"mean"``.
         ignore_index: as in :func:`vls_cross_entropy`. The loss is 0 where all voxels are ignored.
         label_smoothing: uniform smoothing in the cross-entropy. Default 0.
         mu: as in :func:`vls_cross_entropy`; so are all further arguments but the last.
@@ -341,15 +366,21 @@ def vls_dice_cross_entropy(
     Source: Wang et al., *Dice Semimetric Losses*, MICCAI 2023, arXiv 2303.16296 (the overlap term); Isensee et al.,
     *nnU-Net*, 2021 (the sum with cross-entropy); Guo et al., *CALSeg*, ICASSP 2024 (the labels).
     """
+    if has_torch_function_variadic(input, target, weight, dice_class_weight, mu, logvar, soft_labels):
+        input, target, weight, dice_class_weight = map(plain, (input, target, weight, dice_class_weight))
+        mu, logvar, soft_labels = map(plain, (mu, logvar, soft_labels))
     for name, value in (("dice_weight", dice_weight), ("ce_weight", ce_weight)):
         check.check_finite(name, value)
-    check.check_number("smooth", smooth, 0.0, check.MAX, "of at least 0")
+    smooth_numerator, smooth_denominator = check.check_pair("smooth", smooth)
+    check.check_weight(dice_class_weight, input, "dice_class_weight")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction: got {check.describe(reduction)}, wanted 'mean' or 'sum'")
     check.check_flag("include_background", include_background)
     check.check_flag("batch_dice", batch_dice)
     if process_group is not None and not batch_dice:
         raise ValueError("process_group: got one without batch_dice=True, which sums S and D over the batch")
     chosen, spec, tensors = _vls_loss(
-        input, target, weight, ignore_index=ignore_index, reduction="mean", label_smoothing=label_smoothing, mu=mu,
+        input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, mu=mu,
         logvar=logvar, soft_labels=soft_labels, alpha=alpha, temperature=temperature, num_samples=num_samples,
         beta=beta, prior_mu=prior_mu, prior_logvar=prior_logvar, seed=seed, backend=backend, scale=scale,
     )  # fmt: skip
@@ -357,7 +388,11 @@ def vls_dice_cross_entropy(
         raise ValueError(f"include_background: got False for one class ({check.describe(input)}), wanted 2 or more")
     spec = spec._replace(dtype=compute_dtype(input.dtype), scale=1.0)
     loss, sums = autograd.loss_and_overlap(chosen, spec, tensors)
-    total = dice_weight * _dice_from_sums(sums, include_background, batch_dice, smooth, process_group)
+    ratio = _dice_from_sums(sums, batch_dice, smooth_numerator, smooth_denominator, process_group)
+    ratio = ratio[:, 0 if include_background else 1 :]
+    if dice_class_weight is not None:
+        ratio = ratio * dice_class_weight.to(ratio.dtype)[-ratio.shape[1] :]
+    total = dice_weight * ratio.sum() / (max(ratio.numel(), 1) if reduction == "mean" else 1)
     if ce_weight:
         nothing_counts = sums.detach()[..., 0].sum() == 0
         total = total + ce_weight * torch.where(nothing_counts, 0.0, loss)
@@ -365,11 +400,11 @@ def vls_dice_cross_entropy(
 
 
 def _dice_from_sums(
-    sums: Tensor, include_background: bool, batch_dice: bool, smooth: float, process_group: Any
+    sums: Tensor, batch_dice: bool, smooth_numerator: float, smooth_denominator: float, process_group: Any
 ) -> Tensor:
-    """Return the mean over items and classes of ``1 - (S - D + smooth) / (S + smooth)`` from S and D ``[N, C, 2]``.
+    """Return ``1 - (S - D + smooth) / (S + smooth)`` of items and classes, ``[N, C]``, from S and D ``[N, C, 2]``.
 
-    It is computed as ``D / (S + smooth)``. A class without any mass has loss 0.
+    It is computed as ``D / (S + smooth)``. A class without any mass has loss 0 if both smoothing numbers are the same.
     """
     if batch_dice:
         sums = sums.sum(0, keepdim=True)
@@ -377,10 +412,13 @@ def _dice_from_sums(
         from torch.distributed.nn.functional import all_reduce
 
         sums = all_reduce(sums, group=process_group)
-    mass, difference = sums[:, 0 if include_background else 1 :].unbind(2)
-    denominator = mass + smooth
-    ratio = torch.where(denominator == 0, 0.0, difference / torch.where(denominator == 0, 1.0, denominator))
-    return ratio.sum() / max(ratio.numel(), 1)
+    mass, difference = sums.unbind(2)
+    if smooth_numerator != smooth_denominator:
+        nothing_counts = mass.detach().sum() == 0
+        shifted = difference + (smooth_denominator - smooth_numerator)
+        difference = torch.where(nothing_counts, difference, shifted)
+    denominator = mass + smooth_denominator
+    return torch.where(denominator == 0, 0.0, difference / torch.where(denominator == 0, 1.0, denominator))
 
 
 def soft_cross_entropy(
@@ -421,6 +459,8 @@ def soft_cross_entropy(
         >>> calseg.soft_cross_entropy(torch.zeros(1, 2, 16, 16), raters)
         tensor(0.6931)
     """
+    if has_torch_function_variadic(input, soft_target, weight, ignore_mask):
+        input, soft_target, weight, ignore_mask = map(plain, (input, soft_target, weight, ignore_mask))
     check.check_scores("input", input)
     check.check_soft_labels("soft_target", soft_target, input)
     check.check_reduction(reduction)
@@ -489,6 +529,8 @@ def vls_elbo(
         >>> bool((mu.grad[:, 0] < 0).all())
         True
     """
+    if has_torch_function_variadic(mu, logvar, target, weight):
+        mu, logvar, target, weight = map(plain, (mu, logvar, target, weight))
     check.check_scores("mu", mu)
     check.check_like("logvar", logvar, "mu", mu)
     check.check_reduction(reduction)
@@ -538,6 +580,8 @@ def gaussian_kl(
 
     Source: Kingma and Welling, *Auto-Encoding Variational Bayes*, 2014, appendix B.
     """
+    if has_torch_function_variadic(mu, logvar):
+        mu, logvar = plain(mu), plain(logvar)
     check.check_scores("mu", mu)
     check.check_like("logvar", logvar, "mu", mu)
     check.check_reduction(reduction)
@@ -611,6 +655,8 @@ def ace_loss(
     Segmentation*, MICCAI 2024 (hard bins); *Average Calibration Losses for Reliable Uncertainty in Medical Image
     Segmentation*, 2025, arXiv 2506.03942 (soft bins, classes without labels).
     """
+    if has_torch_function_variadic(input, target, weight):
+        input, target, weight = map(plain, (input, target, weight))
     check.check_scores("input", input)
     labels = check.check_labels("target", target, input, ignore_index)
     check.check_weight(weight, input)

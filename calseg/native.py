@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from calseg.tensors import layout_like, voxel_shape
+from calseg.tensors import PLAIN_TYPES, layout_like, voxel_shape
 
 extension: Any = None
 ERROR: str | None = None
@@ -28,7 +28,6 @@ except ImportError as error:
     )
 
 POOLED_BYTES = 0 if extension is None else extension.POOLED_BYTES
-PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # types of tensors that have memory of their own
 
 
 def empty_like(scores: Tensor) -> Tensor:

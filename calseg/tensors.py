@@ -8,10 +8,12 @@ first.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # types of tensors that have memory of their own
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LABEL_DTYPES = (
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64,
@@ -64,6 +66,23 @@ def voxel_shape(scores: Tensor) -> tuple[int, ...]:
 def class_axis(scores: Tensor) -> int:
     """Return the axis of the classes: 0 for ``[C]``, else 1."""
     return 1 if scores.dim() > 1 else 0
+
+
+# ---- subclasses ----
+
+
+def plain(value: Any) -> Any:
+    """Return a tensor of a subclass that has memory, such as MONAI's MetaTensor, as the plain tensor of that memory.
+
+    Every attribute of such a tensor takes microseconds, because its class sees the access. Other values are returned as
+    they are: also a subclass that only dispatches operations, and has no memory of its own.
+    """
+    if not isinstance(value, Tensor) or type(value) in PLAIN_TYPES:
+        return value
+    if type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return value
+    with torch._C.DisableTorchFunctionSubclass():
+        return value.as_subclass(Tensor)
 
 
 # ---- layouts ----

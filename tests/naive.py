@@ -216,23 +216,26 @@ def vls_cross_entropy(
 
 def vls_dice_cross_entropy(
     input, target, weight=None, *, dice_weight=1.0, ce_weight=1.0, include_background=False, batch_dice=False,
-    smooth=1e-5, ignore_index=-100, label_smoothing=0.0, mu=None, logvar=None, soft_labels=None, alpha=0.1,
-    temperature=1.0, num_samples=4, seed=0, scale=1.0, **prior,
+    smooth=1e-5, dice_class_weight=None, reduction="mean", ignore_index=-100, label_smoothing=0.0, mu=None, logvar=None,
+    soft_labels=None, alpha=0.1, temperature=1.0, num_samples=4, seed=0, scale=1.0, **prior,
 ):  # fmt: skip
     """Return the loss with one-hot labels, class probabilities, or the labels of :func:`vls_cross_entropy`."""
     items, C = input.shape[0] if input.dim() > 2 else 1, rows(input).shape[1]
     if target.is_floating_point():
         counted, soft = torch.ones(len(rows(input)), dtype=torch.bool), rows(target)
-        loss = F.cross_entropy(input, target, weight, label_smoothing=label_smoothing)
+        loss = F.cross_entropy(input, target, weight, label_smoothing=label_smoothing, reduction=reduction)
     elif mu is None and soft_labels is None:
         counted, labels = counted_rows(target, ignore_index)
         soft = F.one_hot(labels, C).double()
-        loss = F.cross_entropy(input, target.long(), weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
+        loss = F.cross_entropy(
+            input, target.long(), weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
+            reduction=reduction,
+        )  # fmt: skip
     else:
         sampling = {"alpha": alpha, "temperature": temperature, "num_samples": num_samples, "seed": seed}
         loss = vls_cross_entropy(
             input, target, weight, mu=mu, logvar=logvar, soft_labels=soft_labels, ignore_index=ignore_index,
-            label_smoothing=label_smoothing, **sampling, **prior,
+            label_smoothing=label_smoothing, reduction=reduction, **sampling, **prior,
         )  # fmt: skip
         if soft_labels is None:
             soft_labels = sample_soft_labels(mu, logvar, target, ignore_index=ignore_index, **sampling)
@@ -243,8 +246,12 @@ def vls_dice_cross_entropy(
     p, soft = (t.where(counted[:, None], 0.0).view(items, -1, C) for t in (p, soft.detach()))
     axes = (0, 1) if batch_dice else 1
     mass, difference = (p + soft).sum(axes), (p - soft).abs().sum(axes)
-    dice = 1 - (mass - difference + smooth) / (mass + smooth)
-    dice = dice[..., 0 if include_background else 1 :].mean()
+    numerator, denominator = smooth if isinstance(smooth, tuple) else (smooth, smooth)
+    dice = 1 - (mass - difference + numerator) / (mass + denominator)
+    if dice_class_weight is not None:
+        dice = dice * dice_class_weight
+    dice = dice[..., 0 if include_background else 1 :]
+    dice = dice.mean() if reduction == "mean" else dice.sum()
     return scale * (dice_weight * dice + (ce_weight * loss if ce_weight else 0.0))
 
 

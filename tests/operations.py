@@ -286,6 +286,7 @@ DICE = (
     {"batch_dice": True, "include_background": True, "smooth": 1.0},
     {"weighted": True, "label_smoothing": 0.2, "dice_weight": 0.5, "ce_weight": 2.0, "scale": 0.25},
     {"ce_weight": 0.0, "smooth": 0.0},
+    {"weighted": True, "reduction": "sum", "smooth": (0.0, 1e-3)},
 )
 SOFT_LABELS = (
     {},

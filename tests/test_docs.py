@@ -11,8 +11,13 @@ import pytest
 import calseg
 
 MODULES = {"calseg": calseg}
-for extra, package in (("metrics", "torchmetrics"), ("plots", "matplotlib")):
-    if importlib.util.find_spec(package):
+for extra, packages in {
+    "metrics": ("torchmetrics",),
+    "plots": ("matplotlib",),
+    "integrations.monai": ("monai", "ignite", "torchmetrics"),
+    "integrations.lightning": ("lightning", "matplotlib"),
+}.items():
+    if all(map(importlib.util.find_spec, packages)):
         MODULES[f"calseg.{extra}"] = importlib.import_module(f"calseg.{extra}")
 PUBLIC = [
     pytest.param(module, name, id=f"{path}.{name}")

@@ -143,14 +143,34 @@ def test_soft_labels_and_binary_predictions() -> None:
         assert float(metric.compute()) > 0
 
 
-def test_a_collection_with_metrics_of_torchmetrics() -> None:
-    x, target = volumes()
-    metrics = MetricCollection([CalibrationError(), MulticlassAccuracy(3, average="micro")])
-    target = target.clamp(min=0)
-    metrics.update(preds=x, target=target)
-    values = metrics.compute()
-    assert float(values["MulticlassAccuracy"]) == pytest.approx(float((x.argmax(1) == target).float().mean()))
-    assert torch.equal(values["CalibrationError"], calseg.calibration_error(x, target))
+def test_a_mixed_collection_by_keyword() -> None:
+    """Metrics of calseg and of torchmetrics in one collection; each takes the keywords that it knows."""
+    shape = (4, 3, 6, 5, 4)
+    p, y = torch.softmax(scores(*shape, dtype=torch.float32), 1), labels(shape)
+    mask = scores(4, 6, 5, 4) > 0
+    metrics = MetricCollection(
+        {
+            "ece": CalibrationError(from_logits=False), "brier": BrierScore(from_logits=False),
+            "cases": PerCase(CalibrationError(from_logits=False), num_resamples=10),
+            "accuracy": MulticlassAccuracy(3, average="micro"), "theirs": MulticlassCalibrationError(3),
+        }
+    )  # fmt: skip
+    for item in range(4):
+        part = slice(item, item + 1)
+        values = metrics(preds=p[part], target=y[part])
+        assert torch.equal(values["ece"], calseg.calibration_error(p[part], y[part], from_logits=False))
+    result = metrics.compute()
+    assert torch.equal(result["ece"], calseg.calibration_error(p, y, from_logits=False))
+    assert torch.equal(result["brier"], calseg.calibration_bins(p, y, from_logits=False).mean_brier())
+    assert float(result["theirs"]) == pytest.approx(float(result["ece"]), abs=1e-4)
+    assert float(result["accuracy"]) == pytest.approx(float((p.argmax(1) == y).float().mean()))
+    metrics.reset()
+    metrics.update(preds=p, target=y, mask=mask)
+    groups = sorted(map(sorted, metrics.compute_groups.values()))
+    assert groups == [["accuracy"], ["brier", "ece"], ["cases"], ["theirs"]]
+    result = metrics.compute()
+    assert torch.equal(result["ece"], calseg.calibration_error(p, y, mask=mask, from_logits=False))
+    assert float(result["accuracy"]) == pytest.approx(float((p.argmax(1) == y).float().mean()))  # it knows no mask
 
 
 def test_nll_and_brier() -> None:

@@ -47,6 +47,64 @@ def test_a_subclass_with_memory():
     torch.testing.assert_close(torch.Tensor(leaf.grad), plain.grad)
 
 
+LOSSES = {
+    "cross_entropy": lambda x, y, soft: calseg.vls_cross_entropy(x, y),
+    "given": lambda x, y, soft: calseg.vls_cross_entropy(x, y, soft_labels=soft, reduction="none"),
+    "sampled": lambda x, y, soft: calseg.vls_cross_entropy(x, y, mu=x, logvar=soft, seed=1),
+    "dice": lambda x, y, soft: calseg.vls_dice_cross_entropy(x, y[:, None].float()),
+    "soft": lambda x, y, soft: calseg.soft_cross_entropy(x, soft, ignore_mask=y == 1),
+    "elbo": lambda x, y, soft: calseg.vls_elbo(x, soft, y, seed=1),
+    "kl": lambda x, y, soft: calseg.gaussian_kl(x, soft),
+    "ace": lambda x, y, soft: calseg.ace_loss(x, y),
+    "error": lambda x, y, soft: calseg.calibration_error(x, y, mask=y != 1),
+    "soft error": lambda x, y, soft: calseg.calibration_error(x, soft),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_subclass_costs_nothing_and_changes_nothing(name, monkeypatch):
+    """It is read as a plain tensor once, so that its class does not see every access to an attribute."""
+    plain = (scores(*SHAPE), labels(SHAPE), torch.softmax(scores(*SHAPE, seed=1), 1))
+    given = [t.clone().as_subclass(Kept) for t in plain]
+    wanted = LOSSES[name](plain[0].requires_grad_(), *plain[1:])
+    seen = []
+    monkeypatch.setattr(
+        Kept,
+        "__torch_function__",
+        classmethod(lambda cls, *a: seen.append(a[0]) or torch._C._disabled_torch_function_impl(*a)),
+    )
+    given[0].requires_grad_()
+    seen.clear()
+    got = LOSSES[name](*given)
+    assert type(got) is torch.Tensor
+    assert torch.equal(got, wanted)
+    assert len(seen) <= 2  # what the call itself does with its arguments, as in y == 1
+    if wanted.requires_grad:
+        got.sum().backward()
+        wanted.sum().backward()
+        assert torch.equal(torch.Tensor(given[0].grad), plain[0].grad)
+
+
+def test_the_memory_of_a_subclass_is_reused():
+    """The result of an operation on a subclass is a view of all of a plain tensor, which nobody else has."""
+    net, y = torch.nn.Conv1d(2, 3, 1).double(), labels((2, 3, 20))
+    x = scores(2, 2, 20)
+    gradients = []
+    for kind, reuse in ((torch.Tensor, False), (Kept, True)):
+        logits = net(x.as_subclass(kind))
+        before = logits.detach().clone()
+        calseg.vls_cross_entropy(logits, y, reuse_logits=reuse).backward()
+        assert torch.equal(logits, before) != reuse
+        gradients.append(net.weight.grad.clone())
+        net.zero_grad()
+    assert torch.equal(*gradients)
+    for bad in (net(x.as_subclass(Kept))[:, :, :9], net(x.as_subclass(Kept)).as_subclass(torch.Tensor)):
+        with pytest.raises(ValueError, match="shares its storage with another tensor"):
+            calseg.vls_cross_entropy(bad, y[:, : bad.shape[2]], reuse_logits=True)
+    with pytest.raises(ValueError, match="input is a leaf"):
+        calseg.vls_cross_entropy(scores(*SHAPE).as_subclass(Kept).requires_grad_(), labels(SHAPE), reuse_logits=True)
+
+
 @pytest.mark.parametrize("backend", [None, "cpu"])
 def test_a_wrapper_is_stopped(backend):
     """A wrapper is rejected, also if the engine is called directly."""

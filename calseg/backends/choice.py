@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from calseg import native
 from calseg.backends import cuda
 from calseg.checks import shown
+from calseg.tensors import PLAIN_TYPES
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 NOT_ON_GPU = ("ace_loss",)  # operations that no GPU backend has
@@ -63,7 +64,7 @@ def is_traced(*tensors: Tensor | None) -> bool:
     if _is_compiling() or _num_dispatch_modes():
         return True
     for tensor in tensors:  # noqa: SIM110  # any() with a generator is slow for a small loss
-        if tensor is not None and (type(tensor) not in native.PLAIN_TYPES or tensor.is_meta):
+        if tensor is not None and (type(tensor) not in PLAIN_TYPES or tensor.is_meta):
             return True
     return False
 

@@ -107,7 +107,7 @@ def loss_and_overlap(spec: LossSpec, tensors: LossTensors, made: LossTensors) ->
     given = _loss_arguments(call, spec, reduced=True)._replace(overlap=empty_overlap(call))
     operation.launch(call, spec, given)
     if given.upstream.sums is None:
-        divisor = like.new_full((), N * S, dtype=torch.float64)
+        divisor = like.new_full((), 1 if spec.reduction == "sum" else N * S, dtype=torch.float64)
     else:
         divisor = given.upstream.sums[0].sum(dtype=torch.float64)
     return reduced_loss(call, spec, given), finished_overlap(call, given.overlap), divisor

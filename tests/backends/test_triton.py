@@ -490,6 +490,29 @@ def test_overlap_of_fractions(dtype):
         assert_accurate(got.gradients["input"], wanted.gradients["input"], ulps=8)
 
 
+@pytest.mark.parametrize("kind", ["hard", "sampled"])
+def test_overlap_and_the_sum_of_the_losses(kind):
+    """The sum over voxels has no divisor, neither in the value nor in the gradients."""
+    shape = (2, 3, 9, 5)
+    tensors = {"input": scores(*shape, dtype=torch.float32)}
+    if kind == "sampled":
+        tensors |= {
+            name: scores(*shape, dtype=torch.float32, seed=seed) for seed, name in enumerate(("mu", "logvar"), 1)
+        }
+    got, wanted = (
+        evaluate(
+            lambda backend=backend, **given: calseg.vls_dice_cross_entropy(
+                target=labels(shape, ignore_index=-100), reduction="sum", seed=1, backend=backend, **given
+            ),
+            tensors,
+        )
+        for backend in ("triton", "reference")
+    )
+    assert_accurate(got.value, wanted.value, ulps=16)
+    for name, gradient in wanted.gradients.items():
+        assert_accurate(got.gradients[name], gradient, ulps=64, what=name)
+
+
 @pytest.mark.parametrize("name", OVERLAPS)
 def test_overlap_launches_few_kernels(name, monkeypatch):
     """One pass forward and one backward; two calls give the same bits."""

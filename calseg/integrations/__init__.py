@@ -1,0 +1,1 @@
+"""Use of calseg inside other packages: a module for each package, which needs that package."""
