@@ -23,7 +23,10 @@ ALLOWED = {
     "errors": (), "files": ("errors",), "runs": ("errors", "files"), "volumes": ("errors", "files"),
 }  # fmt: skip
 # A package from elsewhere -> the only part that may import it.
-IMPORTERS = {"monai": "training", "lightning": "training", "nnunetv2": "training", "typer": "cli", "rich": "cli"}
+IMPORTERS = {
+    "monai": "training", "lightning": "training", "typer": "cli", "rich": "cli",
+    **dict.fromkeys(("nnunetv2", "batchgenerators", "batchgeneratorsv2", "blosc2"), "integrations.nnunet"),
+}  # fmt: skip
 
 ROOT = Path(__file__).parent.parent
 MODULES = {}  # name -> tree; the kernels lie beside the package and are installed into it

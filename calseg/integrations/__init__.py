@@ -1,0 +1,1 @@
+"""Parts that make calseg fit into the packages that people train with. Each needs its package; see the extras."""
