@@ -26,8 +26,8 @@ ALLOWED = {
 # A package from elsewhere -> the only parts that may import it.
 IMPORTERS = {
     "monai": ("training", "integrations.monai"), "ignite": ("integrations.monai",),
-    "lightning": ("integrations.lightning",), "nnunetv2": ("integrations.nnunet",),
-    "typer": ("cli",), "rich": ("cli",),
+    "lightning": ("integrations.lightning",), "typer": ("cli",), "rich": ("cli",),
+    **dict.fromkeys(("nnunetv2", "batchgenerators", "batchgeneratorsv2", "blosc2"), ("integrations.nnunet",)),
 }  # fmt: skip
 
 ROOT = Path(__file__).parent.parent

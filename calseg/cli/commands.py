@@ -218,6 +218,59 @@ def demo(
     print(f"written to {out / 'demo.json'}, drawn in {out / 'demo.png'}; the data set is {out / 'data'}")
 
 
+def nnunet_path() -> None:
+    """Print the folder of calseg's trainers, for nnU-Net's environment variable nnUNet_extTrainer."""
+    from calseg.integrations.nnunet import plugin_folder
+
+    print(plugin_folder())
+
+
+def nnunet_soft_labels(
+    dataset: Annotated[str, typer.Argument(help="Number or name of the data set in nnUNet_preprocessed.")],
+    configuration: Annotated[str, typer.Argument(help="Configuration to train, as in 2d or 3d_fullres.")],
+    given: Given,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a finished run of nnU-Net, with all folds and their probabilities (--npz). Default: that of"
+            " nnUNetTrainer on the same plans and configuration."
+        ),
+    ] = None,
+    maps: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of soft labels, CASE.nii.gz with the classes last, in place of a run: of calseg soft-labels,"
+            " or the shares of several raters."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted call; give the same other options.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the soft labels of an earlier call.")] = False,
+    threads: Threads = 0,
+) -> None:
+    """Make soft labels for nnUNetTrainerSoftLabels, from the held-out predictions of a finished run of nnU-Net.
+
+    They are written beside the preprocessed data, in a folder of their own. nnU-Net's own files are left as they are.
+    """
+    from calseg.integrations.nnunet import check_version
+
+    check_version()
+    from calseg.integrations.nnunet.config import SoftLabelConfig
+    from calseg.integrations.nnunet.soft_labels import make_soft_labels
+
+    with _progress(threads) as progress:
+        summary = make_soft_labels(
+            dataset, configuration, SoftLabelConfig(**given.values), run=run, maps=maps, resume=resume,
+            overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    print(
+        f"soft labels of {len(summary['cases'])} cases, alpha {summary['alpha']:g}, temperature"
+        f" {summary['temperature']:.2f}; train on them with: nnUNetv2_train {dataset} {configuration} FOLD"
+        " -tr nnUNetTrainerSoftLabels"
+    )
+
+
 def _settings(out: Path, given: Given, *, resume: bool, **fixed: Any) -> "TrainConfig":
     """The settings given; with ``resume`` those of the run in ``out``, but for what the user typed.
 
@@ -287,6 +340,10 @@ COMMANDS = {
     "predict": Command(predict, is_resumable=True),
     "evaluate": Command(evaluate, "calseg.report:EvaluateConfig", is_resumable=True),
     "demo": Command(demo, "calseg.simulation:DemoConfig"),
+    "nnunet-path": Command(nnunet_path),
+    "nnunet-soft-labels": Command(
+        nnunet_soft_labels, "calseg.integrations.nnunet.config:SoftLabelConfig", is_resumable=True
+    ),
 }
 RESUMABLE = tuple(name for name, command in COMMANDS.items() if command.is_resumable)
 

@@ -1,1 +1,1 @@
-"""Use of calseg inside other packages: a module for each package, which needs that package."""
+"""Use of calseg inside the packages that people train with. Each part needs its package; see the extras."""

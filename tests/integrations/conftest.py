@@ -1,0 +1,43 @@
+"""What the tests of integrations need: nnU-Net's folders, and a timm that imports."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+STUBS = Path(__file__).parent / "stubs"
+
+
+def timm_imports() -> bool:
+    """Whether timm imports. It does not beside a torch without CUDA and the torchvision of PyPI."""
+    if not find_spec("timm"):
+        return False
+    try:
+        import timm  # noqa: F401
+    except Exception:
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("timm", "torchvision")]:
+            del sys.modules[name]
+        return False
+    return True
+
+
+if find_spec("nnunetv2") and not timm_imports():
+    sys.path.insert(0, str(STUBS))
+
+
+@pytest.fixture(autouse=True)
+def _nnunet_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Point nnU-Net's variables to ``tmp_path``, with the names that nnunet_data.py uses, and load data in process."""
+    set_variables(monkeypatch, tmp_path)
+
+
+def set_variables(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(root / name))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    monkeypatch.setenv("nnUNet_def_n_proc", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))

@@ -1,0 +1,1 @@
+"""Holds the one module that nnU-Net imports from."""
