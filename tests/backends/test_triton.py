@@ -1026,17 +1026,21 @@ SPILLS = {
 }
 
 
-@pytest.fixture(scope="module")
-def machine_code():
+def compile_ahead_of_time(cases):
     """Return the rows of ahead_of_time.py, from a process in which Triton compiles. In this one it interprets."""
     here = Path(__file__).parent
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(here / "ahead_of_time.py")], input="\n".join(map(json.dumps, COMPILED)), env=environment,
+        [sys.executable, str(here / "ahead_of_time.py")], input="\n".join(map(json.dumps, cases)), env=environment,
         capture_output=True, text=True, check=False, cwd=here,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def machine_code():
+    return compile_ahead_of_time(COMPILED)
 
 
 @pytest.mark.timeout(900)
@@ -1077,3 +1081,31 @@ def test_wide_loads(machine_code):
     assert widest(operation="cross_entropy", C=4, dtype="bfloat16") == {"ld": True, "st": True}
     assert widest(operation="cross_entropy", C=4, layout="channels_last") == {"ld": True, "st": True}
     assert widest(operation="cross_entropy", C=4, layout="odd") == {"ld": False, "st": False}
+
+
+@pytest.mark.timeout(900)
+def test_only_adjacent_voxels_are_loaded_at_once():
+    """Labels, masks and upstream gradients are loaded one by one unless their own stride is 1.
+
+    The scores beside them have a stride of 1 and are loaded with 16 bytes, whatever the stride of the others.
+    """
+    common, strides = {"C": 4, "architectures": [90]}, (0, 1, 2, 16)
+    of_labels = {"cross_entropy": "hard_cross_entropy", "masked_cross_entropy": "soft_cross_entropy",
+                 "calibration_bins": "calibration_bins"}  # fmt: skip
+    rows = compile_ahead_of_time(
+        [
+            *({"operation": operation, "label_stride": n, **common} for operation in of_labels for n in strides),
+            *({"operation": "cross_entropy", "upstream_stride": n, **common} for n in strides),
+        ]
+    )
+    fours = "ld.global.v4.b32"
+    for stride in strides:
+        for operation, kernel in of_labels.items():
+            found = [r["memory"] for r in rows if (r["kernel"], r.get("label_stride")) == (kernel, stride)]
+            assert found, operation
+            for memory in found:
+                assert memory[fours] >= 4, (operation, memory)
+                assert ("ld.global.b8" in memory) == (stride != 1), (operation, memory)
+    alone, adjacent, *apart = (row["memory"][fours] for row in rows if "upstream_stride" in row)
+    assert adjacent - alone == 2  # 8 voxels of float32
+    assert apart == [alone, alone]
