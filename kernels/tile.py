@@ -71,9 +71,15 @@ def multiple(stride, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def num_tiles(S, tile: tl.constexpr):
+    """Return the number of tiles of a batch item. The sum ``S + TILE``, as in ``tl.cdiv``, could overflow."""
+    return tl.cast((S - 1) // tile.TILE + 1, tl.int32)
+
+
+@triton.jit
 def locate(step, S, tile: tl.constexpr):
     """Return ``(n, first, inside)`` of tile number ``step``: batch item, first voxel, and a mask of existing voxels."""
-    tiles = tl.cdiv(S, tile.TILE).to(tl.int32)
+    tiles = num_tiles(S, tile)
     n = (step // tiles).to(tl.int64)
     first = (step % tiles).to(tl.int64) * tile.TILE
     left = tl.minimum(multiple(S, tile.ALIGN_C) - first, tile.TILE).to(tl.int32)

@@ -58,11 +58,12 @@ if choice.TRITON_ERROR is None:
     import triton
     import triton.language as tl
     from calseg.kernels import launch
+    from calseg.kernels.gaussian import Statistics, statistic_pointers
     from calseg.kernels.labels import holds
     from calseg.kernels.launch import HARD, SAMPLED, SOFT, WEIGHTED, Geometry
     from calseg.kernels.noise import normals, philox4x32
     from calseg.kernels.overlap import finished_overlap
-    from calseg.kernels.tile import Tile
+    from calseg.kernels.tile import Tile, locate
     from calseg.kernels.vls_elbo import vls_elbo
 
     from calseg.backends import triton as engine
@@ -746,6 +747,44 @@ def test_offsets_past_two_to_the_31(strides):
     assert_accurate(got, wanted, ulps=2)
     assert torch.equal(far_to.logits, to.logits)
     assert torch.equal(far_to.soft_labels, to.soft_labels)
+
+
+@pytest.mark.parametrize("S", [1, 1024, 1025, 2**31 - 1024, 2**31 - 1023, 2**31 - 1, 2**31, 2**33 + 5])
+def test_the_last_tile_is_found(S):
+    """Tiles are numbered to the last one, also where S and a tile's length together pass 2^31."""
+
+    @triton.jit
+    def kernel(out, S, tile: tl.constexpr):
+        n, first, inside = locate(tl.load(out).to(tl.int32), S, tile)
+        tl.store(out, n)
+        tl.store(out + 1, first)
+        tl.store(out + 2, tl.sum(inside.to(tl.int64), 0))
+
+    tiles = -(-S // 1024)
+    for step in {0, tiles - 1, tiles}:
+        out = torch.tensor([step, 0, 0])
+        kernel[(1,)](out, S, Tile(1, 1024))
+        item, tile = divmod(step, tiles)
+        assert out.tolist() == [item, 1024 * tile, min(1024, S - 1024 * tile)]
+
+
+def test_rows_of_statistics_past_two_to_the_31():
+    """A row of the sums of many samples starts where the product of its number and the voxels says."""
+
+    @triton.jit
+    def kernel(out, row, num_voxels):
+        pointers = statistic_pointers(Statistics(out, num_voxels), row, tl.arange(0, 1))
+        tl.store(out + tl.arange(0, 1), (pointers.to(tl.int64) - out.to(tl.int64)) // 8)
+
+    out = torch.zeros(1, dtype=torch.int64)
+    kernel[(1,)](out, 14, 2**30)
+    assert out.item() == 14 * 2**30
+
+
+def test_too_many_tiles_are_an_error():
+    x = torch.zeros(1, 1, 1).expand(1, 1, 2**45)
+    with pytest.raises(ValueError, match=f"got {2**45} voxels, wanted up to"):
+        calseg.gaussian_kl(x, x, backend="triton")
 
 
 def test_voxels_past_two_to_the_32(monkeypatch):
