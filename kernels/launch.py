@@ -169,5 +169,14 @@ def launch_kernel(kernel: Any, programs: int, like: Tensor, arguments: Sequence[
         return
     on_device = nullcontext() if like.device.type == "cpu" else torch.get_device_module(like.device).device(like.device)
     with on_device:
-        # Request fused multiply-adds, which are Triton's default today.
-        kernel[(programs,)](*arguments, num_warps=num_warps, enable_fp_fusion=True)
+        try:
+            # Request fused multiply-adds, which are Triton's default today.
+            kernel[(programs,)](*arguments, num_warps=num_warps, enable_fp_fusion=True)
+        except RuntimeError as error:
+            if like.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"{kernel.fn.__name__}: the launch failed while a CUDA graph is captured. Run the step once before "
+                    "the capture, with tensors of the same shapes, dtypes and layouts: the first launch compiles and "
+                    "loads the kernel"
+                ) from error
+            raise

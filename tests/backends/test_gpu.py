@@ -17,6 +17,7 @@ from cases import (
     LAYOUTS,
     assert_accurate,
     assert_near_bins,
+    assert_near_confidences,
     assert_same_bins,
     class_weights,
     id_of,
@@ -172,7 +173,10 @@ def test_calibration_bins(backend, C, n_bins, class_wise):
 @calibration.every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=id_of)
 def test_calibration_bins_of_logits(backend, dtype, kind):
-    """Every layout gives the same integers, near those of the reference, and NaN and bad labels are reported."""
+    """Every layout gives the same counts, near those of the reference, and NaN and bad labels are reported.
+
+    The order in which Triton adds up the classes of a voxel depends on the layout, so confidences may round otherwise.
+    """
     for C in (2, 3, 5, 17, 33):
         x, target = scores(2, C, 16, 15, dtype=dtype), labels((2, C, 16, 15), ignore_index=-100)
         call = lambda x, y: calseg.calibration_bins(x, y, backend=backend, **kind)  # noqa: E731
@@ -180,7 +184,12 @@ def test_calibration_bins_of_logits(backend, dtype, kind):
         truth = calseg.calibration_bins(x.double(), target, backend="reference", **kind)
         assert_near_bins(plain, truth, units=8)
         for layout in ("channels_last", "every_second", "odd_offset", "sliced_channels_last"):
-            assert_same_bins(call(LAYOUTS[layout](x.cuda()), target.cuda()), plain)
+            other = call(LAYOUTS[layout](x.cuda()), target.cuda())
+            if backend == "cuda":  # a thread adds up the classes of its voxel in their order
+                assert_same_bins(other, plain)
+            else:
+                assert_near_bins(other, plain, units=8)
+                assert_near_confidences(other, plain, C)
     x[1, 0, 2, 3] = torch.nan
     assert int(call(x.cuda(), torch.zeros_like(target).cuda() + 1).num_nan) == 1
     target[1, 7, 8] = 99

@@ -926,6 +926,26 @@ def test_compiled(name):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("capturing", [True, False])
+def test_a_failing_first_launch_in_a_capture_says_what_to_do(monkeypatch, capturing):
+    class Kernel:
+        fn = test_seeds
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                raise RuntimeError("operation not permitted when stream is capturing")
+
+            return launch
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    like = SimpleNamespace(device=torch.device("cpu"), is_cuda=True)
+    message = (
+        "test_seeds: the launch failed while a CUDA graph is captured. Run the step once" if capturing else "^oper"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        launch.launch_kernel(Kernel(), 1, like, (), 4)
+
+
 # ---- the choice of the backend ----
 
 
