@@ -21,6 +21,7 @@ VECTOR_BYTES = 16  # the widest load of a thread
 SECTOR_BYTES = 32  # the least length of a row of a tile
 MAX_WARPS = 16
 MAX_ALIGN = 16
+MAX_PROGRAMS = 2**31 - 1  # the limit of CUDA
 
 Strides = tuple[int, int, int]
 
@@ -146,6 +147,9 @@ class Call:
         self.C, self.S = geometry.C, geometry.S
         self.tile, self.num_warps = choose_tile(demands, geometry, min(tensor.element_size() for tensor in present))
         self.programs = num_programs(geometry, self.tile)
+        if self.programs > MAX_PROGRAMS:
+            voxels, most = geometry.N * geometry.S, MAX_PROGRAMS * self.tile.TILE
+            raise ValueError(f"{tuple(self.like.shape)}: got {voxels} voxels, wanted up to {most} on a GPU")
         self.scores, self.voxels = _views(scores, geometry.scores), _views(voxels, geometry.voxels)
 
     def launch(self, kernel: Any, *arguments: Any) -> None:
@@ -165,5 +169,14 @@ def launch_kernel(kernel: Any, programs: int, like: Tensor, arguments: Sequence[
         return
     on_device = nullcontext() if like.device.type == "cpu" else torch.get_device_module(like.device).device(like.device)
     with on_device:
-        # Request fused multiply-adds, which are Triton's default today.
-        kernel[(programs,)](*arguments, num_warps=num_warps, enable_fp_fusion=True)
+        try:
+            # Request fused multiply-adds, which are Triton's default today.
+            kernel[(programs,)](*arguments, num_warps=num_warps, enable_fp_fusion=True)
+        except RuntimeError as error:
+            if like.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"{kernel.fn.__name__}: the launch failed while a CUDA graph is captured. Run the step once before "
+                    "the capture, with tensors of the same shapes, dtypes and layouts: the first launch compiles and "
+                    "loads the kernel"
+                ) from error
+            raise
