@@ -53,6 +53,9 @@ pytestmark = [
     pytest.mark.timeout(300),
 ]
 
+if "TRITON_INTERPRET" not in os.environ:  # the kernels run in the interpreter of PTX
+    pytestmark.append(pytest.mark.ptx)
+
 if choice.TRITON_ERROR is None:
     import interpreter
     import triton
