@@ -110,9 +110,15 @@ class Statistics(NamedTuple):
 
 
 @triton.jit
+def statistic_pointers(statistics, row, voxel):
+    """Return pointers ``[TILE]`` to a row of the statistics for the voxels of the tile."""
+    return statistics.ptr + tl.cast(row, tl.int64) * statistics.num_voxels + voxel
+
+
+@triton.jit
 def statistic(statistics, row, voxel, inside):
     """Load a row of the statistics for the voxels of the tile, ``[TILE]``."""
-    return tl.load(statistics.ptr + row * statistics.num_voxels + voxel, mask=inside, other=1.0)
+    return tl.load(statistic_pointers(statistics, row, voxel), mask=inside, other=1.0)
 
 
 @triton.jit

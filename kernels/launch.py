@@ -21,6 +21,7 @@ VECTOR_BYTES = 16  # the widest load of a thread
 SECTOR_BYTES = 32  # the least length of a row of a tile
 MAX_WARPS = 16
 MAX_ALIGN = 16
+MAX_PROGRAMS = 2**31 - 1  # the limit of CUDA
 
 Strides = tuple[int, int, int]
 
@@ -146,6 +147,9 @@ class Call:
         self.C, self.S = geometry.C, geometry.S
         self.tile, self.num_warps = choose_tile(demands, geometry, min(tensor.element_size() for tensor in present))
         self.programs = num_programs(geometry, self.tile)
+        if self.programs > MAX_PROGRAMS:
+            voxels, most = geometry.N * geometry.S, MAX_PROGRAMS * self.tile.TILE
+            raise ValueError(f"{tuple(self.like.shape)}: got {voxels} voxels, wanted up to {most} on a GPU")
         self.scores, self.voxels = _views(scores, geometry.scores), _views(voxels, geometry.voxels)
 
     def launch(self, kernel: Any, *arguments: Any) -> None:

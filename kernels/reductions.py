@@ -14,7 +14,7 @@ import triton.language as tl
 from calseg.kernels import launch as host
 from calseg.kernels.labels import Labels, label_weights, load_labels
 from calseg.kernels.launch import Call
-from calseg.kernels.tile import Tile, View, locate, store_voxels, voxel_pointers
+from calseg.kernels.tile import Tile, View, locate, num_tiles, store_voxels, voxel_pointers
 from torch import Tensor
 
 SCAN_TILE = Tile(1, 1024)
@@ -105,10 +105,10 @@ def scan_labels(
     tile: tl.constexpr,
 ):
     """Compute partial sums of the divisors of the mean, one per program."""
-    steps = N * tl.cdiv(S, tile.TILE).to(tl.int32)
+    steps = tl.cast(N, tl.int64) * num_tiles(S, tile)
     weights = tl.full([tile.TILE], 0.0, tl.float32)
     counts = tl.full([tile.TILE], 0, tl.int32)
-    for step in range(tl.program_id(0), steps, NUM_SUMS):
+    for step in range(tl.program_id(0).to(tl.int64), steps, NUM_SUMS):
         n, first, inside = locate(step, S, tile)
         label, ok, _ = load_labels(labels, n, first, inside, C, IS_MASK, tile)
         counts += ok.to(tl.int32)
@@ -169,7 +169,7 @@ def finish_loss(
     i = tl.arange(0, BLOCK)
     loss = tl.full([BLOCK], 0.0, tl.float32)
     kl = loss
-    for start in range(0, num_partials, BLOCK):
+    for start in range(0, tl.cast(num_partials, tl.int64), BLOCK):
         mask = start + i < num_partials
         loss += tl.load(partials + start + i, mask=mask, other=0.0)
         if WITH_KL:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from calseg.kernels.gaussian import Gaussian, Statistics, noise
+from calseg.kernels.gaussian import Gaussian, Statistics, noise, statistic_pointers
 from calseg.kernels.labels import Labels, class_weights, label_weights, load_labels
 from calseg.kernels.launch import Call
 from calseg.kernels.noise import load_seed
@@ -20,7 +20,7 @@ from torch import Tensor
 @triton.jit
 def _store_row(statistics, row, voxel, inside, values):
     """Store a row of the statistics, which :func:`calseg.kernels.gaussian.statistic` loads."""
-    tl.store(statistics.ptr + row * statistics.num_voxels + voxel, values, mask=inside)
+    tl.store(statistic_pointers(statistics, row, voxel), values, mask=inside)
 
 
 @triton.jit

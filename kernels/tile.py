@@ -71,9 +71,15 @@ def multiple(stride, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def num_tiles(S, tile: tl.constexpr):
+    """Return the number of tiles of a batch item. The sum ``S + TILE``, as in ``tl.cdiv``, could overflow."""
+    return tl.cast((S - 1) // tile.TILE + 1, tl.int32)
+
+
+@triton.jit
 def locate(step, S, tile: tl.constexpr):
     """Return ``(n, first, inside)`` of tile number ``step``: batch item, first voxel, and a mask of existing voxels."""
-    tiles = tl.cdiv(S, tile.TILE).to(tl.int32)
+    tiles = num_tiles(S, tile)
     n = (step // tiles).to(tl.int64)
     first = (step % tiles).to(tl.int64) * tile.TILE
     left = tl.minimum(multiple(S, tile.ALIGN_C) - first, tile.TILE).to(tl.int32)
@@ -140,10 +146,14 @@ def store(x, n, first, inside, c, values, C: tl.constexpr, tile: tl.constexpr):
 
 @triton.jit
 def voxel_pointers(x, n, first, tile: tl.constexpr):
-    """Return pointers ``[TILE]`` to the voxels of the tile in a tensor without class axis."""
+    """Return pointers ``[TILE]`` to the voxels of the tile in a tensor without class axis.
+
+    The compiler is told what the numbers of the voxels are, and nothing of the pointers: it knows a stride of 1, and
+    loads as many voxels at once as of the scores. With any other stride, it loads one voxel at a time.
+    """
     VEC_S: tl.constexpr = tile.VEC_S
-    start = x.ptr + n * x.stride_n + first * x.stride_s
-    return tl.max_contiguous(start + tl.arange(0, tile.TILE).to(tl.int64) * x.stride_s, [VEC_S])
+    voxels = tl.max_contiguous(tl.arange(0, tile.TILE), [VEC_S]).to(tl.int64)
+    return x.ptr + n * x.stride_n + first * x.stride_s + voxels * x.stride_s
 
 
 @triton.jit

@@ -70,7 +70,7 @@ def loss(
     per_voxel = None
     if grad_output is None and spec.reduction == "none":
         per_voxel = native.empty_voxels(like, spec.dtype)
-    upstream = None if grad_output is None else _readable_voxels(grad_output)
+    upstream, factor = _upstream(spec, grad_output)
     label_tensor = None if spec.labels is None else spec.labels.tensor
     call = _call(operation.tile_demands(spec, tensors), (*tensors, *gradients), (label_tensor, upstream, per_voxel))
     voxels = call.geometry.N * call.S
@@ -78,7 +78,7 @@ def loss(
         value = math.nan if spec.reduction == "mean" else 0.0
         return per_voxel if per_voxel is not None else torch.full((), value, dtype=spec.dtype, device=like.device)
     _check_labels(spec.labels, call.C)
-    given = _loss_arguments(call, spec, reduced=grad_output is None and per_voxel is None)
+    given = _loss_arguments(call, spec, factor, reduced=grad_output is None and per_voxel is None)
     operation.launch(call, spec, given)
     if per_voxel is not None:
         return per_voxel
@@ -104,7 +104,7 @@ def loss_and_overlap(spec: LossSpec, tensors: LossTensors, made: LossTensors) ->
     label_tensor = None if spec.labels is None else spec.labels.tensor
     call = _call_of_items(overlap_demands(tensors), (*tensors, *made), (label_tensor, None, None))
     _check_labels(spec.labels, C)
-    given = _loss_arguments(call, spec, reduced=True)._replace(overlap=empty_overlap(call))
+    given = _loss_arguments(call, spec, _factor(spec), reduced=True)._replace(overlap=empty_overlap(call))
     operation.launch(call, spec, given)
     if given.upstream.sums is None:
         divisor = like.new_full((), N * S, dtype=torch.float64)
@@ -126,12 +126,32 @@ def overlap_backward(spec: LossSpec, tensors: LossTensors, gradients: LossTensor
     label_tensor = None if spec.labels is None else spec.labels.tensor
     call = _call_of_items(overlap_demands(tensors), (*tensors, *gradients), (label_tensor, None, None))
     grad_overlap = None if gradients.logits is None else grad_sums
-    given = _loss_arguments(call, spec, reduced=False)._replace(grad_overlap=grad_overlap)
+    given = _loss_arguments(call, spec, _factor(spec), reduced=False)._replace(grad_overlap=grad_overlap)
     operation.launch(call, spec, given)
 
 
-def _loss_arguments(call: Call, spec: LossSpec, *, reduced: bool) -> LossArguments:
-    """Return the arguments of the launch of any loss. ``reduced`` says whether the sum over voxels is wanted.
+def _factor(spec: LossSpec) -> Tensor | None:
+    """Return the scale of a loss if it is a tensor."""
+    return spec.scale.detach().resolve_neg() if isinstance(spec.scale, Tensor) else None
+
+
+def _upstream(spec: LossSpec, grad_output: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return the upstream gradient ``[N, *S]`` or None, and the factor of all voxels, a 0-d tensor or None.
+
+    One number for all voxels, which is expanded memory, becomes the factor. A kernel reads it once.
+    """
+    factor = _factor(spec)
+    if grad_output is None:
+        return None, factor
+    if factor is None and grad_output.numel() > 0 and not any(grad_output.stride()):
+        return None, grad_output.resolve_neg().as_strided((), ())
+    return _readable_voxels(grad_output), factor
+
+
+def _loss_arguments(call: Call, spec: LossSpec, factor: Tensor | None, *, reduced: bool) -> LossArguments:
+    """Return the arguments of the launch of any loss.
+
+    ``factor`` multiplies loss and gradients. ``reduced`` says whether the sum over voxels is wanted.
 
     If the divisors of the mean depend on the labels, a kernel that sums them is launched first.
     """
@@ -139,11 +159,8 @@ def _loss_arguments(call: Call, spec: LossSpec, *, reduced: bool) -> LossArgumen
     gradients = LossTensors._make(call.scores[len(LossTensors._fields) :])
     label_view, upstream_view, loss_view = call.voxels
     labels = labels_argument(label_view, spec.labels)
-    sums, num_sums, scale, factor = None, 1, 1.0, None
-    if isinstance(spec.scale, Tensor):
-        factor = spec.scale.detach().resolve_neg()
-    else:
-        scale = spec.scale
+    sums, num_sums = None, 1
+    scale = 1.0 if isinstance(spec.scale, Tensor) else spec.scale
     if spec.reduction == "mean":
         weight = None if spec.labels is None or spec.labels.is_mask else spec.weight
         if spec.labels is None or (labels.ignore is None and weight is None):

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,10 @@ def compiled(architectures: tuple[int, ...], run: Any) -> list[dict[str, Any]]:
         for architecture in architectures:
             triton.runtime.driver.set_active(Driver(architecture))
             binary = kernel.warmup(*arguments, grid=(programs,), num_warps=num_warps, enable_fp_fusion=True)
-            vectors = set(re.findall(r"(?:ld|st)\.global\S*", binary.asm["ptx"]))
+            accesses = Counter(re.findall(r"(?:ld|st)\.global\S*", binary.asm["ptx"]))
             rows.append(
                 {"kernel": kernel.fn.__name__, "architecture": architecture, "programs": programs,
-                 "num_warps": num_warps, "tile": str(arguments[-1]), "memory": sorted(vectors),
+                 "num_warps": num_warps, "tile": str(arguments[-1]), "memory": accesses,
                  **resources(binary.asm["cubin"])}
             )  # fmt: skip
 
@@ -95,18 +96,34 @@ def scores(C: int, dtype: torch.dtype, edge: int, layout: str) -> torch.Tensor:
     return torch.empty((2, C, *space), dtype=dtype)
 
 
+def per_voxel(shape: tuple[int, ...], dtype: torch.dtype, stride: int) -> torch.Tensor:
+    """Return a tensor without class axis whose voxels are ``stride`` elements apart."""
+    if stride == 0:  # expanded along each item
+        return torch.empty((shape[0], *(1 for _ in shape[1:])), dtype=dtype).expand(shape)
+    return torch.empty((*shape, stride), dtype=dtype)[..., 0]
+
+
 def call(
     operation: str, C: int, dtype: str = "float32", layout: str = "channel_first", gradient: bool = True,
-    ignore_index: int = 255,
+    ignore_index: int = 255, label_stride: int = 1, upstream_stride: int | None = None,
 ) -> None:  # fmt: skip
-    """Call an operation as training does: mean, uint8 labels, gradients of all inputs."""
+    """Call an operation as training does: mean, uint8 labels, gradients of all inputs.
+
+    With ``upstream_stride``, the gradients of a loss per voxel are computed, from an upstream gradient of that stride.
+    """
     x = scores(C, getattr(torch, dtype), EDGES[C], layout)
-    labels = Labels(torch.empty(voxel_shape(x), dtype=torch.uint8), ignore_index)
+    labels = Labels(per_voxel(voxel_shape(x), torch.uint8, label_stride), ignore_index)
     sampling = Sampling(num_samples=4, beta=1.0, seed=7)
     spec = LossSpec(operation, labels, None, "mean", x.dtype)
     g = x if gradient else None
-    if operation == "cross_entropy":
+    if upstream_stride is not None:
+        upstream = per_voxel(voxel_shape(x), torch.float32, upstream_stride)
+        engine.loss(spec._replace(reduction="none"), LossTensors(x), LossTensors(x), upstream)
+    elif operation == "cross_entropy":
         engine.loss(spec, LossTensors(x), LossTensors(g))
+    elif operation == "masked_cross_entropy":
+        masked = spec._replace(operation="cross_entropy", labels=labels._replace(ignore_index=1, is_mask=True))
+        engine.loss(masked, LossTensors(x, x), LossTensors(x, x))
     elif operation == "weighted_cross_entropy":
         weighted = spec._replace(operation="cross_entropy", weight=torch.empty(C), label_smoothing=0.1)
         engine.loss(weighted, LossTensors(x), LossTensors(g))

@@ -61,11 +61,12 @@ if choice.TRITON_ERROR is None:
     import triton
     import triton.language as tl
     from calseg.kernels import launch
+    from calseg.kernels.gaussian import Statistics, statistic_pointers
     from calseg.kernels.labels import holds
     from calseg.kernels.launch import HARD, SAMPLED, SOFT, WEIGHTED, Geometry
     from calseg.kernels.noise import normals, philox4x32
     from calseg.kernels.overlap import finished_overlap
-    from calseg.kernels.tile import Tile
+    from calseg.kernels.tile import Tile, locate
     from calseg.kernels.vls_elbo import vls_elbo
 
     from calseg.backends import triton as engine
@@ -751,6 +752,44 @@ def test_offsets_past_two_to_the_31(strides):
     assert torch.equal(far_to.soft_labels, to.soft_labels)
 
 
+@pytest.mark.parametrize("S", [1, 1024, 1025, 2**31 - 1024, 2**31 - 1023, 2**31 - 1, 2**31, 2**33 + 5])
+def test_the_last_tile_is_found(S):
+    """Tiles are numbered to the last one, also where S and a tile's length together pass 2^31."""
+
+    @triton.jit
+    def kernel(out, S, tile: tl.constexpr):
+        n, first, inside = locate(tl.load(out).to(tl.int32), S, tile)
+        tl.store(out, n)
+        tl.store(out + 1, first)
+        tl.store(out + 2, tl.sum(inside.to(tl.int64), 0))
+
+    tiles = -(-S // 1024)
+    for step in {0, tiles - 1, tiles}:
+        out = torch.tensor([step, 0, 0])
+        kernel[(1,)](out, S, Tile(1, 1024))
+        item, tile = divmod(step, tiles)
+        assert out.tolist() == [item, 1024 * tile, min(1024, S - 1024 * tile)]
+
+
+def test_rows_of_statistics_past_two_to_the_31():
+    """A row of the sums of many samples starts where the product of its number and the voxels says."""
+
+    @triton.jit
+    def kernel(out, row, num_voxels):
+        pointers = statistic_pointers(Statistics(out, num_voxels), row, tl.arange(0, 1))
+        tl.store(out + tl.arange(0, 1), (pointers.to(tl.int64) - out.to(tl.int64)) // 8)
+
+    out = torch.zeros(1, dtype=torch.int64)
+    kernel[(1,)](out, 14, 2**30)
+    assert out.item() == 14 * 2**30
+
+
+def test_too_many_tiles_are_an_error():
+    x = torch.zeros(1, 1, 1).expand(1, 1, 2**45)
+    with pytest.raises(ValueError, match=f"got {2**45} voxels, wanted up to"):
+        calseg.gaussian_kl(x, x, backend="triton")
+
+
 def test_voxels_past_two_to_the_32(monkeypatch):
     """With more than 2^32 voxels in expanded tensors, the programs around voxel 2^32 and the last one are right."""
     size, sums = 2**32 + 3001, {}
@@ -1029,17 +1068,21 @@ SPILLS = {
 }
 
 
-@pytest.fixture(scope="module")
-def machine_code():
+def compile_ahead_of_time(cases):
     """Return the rows of ahead_of_time.py, from a process in which Triton compiles. In this one it interprets."""
     here = Path(__file__).parent
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(here / "ahead_of_time.py")], input="\n".join(map(json.dumps, COMPILED)), env=environment,
+        [sys.executable, str(here / "ahead_of_time.py")], input="\n".join(map(json.dumps, cases)), env=environment,
         capture_output=True, text=True, check=False, cwd=here,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def machine_code():
+    return compile_ahead_of_time(COMPILED)
 
 
 @pytest.mark.timeout(900)
@@ -1080,3 +1123,31 @@ def test_wide_loads(machine_code):
     assert widest(operation="cross_entropy", C=4, dtype="bfloat16") == {"ld": True, "st": True}
     assert widest(operation="cross_entropy", C=4, layout="channels_last") == {"ld": True, "st": True}
     assert widest(operation="cross_entropy", C=4, layout="odd") == {"ld": False, "st": False}
+
+
+@pytest.mark.timeout(900)
+def test_only_adjacent_voxels_are_loaded_at_once():
+    """Labels, masks and upstream gradients are loaded one by one unless their own stride is 1.
+
+    The scores beside them have a stride of 1 and are loaded with 16 bytes, whatever the stride of the others.
+    """
+    common, strides = {"C": 4, "architectures": [90]}, (0, 1, 2, 16)
+    of_labels = {"cross_entropy": "hard_cross_entropy", "masked_cross_entropy": "soft_cross_entropy",
+                 "calibration_bins": "calibration_bins"}  # fmt: skip
+    rows = compile_ahead_of_time(
+        [
+            *({"operation": operation, "label_stride": n, **common} for operation in of_labels for n in strides),
+            *({"operation": "cross_entropy", "upstream_stride": n, **common} for n in strides),
+        ]
+    )
+    fours = "ld.global.v4.b32"
+    for stride in strides:
+        for operation, kernel in of_labels.items():
+            found = [r["memory"] for r in rows if (r["kernel"], r.get("label_stride")) == (kernel, stride)]
+            assert found, operation
+            for memory in found:
+                assert memory[fours] >= 4, (operation, memory)
+                assert ("ld.global.b8" in memory) == (stride != 1), (operation, memory)
+    alone, adjacent, *apart = (row["memory"][fours] for row in rows if "upstream_stride" in row)
+    assert adjacent - alone == 2  # 8 voxels of float32
+    assert apart == [alone, alone]
