@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from ptx.machine import WARP, Machine, Step, opcode
-from ptx.memory import Change
-from ptx.operands import ADDRESS, Mask, address_reader, dtype_of, reader, registers_of, writer
-from ptx.parser import Fault, Instruction, Kernel, bits_of
+from ptx.operands import Mask, address_reader, dtype_of, reader, registers_of, writer
+from ptx.parser import Instruction, Kernel, PtxError, bits_of
 from ptx.warps import together
 
 
@@ -20,7 +18,7 @@ def _space_of(instruction: Instruction) -> str:
     for modifier in instruction.modifiers:
         if modifier.split("::")[0] in ("global", "shared", "param"):
             return modifier.split("::")[0]
-    raise Fault("generic addresses, or an unknown state space")
+    raise PtxError("generic addresses, or an unknown state space")
 
 
 def _count_of(instruction: Instruction) -> int:
@@ -84,13 +82,16 @@ def _stored(type_name: str) -> np.dtype:
 def _load_parameter(instruction: Instruction, kernel: Kernel) -> Step:
     type_name = instruction.type
     names = registers_of(instruction.operands[0])
-    writes, address = [writer(kernel, name, type_name) for name in names], address_reader(kernel, instruction.operands[1])
+    writes, address = (
+        [writer(kernel, name, type_name) for name in names],
+        address_reader(kernel, instruction.operands[1]),
+    )
     dtype = _stored(type_name)
 
     def step(m: Machine, mask: Mask) -> None:
         at = np.unique(address(m))
         if len(at) != 1:
-            raise Fault("threads read different parameters")
+            raise PtxError("threads read different parameters")
         for i, write in enumerate(writes):
             write(m, np.frombuffer(m.parameters, dtype, 1, int(at[0]) + i * dtype.itemsize)[0], mask)
 
@@ -130,7 +131,7 @@ def _atomic(instruction: Instruction, kernel: Kernel) -> Step:
     address, reads = address_reader(kernel, place), [reader(kernel, value, type_name) for value in values]
     write = writer(kernel, instruction.operands[0], type_name) if instruction.opcode == "atom" else None
     if kind not in (*ATOMICS, "exch", "cas"):
-        raise Fault(f"atomic {kind}")
+        raise PtxError(f"atomic {kind}")
 
     def step(m: Machine, mask: Mask) -> None:
         at, given = _chosen(m, address(m), mask), [_chosen(m, read(m), mask) for read in reads]
@@ -179,7 +180,7 @@ def _matrix(instruction: Instruction, kernel: Kernel) -> Step:
     vector, place = instruction.operands if loads else reversed(instruction.operands)
     address, names = address_reader(kernel, place), registers_of(vector)
     if "m8n8" not in instruction.modifiers or instruction.type != "b16":
-        raise Fault("another shape of matrices")
+        raise PtxError("another shape of matrices")
     transposed = "trans" in instruction.modifiers
     writes, reads = ([make(kernel, name, "b32") for name in names if loads is wanted]
                      for make, wanted in ((writer, True), (reader, False)))  # fmt: skip

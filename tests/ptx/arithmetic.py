@@ -9,9 +9,10 @@ import numpy as np
 
 from ptx.machine import Machine, Step, opcode
 from ptx.operands import Mask, dtype_of, flushed, narrowed, reader, unsigned, writer
-from ptx.parser import Fault, Instruction, Kernel, bits_of
+from ptx.parser import Instruction, Kernel, PtxError, bits_of
 
 Function = Callable[..., Any]
+NAN = np.uint32(0x7FFFFFFF)
 
 
 def computed(
@@ -44,6 +45,12 @@ def computed(
 
 def _flushed(x: Any) -> Any:
     return flushed(x) if x.dtype == np.float32 else x
+
+
+def _canonical(x: Any) -> Any:
+    """Return numbers whose NaN are all the same, as a GPU's are."""
+    nan = np.isnan(x)
+    return np.where(nan, NAN.view(np.float32).astype(x.dtype), x) if np.count_nonzero(nan) else x
 
 
 # ---- arithmetic ----
@@ -83,17 +90,19 @@ def _arithmetic(instruction: Instruction, kernel: Kernel) -> Step:
     if type_name[0] in "us" and modifiers & {"wide", "hi"}:
         return _of_double_width(instruction, kernel, wide="wide" in modifiers)
     if unknown := modifiers - PLAIN or type_name.endswith("x2"):
-        raise Fault(f"{instruction.opcode} with {unknown}")
+        raise PtxError(f"{instruction.opcode} with {unknown}")
     if "NaN" in modifiers:
         function = {"min": np.minimum, "max": np.maximum}[instruction.opcode]
     if "sat" in modifiers:
         if type_name[0] != "f":
-            raise Fault("saturated integers")
+            raise PtxError("saturated integers")
         plain = function
         function = lambda *values: np.fmin(np.fmax(plain(*values), np.float32(0)), np.float32(1))  # noqa: E731
     if instruction.opcode == "div" and modifiers & {"approx", "full"}:
         return approximate(instruction, kernel, np.divide, 2.0**-22)
-    return computed(instruction, kernel, function, type_name)
+    if dtype_of(type_name).kind != "f":
+        return computed(instruction, kernel, function, type_name)
+    return computed(instruction, kernel, lambda *values: _canonical(function(*values)), type_name)
 
 
 def _of_double_width(instruction: Instruction, kernel: Kernel, *, wide: bool) -> Step:
@@ -102,7 +111,7 @@ def _of_double_width(instruction: Instruction, kernel: Kernel, *, wide: bool) ->
     bits = bits_of(type_name)
     result = f"{type_name[0]}{2 * bits}" if wide else type_name
     if bits == 64:
-        raise Fault("128 bits")
+        raise PtxError("128 bits")
     large, own = dtype_of(f"{type_name[0]}{2 * bits}"), dtype_of(result)
 
     def function(a: Any, b: Any, *c: Any) -> Any:
@@ -122,7 +131,7 @@ def _copysign(instruction: Instruction, kernel: Kernel) -> Step:
 
 # ---- functions of the hardware ----
 
-# opcode -> function in float64, and the largest error that the PTX manual states: relative, or absolute where it says so.
+# opcode -> function in float64, the largest error that the PTX manual states, and whether that is absolute.
 FUNCTIONS: dict[str, tuple[Function, float, bool]] = {
     "ex2": (np.exp2, 2.0**-22.5, False),
     "lg2": (np.log2, 2.0**-22, True),
@@ -139,9 +148,11 @@ FUNCTIONS: dict[str, tuple[Function, float, bool]] = {
 def _function(instruction: Instruction, kernel: Kernel) -> Step:
     function, bound, is_absolute = FUNCTIONS[instruction.opcode]
     if instruction.type != "f32":
-        raise Fault(f"{instruction.opcode} of {instruction.type}")
+        raise PtxError(f"{instruction.opcode} of {instruction.type}")
     if "approx" not in instruction.modifiers:
-        return computed(instruction, kernel, lambda x: function(x.astype(np.float64)).astype(np.float32), "f32")
+        return computed(
+            instruction, kernel, lambda x: _canonical(function(x.astype(np.float64)).astype(np.float32)), "f32"
+        )
     return approximate(instruction, kernel, function, bound, is_absolute=is_absolute)
 
 
@@ -161,7 +172,7 @@ def approximate(
         if m.error:
             size = np.maximum(np.abs(value), 1.0) if is_absolute else np.abs(value)
             value = value + m.error * bound * m.random.uniform(-1, 1, np.shape(value)) * np.where(value == 0, 0.0, size)
-        write(m, flush(np.asarray(value, np.float32)), mask)
+        write(m, _canonical(flush(np.asarray(value, np.float32))), mask)
 
     return step
 
@@ -178,10 +189,11 @@ LOGIC: dict[str, Function] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor":
 
 def comparison(name: str, type_name: str) -> Function:
     """Return a comparison. Of NaN only those whose name ends in ``u`` are true."""
-    if name.endswith("u") and name[:-1] in COMPARISONS and type_name[0] == "f":
+    is_float = type_name[0] == "f" or type_name == "bf16"
+    if is_float and name.endswith("u") and name[:-1] in COMPARISONS:
         ordered = COMPARISONS[name[:-1]]
         return lambda a, b: ordered(a, b) | np.isnan(a) | np.isnan(b)
-    if name == "ne" and type_name[0] == "f":
+    if is_float and name == "ne":
         return lambda a, b: (a < b) | (a > b)
     return COMPARISONS[name]
 
@@ -258,7 +270,7 @@ def _funnel_shift(instruction: Instruction, kernel: Kernel) -> Step:
 def _permute(instruction: Instruction, kernel: Kernel) -> Step:
     """Choose four of eight bytes, or their signs."""
     if instruction.modifiers != ("b32",):
-        raise Fault("a mode of prmt")
+        raise PtxError("a mode of prmt")
 
     def function(a: Any, b: Any, selector: Any) -> Any:
         both, result = b.astype(np.uint64) << np.uint64(32) | a, np.uint64(0)
@@ -301,15 +313,20 @@ def _shifted(x: Any, by: Any, bits: int, *, left: bool) -> Any:
 
 @opcode("bfe")
 def _extract_field(instruction: Instruction, kernel: Kernel) -> Step:
-    if instruction.type[0] != "u":
-        raise Fault("bfe with a sign")
-    bits, dtype = bits_of(instruction.type), dtype_of(instruction.type)
+    """Take a field of a word. A signed one is extended by the highest of its bits that lie in the word."""
+    bits, dtype = bits_of(instruction.type), unsigned(bits_of(instruction.type))
+    is_signed = instruction.type[0] == "s"
 
     def function(x: Any, position: Any, length: Any) -> Any:
         position, mask = _field(position, length, bits, dtype)
-        return _shifted(x, position, bits, left=False) & mask
+        field = _shifted(x, position, bits, left=False) & mask
+        if not is_signed:
+            return field
+        inside = mask & _shifted(~dtype.type(0), position, bits, left=False)
+        is_negative = field & (inside ^ inside >> dtype.type(1)) != 0
+        return np.where(is_negative, field | ~inside, field)
 
-    return computed(instruction, kernel, function, [instruction.type, "u32", "u32"])
+    return computed(instruction, kernel, function, [f"u{bits}", "u32", "u32"])
 
 
 @opcode("bfi")
@@ -423,7 +440,7 @@ def _convert(instruction: Instruction, kernel: Kernel) -> Step:
     *how, to, source = instruction.modifiers
     rounding = next((ROUNDINGS[name] for name in how if name in ROUNDINGS), None)
     if unknown := set(how) - {*ROUNDINGS, "rn", "ftz", "sat"}:
-        raise Fault(f"cvt with {unknown}")
+        raise PtxError(f"cvt with {unknown}")
     if to in ("bf16x2", "f16x2"):
         return _convert_pair(instruction, kernel, to.removesuffix("x2"))
     is_float, from_float = to[0] in "f" or to == "bf16", source[0] == "f" or source == "bf16"
@@ -431,14 +448,11 @@ def _convert(instruction: Instruction, kernel: Kernel) -> Step:
     def function(x: Any) -> Any:
         if from_float and rounding is not None:
             x = rounding(x)
-        if is_float or not from_float:
-            result = x.astype(dtype_of(to))
-        else:
-            result = _saturated(x, dtype_of(to))
+        result = x.astype(dtype_of(to)) if is_float or not from_float else _saturated(x, dtype_of(to))
         return np.clip(result, 0, 1).astype(result.dtype) if "sat" in how and is_float else result
 
     if "sat" in how and not is_float and not from_float:
-        raise Fault("saturated integers")
+        raise PtxError("saturated integers")
     return computed(instruction, kernel, function, source, to)
 
 

@@ -48,7 +48,7 @@ def run(
         error: the part of the error of the hardware's approximations that they get, 0 to 1.
 
     Raises:
-        Fault: the kernel does what it must not, or has an instruction that is not known.
+        PtxError: the kernel does what it must not, or has an instruction that is not known.
     """
     kernel, steps = ready(text, name)
     memory = GlobalMemory(spans, kernel.constants)
@@ -66,4 +66,3 @@ def span_of(tensor: torch.Tensor) -> tuple[int, int]:
         return start, start
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (last + 1) * tensor.element_size()
-

@@ -1,8 +1,8 @@
 """The machine: the registers of all threads, and the order in which threads execute instructions.
 
-All threads at the same instruction form a group, and execute it together. The group at the lowest place of the code goes
-first, so groups that a branch divided meet again at the place where their paths join. Instructions that threads execute
-together (shuffles, votes, barriers) wait until all of their threads are there, as GPUs since Volta do.
+All threads at the same instruction form a group, and execute it together. The group at the lowest place of the code
+goes first, so groups that a branch divided meet again at the place where their paths join. Instructions that threads
+execute together (shuffles, votes, barriers) wait until all of their threads are there, as GPUs since Volta do.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from ptx.memory import GlobalMemory, SharedMemory
 from ptx.operands import Mask, reader
-from ptx.parser import Fault, Instruction, Kernel
+from ptx.parser import Instruction, Kernel, PtxError
 
 WARP = 32
 NOBODY = np.zeros((1, 1), bool)
@@ -46,11 +46,11 @@ def _step(instruction: Instruction, kernel: Kernel) -> Step:
     """Return the step of one instruction, for those threads whose guard holds."""
     build = BUILDERS.get(instruction.opcode)
     if build is None:
-        raise Fault(f"{kernel.name}: unknown opcode {instruction.opcode}: {instruction}")
+        raise PtxError(f"{kernel.name}: unknown opcode {instruction.opcode}: {instruction}")
     try:
         step = build(instruction, kernel)
-    except (Fault, KeyError, ValueError, IndexError, AttributeError) as error:
-        raise Fault(f"{kernel.name}: unknown form of {instruction.opcode}: {instruction}: {error}") from error
+    except (PtxError, KeyError, ValueError, IndexError, AttributeError) as error:
+        raise PtxError(f"{kernel.name}: unknown form of {instruction.opcode}: {instruction}: {error}") from error
     if instruction.guard is None:
         return step
     guard, negated = reader(kernel, instruction.guard, "pred"), instruction.guard_is_negated
@@ -151,7 +151,7 @@ class Machine:
         """Run all threads to their end.
 
         Raises:
-            Fault: the kernel does what it must not, or threads wait for others that never come.
+            PtxError: the kernel does what it must not, or threads wait for others that never come.
         """
         groups: dict[int, Mask] = {0: None}
         try:
@@ -162,12 +162,12 @@ class Machine:
                     for place, mask in moved:
                         groups[place] = _union(mask, groups[place]) if place in groups else mask
         except KeyError as error:
-            raise Fault(f"{self._where()}: register {error} is read before it is written") from error
-        except Fault as error:
-            raise Fault(f"{self._where()}: {error}") from error
+            raise PtxError(f"{self._where()}: register {error} is read before it is written") from error
+        except PtxError as error:
+            raise PtxError(f"{self._where()}: {error}") from error
         if self._waiting:
             self.place = min(self._waiting)
-            raise Fault(f"{self._where()}: threads wait here for others that never come")
+            raise PtxError(f"{self._where()}: threads wait here for others that never come")
 
     def _advance(self, mask: Mask, groups: dict[int, Mask]) -> Groups:
         """Execute instructions until one of them sends the group elsewhere. Groups on the way join it."""

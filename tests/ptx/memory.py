@@ -1,7 +1,7 @@
 """Global memory and shared memory, with every access checked.
 
-An access that is out of bounds or misaligned is a fault. So is a race in shared memory: two threads use the same byte, at
-least one of them writes it, and no barrier lies between. Two threads may write the same value, as Triton's do.
+An access that is out of bounds or misaligned is an error. So is a race in shared memory: two threads use the same byte,
+at least one of them writes it, and no barrier lies between. Two threads may write the same value, as Triton's do.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ptx.parser import Fault
+from ptx.parser import PtxError
 
 ALIGN = 16  # the widest access
 WARP = 32
@@ -81,7 +81,7 @@ class GlobalMemory:
             view, at = _numbers(region, values.dtype, count, addresses[chosen])
             view[at] = values[:, chosen].T
             if (view[at] != values[:, chosen].T).any():
-                raise Fault("two threads store different numbers at one address")
+                raise PtxError("two threads store different numbers at one address")
 
     def update(self, addresses: np.ndarray, dtype: np.dtype, change: Change) -> None:
         """Let an atomic instruction change the numbers at the addresses."""
@@ -93,18 +93,20 @@ class GlobalMemory:
         """Return the regions of the addresses, each with the indices of its addresses. Check all of them."""
         if (addresses % np.uint64(size)).any():
             wrong = int(addresses[(addresses % np.uint64(size)) != 0][0])
-            raise Fault(f"address {wrong:#x} is misaligned: wanted a multiple of {size} bytes")
+            raise PtxError(f"address {wrong:#x} is misaligned: wanted a multiple of {size} bytes")
         numbers = np.searchsorted(self._starts, addresses, side="right").astype(np.int64) - 1
         if len(numbers) == 0:
             return
         if numbers.min() < 0:
-            raise Fault(f"{size} bytes at {int(addresses.min()):#x}, before all tensors")
+            raise PtxError(f"{size} bytes at {int(addresses.min()):#x}, before all tensors")
         for number in np.unique(numbers):
             region = self._regions[number]
             chosen = slice(None) if (numbers == number).all() else np.flatnonzero(numbers == number)
             past = int(addresses[chosen].max()) + size - region.end
             if past > 0:
-                raise Fault(f"{size} bytes, {past} of them past the end of a tensor of {region.end - region.start} bytes")
+                raise PtxError(
+                    f"{size} bytes, {past} of them past the end of a tensor of {region.end - region.start} bytes"
+                )
             yield region, chosen
 
 
@@ -203,14 +205,17 @@ class SharedMemory:
     def load(
         self, rows: np.ndarray, threads: np.ndarray, addresses: np.ndarray, dtype: np.dtype, count: int
     ) -> np.ndarray:
-        """Return ``count`` adjacent numbers at each address, ``[count, addresses]``, for threads of programs ``rows``."""
+        """Return ``count`` adjacent numbers at each address, ``[count, addresses]``.
+
+        Access ``i`` is that of thread ``threads[i]`` of program ``rows[i]``.
+        """
         accesses = self._accesses(rows, threads, addresses, dtype.itemsize * count)
         _raise_race(accesses, self._writes.conflicts(accesses), "reads what another one writes")
         self._reads.note(accesses)
         return self._numbers(dtype, count)[rows, accesses.at].T
 
     def store(self, rows: np.ndarray, threads: np.ndarray, addresses: np.ndarray, values: np.ndarray) -> None:
-        """Store ``values[:, i]`` from address ``i`` on, for thread ``threads[i]`` of program ``rows[i]``."""
+        """Store ``values[:, i]`` from address ``i`` on, as thread ``threads[i]`` of program ``rows[i]``."""
         accesses = self._accesses(rows, threads, addresses, values.itemsize * len(values))
         numbers, key = self._numbers(values.dtype, len(values)), (rows, accesses.at)
         _raise_race(accesses, self._reads.conflicts(accesses), "writes what another one reads")
@@ -239,9 +244,11 @@ class SharedMemory:
         """Return accesses of ``width`` bytes. Check their bounds and alignment."""
         at = addresses.astype(np.int64)
         if (at % width).any():
-            raise Fault(f"address {int(at[at % width != 0][0])} in shared memory: wanted a multiple of {width} bytes")
+            raise PtxError(
+                f"address {int(at[at % width != 0][0])} in shared memory: wanted a multiple of {width} bytes"
+            )
         if len(at) and (at.min() < 0 or at.max() + width > self._size):
-            raise Fault(f"{width} bytes at address {int(at.max())} in shared memory of {self._size} bytes")
+            raise PtxError(f"{width} bytes at address {int(at.max())} in shared memory of {self._size} bytes")
         warps = np.minimum(threads // WARP, self._syncs.shape[1] - 1)
         return Accesses(rows, at // width, width, threads, self._syncs[rows, warps])
 
@@ -252,4 +259,4 @@ def _raise_race(accesses: Accesses, races: np.ndarray, what: str) -> None:
         first = int(np.flatnonzero(races)[0])
         thread = int(accesses.threads[first])
         name = "an atomic instruction" if thread == ATOMIC else f"thread {thread}"
-        raise Fault(f"race in shared memory at byte {int(accesses.at[first]) * accesses.width}: {name} {what}")
+        raise PtxError(f"race in shared memory at byte {int(accesses.at[first]) * accesses.width}: {name} {what}")

@@ -1,7 +1,7 @@
 """Operands of instructions: how their values are read from the registers of a machine, and written to them.
 
-A value is an array that broadcasts to ``[programs, threads]``. One that is the same for all threads of a program, or for
-all programs, has a size of 1 there, so addresses and loop counters cost little. A register holds bits: an unsigned
+A value is an array that broadcasts to ``[programs, threads]``. One that is the same for all threads of a program, or
+for all programs, has a size of 1 there, so addresses and loop counters cost little. A register holds bits: an unsigned
 integer of its width, or a bool. Arrays in registers are never changed in place.
 """
 
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ptx.parser import Fault, Kernel, bits_of
+from ptx.parser import Kernel, PtxError, bits_of
 
 if TYPE_CHECKING:
     from ptx.machine import Machine
@@ -30,11 +31,13 @@ SPECIAL = re.compile(r"%(tid|ntid|ctaid|nctaid)\.[xyz]|%laneid|%warpid|WARP_SZ")
 ADDRESS = re.compile(r"\[\s*([%$\w]+)\s*(?:\+\s*(-?\w+))?\s*\]")
 
 
+@cache
 def unsigned(bits: int) -> np.dtype:
     """Return the dtype of a register of this width."""
     return np.dtype(bool) if bits == 1 else np.dtype(f"u{bits // 8}")
 
 
+@cache
 def dtype_of(type_name: str) -> np.dtype:
     """Return the dtype in which numbers of a PTX type are computed. That of bf16 is float32."""
     if type_name == "bf16":
@@ -46,7 +49,7 @@ def dtype_of(type_name: str) -> np.dtype:
 def flushed(x: Any) -> Any:
     """Return float32 numbers with subnormal ones replaced by zeros of their sign."""
     small = np.abs(x) < TINY
-    return np.where(small, np.copysign(np.float32(0), x), x) if small.any() else x
+    return np.where(small, np.copysign(np.float32(0), x), x) if np.count_nonzero(small) else x
 
 
 def narrowed(x: Any) -> Any:
@@ -84,18 +87,16 @@ def reader(kernel: Kernel, operand: str, type_name: str) -> Read:
     declared = kernel.registers.get(operand)
     if declared is not None:
         return _register_reader(operand, unsigned(bits_of(declared)), unsigned(bits), dtype)
-    if SPECIAL.fullmatch(operand):
-        return lambda m: m.special[operand].astype(unsigned(bits)).view(dtype)
-    symbols = {**kernel.shared, **{parameter.name: parameter.offset for parameter in kernel.parameters}}
-    if operand in kernel.constants:
+    if operand[0] in "-0123456789":
+        number = immediate(operand, bits)
+    elif operand in kernel.symbols:
+        number = kernel.symbols[operand]
+    elif operand in kernel.constants:
         return lambda m: dtype.type(m.memory.address_of(operand))
-    if operand in symbols:
-        number = symbols[operand]
+    elif SPECIAL.fullmatch(operand):
+        return lambda m: m.special[operand].astype(unsigned(bits)).view(dtype)
     else:
-        try:
-            number = immediate(operand, bits)
-        except ValueError:
-            raise Fault(f"unknown operand {operand}") from None
+        raise PtxError(f"unknown operand {operand}")
     constant = np.bool_(number) if bits == 1 else unsigned(bits).type(number).view(dtype)
     return lambda m: constant
 
@@ -118,7 +119,7 @@ def writer(kernel: Kernel, operand: str, type_name: str) -> Write:
         return lambda m, value, mask: None
     declared = kernel.registers.get(operand)
     if declared is None:
-        raise Fault(f"unknown register {operand}")
+        raise PtxError(f"unknown register {operand}")
     register = unsigned(bits_of(declared))
     if type_name == "bf16":
         return lambda m, value, mask: m.write(operand, narrowed(value), mask)
@@ -134,7 +135,7 @@ def address_reader(kernel: Kernel, operand: str) -> Read:
     """Return the function that reads the address ``[register or name + offset]`` as unsigned 64-bit integers."""
     found = ADDRESS.fullmatch(operand)
     if found is None:
-        raise Fault(f"unknown address {operand}")
+        raise PtxError(f"unknown address {operand}")
     base, offset = found.groups()
     declared = kernel.registers.get(base, "b64")
     read, shift = reader(kernel, base, f"b{bits_of(declared)}"), np.uint64(immediate(offset or "0", 64))

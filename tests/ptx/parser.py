@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)([^{};]*)\n\{\n(.*?)\n\}", re.S)
@@ -15,7 +16,7 @@ SOURCE = re.compile(r"^\s*\.loc\b.*//\s*(\S+)\s*$")
 BRACES = re.compile(r"[{}\[\]]")
 
 
-class Fault(Exception):
+class PtxError(Exception):
     """Error of a kernel, or an instruction that the interpreter does not know."""
 
 
@@ -29,7 +30,7 @@ class Parameter(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """An instruction: ``@guard opcode.modifiers operands``, with its text and the place in the source that it is from."""
+    """An instruction: ``@guard opcode.modifiers operands``, with its text and its place in the source."""
 
     opcode: str
     modifiers: tuple[str, ...]
@@ -59,7 +60,7 @@ class Kernel:
         registers: the type of every register.
         code: the instructions.
         labels: the index of the instruction that follows each label.
-        shared: the offset of every array in shared memory.
+        symbols: the offset of every array in shared memory, and of every parameter.
         shared_bytes: the size of the arrays in shared memory whose size the kernel states.
         constants: the bytes of every initialised array in global memory.
     """
@@ -70,11 +71,12 @@ class Kernel:
     registers: dict[str, str] = field(default_factory=dict)
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
-    shared: dict[str, int] = field(default_factory=dict)
+    symbols: dict[str, int] = field(default_factory=dict)
     shared_bytes: int = 0
     constants: dict[str, bytes] = field(default_factory=dict)
 
 
+@cache
 def bits_of(type_name: str) -> int:
     """Return the bits of a type such as ``u32``, ``bf16``, ``f16x2`` or ``pred``."""
     if type_name == "pred":
@@ -90,6 +92,7 @@ def parse(text: str) -> dict[str, Kernel]:
         name, parameters, directives, body = entry.groups()
         threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", directives)
         kernel = Kernel(name, _parameters(parameters), int(threads[1]) if threads else 0)
+        kernel.symbols.update((parameter.name, parameter.offset) for parameter in kernel.parameters)
         kernels[name] = kernel
         _parse_body(kernel, body)
         outside = outside.replace(entry.group(), "")
@@ -121,7 +124,7 @@ def _parameters(text: str) -> list[Parameter]:
     for declaration in filter(None, map(str.strip, text.split(","))):
         found = PARAMETER.match(declaration)
         if found is None:
-            raise Fault(f"unknown parameter: {declaration}")
+            raise PtxError(f"unknown parameter: {declaration}")
         type_name, name, length = found.groups()
         size = bits_of(type_name) // 8 * int(length or 1)
         stated = re.match(r"\.param\s+\.align\s+(\d+)", declaration)
@@ -149,12 +152,14 @@ def _parse_body(kernel: Kernel, body: str) -> None:
         for statement in statements:
             _parse_statement(kernel, _without_scope(statement), source)
     if pending:
-        raise Fault(f"unfinished statement: {pending}")
+        raise PtxError(f"unfinished statement: {pending}")
 
 
 def _without_scope(statement: str) -> str:
     """Strip the braces of a scope, whose registers have names of their own here too."""
-    return statement.strip().lstrip("{").strip() if statement.strip()[:1] == "{" else statement.strip().lstrip("}").strip()
+    return (
+        statement.strip().lstrip("{").strip() if statement.strip()[:1] == "{" else statement.strip().lstrip("}").strip()
+    )
 
 
 def _parse_statement(kernel: Kernel, statement: str, source: str) -> None:
@@ -167,11 +172,11 @@ def _parse_statement(kernel: Kernel, statement: str, source: str) -> None:
             many = re.fullmatch(r"(.*)<(\d+)>", name)
             for each in (f"{many[1]}{i}" for i in range(int(many[2]))) if many else (name,):
                 if kernel.registers.setdefault(each, type_name) != type_name:
-                    raise Fault(f"register {each} is declared with two types: {statement}")
+                    raise PtxError(f"register {each} is declared with two types: {statement}")
         return
     found = INSTRUCTION.fullmatch(statement)
     if found is None:
-        raise Fault(f"no instruction: {statement}")
+        raise PtxError(f"no instruction: {statement}")
     negated, guard, opcode, modifiers, operands = found.groups()
     kernel.code.append(
         Instruction(
@@ -188,8 +193,8 @@ def _parse_array(kernel: Kernel, statement: str) -> bool:
         return False
     align, name, size, values = found.groups()
     if ".shared" in statement:
-        kernel.shared[name] = -(-kernel.shared_bytes // int(align)) * int(align)
-        kernel.shared_bytes = kernel.shared[name] + int(size or 0)
+        kernel.symbols[name] = -(-kernel.shared_bytes // int(align)) * int(align)
+        kernel.shared_bytes = kernel.symbols[name] + int(size or 0)
     elif values is not None:
         given = bytes(int(value) for value in values.split(","))
         kernel.constants[name] = given.ljust(int(size), b"\0")

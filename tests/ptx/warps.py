@@ -9,7 +9,7 @@ import numpy as np
 
 from ptx.machine import WARP, Groups, Machine, Step, opcode, split
 from ptx.operands import Mask, Read, dtype_of, reader, writer
-from ptx.parser import Fault, Instruction, Kernel
+from ptx.parser import Instruction, Kernel, PtxError
 
 LANES = np.arange(WARP, dtype=np.uint32)
 ALL_LANES = np.uint32(0xFFFFFFFF)
@@ -35,15 +35,15 @@ def together(members: Read | None, act: Action) -> Step:
         act: what the threads do once they have arrived.
     """
 
-    def step(m: Machine, mask: Mask) -> Groups | None:
-        mask = m.arrived(mask)
+    def step(m: Machine, group: Mask) -> Groups | None:
+        mask = m.arrived(group)
         wanted = ALL_LANES if members is None else members(m)
         if mask is None and (wanted == ALL_LANES).all():
             act(m, None)
-            return None
+            return None if group is None else [(m.place + 1, None)]
         wanted, here = by_warp(m, wanted), by_warp(m, m.everyone(mask))
         if (here & (wanted >> LANES & np.uint32(1) == 0)).any():
-            raise Fault("a thread is not among the lanes that it names")
+            raise PtxError("a thread is not among the lanes that it names")
         complete = here & (bits_of_warps(m, m.everyone(mask)) & wanted == wanted)
         return released(m, mask, complete.reshape(m.shape), act)
 
@@ -70,19 +70,19 @@ def _barrier(instruction: Instruction, kernel: Kernel) -> Step:
     if "warp" in instruction.modifiers:
         return together(reader(kernel, instruction.operands[0], "b32"), _sync_warps)
     if "sync" not in instruction.modifiers:
-        raise Fault("a barrier that does not wait")
+        raise PtxError("a barrier that does not wait")
     count = reader(kernel, instruction.operands[1], "u32") if len(instruction.operands) > 1 else None
 
     def act(m: Machine, mask: Mask) -> None:
         m.shared.barrier(m.everyone(mask).any(1))
 
-    def step(m: Machine, mask: Mask) -> Groups | None:
+    def step(m: Machine, group: Mask) -> Groups | None:
         if count is not None and (count(m) != m.shape[1]).any():
-            raise Fault("a barrier for some of the threads")
-        mask = m.arrived(mask)
+            raise PtxError("a barrier for some of the threads")
+        mask = m.arrived(group)
         if mask is None:
             act(m, None)
-            return None
+            return None if group is None else [(m.place + 1, None)]
         here = m.everyone(mask)
         return released(m, mask, here & (here | m.exited).all(1, keepdims=True), act)
 
@@ -97,7 +97,7 @@ def _sync_warps(m: Machine, mask: Mask) -> None:
 
 
 def _source_lanes(mode: str, by: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the lane that each lane reads from, and whether it is within the lane's segment, as the PTX manual says."""
+    """Return the lane that each lane reads from, and whether that is inside of its segment, as the PTX manual says."""
     by, clamp, segment = (x.astype(np.int64) for x in (by & 31, limits & 31, limits >> 8 & 31))
     lane = np.arange(WARP)
     first, last = lane & segment, (lane & segment) | (clamp & ~segment)
@@ -157,7 +157,7 @@ def _match(instruction: Instruction, kernel: Kernel) -> Step:
     """Find the lanes that have the same value."""
     mode, type_name = instruction.modifiers[0], instruction.type
     if mode != "any":
-        raise Fault(f"match.{mode}")
+        raise PtxError(f"match.{mode}")
     to, value, members = instruction.operands
     read, lanes, write = reader(kernel, value, type_name), reader(kernel, members, "b32"), writer(kernel, to, "b32")
 
@@ -182,7 +182,7 @@ def _reduce(instruction: Instruction, kernel: Kernel) -> Step:
 
     def act(m: Machine, mask: Mask) -> None:
         if (lanes(m) != ALL_LANES).any():
-            raise Fault("a reduction of some lanes")
+            raise PtxError("a reduction of some lanes")
         write(m, _spread(m, reduce(by_warp(m, read(m)), axis=2, keepdims=True, dtype=dtype)), mask)
 
     return together(lanes, act)
