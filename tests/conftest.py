@@ -16,16 +16,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from internals import ISAS, MEMORY_OF_RESULTS, TRITON_ERROR, native
 
-# Without a GPU, the Triton kernels run in Triton's interpreter, which must be set before anything imports Triton. The
-# interpreter is slow, so test_triton.py has selected cases. With CALSEG_TEST_TRITON=1, all tests of the other backends
-# run with Triton too, which takes an hour.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-    if TRITON_ERROR is None:
-        sys.path.insert(0, str(Path(__file__).parent / "backends"))
-        import interpreter
-
-        interpreter.install()
+# The interpreter of Triton is slow, so test_triton.py has selected cases. With CALSEG_TEST_TRITON=1, all tests of the
+# other backends run with Triton too, which takes an hour.
 TRITON = ["triton"] if "CALSEG_TEST_TRITON" in os.environ else []
 
 # Some tests interrupt runs by SIGINT. A process that a shell starts in the background ignores it, and so do its
@@ -43,8 +35,28 @@ settings.register_profile(
 settings.load_profile("calseg")
 
 
-LEFT_OUT = ("large", "gpu", "fuzz")
+LEFT_OUT = ("large", "gpu", "fuzz", "ptx")
 """Markers whose tests run only where ``-m`` asks for them."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose what runs Triton kernels without a GPU: Triton's interpreter, or with ``-m ptx`` that of PTX.
+
+    It is chosen before anything imports Triton, which reads TRITON_INTERPRET once.
+    """
+    if torch.cuda.is_available() or TRITON_ERROR is not None:
+        return
+    sys.path.insert(0, str(Path(__file__).parent / "backends"))
+    if "ptx" in config.getoption("markexpr"):
+        os.environ.pop("TRITON_INTERPRET", None)
+        from ptx import launch
+
+        launch.install()
+    else:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+        import interpreter
+
+        interpreter.install()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -59,8 +59,8 @@ def install() -> None:
     builder.cast_impl = builder.create_fp_ext = builder.create_fp_trunc = cast_rounding
 
 
-def run_program(kernel: Any, programs: int, program: int, arguments: Sequence[Any]) -> None:
-    """Run one program of a launch."""
+def run_program(kernel: Any, programs: int, program: int, arguments: Sequence[Any], num_warps: int) -> None:
+    """Run one program of a launch. Here a program has no warps."""
     executor = interpreter.GridExecutor(kernel.rewrite(), kernel.arg_names, (1,))
     given = inspect.getcallargs(executor.fn, *arguments)
     given = {k: v if k in executor.constexprs else interpreter._implicit_cvt(v) for k, v in given.items()}

@@ -1,7 +1,8 @@
 """The Triton backend without a GPU: its numbers in Triton's interpreter, and the machine code of its kernels.
 
-The interpreter is slow, so these tests choose some of the other backends' cases. With CALSEG_TEST_TRITON=1 the files of
-the operations run all of them. test_gpu.py tests what only a GPU can show.
+The interpreter is slow, so these tests choose some of the other backends' cases. With CALSEG_TEST_TRITON=1 the files
+of the operations run all of them. With ``-m ptx`` the kernels run as they were compiled for a GPU, in an interpreter of
+its assembly. test_gpu.py tests what only a GPU can show.
 """
 
 from __future__ import annotations
@@ -53,8 +54,11 @@ pytestmark = [
     pytest.mark.timeout(300),
 ]
 
+ON_PTX = "TRITON_INTERPRET" not in os.environ  # the kernels run in the interpreter of PTX, not in Triton's
+if ON_PTX:
+    pytestmark.append(pytest.mark.ptx)
+
 if choice.TRITON_ERROR is None:
-    import interpreter
     import triton
     import triton.language as tl
     from calseg.kernels import launch
@@ -67,6 +71,11 @@ if choice.TRITON_ERROR is None:
     from calseg.kernels.vls_elbo import vls_elbo
 
     from calseg.backends import triton as engine
+
+    if ON_PTX:
+        from ptx.launch import run_program
+    else:
+        from interpreter import run_program
 
 LOW = (torch.bfloat16, torch.float16)
 ULPS = 48  # as for the CPU engine: the noise is good to 1e-6
@@ -641,7 +650,7 @@ def test_philox_known_answers():
          (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A)),
     ):  # fmt: skip
         out = torch.zeros(4, dtype=torch.int64).to(torch.uint32)
-        kernel[(1,)](out, *map(word, counter), *map(word, key))
+        launch.launch_kernel(kernel, 1, out, (out, *map(word, counter), *map(word, key)), 4)
         assert tuple(out.long().tolist()) == wanted
 
 
@@ -660,7 +669,7 @@ def test_normals(lane_major):
     for seed, start in ((5, 0), (-7, 2**32 - 64), (2**40 + 3, 2**33)):
         out = torch.full((16, 128), torch.nan)
         halves = [torch.tensor(seed >> shift & 0xFFFFFFFF) for shift in (0, 32)]
-        kernel[(1,)](out, torch.tensor(start), *halves, lane_major)
+        launch.launch_kernel(kernel, 1, out, (out, torch.tensor(start), *halves, lane_major), 4)
         wanted = rng.standard_normal(seed, 128, 16, 0, first_voxel=start, device=torch.device("cpu"))
         assert_accurate(out, wanted, ulps=4)
 
@@ -786,7 +795,7 @@ def test_the_last_tile_is_found(S):
     tiles = -(-S // 1024)
     for step in {0, tiles - 1, tiles}:
         out = torch.tensor([step, 0, 0])
-        kernel[(1,)](out, S, Tile(1, 1024))
+        launch.launch_kernel(kernel, 1, out, (out, S, Tile(1, 1024)), 4)
         item, tile = divmod(step, tiles)
         assert out.tolist() == [item, 1024 * tile, min(1024, S - 1024 * tile)]
 
@@ -800,7 +809,7 @@ def test_rows_of_statistics_past_two_to_the_31():
         tl.store(out + tl.arange(0, 1), (pointers.to(tl.int64) - out.to(tl.int64)) // 8)
 
     out = torch.zeros(1, dtype=torch.int64)
-    kernel[(1,)](out, 14, 2**30)
+    launch.launch_kernel(kernel, 1, out, (out, 14, 2**30), 4)
     assert out.item() == 14 * 2**30
 
 
@@ -822,7 +831,7 @@ def test_voxels_past_two_to_the_32(monkeypatch):
             assert programs == -(-size // tile)
             partials = next(a for a in arguments if isinstance(a, torch.Tensor) and a.shape == (1, programs))
             for program in (2**32 // tile - 1, 2**32 // tile, programs - 1):
-                interpreter.run_program(kernel, programs, program, arguments)
+                run_program(kernel, programs, program, arguments, num_warps)
                 sums[program * tile, min(size, (program + 1) * tile)] = float(partials[0, program])
 
     monkeypatch.setattr(launch, "launch_kernel", some_programs)
@@ -988,7 +997,7 @@ def test_the_backend_of_a_gpu(monkeypatch):
     with pytest.raises(ValueError, match="backend='triton': got a tensor on mps, wanted one on a GPU"):
         choice.choose(on("mps"), "triton")
     with monkeypatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET")
+        patch.setattr(choice, "is_interpreted", lambda scores: False)
         with pytest.raises(ValueError, match="got a tensor on cpu, wanted one on a GPU"):
             choice.choose(torch.zeros(1), "triton")
     monkeypatch.setattr(choice, "TRITON_ERROR", "Triton is not installed: pip install triton")
