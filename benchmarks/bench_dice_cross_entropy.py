@@ -25,10 +25,13 @@ CPU_CASES = [
     *(
         Case("dice_cross_entropy", classes, edge, batch=2, labels=labels, compiled=labels == "int64", memory=True,
              targets=HARD)
-        for classes, edge in ((2, 128), (3, 128), (4, 96), (14, 96)) for labels in ("int64", "uint8")
+        for classes, edge in ((2, 128), (3, 128), (4, 128), (14, 96)) for labels in ("int64", "uint8")
     ),
     *(Case("dice_cross_entropy", classes, 16, batch=2, targets={"eager": 1, "monai": 1}) for classes in (3, 14)),
-    *(Case("soft_dice_cross_entropy", classes, 96, batch=2, memory=True, targets=SOFT) for classes in (3, 4, 14)),
+    *(
+        Case("soft_dice_cross_entropy", classes, edge, batch=2, memory=True, targets=SOFT)
+        for classes, edge in ((3, 128), (4, 128), (14, 96))
+    ),
 ]  # fmt: skip
 GPU_CASES = sized_gpu_cases("dice_cross_entropy", {"copy_share": 0.85, "eager": 5, "compile": 2}, batch=2)
 CASES = GPU_CASES if on_gpu() else CPU_CASES
