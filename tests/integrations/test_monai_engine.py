@@ -252,10 +252,10 @@ def test_the_example_trains_on_a_decathlon_folder(tmp_path):
             str(out),
             *options,
         ]
-        run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=300)
+        run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=900)
         assert run.returncode == 0, run.stderr[-2000:]
         assert "'ece_near_foreground': 0." in run.stdout
         losses = [float(loss) for loss in re.findall(r"-- loss: ([\d.]+)", run.stdout)]
-        assert len(losses) == 12
+        assert len(losses) == 9
         assert sum(losses[-3:]) < sum(losses[:3])
         assert list(out.glob("*.pt"))
