@@ -110,6 +110,7 @@ def test_as_key_metric_of_an_evaluator():
     found = SupervisedEvaluator(
         device=torch.device("cpu"),
         val_data_loader=[{"image": MetaTensor(image), "label": MetaTensor(label)}],
+        epoch_length=1,
         network=network,
         key_val_metric={"ece": CalibrationHandler(CalibrationError())},
         additional_metrics={"score": CalibrationHandler({"nll": NegativeLogLikelihood(), "brier": BrierScore()})},
@@ -212,6 +213,7 @@ def test_several_metrics_are_no_key_metric():
         SupervisedEvaluator(
             device=torch.device("cpu"),
             val_data_loader=[],
+            epoch_length=1,
             network=torch.nn.Identity(),
             key_val_metric={"ece": CalibrationHandler({"a": CalibrationError(), "b": BrierScore()})},
         )
