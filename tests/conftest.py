@@ -43,7 +43,7 @@ settings.register_profile(
 settings.load_profile("calseg")
 
 
-LEFT_OUT = ("large", "gpu", "fuzz")
+LEFT_OUT = ("large", "gpu", "fuzz", "nnunet")
 """Markers whose tests run only where ``-m`` asks for them."""
 
 
