@@ -28,6 +28,7 @@ from calseg.integrations.nnunet.soft_labels import make_soft_labels
 from calseg.integrations.nnunet.trainers import (
     nnUNetTrainerCalseg,
     nnUNetTrainerSoftLabels,
+    nnUNetTrainerStageOne,
     nnUNetTrainerVLS,
 )
 
@@ -50,7 +51,7 @@ def train(kind: type, folder: Path, configuration: str = "3d_fullres") -> Any:
     return trainer
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("kind", [*TRAINERS, nnUNetTrainerStageOne])
 def test_nnunet_finds_the_trainers(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("nnUNet_extTrainer", str(plugin_folder()))
     assert recursive_find_trainer_class_by_name(kind.__name__) is kind
@@ -138,7 +139,7 @@ def test_a_cascade(tmp_path: Path) -> None:
         assert all(np.isfinite(trainer.logger.get_value("train_losses", step=None)))
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("kind", [*TRAINERS, nnUNetTrainerStageOne])
 def test_regions_are_refused(tmp_path: Path, kind: type) -> None:
     folder = data.make_dataset(tmp_path)
     content = json.loads((folder / "dataset.json").read_text())
@@ -175,7 +176,7 @@ def test_the_loss_replaces_that_of_nnunet(tmp_path: Path) -> None:
 
 
 def test_networks_without_heads_are_refused() -> None:
-    with pytest.raises(NotImplementedError, match=r"decoder\.seg_layers .* Linear has none"):
+    with pytest.raises(NotImplementedError, match=r"the heads decoder\.seg_layers .* Linear has none"):
         add_dense_heads(torch.nn.Linear(1, 1))
 
 
