@@ -101,6 +101,22 @@ def test_continues_with_the_weights_of_the_dense_head(tmp_path: Path) -> None:
     assert other.current_epoch == 3
 
 
+def test_loads_soft_labels_in_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As nnU-Net does where it is not told otherwise."""
+    folder = data.make_dataset(tmp_path)
+    write_soft_labels(folder, "3d_fullres")
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    trainer = data.make_trainer(nnUNetTrainerSoftLabels, folder)
+    trainer.initialize()
+    loaders = trainer.get_dataloaders()
+    target = next(loaders[0])["target"]
+    assert [level.dtype for level in target] == [torch.int16] * 2 + [torch.uint16] * 2
+    assert [level.shape[1] for level in target] == [1, 1, 3, 3]
+    assert len(next(loaders[1])["target"]) == 2
+    for loader in loaders:
+        loader._finish()
+
+
 def test_a_label_that_is_ignored(tmp_path: Path) -> None:
     folder = data.make_dataset(tmp_path, ignore=True)
     for kind in TRAINERS:
