@@ -21,6 +21,7 @@ ALLOWED = {
     "functional": (*BASE, "native", "autograd", "backends.choice"),
     "regions": ("tensors", "checks"), "calibration": (*BASE, "backends.choice", "regions"),
     "errors": (), "files": ("errors",), "runs": ("errors", "files"), "volumes": ("errors", "files"),
+    "integrations.nnunet": ("errors", "files", "functional", "methods", "runs", "settings", "volumes"),  # no MONAI
 }  # fmt: skip
 # A package from elsewhere -> the only part that may import it.
 IMPORTERS = {

@@ -1,4 +1,4 @@
-"""Commands of nnU-Net's for a test: on the CPU, in few processes, and with trainings of two epochs of two updates."""
+"""Commands of nnU-Net's for a test: on the CPU, in few processes, and with trainings of one epoch of two updates."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def _shorten() -> None:
     whole = nnUNetTrainer.run_training
 
     def short(trainer: nnUNetTrainer) -> None:
-        trainer.num_epochs = trainer.num_iterations_per_epoch = 2
-        trainer.num_val_iterations_per_epoch = 1
+        trainer.num_epochs = trainer.num_val_iterations_per_epoch = 1
+        trainer.num_iterations_per_epoch = 2
         whole(trainer)
 
     nnUNetTrainer.run_training = short
