@@ -990,7 +990,7 @@ def test_an_old_triton_is_none(monkeypatch):
 
 # ---- launches ----
 
-KINDS = {"HARD": (64, 32, 16), "WEIGHTED": (32, 32, 16), "SOFT": (32, 16, 16), "SAMPLED": (16, 8, 8)}
+KINDS = {"HARD": (66, 32, 64), "WEIGHTED": (32, 32, 16), "SOFT": (32, 16, 16), "SAMPLED": (16, 8, 8)}
 
 
 def geometry_of(C, S, layout):
@@ -1017,7 +1017,7 @@ def test_tiles(name, layout):
         rows = -(-C // 4) * 4 if in_one_thread and name == "SAMPLED" else min(C, tile.BLOCK_C)
         elements = rows * tile.TILE / (32 * warps)
         assert elements <= (held if in_one_thread else spread), (C, tile, warps)
-        assert not in_one_thread or 2 * elements > fill
+        assert not in_one_thread or 2 * elements > fill or 32 * warps * launch.MAX_VOXELS == tile.TILE
         assert C <= tile.BLOCK_C or 32 * warps * spread == tile.BLOCK_C * tile.TILE  # blocks only where nothing else is
         if layout != "last" or C == 1:
             assert tile.TILE * itemsize >= 32
@@ -1045,7 +1045,7 @@ def test_alignment():
 
 # The registers a thread may take, by operation, over all classes and layouts here: see benchmarks/notes.md.
 REGISTERS = {
-    "cross_entropy": 144, "weighted_cross_entropy": 128, "soft_cross_entropy": 168, "vls_cross_entropy": 240,
+    "cross_entropy": 168, "weighted_cross_entropy": 128, "soft_cross_entropy": 168, "vls_cross_entropy": 240,
     "vls_elbo": 184, "gaussian_kl": 128, "sample_soft_labels": 136, "accumulate_soft_labels": 96, "scale_gradients": 64,
     "calibration_bins": 248, "hard_overlap": 168, "soft_overlap": 168, "sampled_overlap": 240,
 }  # fmt: skip
