@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -163,28 +164,30 @@ class OnHost:
             Labels(y, ignore_index), None, n_bins, first_class or 0, True, first_class is not None, False, per_item,
             False, 0.0,
         )  # fmt: skip
-        call = call_of(spec, x)
+        return self.plan_of(call_of(spec, x), resident)
+
+    def plan_of(self, call: Call, resident: int = 3) -> Plan:
         numbers = (ctypes.c_int64 * len(Plan._fields))()
         self.library.plan_launch(ctypes.byref(call), ctypes.c_int64(resident), numbers)
         return Plan(*numbers)
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> OnHost:
+def write_specs(folder: Path) -> None:
+    """Write the header that CMake generates."""
+    generator, operations = ROOT / "csrc" / "python" / "specs.py", ROOT / "calseg" / "operations.py"
+    subprocess.run([sys.executable, str(generator), str(operations), str(folder / "specs.h")], check=True)
+
+
+@cache
+def build_library(tmp_path_factory: pytest.TempPathFactory) -> OnHost:
+    """Compile the kernels for the CPU, once for all files of tests."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None or sys.platform != "linux":
         pytest.skip("needs g++ on Linux")
     built = tmp_path_factory.mktemp("cuda_on_host") / "calibration.so"
     # a library under AddressSanitizer loads only into a process that started with it
     sanitizers = "address,undefined" if "libasan" in os.environ.get("LD_PRELOAD", "") else "undefined"
-    operations = ROOT / "calseg" / "operations.py"
-    specs = [
-        sys.executable,
-        str(ROOT / "csrc" / "python" / "specs.py"),
-        str(operations),
-        str(built.with_name("specs.h")),
-    ]
-    subprocess.run(specs, check=True)
+    write_specs(built.parent)
     done = subprocess.run(
         [compiler, "-std=c++17", "-O1", "-g1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-Wall",
          "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared", f"-I{HERE / 'cuda_on_host'}",
@@ -193,6 +196,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> OnHost:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return OnHost(built)
+
+
+@pytest.fixture
+def library(tmp_path_factory: pytest.TempPathFactory) -> OnHost:
+    return build_library(tmp_path_factory)
 
 
 def set_up(library: OnHost, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -391,7 +391,7 @@ def test_matrices():
 
 
 def test_the_parser_reads_what_compilers_write():
-    (kernel,) = parse("""
+    kernel = parse("""
 .extern .shared .align 16 .b8 dynamic[];
 .shared .align 8 .b8 fixed[12];
 .global .align 4 .b8 table[8] = {1, 2, 255};
@@ -414,7 +414,7 @@ $L__BB0_1: { .reg .pred q; setp.ne.b32 q, %r1, 0; // a comment; and another
 	// end inline asm
 	ret;
 }
-""").values()  # fmt: skip
+""", "k")  # fmt: skip
     assert [(p.name, p.offset, p.size) for p in kernel.parameters] == [
         ("k_param_0", 0, 8), ("k_param_1", 8, 20), ("k_param_2", 28, 1), ("k_param_3", 32, 8)
     ]  # fmt: skip
