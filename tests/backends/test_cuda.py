@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -178,29 +177,28 @@ def write_specs(folder: Path) -> None:
     subprocess.run([sys.executable, str(generator), str(operations), str(folder / "specs.h")], check=True)
 
 
-@cache
-def build_library(tmp_path_factory: pytest.TempPathFactory) -> OnHost:
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> OnHost:
     """Compile the kernels for the CPU, once for all files of tests."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None or sys.platform != "linux":
         pytest.skip("needs g++ on Linux")
-    built = tmp_path_factory.mktemp("cuda_on_host") / "calibration.so"
+    folder = tmp_path_factory.getbasetemp() / "cuda_on_host"
+    built = folder / "calibration.so"
+    if built.exists():
+        return OnHost(built)
+    folder.mkdir(exist_ok=True)
+    write_specs(folder)
     # a library under AddressSanitizer loads only into a process that started with it
     sanitizers = "address,undefined" if "libasan" in os.environ.get("LD_PRELOAD", "") else "undefined"
-    write_specs(built.parent)
     done = subprocess.run(
         [compiler, "-std=c++17", "-O1", "-g1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-Wall",
          "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared", f"-I{HERE / 'cuda_on_host'}",
-         f"-I{ROOT / 'csrc'}", f"-I{built.parent}", str(HERE / "cuda_on_host" / "calibration.cpp"), "-o", str(built)],
+         f"-I{ROOT / 'csrc'}", f"-I{folder}", str(HERE / "cuda_on_host" / "calibration.cpp"), "-o", str(built)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return OnHost(built)
-
-
-@pytest.fixture
-def library(tmp_path_factory: pytest.TempPathFactory) -> OnHost:
-    return build_library(tmp_path_factory)
 
 
 def set_up(library: OnHost, monkeypatch: pytest.MonkeyPatch) -> None:
