@@ -20,9 +20,8 @@ from torch.autograd import Function
 from torch.library import custom_op
 
 from calseg import native
-from calseg.backends import cpu, reference
-from calseg.backends.choice import engine, is_traced
-from calseg.backends.rng import draw_seed as _draw_seed
+from calseg.backends import cpu, reference, rng
+from calseg.backends.choice import TRITON_DEVICES, engine, is_traced
 from calseg.operations import (
     AccumulateSpec,
     AceSpec,
@@ -705,16 +704,23 @@ def ace_bins(backend: str, spec: AceSpec, logits: Tensor) -> tuple[Tensor, Tenso
 
 
 @custom_op("calseg::draw_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def draw_seed_operator() -> Tensor:
-    """Draw a seed from the default generator. As an operator, it draws the same in compiled code as in eager code."""
-    return _draw_seed()
+def draw_seed_operator(device: torch.device) -> Tensor:
+    """Draw a seed on a device. As an operator, it is drawn anew in every run of a graph."""
+    return rng.draw_seed(device)
 
 
 @draw_seed_operator.register_fake
-def _() -> Tensor:
-    return torch.empty((), dtype=torch.int64, device="cpu")
+def _(device: torch.device) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=device)
 
 
-def draw_seed() -> Tensor:
-    """Draw a seed from PyTorch's default generator."""
-    return draw_seed_operator() if torch.compiler.is_compiling() else _draw_seed()
+def draw_seed(device: torch.device) -> Tensor:
+    """Draw the seed of a call on a device.
+
+    Eager code draws it on the CPU, and kernels get it as a number. A graph would keep that number for all replays. So
+    code that is compiled or captured for a GPU draws on the GPU, and kernels read the seed from its memory.
+    """
+    if is_traced():
+        drawn: Tensor = draw_seed_operator(device if device.type in TRITON_DEVICES else torch.device("cpu"))
+        return drawn
+    return rng.draw_seed(device if rng.is_captured(device) else torch.device("cpu"))

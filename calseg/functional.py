@@ -38,7 +38,7 @@ def _loss_dtype(scores: Tensor) -> torch.dtype:
 
 
 def _seed(seed: int | Tensor | None, device: torch.device) -> int | Tensor:
-    return autograd.draw_seed() if seed is None else check.check_seed(seed, device)
+    return autograd.draw_seed(device) if seed is None else check.check_seed(seed, device)
 
 
 def _sampling(
@@ -154,7 +154,8 @@ def vls_cross_entropy(
             takes 0.001, since the prior holds for the logits of every voxel and flattens confident ones.
         prior_mu: mean of the prior. Default 0.
         prior_logvar: log-variance of the prior. Default 0.
-        seed: 64-bit seed of the noise, an int or a 0-d int64 tensor; default: drawn from PyTorch's default generator.
+        seed: 64-bit seed of the noise, an int or a 0-d int64 tensor; default: drawn from PyTorch's default generator,
+            in a CUDA graph anew at every replay.
         backend: ``"cpu"`` (native), ``"triton"`` (GPU) or ``"reference"`` (plain PyTorch, differentiable to any
             order); default: the fastest that there is. On a GPU float64 takes the reference.
         reuse_logits: let backward write the gradient of ``input`` over ``input`` itself, which saves memory of its

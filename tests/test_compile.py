@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import assert_accurate, labels, scores
-from internals import needs_native
+from internals import TRITON_ERROR, needs_native
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import calseg
 
@@ -125,4 +127,28 @@ def test_opcheck_of_the_drawn_seed():
     x = scores(*SHAPE)
     torch.compile(lambda: calseg.vls_elbo(x, x, TARGET), fullgraph=True, backend=look)()
     (target,) = targets
-    torch.library.opcheck(target, (), test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    checks = "test_schema", "test_autograd_registration", "test_faketensor"
+    torch.library.opcheck(target, (torch.device("cpu"),), test_utils=checks)
+
+
+@pytest.mark.parametrize("operation", ["vls", "elbo", "sample"])
+def test_a_graph_of_a_gpu_draws_its_seed_there(operation):
+    """No node of the traced pass is on the CPU, which a CUDA graph could not replay."""
+    if TRITON_ERROR is not None:
+        pytest.skip(TRITON_ERROR)
+    call = {
+        "vls": lambda x, mu, logvar, y: calseg.vls_cross_entropy(x, y, mu=mu, logvar=logvar, alpha=0.5),
+        "elbo": lambda x, mu, logvar, y: calseg.vls_elbo(mu, logvar, y) + x.sum(),
+        "sample": lambda x, mu, logvar, y: (x * calseg.sample_soft_labels(mu, logvar, y)).sum(),
+    }[operation]
+    with FakeTensorMode():
+        x, mu, logvar = (torch.empty(SHAPE, device="cuda") for _ in range(3))
+        target = torch.empty(2, 4, 5, dtype=torch.uint8, device="cuda")
+        graph = make_fx(call)(x, mu, logvar, target)
+    nodes = list(graph.graph.nodes)
+    assert any("draw_seed" in str(node.target) for node in nodes)
+    assert any(operator in str(node.target) for node in nodes for operator in ("calseg.loss", "calseg.sample"))
+    for node in nodes:
+        values = node.meta.get("val")
+        for value in values if isinstance(values, (list, tuple)) else [values]:
+            assert not isinstance(value, torch.Tensor) or value.device.type == "cuda", node.format_node()

@@ -11,6 +11,7 @@ import torch
 from cases import id_of
 
 import calseg
+from calseg import autograd
 from calseg.backends import rng
 
 CPU = torch.device("cpu")
@@ -96,11 +97,25 @@ def test_pairs_reduce_the_error():
     assert float((paired - truth).square().mean()) < 0.4 * float((independent - truth).square().mean())
 
 
+def test_the_device_of_a_drawn_seed(monkeypatch):
+    """A call draws on the CPU, except while a GPU captures a graph: there it draws on that GPU."""
+    drawn, capturing = [], [False]
+    monkeypatch.setattr(rng, "draw_seed", drawn.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    devices = [torch.device(name) for name in ("cuda:1", "cpu", "mps")]
+    for capturing[0] in (False, True):
+        for device in devices:
+            autograd.draw_seed(device)
+    assert [device.type for device in drawn] == ["cpu"] * 3 + ["cuda", "cpu", "cpu"]
+    assert drawn[3] == devices[0]
+
+
 def test_draw_seed_follows_the_default_generator():
     torch.manual_seed(1)
-    first = [int(rng.draw_seed()) for _ in range(64)]
+    first = [int(rng.draw_seed(torch.device("cpu"))) for _ in range(64)]
     torch.manual_seed(1)
-    assert [int(rng.draw_seed()) for _ in range(64)] == first
+    assert [int(rng.draw_seed(torch.device("cpu"))) for _ in range(64)] == first
     assert len(set(first)) == 64
     used = 0
     for seed in first:

@@ -121,7 +121,7 @@ def test_seeds(backend):
     assert [loss(None) for _ in range(3)] == first
     assert len(set(first)) == 3
     torch.manual_seed(5)
-    drawn = rng.draw_seed()
+    drawn = rng.draw_seed(torch.device("cpu"))
     assert loss(drawn) == first[0]
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from calseg import native
 from calseg.checks import label_error, probabilities_at
-from calseg.operations import BinsSpec, num_kinds
+from calseg.operations import BinsSpec, Labels, num_kinds
 from calseg.tensors import as_integers, shape_of
 
 DEVICES = ("cuda",)
@@ -25,7 +27,28 @@ def error(scores: Tensor) -> str | None:
         return "this PyTorch is for ROCm, wanted one for CUDA"
     if scores.is_cuda and (capability := torch.cuda.get_device_capability(scores.device)) < CAPABILITY:
         return f"{scores.device} has compute capability {capability[0]}.{capability[1]}, wanted 8.0 or more"
+    return refusal(scores.device) if scores.is_cuda else None
+
+
+@cache
+def refusal(device: torch.device) -> str | None:
+    """Return why the kernels cannot run on a device, or None. The driver may be older than the runtime linked in."""
+    try:
+        run_on_nothing(device)
+    except RuntimeError as error:
+        return f"{device}: {error}"
     return None
+
+
+def run_on_nothing(device: torch.device) -> None:
+    """Call the extension without voxels: it asks the driver for the device and loads a kernel, but launches none."""
+    scores, voxels = torch.empty((1, 1, 0), device=device), torch.empty((1, 0), dtype=torch.uint8, device=device)
+    spec = BinsSpec(
+        Labels(voxels, -100), None, n_bins=1, first_class=0, from_logits=True, class_wise=False, skip_background=False,
+        per_item=False, right_closed=False, tolerance=0.0,
+    )  # fmt: skip
+    sums, totals, faults = torch.empty(11, dtype=torch.int64, device=device).split([3, 6, 2])
+    native.extension.cuda_calibration_bins(scores, spec, sums, totals, faults, *_device_and_stream(scores))
 
 
 def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -83,6 +83,14 @@ def standard_normal(
     return -of_pair if sample % 2 else of_pair
 
 
-def draw_seed() -> Tensor:
-    """Draw a 64-bit seed from PyTorch's default generator, which ``torch.manual_seed`` seeds, as a 0-d int64 tensor."""
-    return torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None)
+def is_captured(device: torch.device) -> bool:
+    """Return whether work on a device is now being captured into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """Draw a 64-bit seed from the default generator of a device, as a 0-d int64 tensor on it.
+
+    ``torch.manual_seed`` seeds the generators of all devices. On a GPU that captures a graph, every replay draws again.
+    """
+    return torch.empty((), dtype=torch.int64, device=device).random_(-(2**63), None)

@@ -492,6 +492,8 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, architectures: list[str], capabili
     """Return an object that looks like a tensor on a GPU, for a build with these architectures."""
     monkeypatch.setattr(native, "extension", SimpleNamespace(CUDA_ARCHITECTURES=architectures))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(cuda, "run_on_nothing", lambda device: None)
+    cuda.refusal.cache_clear()
     return SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32, is_cuda=True)
 
 
@@ -516,6 +518,24 @@ def test_default_backend(monkeypatch):
     monkeypatch.setattr(choice, "_warned", set())
     with pytest.warns(RuntimeWarning, match="pip install triton; on cuda the slow reference backend"):
         assert choose(without) == "reference"
+
+
+def test_a_driver_that_is_too_old(monkeypatch):
+    """Triton takes the calls of a device that the CUDA runtime of the extension cannot use, and it is asked once."""
+    x, asked = on_a_gpu(monkeypatch, ["80-real"], (9, 0)), []
+
+    def refuse(device):
+        asked.append(device)
+        raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
+
+    monkeypatch.setattr(cuda, "run_on_nothing", refuse)
+    monkeypatch.setattr(choice, "TRITON_ERROR", None)
+    for _ in range(2):
+        assert choice.choose(x, None, "calibration_bins") == "triton"
+        with pytest.raises(RuntimeError, match="backend='cuda': cuda:0: CUDA driver version is insufficient"):
+            choice.choose(x, "cuda", "calibration_bins")
+    assert asked == [x.device]
+    cuda.refusal.cache_clear()
 
 
 def test_operations_without_a_cuda_kernel():

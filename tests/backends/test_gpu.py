@@ -17,6 +17,7 @@ from cases import (
     LAYOUTS,
     assert_accurate,
     assert_near_bins,
+    assert_near_confidences,
     assert_same_bins,
     class_weights,
     id_of,
@@ -73,6 +74,9 @@ OPERATIONS = {
             t["x"], y, mu=t["mu"], logvar=t["logvar"], alpha=0.6, num_samples=3, seed=5, include_background=True,
             ignore_index=255, backend=b), ("x", "mu", "logvar")),
 }  # fmt: skip
+SAMPLED = ("vls_cross_entropy", "vls_elbo", "sample_soft_labels")
+# An NVIDIA GPU's normals are off by up to 5e-6, 84 units of 2^-24. A loss has a slope of up to about 10 there.
+ULPS = {name: 1024 if name in SAMPLED else 64 for name in OPERATIONS}
 # The gradient of |p - Y| jumps where p = Y, and rounding may move soft labels across p.
 CONTINUOUS = [name for name in OPERATIONS if not name.startswith("dice_of")]
 
@@ -106,10 +110,11 @@ def test_values_and_gradients(name, dtype, C):
         for reduction in ("none", "mean"):
             value, gradients = value_and_gradients(function, tensors, target, None, reduction=reduction)
             truth, wanted = value_and_gradients(function, wide, target.cpu(), "reference", reduction=reduction)
-            assert_accurate(value.cpu(), truth, ulps=64, scale=2.0, what=reduction)
+            ulps = ULPS[name]
+            assert_accurate(value.cpu(), truth, ulps=ulps, scale=2.0, what=reduction)
             for k, gradient in gradients.items():
                 scale = 2.0 if value.dim() else 2.0 / target.numel()
-                assert_accurate(gradient.cpu(), wanted[k], ulps=64, scale=scale, what=f"gradient of {k}, {reduction}")
+                assert_accurate(gradient.cpu(), wanted[k], ulps=ulps, scale=scale, what=f"gradient of {k}, {reduction}")
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "transposed_space", "odd_offset", "every_second"])
@@ -172,7 +177,10 @@ def test_calibration_bins(backend, C, n_bins, class_wise):
 @calibration.every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=id_of)
 def test_calibration_bins_of_logits(backend, dtype, kind):
-    """Every layout gives the same integers, near those of the reference, and NaN and bad labels are reported."""
+    """Every layout gives the same counts, near those of the reference, and NaN and bad labels are reported.
+
+    The order in which Triton adds up the classes of a voxel depends on the layout, so confidences may round otherwise.
+    """
     for C in (2, 3, 5, 17, 33):
         x, target = scores(2, C, 16, 15, dtype=dtype), labels((2, C, 16, 15), ignore_index=-100)
         call = lambda x, y: calseg.calibration_bins(x, y, backend=backend, **kind)  # noqa: E731
@@ -180,7 +188,12 @@ def test_calibration_bins_of_logits(backend, dtype, kind):
         truth = calseg.calibration_bins(x.double(), target, backend="reference", **kind)
         assert_near_bins(plain, truth, units=8)
         for layout in ("channels_last", "every_second", "odd_offset", "sliced_channels_last"):
-            assert_same_bins(call(LAYOUTS[layout](x.cuda()), target.cuda()), plain)
+            other = call(LAYOUTS[layout](x.cuda()), target.cuda())
+            if backend == "cuda":  # a thread adds up the classes of its voxel in their order
+                assert_same_bins(other, plain)
+            else:
+                assert_near_bins(other, plain, units=8)
+                assert_near_confidences(other, plain, C)
     x[1, 0, 2, 3] = torch.nan
     assert int(call(x.cuda(), torch.zeros_like(target).cuda() + 1).num_nan) == 1
     target[1, 7, 8] = 99
@@ -203,6 +216,7 @@ def test_calibration_bins_in_a_graph():
         stream = torch.cuda.current_stream().cuda_stream
         native.extension.cuda_calibration_bins(x, spec, *parts, 0, stream)
 
+    launch()  # loads the kernel
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         launch()
@@ -244,6 +258,57 @@ def test_a_captured_graph_draws_fresh_noise():
         assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
         seen.add(float(captured))
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_captured_graph_without_a_seed_draws_fresh_noise(reduction, monkeypatch):
+    """Each replay draws another seed, and its forward and backward pass use that one."""
+    tensors, target = inputs(("x", "mu", "logvar"), (1, 4, 32, 32, 32))
+    leaves, seeds, draw = {k: t.requires_grad_() for k, t in tensors.items()}, [], rng.draw_seed
+    monkeypatch.setattr(rng, "draw_seed", lambda device: seeds.append(draw(device)) or seeds[-1])
+
+    def step(seed):
+        loss = calseg.vls_cross_entropy(
+            leaves["x"], target, mu=leaves["mu"], logvar=leaves["logvar"], alpha=0.5, num_samples=4, seed=seed,
+            ignore_index=255, reduction=reduction,
+        )  # fmt: skip
+        return loss.detach(), torch.autograd.grad(loss.sum(), list(leaves.values()))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(torch.tensor(1, device=DEVICE))  # compiles
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, gradients = step(None)
+    (seed,) = seeds
+    seen = set()
+    for _ in range(4):
+        graph.replay()
+        loss, wanted = step(int(seed))
+        assert torch.equal(captured, loss)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
+        seen.add(int(seed))
+    assert len(seen) == 4
+
+
+def test_compiled_graphs_draw_fresh_noise():
+    """``mode="reduce-overhead"`` captures the whole step, and no two calls have the same noise."""
+    tensors, target = inputs(("mu", "logvar"), (1, 4, 32, 32))
+    counters = torch._dynamo.utils.counters["inductor"]
+    before = counters["cudagraph_skips"]
+    quick = torch.compile(
+        lambda mu, logvar: calseg.vls_elbo(mu, logvar, target, ignore_index=255), mode="reduce-overhead", fullgraph=True
+    )
+    values = set()
+    for _ in range(6):
+        leaves = [tensors[name].clone().requires_grad_() for name in ("mu", "logvar")]
+        loss = quick(*leaves)
+        loss.backward()
+        values.add(float(loss))
+    assert len(values) == 6
+    assert counters["cudagraph_skips"] == before
 
 
 def test_streams():
