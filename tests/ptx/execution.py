@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from ptx import accesses, arithmetic, warps  # noqa: F401  # they register their instructions
+from ptx import accesses, arithmetic, bits, conversions, warps  # noqa: F401  # they register their instructions
 from ptx.machine import Machine, Step, steps_of
 from ptx.memory import GlobalMemory
 from ptx.parser import Kernel, names_of, parse
