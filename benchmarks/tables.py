@@ -25,7 +25,7 @@ PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 OPERATIONS = {
     "cross_entropy": "cross-entropy",
     "dice_cross_entropy": "Dice + cross-entropy",
-    "soft_dice_cross_entropy": "Dice + cross-entropy, soft labels",
+    "soft_dice_cross_entropy": "Dice + cross-entropy",
     "vls_cross_entropy": "VLS cross-entropy",
     "vls_elbo": "VLS, stage 1",
     "soft_labels": "sampling of soft labels",
@@ -116,7 +116,11 @@ def _times(columns: Sequence[str], operations: Sequence[str], **wanted: str) -> 
     ]
     rows.sort(key=lambda row: operations.index(row["operation"]))
     cells = [[COLUMNS[column](row) for column in columns] for row in rows]
-    used = [number for number in range(len(columns)) if any(row[number] for row in cells)]
+    used = [
+        number
+        for number, column in enumerate(columns)
+        if any(row[number] for row in cells) and (column != "operation" or len(operations) > 1)
+    ]
     return markdown([columns[number] for number in used], [[row[number] for number in used] for row in cells])
 
 
@@ -187,7 +191,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "cross-entropy": partial(_times, TIMED, ["cross_entropy"], dtype="float32", labels="int64"),
     "cross-entropy-uint8": partial(_times, TIMED, ["cross_entropy"], dtype="float32", labels="uint8"),
     "bfloat16": partial(_times, (*TIMED[:6], "than float32"), ["cross_entropy"], dtype="bfloat16"),
-    "dice": partial(_times, (*TIMED[:3], "labels", *TIMED[3:]), ["dice_cross_entropy", "soft_dice_cross_entropy"]),
+    "dice": partial(_times, (*TIMED[:3], "labels", *TIMED[3:]), ["dice_cross_entropy"]),
+    "dice-soft": partial(_times, TIMED, ["soft_dice_cross_entropy"]),
     "vls": partial(_times, TIMED, ["vls_cross_entropy", "vls_elbo", "soft_labels", "soft_labels_backward",
                                     "gaussian_kl"]),
     "pairs": partial(

@@ -97,10 +97,10 @@ def test_a_row_has_the_figures_of_its_result(tables: ModuleType) -> None:
     wanted = ("cross_entropy", [1, 4, 128, 128, 128], "float32", "int64")
     (row,) = [row for row in rows if (row["operation"], row["shape"], row["dtype"], row["labels"]) == wanted]
     lines = tables.TABLES["cross-entropy"]().splitlines()
-    (line,) = [line for line in lines if line.startswith("| cross-entropy | 4 |")]
+    (line,) = [line for line in lines if line.startswith("| 4 |")]
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
-    assert cells[2] == "128³"
-    shown = [float(cell) for cell in cells[3:]]
+    assert cells[1] == "128³"
+    shown = [float(cell) for cell in cells[2:]]
     exact = [1e3 * row["seconds"]["calseg"]["median"], *(row["metrics"][name] for name in ("copy", "eager", "compile")),
              *(row["memory"][name] for name in ("calseg", "eager"))]  # fmt: skip
     assert shown == pytest.approx(exact, rel=0.05)
