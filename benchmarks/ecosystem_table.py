@@ -1,17 +1,19 @@
 """Table of calibration errors by several packages on large volumes, which shows which of them are wrong.
 
-``python benchmarks/ecosystem_table.py`` prints the table in Markdown. Every voxel has the same probabilities, so one
-bin holds all voxels, and the true calibration error is 0.0750. The script needs torchmetrics, MONAI 1.6 or newer, and 5
-GiB of memory.
+``python benchmarks/ecosystem_table.py`` writes benchmarks/results/ecosystem.json and prints it as a table. Every voxel
+has the same probabilities, so one bin holds all voxels, and the true calibration error is 0.0750. The script needs
+torchmetrics, MONAI 1.6 or newer, and 5 GiB of memory.
 """
 
 from __future__ import annotations
 
+import json
 import platform
 import warnings
 from collections.abc import Callable
 from importlib import metadata
 
+import tables
 import torch
 from torch import Tensor
 
@@ -50,29 +52,29 @@ def by_calseg(p: Tensor, target: Tensor) -> float:
     return float(calseg.calibration_error(both, target[None], from_logits=False))
 
 
-METRICS: dict[str, tuple[str, Callable[[Tensor, Tensor], float]]] = {
-    "torchmetrics": ("BinaryCalibrationError", by_torchmetrics),
-    "monai": ("CalibrationErrorMetric", by_monai),
-    "calseg": ("calibration_error", by_calseg),
+METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
+    "torchmetrics": by_torchmetrics,
+    "monai": by_monai,
+    "calseg": by_calseg,
 }
 
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    rows = [
-        ["true error"],
-        *([f"{package} {metadata.version(package)} {name}"] for package, (name, _) in METRICS.items()),
-    ]
+    rows = []
     for voxels in map(int, VOXELS):
         p, target = volume(voxels)
-        rows[0].append(f"{abs(CONFIDENCE - float(target.double().mean())):.4f}")
-        for row, (_, metric) in zip(rows[1:], METRICS.values(), strict=True):
-            row.append(f"{metric(p, target):.4f}")
-    print(f"torch {torch.__version__}, CPU, Python {platform.python_version()}\n")
-    print("| metric | " + " | ".join(f"{voxels / 1e6:.1f} M voxels" for voxels in VOXELS) + " |")
-    print("|---" * (len(VOXELS) + 1) + "|")
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
+        truth = abs(CONFIDENCE - float(target.double().mean()))
+        rows.append({"voxels": voxels, "truth": truth, **{name: metric(p, target) for name, metric in METRICS.items()}})
+    content = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in METRICS if name != "calseg"}
+        | {"calseg": calseg.__version__},
+        "rows": rows,
+    }
+    (tables.RESULTS / "ecosystem.json").write_text(json.dumps(content, indent=1) + "\n")
+    print(tables.counts())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The operations: argument checks and the choice of the backend. The formulas are those of the README's mathematics."""
+"""The operations: argument checks and the choice of the backend. The formulas are in docs/mathematics.md."""
 
 from __future__ import annotations
 
