@@ -35,10 +35,12 @@ OPERATIONS = {
     "ace_loss_hard": "ACE loss, hard bins",
     "ace_loss_soft": "ACE loss, soft bins",
     "small": "cross-entropy",
-    "pairs_2": "2 samples",
-    "pairs_4": "4 samples",
-    "pairs_8": "8 samples",
+    "pairs_2": "2",
+    "pairs_4": "4",
+    "pairs_8": "8",
 }
+
+TITLES = {"monai": "MONAI"}
 
 Row = dict[str, Any]
 
@@ -170,7 +172,7 @@ def evidence(dataset: str) -> str:
 def counts() -> str:
     """Return what several packages make of a calibration error that is known."""
     content = load("ecosystem.json")
-    names = [f"{name} {version}" for name, version in content["packages"].items()]
+    names = [f"{TITLES.get(name, name)} {version}" for name, version in content["packages"].items()]
     rows = [
         [f"{row['voxels'] / 1e6:.1f} million", *(f"{row[key]:.4f}" for key in ("truth", *content["packages"]))]
         for row in content["rows"]
