@@ -33,7 +33,7 @@ reads: time in units of a read of the logits, logits.view(-1).max(), which in ca
 x liger, x flash: times faster than Liger-Kernel's and flash-attn's cross-entropy, permutes included
 of read: GB/s by the byte model as a share of that read
 floors: time in units of the larger of the bytes at the copy's bandwidth and the operations at the GPU's highest clock
-x monai: times faster than MONAI's DiceCELoss
+x monai, x nnunet: times faster than MONAI's DiceCELoss and nnU-Net's DC_and_CE_loss
 rms: root mean square error of the estimate; x at equal error: times faster than as many independent samples in eager
 PyTorch as have that error
 ns: per noise sample and element (samples x N x C x voxels)
@@ -100,6 +100,7 @@ def _further(row: Row) -> str:
         "flash": _figure(row, "flash", "x flash"),
         "read_share": _figure(row, "read_share", " of read"),
         "monai": _figure(row, "monai", "x monai"),
+        "nnunet": _figure(row, "nnunet", "x nnunet"),
         "rms": _figure(row, "rms", " rms"),
         "equal_error": _figure(row, "equal_error", "x at equal error"),
         "floor": _figure(row, "floor", " floors"),

@@ -181,7 +181,8 @@ def vls_cross_entropy(
 
     Returns:
         A 0-d tensor, or ``[N, *S]`` with ``reduction="none"``; the dtype of ``input`` (float32 for low precision
-        under autocast).
+        under autocast). It is a plain tensor, also where an argument is of a subclass with memory of its own, such as
+        MONAI's ``MetaTensor``.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range.

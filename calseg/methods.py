@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calseg import checks as check
-from calseg.functional import vls_cross_entropy, vls_dice_cross_entropy, vls_elbo
+from calseg.functional import ace_loss, vls_cross_entropy, vls_dice_cross_entropy, vls_elbo
 from calseg.tensors import compute_dtype
 
 
@@ -391,13 +391,15 @@ class Method:
             0-d tensor. The mean is 0 if no voxel counts.
         settings: The settings of :class:`calseg.training.TrainConfig` that the method takes, with their published
             defaults. A default of None means that the setting is fitted during training.
+        dice_weight: The default of ``dice_weight``, a setting that every method takes.
         dense_head: Whether the network gets a head for ``mu`` and ``logvar``.
         soft_labels: Whether a first stage estimates soft labels, on which the network is then trained.
     """
 
     title: str
     loss: Callable[..., Tensor]
-    settings: Mapping[str, float | None]
+    settings: Mapping[str, Any]
+    dice_weight: float = 0.0
     dense_head: bool = False
     soft_labels: bool = False
 
@@ -426,11 +428,24 @@ def _of_logits(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def loss(output: Output, target: Target, dice_weight: float, **settings: float) -> Tensor:
         value = mean_over_voxels(function(output.logits, target.label, reduction="sum", **settings), target.label)
-        if not dice_weight:
-            return value
-        return value + vls_dice_cross_entropy(
-            output.logits, target.label, ce_weight=0.0, dice_weight=dice_weight, batch_dice=True
-        )
+        return value + _dice_of_label(output, target, dice_weight)
+
+    return loss
+
+
+def _dice_of_label(output: Output, target: Target, dice_weight: float) -> Tensor | float:
+    """Return ``dice_weight`` times the Dice loss of the labels over the batch. If the weight is 0, return 0."""
+    if not dice_weight:
+        return 0.0
+    return vls_dice_cross_entropy(output.logits, target.label, ce_weight=0.0, dice_weight=dice_weight, batch_dice=True)
+
+
+def _ace(binning: str) -> Callable[..., Tensor]:
+    """Return a :attr:`Method.loss` that adds ``alpha`` times the ACE loss with this binning to the cross-entropy."""
+
+    def loss(output: Output, target: Target, dice_weight: float, *, alpha: float) -> Tensor:
+        value = cross_entropy_and_dice(output.logits, target.label, dice_weight)
+        return value + alpha * ace_loss(output.logits, target.label, binning=binning)
 
     return loss
 
@@ -463,18 +478,30 @@ def _vls_loss(
     )  # fmt: skip
 
 
-def _calseg_loss(output: Output, target: Target, dice_weight: float, **settings: float) -> Tensor:
-    """Return the loss of the soft labels of the first stage. Only that stage uses ``settings``."""
-    return cross_entropy_and_dice(output.logits, target.label, dice_weight, soft_labels=target.soft_labels)
+def _calseg_loss(output: Output, target: Target, dice_weight: float, *, dice_labels: str, **settings: Any) -> Tensor:
+    """Return the loss of the soft labels of the first stage, which alone uses the other ``settings``."""
+    of_soft = dice_weight if dice_labels == "soft" else 0.0
+    value = cross_entropy_and_dice(output.logits, target.label, of_soft, soft_labels=target.soft_labels)
+    return value + _dice_of_label(output, target, dice_weight - of_soft)
 
+
+ESTIMATORS = {
+    "posterior": "codes of image and label",
+    "prior": "codes that know nothing of the label",
+    "network": "a plain network without a code",
+}
+"""The sources of the soft labels of "calseg", each with a few words for help texts."""
 
 METHODS: dict[str, Method] = {
     "cross_entropy": Method("cross-entropy", _cross_entropy_loss, {}),
+    "dice_cross_entropy": Method("Dice plus cross-entropy, as in nnU-Net", _cross_entropy_loss, {}, dice_weight=1.0),
     "label_smoothing": Method("label smoothing", _label_smoothing_loss, {"alpha": 0.1}),
     "svls": Method("spatially varying label smoothing", _of_logits(svls_cross_entropy), {"sigma": 1.0}),
     "focal": Method("focal loss", _of_logits(focal_cross_entropy), {"gamma": 3.0}),
     "mbls": Method("margin-based label smoothing", _of_logits(mbls_cross_entropy), {"alpha": 0.1, "margin": 5.0}),
     "nacl": Method("neighbour-aware calibration", _of_logits(nacl_cross_entropy), {"alpha": 0.1}),
+    "ace_hard": Method("average calibration error in hard bins", _ace("hard"), {"alpha": 1.0}),
+    "ace_soft": Method("average calibration error in soft bins", _ace("soft"), {"alpha": 1.0}),
     "vls": Method(
         "variational label smoothing of every voxel",
         _vls_loss,
@@ -485,7 +512,7 @@ METHODS: dict[str, Method] = {
         "CALSeg, in two stages",
         _calseg_loss,
         {"alpha": 0.5, "temperature": None, "num_samples": 8, "beta": 0.001,
-         "latent_size": 4, "reconstruction": 0.1, "folds": 4},
+         "latent_size": 4, "reconstruction": 0.1, "folds": 4, "estimator": "posterior", "dice_labels": "soft"},
         soft_labels=True,
     ),
 }  # fmt: skip
@@ -502,5 +529,6 @@ here are for its tuning cases:
   temperature of 2 has a lower foreground ECE on two of them, and a higher NLL than the fitted one on all.
 - "calseg", ``num_samples``: the foreground probabilities vary by .01 to .04 over the latent codes that are drawn, so 8
   are enough.
+- "ace_hard", "ace_soft", ``alpha``: the authors give the terms equal weights.
 - "vls": ``alpha`` 0.3 with temperature 2 has a lower foreground ECE than the defaults, and a higher NLL.
 """

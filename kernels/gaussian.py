@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from calseg.kernels.noise import normals
-from calseg.kernels.softmax import INF, exp_of
+from calseg.kernels.softmax import INF, LOG2E
 from calseg.kernels.tile import store
 from torch import Tensor
 
@@ -123,14 +123,14 @@ def statistic(statistics, row, voxel, inside):
 
 @triton.jit
 def softmax_of_sample(mean, deviation, z, c, k, statistics, voxel, inside, C: tl.constexpr):
-    """Return ``(top, e, total)`` of nu = mean + deviation * z.
+    """Return ``(top, e, total)`` of nu = mean + deviation * z, where mean and deviation are times LOG2E.
 
-    ``top`` is the maximum over classes, ``e`` is exp(nu - top), and ``total`` is the sum of ``e`` over classes.
+    ``top`` is the maximum over classes, ``e`` is 2^(nu - top), and ``total`` is the sum of ``e`` over classes.
     """
     valid = (c < C)[None, :, None]
     nu = tl.where(valid, mean[None, :, :] + deviation[None, :, :] * z, -INF)
-    top = tl.max(nu, 1) if statistics is None else statistic(statistics, 3 + 3 * k, voxel, inside)[None, :]
-    e = tl.where(valid, exp_of(nu - top[:, None, :]), 0.0)
+    top = tl.max(nu, 1) if statistics is None else statistic(statistics, 3 + 3 * k, voxel, inside)[None, :] * LOG2E
+    e = tl.where(valid, tl.exp2(nu - top[:, None, :]), 0.0)
     total = tl.sum(e, 1) if statistics is None else statistic(statistics, 4 + 3 * k, voxel, inside)[None, :]
     return top, e, total
 

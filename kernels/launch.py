@@ -20,6 +20,7 @@ WARP = 32
 VECTOR_BYTES = 16  # the widest load of a thread
 SECTOR_BYTES = 32  # the least length of a row of a tile
 MAX_WARPS = 16
+MAX_VOXELS = 8  # of a thread that holds all their classes: with more, the compiler loads them one after the other
 MAX_ALIGN = 16
 MAX_PROGRAMS = 2**31 - 1  # the limit of CUDA
 
@@ -43,10 +44,11 @@ class TileDemands(NamedTuple):
 
 
 # The number of registers of a thread limits these numbers: see the resource figures in benchmarks/notes.md.
-HARD = TileDemands(held=64, fill=32, spread=16)
+HARD = TileDemands(held=66, fill=32, spread=64)
 WEIGHTED = TileDemands(held=32, fill=32, spread=16)  # a thread also holds the class weights
 SOFT = TileDemands(held=32, fill=16, spread=16)
-BINS = TileDemands(held=32, fill=16, spread=16)
+OVERLAP = TileDemands(held=56, fill=32, spread=32)  # one-hot labels, with sums over the voxels of a program
+BINS = TileDemands(held=56, fill=16, spread=32)
 SAMPLED = TileDemands(held=16, fill=8, spread=8, noise=True)
 
 
@@ -100,14 +102,14 @@ def choose_tile(demands: TileDemands, geometry: Geometry, itemsize: int) -> tupl
         while vector * rows > demands.held:
             vector //= 2
         voxels = vector
-        while 2 * voxels * rows <= demands.fill:
+        while 2 * voxels * rows <= demands.fill and voxels < MAX_VOXELS:
             voxels *= 2
         return Tile(block, 4 * WARP * voxels, align, 1, 1, vector, quads), 4
     width, narrowest = WARP, SECTOR_BYTES // itemsize
     while block * width > 8 * WARP * demands.spread and width > narrowest:
         width //= 2
     block = min(block, MAX_WARPS * WARP * demands.spread // width)
-    return Tile(block, width, align, 1, 1, min(vector, width), quads), block * width // (WARP * demands.spread)
+    return Tile(block, width, align, 1, 1, min(vector, 2), quads), block * width // (WARP * demands.spread)
 
 
 def _channels_last(demands: TileDemands, geometry: Geometry, block: int, itemsize: int) -> tuple[Tile, int]:
@@ -115,8 +117,10 @@ def _channels_last(demands: TileDemands, geometry: Geometry, block: int, itemsiz
     align = common_alignment(*(stride for n, _, s in geometry.scores for stride in (n, s)))
     block = min(block, MAX_WARPS * WARP * demands.spread)
     vector = min(align, 4 if demands.noise else VECTOR_BYTES // itemsize, block)
-    voxels = max(1, 4 * WARP * demands.spread // block)
-    warps = max(1, block * voxels // (WARP * demands.spread))
+    spread = min(demands.spread, 16)
+    # If a thread loads one class at a time, the classes of a voxel lie in many threads. Let these be of one warp.
+    voxels = max(1, (1 if vector == 1 else 4) * WARP * spread // block)
+    warps = max(1, block * voxels // (WARP * spread))
     return Tile(block, voxels, 1, align, vector, 1), warps
 
 

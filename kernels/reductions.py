@@ -17,7 +17,8 @@ from calseg.kernels.launch import Call
 from calseg.kernels.tile import Tile, View, locate, num_tiles, store_voxels, voxel_pointers
 from torch import Tensor
 
-SCAN_TILE = Tile(1, 1024)
+SCAN_BYTES = 16  # that a thread of scan_labels loads at once
+SCAN_WARPS = 16
 MAX_SUMS = 256
 FINISH_BLOCK = 4096
 
@@ -78,11 +79,13 @@ def divisors(sums, NUM_SUMS: tl.constexpr):
 @triton.jit
 def load_upstream(upstream, n, first, inside, ok, NUM_SUMS: tl.constexpr, tile: tl.constexpr):
     """Return the upstream gradients of the loss and of the KL term of every voxel. They are 0 where ``ok`` is false."""
-    of_loss = tl.full([tile.TILE], 0.0, tl.float32) + load_factor(upstream)
+    of_loss = load_factor(upstream)
     of_kl = of_loss
-    if upstream.sums is not None:
+    if upstream.sums is not None:  # divide before there is a number for every voxel
         loss_divisor, kl_divisor = divisors(upstream.sums, NUM_SUMS)
         of_loss, of_kl = of_loss / loss_divisor, of_kl / kl_divisor
+    nothing = tl.full([tile.TILE], 0.0, tl.float32)
+    of_loss, of_kl = nothing + of_loss, nothing + of_kl
     if upstream.ptr is not None:
         factor = tl.load(voxel_pointers(upstream, n, first, tile), mask=inside, other=0.0).to(tl.float32)
         of_loss, of_kl = of_loss * factor, of_kl * factor
@@ -121,12 +124,17 @@ def scan_labels(
 
 def mean_divisors(call: Call, labels: Labels, is_mask: bool, weight: Tensor | None) -> tuple[Tensor, int]:
     """Return partial sums of the divisors of the loss and of the KL term, ``[2, NUM_SUMS]``, and NUM_SUMS."""
-    geometry, like = call.geometry, call.like
-    steps = geometry.N * triton.cdiv(geometry.S, SCAN_TILE.TILE)
-    num_sums = host.power_of_two(min(steps, MAX_SUMS))
+    (N, C, S), like = call.geometry[:3], call.like
+    if labels.stride_n == S * labels.stride_s:  # the items are one row of labels
+        N, S = 1, N * S
+    itemsize = labels.ptr.element_size()
+    voxels = host.WARP * SCAN_WARPS * max(1, SCAN_BYTES // itemsize)
+    tile = Tile(1, voxels, VEC_S=host.VECTOR_BYTES // itemsize)
+    num_sums = host.power_of_two(min(N * triton.cdiv(S, voxels), MAX_SUMS))
     sums = torch.empty((2, num_sums), dtype=torch.float32, device=like.device)
-    arguments = (labels, weight, sums, geometry.N, geometry.S, geometry.C, num_sums, is_mask, SCAN_TILE)
-    host.launch_kernel(scan_labels, num_sums, like, arguments, 4)
+    host.launch_kernel(
+        scan_labels, num_sums, like, (labels, weight, sums, N, S, C, num_sums, is_mask, tile), SCAN_WARPS
+    )
     return sums, num_sums
 
 

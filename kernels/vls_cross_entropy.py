@@ -28,7 +28,7 @@ from calseg.kernels.noise import load_seed
 from calseg.kernels.overlap import store_overlap
 from calseg.kernels.reductions import LossArguments, load_upstream, store_loss
 from calseg.kernels.sample_statistics import launch_sample_statistics
-from calseg.kernels.softmax import INF, LOWEST, exp_any, exp_of, reciprocal, top_and_sum
+from calseg.kernels.softmax import INF, LOG2E, LOWEST, exp_any, exp_of, reciprocal, top_and_sum
 from calseg.kernels.tile import classes, load, locate, store
 
 
@@ -57,7 +57,7 @@ def _block(
     if WITH_KL:
         kl = tl.sum(tl.where(valid, kl_terms(gaussian, m, v, sigma), 0.0), 0)
     per_temperature = 1.0 / gaussian.temperature
-    mean, deviation = m * per_temperature, sigma * per_temperature
+    mean, deviation = m * (per_temperature * LOG2E), sigma * (per_temperature * LOG2E)
 
     w = class_weights(weight, c, C)[:, None]
     keep = 1.0 - smoothing
@@ -96,10 +96,10 @@ def _block(
         store(grad_logits, n, first, inside, c, g, C, tile)
     if GRADIENT:
         per_sample = up * (-keep * alpha * per_temperature / num_samples)
+        unscale = gaussian.temperature / LOG2E
         to_mu, to_logvar = gaussian_gradients(
-            gaussian, mean * gaussian.temperature, deviation * gaussian.temperature, to_mu, to_logvar, per_sample,
-            kl_up, WITH_KL,
-        )  # fmt: skip
+            gaussian, mean * unscale, deviation * unscale, to_mu, to_logvar, per_sample, kl_up, WITH_KL
+        )
         store_gradients(grad_mu, grad_logvar, to_mu, to_logvar, n, first, inside, c, C, tile)
     if soft is not None:
         store(soft, n, first, inside, c, blended, C, tile)

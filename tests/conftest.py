@@ -35,7 +35,7 @@ settings.register_profile(
 settings.load_profile("calseg")
 
 
-LEFT_OUT = ("large", "gpu", "fuzz", "ptx")
+LEFT_OUT = ("large", "gpu", "fuzz", "ptx", "nnunet")
 """Markers whose tests run only where ``-m`` asks for them."""
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+from functools import partial
 from pathlib import Path
 
+import naive
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,12 +83,29 @@ def test_soft_labels_are_its_minimum(backend):
     assert float(at_minimum) < 1e-12 < 1e-3 < float(beside)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("include_background", [False, True])
+def test_class_weights_of_dice(backend, reduction, include_background):
+    """They are factors of the dice of the classes, whatever the weights of the cross-entropy, and divide nothing."""
+    logits, target = scores(*SHAPE), labels(SHAPE)
+    options = {
+        "dice_class_weight": torch.tensor([0.5, 0.0, 2.0, 3.0]), "weight": torch.tensor([1.0, 2.0, 0.25, 1.0]).double(),
+        "reduction": reduction, "include_background": include_background, "smooth": (0.5, 0.25), "ignore_index": -100,
+    }  # fmt: skip
+    got = evaluate(
+        lambda input: calseg.vls_dice_cross_entropy(input, target, backend=backend, **options), {"input": logits}
+    )
+    wanted = evaluate(lambda input: naive.vls_dice_cross_entropy(input, target, **options), {"input": logits})
+    assert_accurate(got.value, wanted.value, ulps=16, scale=1.0)
+    assert_accurate(got.gradients["input"], wanted.gradients["input"], ulps=32)
+
+
 def test_where_nothing_counts_the_loss_is_0(backend):
     target = torch.full((2, 7, 6, 5), -100)
     tensors = {"input": scores(*SHAPE), "mu": scores(*SHAPE, seed=1), "logvar": scores(*SHAPE, seed=2)}
-    for names in (("input",), ("input", "mu", "logvar")):
+    for names, smooth in itertools.product((("input",), ("input", "mu", "logvar")), (1e-5, (0.0, 1e-5))):
         got = evaluate(
-            lambda **given: calseg.vls_dice_cross_entropy(target=target, seed=1, backend=backend, **given),
+            partial(calseg.vls_dice_cross_entropy, target=target, seed=1, smooth=smooth, backend=backend),
             {name: tensors[name] for name in names},
         )
         assert float(got.value) == 0.0
@@ -206,6 +226,11 @@ def test_two_processes_are_one_batch(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"smooth": -1.0}, "smooth: got -1.0"),
+        ({"smooth": (1.0, math.inf)}, "smooth: got inf"),
+        ({"smooth": (1.0, 1.0, 1.0)}, "smooth: got .1.0, 1.0, 1.0."),
+        ({"reduction": "none"}, "reduction: got 'none' .*, wanted 'mean' or 'sum'"),
+        ({"dice_class_weight": torch.ones(3)}, "dice_class_weight: got a float32 tensor of shape .3."),
+        ({"dice_class_weight": [1.0] * 4}, "dice_class_weight: got .*list"),
         ({"dice_weight": math.nan}, "dice_weight: got nan"),
         ({"batch_dice": 1}, "batch_dice: got 1"),
         ({"process_group": object()}, "process_group: got one without batch_dice"),

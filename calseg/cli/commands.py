@@ -329,7 +329,7 @@ class Command:
 def _not_of_stage_one() -> set[str]:
     """The settings of training that do not bear on the first stage of CALSeg."""
     of_methods = {name for method in METHODS.values() for name in method.settings}
-    return {"method", "val_fraction", *(of_methods - set(METHODS["calseg"].settings))}
+    return {"method", "val_fraction", "dice_labels", *(of_methods - set(METHODS["calseg"].settings))}
 
 
 TRAINING = "calseg.training.config:TrainConfig"

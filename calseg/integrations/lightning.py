@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from torch import nn
 
@@ -82,7 +81,7 @@ class ReliabilityDiagrams(Callback):
                 if trainer.is_global_zero:
                     self._log(trainer, f"reliability/{name}", figure)
             finally:
-                plt.close(figure)
+                _close(figure)
 
     def _log(self, trainer: Any, name: str, figure: Any) -> None:
         taken = [log_figure(logger, name, figure, trainer.global_step) for logger in trainer.loggers]
@@ -112,6 +111,13 @@ def log_figure(logger: Any, name: str, figure: Any, step: int) -> bool:
     else:
         return False
     return True
+
+
+def _close(figure: Any) -> None:
+    """Free a figure, which pyplot would keep."""
+    import matplotlib.pyplot as plt
+
+    plt.close(figure)
 
 
 def _metrics_with_diagram(module: nn.Module, path: str = "") -> Iterator[tuple[str, Any]]:

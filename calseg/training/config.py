@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from calseg.errors import RunError
-from calseg.methods import METHODS
+from calseg.methods import ESTIMATORS, METHODS
 from calseg.settings import (
     FRACTION,
     NOT_NEGATIVE,
@@ -22,7 +22,7 @@ from calseg.settings import (
     setting,
 )
 
-UNUSED: dict[str, float] = {
+UNUSED: dict[str, float | str] = {
     "alpha": 0.1,
     "sigma": 1.0,
     "gamma": 3.0,
@@ -33,6 +33,8 @@ UNUSED: dict[str, float] = {
     "latent_size": 4,
     "reconstruction": 0.1,
     "folds": 4,
+    "estimator": "posterior",
+    "dice_labels": "soft",
 }
 """Values in ``config.json`` of settings that the method of the run does not take."""
 
@@ -45,10 +47,27 @@ def _of_method(name: str, help: str, bound: Bound) -> Any:
     users: dict[str, list[str]] = {}
     for method, entry in METHODS.items():
         if name in entry.settings:
-            default = entry.settings[name]
-            users.setdefault("fitted" if default is None else f"{default:g}", []).append(method)
+            users.setdefault(_in_words(entry.settings[name]), []).append(method)
     uses = " and ".join(f"{', '.join(methods)} (default: {default})" for default, methods in users.items())
     return setting(None, f"{help} Used by {uses}.", bound)
+
+
+def _in_words(default: float | str | None) -> str:
+    """Return the default of a setting for a help text."""
+    if default is None:
+        return "fitted"
+    return default if isinstance(default, str) else f"{default:g}"
+
+
+def _of_every_method(name: str, help: str, bound: Bound) -> Any:
+    """Return a field for a setting that every method takes, with a default that is an attribute of its entry.
+
+    Its default is None, which becomes the default of the method of the run.
+    """
+    defaults = {method: getattr(entry, name) for method, entry in METHODS.items()}
+    usual = min(defaults.values())
+    others = "".join(f", {default:g} for {method}" for method, default in defaults.items() if default != usual)
+    return setting(None, f"{help} Default: {usual:g}{others}.", bound)
 
 
 @dataclass(frozen=True)
@@ -92,8 +111,8 @@ class TrainConfig:
         Bound("be among 0, 1 and 2", lambda axes: all(axis in (0, 1, 2) for axis in axes)),
         option="--flip-axis",
     )
-    dice_weight: float = setting(
-        0.0,
+    dice_weight: float = _of_every_method(
+        "dice_weight",
         "Weight of the Dice loss beside the loss of the method. It compares the probabilities with the soft labels of"
         " vls and calseg, and with the labels for other methods. With 0 there is none.",
         NOT_NEGATIVE,
@@ -101,7 +120,7 @@ class TrainConfig:
     alpha: float = _of_method(
         "alpha",
         "Strength of the smoothing: the share of the smooth target in the label (label_smoothing, vls, calseg), or the"
-        " weight of the penalty beside the cross-entropy (mbls, nacl).",
+        " weight of the penalty beside the cross-entropy (mbls, nacl, ace_hard, ace_soft).",
         FRACTION,
     )
     sigma: float = _of_method("sigma", "Standard deviation of the smoothing Gaussian in voxels.", POSITIVE)
@@ -138,10 +157,21 @@ class TrainConfig:
         " the other parts; with 1, every case is also trained on.",
         at_least(1),
     )
+    estimator: str = _of_method(
+        "estimator",
+        "Source of the soft labels: " + ", ".join(f"{name} ({words})" for name, words in ESTIMATORS.items()) + ".",
+        one_of(ESTIMATORS),
+    )
+    dice_labels: str = _of_method(
+        "dice_labels",
+        "Labels that the Dice loss compares with when the network to deploy is trained: soft, those of the first stage,"
+        " or hard, those of the data.",
+        one_of(("soft", "hard")),
+    )
 
     def __post_init__(self) -> None:
-        settings = METHODS[self.method].settings if self.method in METHODS else {}
-        for name, value in {**UNUSED, **settings}.items():
+        method = METHODS.get(self.method, METHODS["cross_entropy"])
+        for name, value in {**UNUSED, **method.settings, "dice_weight": method.dice_weight}.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         check_settings(self)

@@ -205,6 +205,7 @@ class StageOneNet(nn.Module):
         num_samples: int,
         temperature: float,
         alpha: float,
+        codes: str = "posterior",
         ignore_index: int = -100,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -215,10 +216,12 @@ class StageOneNet(nn.Module):
         Args:
             image: float ``[N, in_channels, *S]``.
             label: class indices ``[N, *S]``.
-            num_samples: number of codes that are drawn from the posterior. ``calseg train`` draws 8.
+            num_samples: number of codes that are drawn. ``calseg train`` draws 8.
             temperature: temperature of the softmax, above 0. ``calseg train`` fits it (1.1 to 2.0 in
                 benchmarks/README.md).
             alpha: share of the estimate, in [0, 1]. ``calseg train`` uses 0.5 (benchmarks/README.md).
+            codes: "posterior", which knows image and label, or "prior", the standard normal distribution, which knows
+                neither. Default "posterior".
             ignore_index: label of voxels whose soft label is 0 in every class. Default -100.
             generator: random generator for the codes, on the CPU. Default: PyTorch's.
 
@@ -226,10 +229,14 @@ class StageOneNet(nn.Module):
             Soft labels ``[N, C, *S]`` in the dtype of the logits, at least float32.
 
         Raises:
-            TypeError, ValueError, IndexError: as :func:`calseg.accumulate_soft_labels`.
+            TypeError, ValueError, IndexError: as :func:`calseg.accumulate_soft_labels`, and for other ``codes``.
         """
+        if codes not in ("posterior", "prior"):
+            raise ValueError(f"codes: got {codes!r}, wanted 'posterior' or 'prior'")
         features = self.trunk(image)
         mu, logvar = self.encode(image, label)
+        if codes == "prior":
+            mu, logvar = torch.zeros_like(mu), torch.zeros_like(logvar)
         sigma = (logvar / 2).exp()
 
         def maps() -> Iterator[Tensor]:

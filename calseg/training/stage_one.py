@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,7 @@ from torch import Tensor
 
 from calseg.errors import RunError, listing
 from calseg.files import as_json, file_digest, read_json
-from calseg.functional import gaussian_kl
-from calseg.methods import TemperatureFit, cross_entropy_and_dice, mean_over_voxels
+from calseg.methods import TemperatureFit
 from calseg.runs import (
     CasesInterruptedError,
     Progress,
@@ -43,11 +42,10 @@ from calseg.training.checkpoint import (
     load_state,
 )
 from calseg.training.config import TrainConfig
-from calseg.training.inference import in_windows
-from calseg.training.loop import Patches, check_device, fit, noise_seed, read_all
-from calseg.training.nets import StageOneNet, build_stage_one
+from calseg.training.estimator import Estimator, build_estimator, estimate_case, estimator_loss, training_settings
+from calseg.training.loop import check_device, fit, read_all
 from calseg.volumes.datasets import IGNORE_INDEX, Dataset, find_cases
-from calseg.volumes.patches import CaseCache, LoadedCase
+from calseg.volumes.patches import CaseCache
 from calseg.volumes.probabilities import soft_labels_file, soft_labels_path
 
 SUMMARY = "soft_labels.json"
@@ -78,7 +76,8 @@ def estimate(
             estimates of networks that were not trained on a case fit the labels best.
         names: names of the cases. Default: every case of ``data``.
         networks: folder of another run on the same cases, whose first stage is used instead of training one. The
-            settings ``alpha``, ``temperature`` and ``num_samples`` may then differ.
+            settings ``alpha``, ``temperature`` and ``num_samples`` may then differ, and codes of the posterior serve
+            codes of the prior.
         resume: True to continue the run in ``out``, which must have the same settings and cases.
         overwrite: True to replace the run in ``out``.
         device: name of a PyTorch device.
@@ -114,7 +113,7 @@ def estimate(
         )
 
 
-Networks = tuple[list[StageOneNet], float]
+Networks = tuple[list[Estimator], float]
 """The network of every fold, and the seconds that their training took."""
 
 
@@ -146,11 +145,8 @@ def estimate_in(
 
 
 def _fingerprints(dataset: Dataset, config: TrainConfig, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The fingerprint of the training of every fold.
-
-    Settings that the networks do not depend on get fixed values, so that the networks can serve other estimates.
-    """
-    stage = replace(config, alpha=1.0, temperature=1.0, num_samples=1)
+    """The fingerprint of the training of every fold."""
+    stage = training_settings(config)
     folds = split_folds(names, config.folds, config.split_seed)
     return [fingerprint(dataset, stage, _others(names, members), members) for members in folds]
 
@@ -165,12 +161,13 @@ def _train_networks(
     progress: Progress,
 ) -> Networks:
     """Train the network of every fold; what the run holds of it is not done again."""
-    nets, seconds = [], 0.0
+    nets: list[Estimator] = []
+    seconds = 0.0
     contents = _fingerprints(cache.dataset, config, names)
     for number, content in enumerate(contents):
-        nets.append(_build(cache.dataset, config).to(target))
+        nets.append(build_estimator(cache.dataset, config).to(target))
         seconds += fit(
-            nets[-1], _loss_of(nets[-1], config), run, content, cache, config, folder=fold_folder(number),
+            nets[-1], estimator_loss(nets[-1], config), run, content, cache, config, folder=fold_folder(number),
             checkpoint_every=checkpoint_every, progress=progress, stage=f"fold {number + 1}/{len(contents)}",
         )  # fmt: skip
     return nets, seconds
@@ -180,7 +177,8 @@ def _load_networks(
     networks: Path, cache: CaseCache, config: TrainConfig, names: Sequence[str], target: torch.device
 ) -> Networks:
     """The networks of another run, which must have read the same files for the same cases."""
-    nets, seconds = [], 0.0
+    nets: list[Estimator] = []
+    seconds = 0.0
     for number, content in enumerate(_fingerprints(cache.dataset, config, names)):
         path = networks / fold_folder(number) / CHECKPOINT
         if not path.is_file():
@@ -190,7 +188,7 @@ def _load_networks(
         if saved["iteration"] < config.iterations:
             done = f"{saved['iteration']} of {config.iterations}"
             raise RunError(f"{path}: its training has not ended (iteration {done}); resume it first")
-        nets.append(_build(cache.dataset, config).to(target))
+        nets.append(build_estimator(cache.dataset, config).to(target))
         load_state(saved, path, nets[-1])
         seconds += float(saved["seconds"])
     state = read_state(networks)
@@ -287,76 +285,11 @@ def stage_one_files(names: Sequence[str], folds: int) -> tuple[str, ...]:
     return ("config.json", SUMMARY, *of_folds, *map(soft_label_file, names))
 
 
-def _build(dataset: Dataset, config: TrainConfig) -> StageOneNet:
-    """Return the networks of the first stage, before training."""
-    return build_stage_one(
-        len(dataset.channel_names),
-        len(dataset.class_names),
-        spatial_dims=config.spatial_dims,
-        latent_size=config.latent_size,
-        seed=config.seed,
-    )
-
-
-def _loss_of(net: StageOneNet, config: TrainConfig) -> Callable[[Patches, int], Tensor]:
-    """Return the function that computes the loss of the first stage.
-
-    It is the sum of the cross-entropy of the label, with the Dice loss beside it, the squared error of the image, and
-    the KL divergence of the posterior from its prior. Cross-entropy and error are means over the labelled voxels. The
-    KL divergence is summed over the code, and is a mean over the patches.
-    """
-
-    def loss_of(patches: Patches, iteration: int) -> Tensor:
-        generator = torch.Generator().manual_seed(noise_seed(config.seed, iteration, 0))
-        noise = torch.randn(len(patches.image), net.latent_size, generator=generator, device="cpu").to(patches.image)
-        logits, image, mu, logvar = net(patches.image, patches.label, noise)
-        of_label = cross_entropy_and_dice(logits, patches.label, config.dice_weight)
-        squares = (image - patches.image).square().mean(1) * (patches.label != IGNORE_INDEX)
-        error = mean_over_voxels(squares.sum(), patches.label)
-        return of_label + config.reconstruction * error + config.beta * gaussian_kl(mu, logvar)
-
-    return loss_of
-
-
 # ------------------------------------------------------------------------------------------- soft labels
 
 
-def estimate_case(net: StageOneNet, case: LoadedCase, config: TrainConfig) -> Tensor:
-    """Return the estimate of a case before it is blended with the label, float32 ``[classes, x, y, z]``.
-
-    Sliding windows with the size of the training patches overlap by half. Each window draws codes from its own
-    posterior. The results are averaged with Gaussian weights.
-    """
-    device = next(net.parameters()).device
-    seed = int.from_bytes(hashlib.sha256(case.name.encode(errors="surrogateescape")).digest()[:4], "big")
-    # Number the classes from 1, because windows are padded with 0, which must not mean background.
-    label = np.where(case.label == IGNORE_INDEX, 0, case.label + 1).astype(np.float32)
-    volume = torch.from_numpy(np.concatenate([case.image, label[None]])).to(device)
-    is_flat = config.spatial_dims == 2
-
-    def estimate(window: Tensor) -> Tensor:
-        if is_flat:
-            window = window[..., 0]
-        classes = window[:, -1].long() - 1
-        soft = net.estimate_soft_labels(
-            window[:, :-1],
-            torch.where(classes < 0, IGNORE_INDEX, classes),
-            num_samples=config.num_samples,
-            temperature=config.temperature,
-            alpha=1.0,
-            ignore_index=IGNORE_INDEX,
-            generator=torch.Generator().manual_seed(noise_seed(config.seed, seed, 3)),
-        )
-        maps: Tensor = soft[..., None] if is_flat else soft
-        return maps
-
-    net.eval()
-    with torch.inference_mode():
-        return in_windows(estimate, volume, config.patch_size)
-
-
 def _fit_temperature(
-    pairs: Sequence[tuple[StageOneNet, str]], cache: CaseCache, config: TrainConfig, progress: Progress
+    pairs: Sequence[tuple[Estimator, str]], cache: CaseCache, config: TrainConfig, progress: Progress
 ) -> float:
     """Return the temperature for which the estimates fit the labels best.
 
@@ -372,7 +305,7 @@ def _fit_temperature(
     return fit.temperature()
 
 
-def _write(run: Run, net: StageOneNet, cache: CaseCache, name: str, config: TrainConfig) -> dict[str, float]:
+def _write(run: Run, net: Estimator, cache: CaseCache, name: str, config: TrainConfig) -> dict[str, float]:
     """Estimate and write the soft labels of a case, and return :func:`_quality` of the estimate."""
     case = cache.get(name)
     soft = estimate_case(net, case, config).cpu()

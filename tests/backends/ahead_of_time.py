@@ -146,10 +146,9 @@ def call(
         engine.accumulate_softmax(AccumulateSpec(None, 1.0), x, x)
         engine.accumulate_softmax_backward(AccumulateSpec(None, 1.0), x, x)
         engine.blend_soft_labels(BlendSpec(labels, 0.1, 2), x)
-    elif operation == "calibration_bins":
-        for class_wise, n_bins, from_logits in (
-            (False, 15, True), (False, 15, False), (True, 15, True), (True, 4096, True)
-        ):  # fmt: skip
+    elif operation in ("calibration_bins", "top_label_bins"):
+        kinds = (False, 15, True), (False, 15, False), (True, 15, True), (True, 4096, True)
+        for class_wise, n_bins, from_logits in kinds if operation == "calibration_bins" else kinds[:1]:
             bins = BinsSpec(
                 labels, None, n_bins=n_bins, first_class=0, from_logits=from_logits, class_wise=class_wise,
                 skip_background=False, per_item=False, right_closed=False, tolerance=probability_tolerance(x.dtype),

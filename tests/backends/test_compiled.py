@@ -1,6 +1,7 @@
 """Triton kernels as they were compiled for a GPU, in an interpreter of its assembly.
 
-These tests run where ``-m ptx`` asks for them, as do those of test_triton.py. test_ptx.py has a choice of both.
+They show what Triton's interpreter cannot: what the compiler makes of hints and layouts. ``pytest -m ptx`` runs them,
+and those of test_triton.py too. The ordinary run has a choice of both, in test_ptx_cases.py.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def evaluate(
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 def test_every_stride(operation: Operation, dtype: torch.dtype):
     """Labels, masks and upstream gradients may have any stride. Nothing past their elements is read."""
-    if operation.name.startswith("ace") or dtype not in operation.dtypes_of_values + (torch.float32,):
+    if operation.name.startswith("ace") or dtype not in (*operation.dtypes_of_values, torch.float32):
         pytest.skip("no GPU backend has it, or its values cannot be compared")
     if operation.result == "bins" and dtype != torch.float32:
         pytest.skip("its values cannot be compared")

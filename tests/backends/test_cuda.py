@@ -163,32 +163,38 @@ class OnHost:
             Labels(y, ignore_index), None, n_bins, first_class or 0, True, first_class is not None, False, per_item,
             False, 0.0,
         )  # fmt: skip
-        call = call_of(spec, x)
+        return self.plan_of(call_of(spec, x), resident)
+
+    def plan_of(self, call: Call, resident: int = 3) -> Plan:
         numbers = (ctypes.c_int64 * len(Plan._fields))()
         self.library.plan_launch(ctypes.byref(call), ctypes.c_int64(resident), numbers)
         return Plan(*numbers)
 
 
+def write_specs(folder: Path) -> None:
+    """Write the header that CMake generates."""
+    generator, operations = ROOT / "csrc" / "python" / "specs.py", ROOT / "calseg" / "operations.py"
+    subprocess.run([sys.executable, str(generator), str(operations), str(folder / "specs.h")], check=True)
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> OnHost:
+    """Compile the kernels for the CPU, once for all files of tests."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None or sys.platform != "linux":
         pytest.skip("needs g++ on Linux")
-    built = tmp_path_factory.mktemp("cuda_on_host") / "calibration.so"
+    folder = tmp_path_factory.getbasetemp() / "cuda_on_host"
+    built = folder / "calibration.so"
+    if built.exists():
+        return OnHost(built)
+    folder.mkdir(exist_ok=True)
+    write_specs(folder)
     # a library under AddressSanitizer loads only into a process that started with it
     sanitizers = "address,undefined" if "libasan" in os.environ.get("LD_PRELOAD", "") else "undefined"
-    operations = ROOT / "calseg" / "operations.py"
-    specs = [
-        sys.executable,
-        str(ROOT / "csrc" / "python" / "specs.py"),
-        str(operations),
-        str(built.with_name("specs.h")),
-    ]
-    subprocess.run(specs, check=True)
     done = subprocess.run(
         [compiler, "-std=c++17", "-O1", "-g1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-Wall",
          "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared", f"-I{HERE / 'cuda_on_host'}",
-         f"-I{ROOT / 'csrc'}", f"-I{built.parent}", str(HERE / "cuda_on_host" / "calibration.cpp"), "-o", str(built)],
+         f"-I{ROOT / 'csrc'}", f"-I{folder}", str(HERE / "cuda_on_host" / "calibration.cpp"), "-o", str(built)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

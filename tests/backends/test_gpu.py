@@ -74,6 +74,9 @@ OPERATIONS = {
             t["x"], y, mu=t["mu"], logvar=t["logvar"], alpha=0.6, num_samples=3, seed=5, include_background=True,
             ignore_index=255, backend=b), ("x", "mu", "logvar")),
 }  # fmt: skip
+SAMPLED = ("vls_cross_entropy", "vls_elbo", "sample_soft_labels")
+# An NVIDIA GPU's normals are off by up to 5e-6, 84 units of 2^-24. A loss has a slope of up to about 10 there.
+ULPS = {name: 1024 if name in SAMPLED else 64 for name in OPERATIONS}
 # The gradient of |p - Y| jumps where p = Y, and rounding may move soft labels across p.
 CONTINUOUS = [name for name in OPERATIONS if not name.startswith("dice_of")]
 
@@ -107,10 +110,11 @@ def test_values_and_gradients(name, dtype, C):
         for reduction in ("none", "mean"):
             value, gradients = value_and_gradients(function, tensors, target, None, reduction=reduction)
             truth, wanted = value_and_gradients(function, wide, target.cpu(), "reference", reduction=reduction)
-            assert_accurate(value.cpu(), truth, ulps=64, scale=2.0, what=reduction)
+            ulps = ULPS[name]
+            assert_accurate(value.cpu(), truth, ulps=ulps, scale=2.0, what=reduction)
             for k, gradient in gradients.items():
                 scale = 2.0 if value.dim() else 2.0 / target.numel()
-                assert_accurate(gradient.cpu(), wanted[k], ulps=64, scale=scale, what=f"gradient of {k}, {reduction}")
+                assert_accurate(gradient.cpu(), wanted[k], ulps=ulps, scale=scale, what=f"gradient of {k}, {reduction}")
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "transposed_space", "odd_offset", "every_second"])

@@ -61,7 +61,7 @@ if ON_PTX:
 if choice.TRITON_ERROR is None:
     import triton
     import triton.language as tl
-    from calseg.kernels import launch
+    from calseg.kernels import launch, noise
     from calseg.kernels.gaussian import Statistics, statistic_pointers
     from calseg.kernels.labels import holds
     from calseg.kernels.launch import HARD, SAMPLED, SOFT, WEIGHTED, Geometry
@@ -674,6 +674,40 @@ def test_normals(lane_major):
         assert_accurate(out, wanted, ulps=4)
 
 
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_normals_by_the_functions_of_a_gpu(sign, monkeypatch):
+    """With errors as large as NVIDIA states, a normal is within 2e-4, and all but 1 in 10,000 are within 5e-6.
+
+    A logarithm in base 2 may be off by 2^-22, a sine or cosine by 2^-20.5 (PTX ISA, lg2.approx, sin.approx).
+    """
+
+    @triton.jit
+    def kernel(out, a, b):
+        i = tl.arange(0, 65536)
+        z0, z1 = noise._fast_box_muller(tl.load(a + i).to(tl.uint32), tl.load(b + i).to(tl.uint32))
+        tl.store(out + i, z0)
+        tl.store(out + 65536 + i, z1)
+
+    off, turn = sign * 2.0**-22, sign * 2.0**-20.5
+    functions = SimpleNamespace(
+        fast_log2f=lambda x: tl.log2(x) + off, fast_cosf=lambda x: tl.cos(x) + turn,
+        fast_sinf=lambda x: tl.sin(x) - turn,
+    )  # fmt: skip
+    monkeypatch.setattr(noise, "libdevice", functions)
+    generator = torch.Generator().manual_seed(3)
+    off_by = []
+    for part in range(4):
+        a, b = (torch.randint(2**32, (65536,), generator=generator) for _ in range(2))
+        if part == 0:  # the largest and the smallest radii
+            a[:1000], a[1000:2000] = torch.arange(1000) << 8, 2**32 - 1 - (torch.arange(1000) << 8)
+        out = torch.empty(2, 65536)
+        kernel[(1,)](out, a, b)
+        off_by.append((out - torch.stack(rng._box_muller(a, b))).abs().flatten())
+    errors = torch.cat(off_by)
+    assert float(errors.max()) < 2e-4
+    assert float((errors > 5e-6).double().mean()) < 1e-4
+
+
 def test_seeds():
     tensors, target = gaussian(2, 3, 20, dtype=torch.float32), labels((2, 3, 20))
     loss = lambda seed: float(vls(target, "triton", alpha=1.0, seed=seed, num_samples=1)(**tensors))  # noqa: E731
@@ -1022,7 +1056,7 @@ def test_an_old_triton_is_none(monkeypatch):
 
 # ---- launches ----
 
-KINDS = {"HARD": (64, 32, 16), "WEIGHTED": (32, 32, 16), "SOFT": (32, 16, 16), "SAMPLED": (16, 8, 8)}
+KINDS = {"HARD": (66, 32, 64), "WEIGHTED": (32, 32, 16), "SOFT": (32, 16, 16), "SAMPLED": (16, 8, 8)}
 
 
 def geometry_of(C, S, layout):
@@ -1049,7 +1083,7 @@ def test_tiles(name, layout):
         rows = -(-C // 4) * 4 if in_one_thread and name == "SAMPLED" else min(C, tile.BLOCK_C)
         elements = rows * tile.TILE / (32 * warps)
         assert elements <= (held if in_one_thread else spread), (C, tile, warps)
-        assert not in_one_thread or 2 * elements > fill
+        assert not in_one_thread or 2 * elements > fill or 32 * warps * launch.MAX_VOXELS == tile.TILE
         assert C <= tile.BLOCK_C or 32 * warps * spread == tile.BLOCK_C * tile.TILE  # blocks only where nothing else is
         if layout != "last" or C == 1:
             assert tile.TILE * itemsize >= 32
@@ -1077,9 +1111,9 @@ def test_alignment():
 
 # The registers a thread may take, by operation, over all classes and layouts here: see benchmarks/notes.md.
 REGISTERS = {
-    "cross_entropy": 144, "weighted_cross_entropy": 128, "soft_cross_entropy": 168, "vls_cross_entropy": 240,
+    "cross_entropy": 168, "weighted_cross_entropy": 128, "soft_cross_entropy": 168, "vls_cross_entropy": 240,
     "vls_elbo": 184, "gaussian_kl": 128, "sample_soft_labels": 136, "accumulate_soft_labels": 96, "scale_gradients": 64,
-    "calibration_bins": 248, "hard_overlap": 168, "soft_overlap": 168, "sampled_overlap": 240,
+    "calibration_bins": 248, "hard_overlap": 208, "soft_overlap": 168, "sampled_overlap": 240,
 }  # fmt: skip
 COMPILED = [
     *({"operation": "cross_entropy", "C": C} for C in (2, 4, 14, 33, 117)),

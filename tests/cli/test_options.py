@@ -25,8 +25,7 @@ from calseg.training.config import TrainConfig  # noqa: E402
 
 OF_STAGE_ONE = {
     "iterations", "batch_size", "patch_size", "learning_rate", "seed", "split_seed", "foreground", "flip_axes",
-    "dice_weight", "alpha",
-    "temperature", "num_samples", "beta", "latent_size", "reconstruction", "folds",
+    "dice_weight", "alpha", "temperature", "num_samples", "beta", "latent_size", "reconstruction", "folds", "estimator",
 }  # fmt: skip
 
 
@@ -71,11 +70,11 @@ def test_options_of_old_still_work() -> None:
         "info": "--json",
         "train": "--out --method --loss --iterations --batch-size --patch-size --learning-rate --seed --val-fraction"
         " --split-seed --foreground --flip-axis --dice-weight --alpha --sigma --gamma --margin"
-        " --temperature --num-samples --beta --latent-size --reconstruction --folds --soft-labels --resume --overwrite"
-        " --checkpoint-every --device --threads",
+        " --temperature --num-samples --beta --latent-size --reconstruction --folds --estimator --dice-labels"
+        " --soft-labels --resume --overwrite --checkpoint-every --device --threads",
         "soft-labels": "--out --networks --iterations --batch-size --patch-size --learning-rate --seed --split-seed"
         " --foreground --flip-axis --dice-weight --alpha --temperature --num-samples --beta --latent-size"
-        " --reconstruction --folds --resume --overwrite --checkpoint-every --device --threads",
+        " --reconstruction --folds --estimator --resume --overwrite --checkpoint-every --device --threads",
         "predict": "--out --cases --resume --overwrite --device --threads",
         "evaluate": "--out --n-bins --ignore-label --preset --dataset-json --num-resamples --seed --memory --resume"
         " --overwrite --threads",
@@ -96,7 +95,10 @@ def test_the_table_of_methods_drives_settings_and_options() -> None:
         for setting, default in method.settings.items():
             assert name in made[setting].help
             assert made[setting].default is None
-            assert ("fitted" if default is None else f"{default:g}") in made[setting].help
+            words = default if isinstance(default, str) else "fitted" if default is None else f"{default:g}"
+            assert f"(default: {words})" in made[setting].help
+        assert made["dice_weight"].default is None
+        assert method.dice_weight == 0 or f"{method.dice_weight:g} for {name}" in made["dice_weight"].help
 
 
 def test_a_new_method_needs_an_entry_only(

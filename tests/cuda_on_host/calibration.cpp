@@ -67,6 +67,21 @@ void plan_launch(const Call* call, int64_t resident, int64_t* to) {
         *to++ = number;
 }
 
+// Writes the bytes of the structure that the kernel takes. Returns their number.
+int64_t launch_bytes(const Call* call, double tolerance, int64_t* sums, int64_t* totals, int64_t* faults, int64_t resident,
+                     unsigned char* to) {
+    const on_host::Device& d = on_host::device;
+    const calseg::CudaLimits limits{d.multiprocessors, d.shared_per_multiprocessor, d.shared_per_block};
+    calseg::BinsArgs args = call->args();
+    args.spec.tolerance = tolerance, args.sums = sums, args.totals = totals;
+    calseg::CalibrationLaunch launch = calseg::calibration_launch(args, limits);
+    calseg::set_blocks(launch, limits, resident);
+    launch.faults = faults;
+    static_assert(std::is_trivially_copyable_v<calseg::CalibrationLaunch>);
+    std::memcpy(to, &launch, sizeof launch);
+    return sizeof launch;
+}
+
 // Writes blocks, bytes of shared memory and device of the last launch, and the current device.
 void last_launch(int64_t* to) {
     const on_host::Device& device = on_host::device;

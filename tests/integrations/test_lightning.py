@@ -46,7 +46,7 @@ pytestmark = [
 def run_example(folder: Path, devices: int) -> dict[str, dict[str, float]]:
     command = [sys.executable, ROOT / "examples" / "lightning_module.py", "--devices", str(devices), "--epochs", "2"]
     run = subprocess.run(
-        [*command, "--out", folder], capture_output=True, text=True, check=False, timeout=300, cwd=folder.parent,
+        [*command, "--out", folder], capture_output=True, text=True, check=False, timeout=900, cwd=folder.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]

@@ -15,6 +15,7 @@ import nibabel
 import numpy as np
 from monai import transforms as mt
 from monai.data import CacheDataset, DataLoader
+from monai.data.meta_tensor import MetaTensor
 
 from calseg.integrations.monai import DiceVLSLoss, EnsureSoftLabeld
 from calseg.volumes.probabilities import soft_labels_file
@@ -135,8 +136,10 @@ def blended() -> np.ndarray:
 @pytest.mark.parametrize("shift", [1, -1, 3])
 def test_a_shifted_map_is_found(case, axis, shift):
     write_soft(case, blended())
-    soft = loading(alpha=ALPHA)(case)["soft_label"]
+    result = loading(alpha=ALPHA)(case)
+    soft = result["soft_label"]
     assert soft.dtype == torch.float32
+    assert torch.equal(soft.affine, result["label"].affine)
     np.testing.assert_allclose(soft.numpy()[:, ::-1, :, ::-1], blended(), atol=4e-5)  # turned to RAS
     write_soft(case, np.roll(blended(), shift, axis))
     with pytest.raises(RuntimeError) as caught:
@@ -166,6 +169,15 @@ def test_a_map_that_lies_elsewhere_is_found(case):
     with pytest.raises(RuntimeError) as caught:
         loading()(case)
     assert "wanted that of the label" in str(caught.value.__cause__)
+
+
+def test_a_map_that_says_no_place_is_compared_by_its_numbers(case):
+    result = mt.Compose([mt.LoadImaged(BOTH), mt.EnsureChannelFirstd(BOTH)])(case)
+    result["soft_label"] = MetaTensor(torch.Tensor(result["soft_label"]))
+    assert is_aligned(EnsureSoftLabeld("soft_label", alpha=0.0)(result))
+    result["soft_label"] = result["soft_label"].flip(1)
+    with pytest.raises(ValueError, match="less than 1 - alpha = 1"):
+        EnsureSoftLabeld("soft_label", alpha=0.0)(result)
 
 
 def test_a_map_with_other_axes_is_turned(case):

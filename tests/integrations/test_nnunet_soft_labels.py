@@ -23,6 +23,7 @@ from calseg.integrations.nnunet.config import SoftLabelConfig
 from calseg.integrations.nnunet.soft_labels import make_soft_labels
 from calseg.integrations.nnunet.store import STEPS, opened
 from calseg.runs import CasesInterruptedError
+from calseg.volumes.probabilities import soft_labels_file
 
 RUN = f"results/{data.NAME}/nnUNetTrainer__nnUNetPlans__3d_fullres"
 SOFT = "calseg_soft_labels_nnUNetPlans_3d_fullres"
@@ -115,6 +116,21 @@ def test_maps_are_taken_as_they_are(tmp_path: Path) -> None:
         data.save(predict(number), maps / f"{name}.nii.gz")
     summary = make_soft_labels("1", "3d_fullres", SoftLabelConfig(), maps=maps)
     assert (summary["alpha"], summary["temperature"]) == (1.0, 1.0)
+
+
+def test_maps_of_the_command_soft_labels(tmp_path: Path) -> None:
+    """Files of 16-bit integers with a slope, written in nibabel's order of axes; ignored voxels are zeros."""
+    folder = data.make_dataset(tmp_path, ignore=True)
+    maps = tmp_path / "maps"
+    maps.mkdir()
+    for number, name in enumerate(data.CASES):
+        wanted = predict(number, ignore=True) * (data.make_case(number, True)[1] < len(data.LABELS))
+        image = tmp_path / "raw" / data.NAME / "imagesTr" / f"{name}_0000.nii.gz"
+        (maps / f"{name}.nii.gz").write_bytes(soft_labels_file(wanted.transpose(0, 3, 2, 1), image))
+    make_soft_labels("1", "3d_fullres", SoftLabelConfig(), maps=maps)
+    found = opened(folder / SOFT / f"{name}.b2nd")[:]
+    np.testing.assert_allclose(found / STEPS, wanted[:, 1:-2, 1:-2, 1:-2], rtol=0, atol=1e-4)
+    assert not found[:, :, :, :5].any()
 
 
 def test_an_interrupted_call_goes_on(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from calseg.integrations.nnunet.soft_labels import make_soft_labels
 from calseg.integrations.nnunet.trainers import (
     nnUNetTrainerCalseg,
     nnUNetTrainerSoftLabels,
+    nnUNetTrainerStageOne,
     nnUNetTrainerVLS,
 )
 
@@ -50,7 +51,7 @@ def train(kind: type, folder: Path, configuration: str = "3d_fullres") -> Any:
     return trainer
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("kind", [*TRAINERS, nnUNetTrainerStageOne])
 def test_nnunet_finds_the_trainers(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("nnUNet_extTrainer", str(plugin_folder()))
     assert recursive_find_trainer_class_by_name(kind.__name__) is kind
@@ -100,6 +101,22 @@ def test_continues_with_the_weights_of_the_dense_head(tmp_path: Path) -> None:
     assert other.current_epoch == 3
 
 
+def test_loads_soft_labels_in_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As nnU-Net does where it is not told otherwise."""
+    folder = data.make_dataset(tmp_path)
+    write_soft_labels(folder, "3d_fullres")
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    trainer = data.make_trainer(nnUNetTrainerSoftLabels, folder)
+    trainer.initialize()
+    loaders = trainer.get_dataloaders()
+    target = next(loaders[0])["target"]
+    assert [level.dtype for level in target] == [torch.int16] * 2 + [torch.uint16] * 2
+    assert [level.shape[1] for level in target] == [1, 1, 3, 3]
+    assert len(next(loaders[1])["target"]) == 2
+    for loader in loaders:
+        loader._finish()
+
+
 def test_a_label_that_is_ignored(tmp_path: Path) -> None:
     folder = data.make_dataset(tmp_path, ignore=True)
     for kind in TRAINERS:
@@ -138,7 +155,7 @@ def test_a_cascade(tmp_path: Path) -> None:
         assert all(np.isfinite(trainer.logger.get_value("train_losses", step=None)))
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("kind", [*TRAINERS, nnUNetTrainerStageOne])
 def test_regions_are_refused(tmp_path: Path, kind: type) -> None:
     folder = data.make_dataset(tmp_path)
     content = json.loads((folder / "dataset.json").read_text())
@@ -175,7 +192,7 @@ def test_the_loss_replaces_that_of_nnunet(tmp_path: Path) -> None:
 
 
 def test_networks_without_heads_are_refused() -> None:
-    with pytest.raises(NotImplementedError, match=r"decoder\.seg_layers .* Linear has none"):
+    with pytest.raises(NotImplementedError, match=r"the heads decoder\.seg_layers .* Linear has none"):
         add_dense_heads(torch.nn.Linear(1, 1))
 
 

@@ -49,7 +49,7 @@ def test_the_code_of_a_page_runs(name: str, tmp_path: Path) -> None:
     script.write_text(program(PAGES[name].read_text()))
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     run = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600,
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=900,
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]

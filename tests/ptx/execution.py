@@ -8,19 +8,18 @@ from functools import cache
 import numpy as np
 import torch
 
-from ptx import accesses, arithmetic, warps  # noqa: F401  # they register their instructions
+from ptx import accesses, arithmetic, bits, conversions, warps  # noqa: F401  # they register their instructions
 from ptx.machine import Machine, Step, steps_of
 from ptx.memory import GlobalMemory
-from ptx.parser import Kernel, parse
+from ptx.parser import Kernel, names_of, parse
 
 THREADS_AT_ONCE = 1 << 14  # of a batch of programs: with more, values leave the cache
 
 
 @cache
 def ready(text: str, name: str | None = None) -> tuple[Kernel, list[Step]]:
-    """Return a kernel of a PTX text, and its steps. Without a name the text has a single kernel."""
-    kernels = parse(text)
-    kernel = kernels[name] if name else next(iter(kernels.values()))
+    """Return a kernel of a PTX text, and its steps. The default is the first one."""
+    kernel = parse(text, name or names_of(text)[0])
     return kernel, steps_of(kernel)
 
 
@@ -42,7 +41,7 @@ def run(
         parameters: the bytes of the parameters.
         programs: the number of programs.
         spans: the addresses of the first byte and past the last byte of each tensor.
-        name: the name of the kernel. It may be left out if the text has only one.
+        name: the name of the kernel. The default is the first one of the text.
         shared_bytes: the bytes of dynamic shared memory of a program.
         only: the programs that are run. The default is all.
         error: the part of the error of the hardware's approximations that they get, 0 to 1.

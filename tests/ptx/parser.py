@@ -84,22 +84,24 @@ def bits_of(type_name: str) -> int:
     return {"f16x2": 32, "bf16x2": 32}.get(type_name) or int(re.sub(r"^[a-z]+", "", type_name))
 
 
-def parse(text: str) -> dict[str, Kernel]:
-    """Return the kernels of a PTX file by name."""
-    kernels = {}
-    outside = text
-    for entry in ENTRY.finditer(text):
-        name, parameters, directives, body = entry.groups()
-        threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", directives)
-        kernel = Kernel(name, _parameters(parameters), int(threads[1]) if threads else 0)
-        kernel.symbols.update((parameter.name, parameter.offset) for parameter in kernel.parameters)
-        kernels[name] = kernel
-        _parse_body(kernel, body)
-        outside = outside.replace(entry.group(), "")
-    for line in outside.splitlines():
-        for kernel in kernels.values():
-            _parse_array(kernel, line)
-    return kernels
+def names_of(text: str) -> list[str]:
+    """Return the names of the kernels of a PTX file."""
+    return re.findall(r"\.entry\s+([\w$]+)", text)
+
+
+def parse(text: str, name: str) -> Kernel:
+    """Return a kernel of a PTX file."""
+    entry = ENTRY.search(text, text.index(f".entry {name}("))
+    if entry is None:
+        raise PtxError(f"no kernel {name}")
+    _, parameters, directives, body = entry.groups()
+    threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", directives)
+    kernel = Kernel(name, _parameters(parameters), int(threads[1]) if threads else 0)
+    kernel.symbols.update((parameter.name, parameter.offset) for parameter in kernel.parameters)
+    for line in ENTRY.sub("", text).splitlines():
+        _parse_array(kernel, line)
+    _parse_body(kernel, body)
+    return kernel
 
 
 def split_operands(text: str) -> list[str]:

@@ -181,7 +181,7 @@ def _reduce(instruction: Instruction, kernel: Kernel) -> Step:
     reduce, dtype = REDUCTIONS[kind].reduce, dtype_of(type_name)
 
     def act(m: Machine, mask: Mask) -> None:
-        if (lanes(m) != ALL_LANES).any():
+        if (m.everyone(mask) & (lanes(m) != ALL_LANES)).any():
             raise PtxError("a reduction of some lanes")
         write(m, _spread(m, reduce(by_warp(m, read(m)), axis=2, keepdims=True, dtype=dtype)), mask)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,9 +22,10 @@ from test_nets import batch
 from calseg.files import read_json
 from calseg.runs import CasesInterruptedError, RunInterruptedError
 from calseg.simulation import DemoConfig, make_dataset
-from calseg.training import TrainConfig, TrainingError, loop, stage_one, train
+from calseg.training import TrainConfig, TrainingError, estimator, loop, stage_one, train
 from calseg.training.checkpoint import load_checkpoint
-from calseg.training.nets import StageOneNet, build_stage_one
+from calseg.training.inference import predict_volume
+from calseg.training.nets import StageOneNet, build_net, build_stage_one
 from calseg.volumes.datasets import IGNORE_INDEX, find_cases
 from calseg.volumes.nifti import DataError
 from calseg.volumes.patches import CaseCache, LoadedCase, PatchSampler
@@ -63,7 +65,7 @@ def test_stage_one_loss_is_its_formula_and_ignores_padding() -> None:
     net = build_stage_one(2, 3, spatial_dims=2, latent_size=4, seed=0)
     image, label = batch(2)
     settings = replace(TINY, patch_size=(16, 16, 1), beta=0.3, reconstruction=0.7)
-    loss = stage_one._loss_of(net, settings)(loop.Patches(image, label, None), 5)
+    loss = estimator.estimator_loss(net, settings)(loop.Patches(image, label, None), 5)
     generator = torch.Generator().manual_seed(loop.noise_seed(settings.seed, 5, 0))
     logits, again, mu, logvar = net(image, label, torch.randn(2, 4, generator=generator))
     valid = label != IGNORE_INDEX
@@ -97,10 +99,47 @@ def test_volumes_of_any_shape_are_estimated_in_place(shape: tuple[int, int, int]
     label = rng.integers(0, 2, shape).astype(np.int16)
     label[:2] = IGNORE_INDEX
     nothing = np.empty(0, np.int64)
-    soft = stage_one.estimate_case(Local(), LoadedCase("a", image, label, nothing, nothing), TINY)
+    soft = estimator.estimate_case(Local(), LoadedCase("a", image, label, nothing, nothing), TINY)
     p = 1 / (1 + np.exp(-image[0]))
     expected = np.stack([p, 1 - p]) * (label != IGNORE_INDEX)
     torch.testing.assert_close(soft, torch.from_numpy(expected), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("source", ["posterior", "prior", "network"])
+def test_estimates_of_every_source(source: str) -> None:
+    """Each by its formula, for a volume of the size of one window."""
+    settings = replace(TINY, estimator=source, temperature=1.7)
+    rng = np.random.default_rng(0)
+    image = rng.standard_normal((1, *TINY.patch_size)).astype(np.float32)
+    label = rng.integers(0, 3, TINY.patch_size).astype(np.int16)
+    label[:2] = IGNORE_INDEX
+    nothing = np.empty(0, np.int64)
+    case = LoadedCase("a", image, label, nothing, nothing)
+    x, y = torch.from_numpy(image)[None], torch.from_numpy(label)[None]
+    counted = (y != IGNORE_INDEX)[:, None]
+    if source == "network":
+        net = build_net(1, 3, seed=0).eval()
+        with torch.no_grad():
+            expected = torch.softmax(net(x).logits / 1.7, 1) * counted
+        other = replace(case, label=2 - np.clip(case.label, 0, 2))
+        again = estimator.estimate_case(net, other, settings)
+        torch.testing.assert_close(again[:, 2:], expected[0, :, 2:])  # the label has no influence
+    else:
+        net = build_stage_one(1, 3, latent_size=4, seed=0).eval()
+        seed = int.from_bytes(hashlib.sha256(b"a").digest()[:4], "big")
+        generator = torch.Generator().manual_seed(loop.noise_seed(settings.seed, seed, 3))
+        first, second = torch.randn(1, 4, generator=generator), torch.randn(1, 4, generator=generator)
+        with torch.no_grad():
+            mu, logvar = net.encode(x, y)
+            if source == "prior":
+                mu, logvar = torch.zeros(1, 4), torch.zeros(1, 4)
+            codes = [mu + sign * (logvar / 2).exp() * noise for sign, noise in ((1, first), (-1, first), (1, second))]
+            maps = [
+                net.segment(torch.cat([net.trunk(x), code.view(1, 4, 1, 1, 1).expand(-1, -1, *TINY.patch_size)], 1))
+                for code in codes
+            ]
+        expected = torch.stack([torch.softmax(each / 1.7, 1) for each in maps]).mean(0) * counted
+    torch.testing.assert_close(estimator.estimate_case(net, case, settings), expected[0], atol=1e-5, rtol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------- whole runs
@@ -121,7 +160,7 @@ def test_every_case_is_estimated_by_networks_that_did_not_see_it(data: Path, run
         net.load_state_dict(load_checkpoint(run / "stage1" / f"fold_{number}" / "checkpoint.pt")["model"])
         for name in members:
             case = cache.get(name)
-            estimate = stage_one.estimate_case(net, case, TINY).numpy()
+            estimate = estimator.estimate_case(net, case, TINY).numpy()
             expected = 0.6 * (case.label == np.arange(3)[:, None, None, None]) + 0.4 * estimate
             soft = read_soft_labels(run / "soft_labels" / f"{name}.nii.gz", case.label, 3)
             np.testing.assert_allclose(soft, expected, atol=2e-5)
@@ -249,6 +288,41 @@ def test_networks_serve_other_estimates(data: Path, run: Path, tmp_path: Path) -
             )
     with pytest.raises(TrainingError, match="there is no first stage of these folds"):
         stage_one.estimate(data, tmp_path / "b", TINY, names=names, networks=data)
+
+
+def test_networks_of_the_posterior_serve_codes_of_the_prior(data: Path, run: Path, tmp_path: Path) -> None:
+    names = read_json(run / "split.json")["training"]
+    stage_one.estimate(data, tmp_path / "a", replace(TINY, estimator="prior"), names=names, networks=run)
+    ours, theirs = ((f / "soft_labels" / f"{names[0]}.nii.gz").read_bytes() for f in (tmp_path / "a", run))
+    assert ours != theirs
+    with pytest.raises(TrainingError, match="estimator is 'network' but was 'posterior'"):
+        stage_one.estimate(data, tmp_path / "b", replace(TINY, estimator="network"), names=names, networks=run)
+
+
+def test_plain_networks_make_soft_labels(data: Path, tmp_path: Path) -> None:
+    """They come from networks that did not see the case, and a run resumes with them."""
+    settings = replace(TINY, estimator="network", dice_weight=1.0, temperature=None)
+
+    def stop(stage: str, done: int, total: int, loss: float | None) -> None:
+        if (stage, done) == ("fold 2/2", 2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(RunInterruptedError):
+        train(data, tmp_path, settings, progress=stop)
+    metrics = train(data, tmp_path, settings, resume=True)
+    assert 0 < metrics["soft_labels"]["nll"] < 5
+    summary = read_json(tmp_path / "soft_labels.json")
+    cache = CaseCache(find_cases(data))
+    for number, members in enumerate(stage_one.split_folds(summary["names"], 2, 0)):
+        net = build_net(1, 3, seed=0)
+        net.load_state_dict(load_checkpoint(tmp_path / "stage1" / f"fold_{number}" / "checkpoint.pt")["model"])
+        for name in members:
+            case = cache.get(name)
+            logits = predict_volume(net.eval(), case.image, TINY.patch_size)
+            estimate = torch.softmax(logits / summary["temperature"], 0).numpy()
+            expected = 0.6 * (case.label == np.arange(3)[:, None, None, None]) + 0.4 * estimate
+            soft = read_soft_labels(tmp_path / "soft_labels" / f"{name}.nii.gz", case.label, 3)
+            np.testing.assert_allclose(soft, expected, atol=2e-5)
 
 
 def test_networks_of_other_files_or_unfinished_ones_do_not_serve(data: Path, run: Path, tmp_path: Path) -> None:

@@ -33,6 +33,9 @@ from calseg.training import TrainConfig, TrainingError
         ({"sigma": 0.0}, "sigma must be positive"),
         ({"margin": math.nan}, "margin must be finite"),
         ({"folds": 0}, "folds must be at least 1"),
+        ({"dice_weight": -1.0}, "dice_weight must be finite and not negative"),
+        ({"estimator": "label"}, "estimator must be one of posterior, prior, network; got 'label'"),
+        ({"dice_labels": "both"}, "dice_labels must be one of soft, hard; got 'both'"),
         ({"patch_size": (16, 12, 1)}, "two and 1 for slices"),
         ({"seed": -1}, r"must lie in 0 to 2\^63 - 1"),
         ({"patch_size": (16, 16, 12)}, "multiples of 8"),
@@ -54,10 +57,17 @@ def test_every_method_brings_its_own_defaults(method: str) -> None:
 
 def test_published_defaults() -> None:
     """Defaults are those of existing runs, and ``config.json`` has a value for every setting, used or not."""
-    names = ("alpha", "sigma", "gamma", "margin", "temperature", "num_samples", "beta", "latent_size", "reconstruction")
+    common = {
+        "alpha": 0.1, "sigma": 1.0, "gamma": 3.0, "margin": 5.0, "temperature": 1.0, "num_samples": 4, "beta": 0.001,
+        "latent_size": 4, "reconstruction": 0.1, "folds": 4, "estimator": "posterior", "dice_labels": "soft",
+        "dice_weight": 0.0,
+    }  # fmt: skip
+    own = {
+        "dice_cross_entropy": {"dice_weight": 1.0},
+        "ace_hard": {"alpha": 1.0},
+        "ace_soft": {"alpha": 1.0},
+        "calseg": {"alpha": 0.5, "temperature": None, "num_samples": 8},
+    }
     for method in METHODS:
         settings = TrainConfig(method=method)
-        of_calseg = (0.5, 1.0, 3.0, 5.0, None, 8, 0.001, 4, 0.1)
-        wanted = of_calseg if method == "calseg" else (0.1, 1.0, 3.0, 5.0, 1.0, 4, 0.001, 4, 0.1)
-        assert tuple(getattr(settings, name) for name in names) == wanted
-        assert settings.folds == 4
+        assert {name: getattr(settings, name) for name in common} == {**common, **own.get(method, {})}

@@ -26,13 +26,22 @@ def add_dense_heads(network: nn.Module) -> None:
     Raises:
         NotImplementedError: the network has no such heads.
     """
+    for head in heads_of(network):
+        _add(head)
+
+
+def heads_of(network: nn.Module) -> list[nn.Conv2d | nn.Conv3d]:
+    """Return the heads of a network of nnU-Net's, one for each level, the lowest resolution first.
+
+    Raises:
+        NotImplementedError: the network has no list of convolutions ``decoder.seg_layers``.
+    """
     heads = [head for head in getattr(getattr(network, "decoder", None), "seg_layers", ()) if isinstance(head, HEADS)]
     if not heads:
         raise NotImplementedError(
-            f"a dense head goes to the heads decoder.seg_layers of nnU-Net's U-Nets; {type(network).__name__} has none"
+            f"wanted a network with the heads decoder.seg_layers of nnU-Net's U-Nets; {type(network).__name__} has none"
         )
-    for head in heads:
-        _add(head)
+    return heads
 
 
 def _add(head: nn.Conv2d | nn.Conv3d) -> None:

@@ -21,9 +21,11 @@ from torch import nn
 from calseg.integrations.nnunet.data import BlendSoftLabels, SoftLabelDataset, SplitSoftLabels
 from calseg.integrations.nnunet.dense_head import add_dense_heads, split_weights
 from calseg.integrations.nnunet.loss import DiceCrossEntropy, VLSDiceCrossEntropy
+from calseg.integrations.nnunet.stage_one import StageOneLoss, StageOneNetwork, with_label
 from calseg.integrations.nnunet.store import check_files, folder_of, read_alpha
 from calseg.methods import METHODS
 
+SETTINGS: Mapping[str, Any] = METHODS["calseg"].settings
 DENSE_HEAD = "calseg_dense_head"
 """The entry of a checkpoint with the weights of the dense head."""
 
@@ -142,3 +144,73 @@ class nnUNetTrainerSoftLabels(nnUNetTrainerCalseg):  # noqa: N801
         transforms = super().get_training_transforms(*args, **kwargs)
         split = SplitSoftLabels(self.label_manager.num_segmentation_heads)
         return ComposeTransforms([split, transforms, BlendSoftLabels(alpha)])
+
+
+class nnUNetTrainerStageOne(nnUNetTrainerCalseg):  # noqa: N801
+    """CALSeg's first stage, with nnU-Net's plans and folds, for soft labels from ``--npz``.
+
+    It estimates the label of a case from its image *and* its label, by drawing from a distribution that it has learnt
+    on other cases. So it cannot predict cases without a label. Its held-out estimates are made into soft labels by
+    ``calseg nnunet-soft-labels --run``, as the predictions of any run are.
+
+    Raises:
+        NotImplementedError: the data set has regions, the configuration is the second stage of a cascade, or the
+            network is none of nnU-Net's U-Nets.
+    """
+
+    dataset_class: Any
+
+    def initialize(self) -> None:
+        """Build network, optimizer and loss, as nnU-Net does."""
+        if self.is_cascaded:
+            raise NotImplementedError(f"{type(self).__name__}: the first stage of CALSeg is not for cascades")
+        super().initialize()
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: Any,
+        configuration_manager: Any,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """Return nnU-Net's network with CALSeg's around it."""
+        unet = nnUNetTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+        sizes = {name: SETTINGS[name] for name in ("latent_size", "num_samples")}
+        return StageOneNetwork(unet, num_input_channels, **sizes)
+
+    def _build_loss(self) -> nn.Module:
+        weights = {name: SETTINGS[name] for name in ("reconstruction", "beta")}
+        return StageOneLoss(
+            nnUNetTrainer._build_loss(self), classes=self.label_manager.num_segmentation_heads, **weights
+        )
+
+    def train_step(self, batch: dict[str, Any]) -> Any:
+        """Train on a batch of images and labels."""
+        return super().train_step(self._with_label(batch))
+
+    def validation_step(self, batch: dict[str, Any]) -> Any:
+        """Score the estimate of a batch."""
+        return super().validation_step(self._with_label(batch))
+
+    def _with_label(self, batch: dict[str, Any]) -> dict[str, Any]:
+        label = batch["target"][0] if isinstance(batch["target"], list) else batch["target"]
+        return {**batch, "data": with_label(batch["data"], label, self.label_manager.num_segmentation_heads)}
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Estimate the label of every validation case, from its image and its label."""
+        classes, dataset_class = self.label_manager.num_segmentation_heads, self.dataset_class
+
+        class CasesWithLabels(dataset_class):  # type: ignore[misc, valid-type, unused-ignore]
+            def load_case(self, identifier: str) -> tuple[Any, Any, Any, Any]:
+                image, label, before, properties = super().load_case(identifier)
+                joined = with_label(torch.from_numpy(image[:])[None], torch.from_numpy(label[:])[None], classes)
+                return joined[0].numpy(), label, before, properties
+
+        self.dataset_class = CasesWithLabels
+        try:
+            super().perform_actual_validation(save_probabilities)
+        finally:
+            self.dataset_class = dataset_class

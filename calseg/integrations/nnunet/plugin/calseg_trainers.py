@@ -4,6 +4,11 @@ nnU-Net imports this module by its bare name, and forgets it and all others of t
 in the package, so that data loading processes find them again.
 """
 
-from calseg.integrations.nnunet.trainers import nnUNetTrainerCalseg, nnUNetTrainerSoftLabels, nnUNetTrainerVLS
+from calseg.integrations.nnunet.trainers import (
+    nnUNetTrainerCalseg,
+    nnUNetTrainerSoftLabels,
+    nnUNetTrainerStageOne,
+    nnUNetTrainerVLS,
+)
 
-__all__ = ["nnUNetTrainerCalseg", "nnUNetTrainerSoftLabels", "nnUNetTrainerVLS"]
+__all__ = ["nnUNetTrainerCalseg", "nnUNetTrainerSoftLabels", "nnUNetTrainerStageOne", "nnUNetTrainerVLS"]

@@ -1,0 +1,280 @@
+"""Instructions of the GPU kernels, counted in their machine code: ``python benchmarks/instructions.py [NAME ...]``.
+
+No GPU is needed. Triton compiles every configuration ahead of time for sm_90, and the instructions are counted along
+the path that a program takes: loops as often as they run, subroutines for rare values not at all. The counts are facts,
+and `tests/backends/test_instructions.py` bounds them. **The times that follow from them are predictions**, from a model
+with the constants below: nothing here was measured on a GPU.
+
+A program waits for memory once per phase, and its multiprocessor issues the instructions of all programs that it holds.
+So programs pass at the rate ``held / (phases * LATENCY + held * issue)``, and the memory bounds the rate too. A phase
+is the first use of loaded data after other loads, as if no data were in a cache, so the prediction is low where a
+kernel loads a few numbers that all programs share. The share of a copy is the time in which the GPU copies the logits
+``copies`` times, divided by the time of the kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TESTS = Path(__file__).parent.parent / "tests"
+
+MULTIPROCESSORS, CLOCK = 132, 1.755e9  # of an H100 and an H200; in Hz
+COPY = {"H100": 3.0e12, "H200": 4.3e12}  # bytes read and written in a second
+LATENCY = 1.0e-6  # seconds from a load to its data while the memory is busy
+PIPES = ("alu", "fma", "xu", "lsu")
+REGISTERS, MOST_WARPS, MOST_PROGRAMS = 65536, 64, 32  # of a multiprocessor
+
+
+class Case(NamedTuple):
+    """A configuration: a call of tests/backends/ahead_of_time.py, and how often its loops run.
+
+    ``copies`` is the least memory traffic in copies of the logits. ``trips`` are the runs of loops by nesting depth.
+    """
+
+    call: dict[str, Any]
+    copies: float = 1.0
+    trips: tuple[int, ...] = ()
+
+
+def _cases() -> dict[str, Case]:
+    cases = {}
+    classes = (2, 4, 14, 33, 117)
+    for dtype in ("float32", "bfloat16"):
+        for C in classes:
+            cases[f"cross_entropy C={C} {dtype}"] = Case({"operation": "cross_entropy", "C": C, "dtype": dtype})
+    for dtype in ("float32", "bfloat16"):
+        for C in classes[1:]:
+            call = {"operation": "cross_entropy", "C": C, "dtype": dtype, "layout": "channels_last"}
+            cases[f"cross_entropy C={C} {dtype} channels-last"] = Case(call)
+    for C in classes:
+        cases[f"dice C={C}"] = Case({"operation": "hard_overlap", "C": C}, 1.5)
+    for C in classes:  # of 4 samples, two pairs; of up to 2 classes, all pairs at once
+        trips = (1, 2) if C == 2 else (2, 2)
+        cases[f"vls C={C}"] = Case({"operation": "vls_cross_entropy", "C": C}, 3.0, trips)
+    for C in (2, 4, 14, 117):
+        cases[f"bins C={C}"] = Case({"operation": "top_label_bins", "C": C}, 0.5)
+    return cases
+
+
+CASES = _cases()
+
+
+# ---- machine code ----
+
+
+class Instruction(NamedTuple):
+    """A line of the disassembly."""
+
+    name: str
+    arguments: str
+    always: bool  # without a predicate
+
+
+def disassemble(cubin: bytes) -> tuple[list[Instruction], dict[str, int]]:
+    """Return the instructions of a kernel, and where its labels are."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    code: list[Instruction] = []
+    labels = {}
+    for line in text.splitlines():
+        if found := re.match(r"\s*(\.L_\S+):\s*$", line):
+            labels[found[1]] = len(code)
+        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*(.*?);", line):
+            code.append(Instruction(found[2], found[3], found[1] is None))
+    return code, labels
+
+
+def runs(code: list[Instruction], labels: dict[str, int], trips: tuple[int, ...]) -> list[int]:
+    """Return how often each instruction runs. Code that only a call reaches does not."""
+    targets = {}
+    for place, each in enumerate(code):
+        found = re.search(r"\.L_\w+", each.arguments) if each.name.startswith("BRA") else None
+        if found and found[0] in labels:
+            targets[place] = labels[found[0]]
+    counts, pending = [0] * len(code), [0]
+    while pending:
+        place = pending.pop()
+        while place < len(code) and not counts[place]:
+            counts[place] = 1
+            target, each = targets.get(place), code[place]
+            if target is not None and target != place:
+                pending.append(target)
+            if each.always and (target is not None or each.name.split(".")[0] in ("EXIT", "RET")):
+                break
+            place += 1
+    loops = {(target, place) for place, target in targets.items() if target < place and counts[place]}
+    for first, last in loops:
+        depth = sum(f <= first and last <= t for f, t in loops) - 1
+        factor = trips[depth] if depth < len(trips) else 1
+        counts[first : last + 1] = [count * factor for count in counts[first : last + 1]]
+    return counts
+
+
+def pipe(name: str) -> tuple[str, int]:
+    """Return the pipe of an instruction, and the cycles for which a warp occupies it (Hopper)."""
+    base = name.split(".")[0]
+    if base == "MUFU" or base in ("F2I", "I2F", "F2F"):
+        return "xu", 8
+    if base in ("FFMA", "FMUL", "FADD", "HFMA2", "HADD2", "HMUL2"):
+        return "fma", 1
+    if base in ("IMAD", "IMUL"):
+        return "fma", 4 if "WIDE" in name or "HI" in name else 2
+    if re.match(r"(LD|ST|ATOM|RED|SHFL)", base):
+        return "lsu", 2
+    if re.match(r"(BRA|EXIT|BSSY|BSYNC|BAR|S2R|CS2R|S2UR|R2UR|CALL|RET|DEPBAR|BMOV|VOTE|WARPSYNC|U[A-Z])", base):
+        return "control", 1
+    return "alu", 2
+
+
+WIDTH = {".128": 16, ".64": 8, ".U8": 1, ".S8": 1, ".U16": 2}
+
+
+def flight(code: list[Instruction], counts: list[int]) -> tuple[int, int]:
+    """Return the most bytes of a thread's loads that are on their way at once, and how often it waits for loads.
+
+    The code is read from top to bottom. A load is on its way until its register is used.
+    """
+    waiting: list[tuple[int, set[str]]] = []
+    most = phases = 0
+    fresh = False
+    for (name, arguments, _), count in zip(code, counts, strict=True):
+        if not count:
+            continue
+        if name.startswith("LDG"):
+            size = next((width for end, width in WIDTH.items() if end in name), 4)
+            first = re.match(r"R(\d+)", arguments)
+            if first:
+                waiting.append((size, {f"R{int(first[1]) + i}" for i in range(max(1, size // 4))}))
+                most, fresh = max(most, sum(size for size, _ in waiting)), True
+            continue
+        used = set(re.findall(r"\bR\d+\b", arguments))
+        left = [load for load in waiting if not load[1] & used]
+        if len(left) < len(waiting) and fresh:
+            phases, fresh = phases + 1, False
+        waiting = left
+    return most, phases
+
+
+def counted(
+    cubin: bytes, resources: dict[str, int], tile: int, num_warps: int, trips: tuple[int, ...]
+) -> dict[str, Any]:
+    """Return the figures of a kernel, whose program takes ``tile`` voxels."""
+    code, labels = disassemble(cubin)
+    counts = runs(code, labels, trips)
+    instructions, cycles = 0, Counter()
+    for each, count in zip(code, counts, strict=True):
+        if each.name != "NOP":
+            instructions += count
+            name, busy = pipe(each.name)
+            cycles[name] += count * busy
+    in_flight, phases = flight(code, counts)
+    registers = -(-resources["registers"] // 8) * 8
+    held = min(REGISTERS // (registers * 32 * num_warps), MOST_PROGRAMS, MOST_WARPS // num_warps)
+    if resources["shared"]:
+        held = min(held, 227 * 1024 // (resources["shared"] + 1024))
+    per_voxel = 32 * num_warps / tile
+    return {
+        "instructions": instructions * per_voxel,
+        **{name: cycles[name] * per_voxel for name in PIPES},
+        "warps": held * num_warps, "held": held, "phases": phases,
+        "in_flight": in_flight * 32 * num_warps * held,
+    }  # fmt: skip
+
+
+def seconds_per_voxel(row: dict[str, Any], num_bytes: float, copy: float) -> float:
+    """Return the predicted time of a kernel, divided by the voxels."""
+    busiest = max(row["instructions"], *(row[name] for name in PIPES))
+    issue = busiest / (4 * 32) * row["tile"] / CLOCK  # of a program, on the four schedulers of a multiprocessor
+    rate = row["held"] / (row["phases"] * LATENCY + row["held"] * issue) * row["tile"] * MULTIPROCESSORS
+    return max(num_bytes / copy, 1 / rate)
+
+
+# ---- configurations ----
+
+
+def bytes_moved(arguments: tuple[Any, ...], voxels: int) -> float:
+    """Return the bytes per voxel of the tensors that a kernel reads or writes once."""
+    tensors = [each.ptr for each in arguments if getattr(each, "ptr", None) is not None]
+    return sum(tensor.nbytes for tensor in tensors) / voxels
+
+
+def rows_of(case: Case) -> list[dict[str, Any]]:
+    """Return a row for every kernel over voxels that a configuration launches."""
+    sys.path[:0] = [str(TESTS / "backends"), str(TESTS)]
+    import ahead_of_time
+    import triton
+    from calseg.kernels import launch
+
+    triton.runtime.driver.set_active(ahead_of_time.Driver(90))
+    rows: list[dict[str, Any]] = []
+
+    def count(kernel: Any, programs: int, like: Any, arguments: Any, num_warps: int) -> None:
+        name, tile = kernel.fn.__name__, getattr(arguments[-1], "TILE", None)
+        if tile is None:  # a kernel over few numbers
+            return
+        binary = kernel.warmup(*arguments, grid=(programs,), num_warps=num_warps, enable_fp_fusion=True)
+        resources = ahead_of_time.resources(binary.asm["cubin"])
+        trips = case.trips if name.startswith("vls") else ()
+        row = counted(binary.asm["cubin"], resources, tile, num_warps, trips)
+        voxels = like.numel() // like.shape[1]
+        rows.append(
+            {"kernel": name, "tile": tile, "num_warps": num_warps, **resources, **row,
+             "bytes": bytes_moved(arguments, voxels)}
+        )  # fmt: skip
+
+    launch.launch_kernel = count
+    ahead_of_time.call(**case.call)
+    return rows
+
+
+def shares(case: Case, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the predicted share of the copy on each GPU: the time of the least traffic divided by the kernels'."""
+    logits = case.call["C"] * (2 if case.call.get("dtype") == "bfloat16" else 4)
+    return {
+        gpu: 2 * case.copies * logits / copy / sum(seconds_per_voxel(row, row["bytes"], copy) for row in rows)
+        for gpu, copy in COPY.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="parts of the names of configurations; default: all")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON for each configuration")
+    options = parser.parse_args()
+    if not options.json:
+        print(
+            "instructions a voxel, by pipe in issue slots; bytes in flight a multiprocessor; PREDICTED share of a copy"
+        )
+    for name, case in CASES.items():
+        if options.names and not any(part in name for part in options.names):
+            continue
+        rows = rows_of(case)
+        if options.json:
+            print(json.dumps({"name": name, "rows": rows, "shares": shares(case, rows)}), flush=True)
+            continue
+        print(name, *(f"{gpu} {share:.0%}" for gpu, share in shares(case, rows).items()), flush=True)
+        for r in rows:
+            print(
+                f"    {r['kernel']:20} {r['instructions']:7.0f} "
+                + " ".join(f"{p} {r[p]:6.0f}" for p in PIPES)
+                + f" | regs {r['registers']:3} stack {r['stack']:3} warps {r['warps']:2} tile {r['tile']:4}"
+                + f" | {r['in_flight'] / 1024:4.0f} KiB in {r['phases']} phases",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

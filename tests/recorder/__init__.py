@@ -1,0 +1,1 @@
+"""A CUDA driver that records launches and runs nothing."""
