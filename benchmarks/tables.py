@@ -1,4 +1,4 @@
-"""Tables of the README and of the documentation, made from the JSON files in benchmarks/results.
+"""Tables of the README and of the documentation, made from the JSON files in benchmarks/results and from the package.
 
 A page marks the place of a table by two comments. What stands between them is replaced:
 
@@ -187,6 +187,13 @@ def regions() -> str:
     return markdown(["voxels that count", "labels of one rater", "labels drawn voxel by voxel"], rows)
 
 
+def methods() -> str:
+    """Return the methods of ``calseg train``."""
+    from calseg.methods import METHODS
+
+    return markdown(["method", "what it is"], [[f"`{name}`", method.title] for name, method in METHODS.items()])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "front": front,
     "machine": machine,
@@ -204,6 +211,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "calibration": partial(_times, TIMED, ["calibration_bins", "ace_loss_hard", "ace_loss_soft"], dtype="float32"),
     "small": partial(_times, TIMED[:6], ["small"]),
     "counts": counts,
+    "methods": methods,
     "regions": regions,
     **{f"evidence-{dataset}": partial(evidence, dataset) for dataset in ("hippocampus", "multirater", "synthetic")},
 }  # fmt: skip

@@ -50,13 +50,13 @@ def as_markdown(text: str) -> str:
 def _settings(cls: griffe.Class) -> list[str]:
     """Return a line for each setting of a configuration, and leave its default alone in the signature.
 
-    Settings are made by :func:`calseg.settings.setting`, or by a function for those of some methods, whose default is
-    None.
+    Settings are made by :func:`calseg.settings.setting`, or by a function for those whose default is that of the
+    method, which is shown as None.
     """
     lines = []
     for name, attribute in cls.attributes.items():
         call = attribute.value
-        if isinstance(call, griffe.ExprCall) and str(call.function) in ("setting", "_of_method"):
+        if isinstance(call, griffe.ExprCall) and str(call.function) in ("setting", "_of_method", "_of_every_method"):
             default, text = map(str, call.arguments[:2])
             attribute.value = default if str(call.function) == "setting" else "None"
             try:
