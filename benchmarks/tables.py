@@ -1,4 +1,4 @@
-"""Tables of the README and of the documentation, made from the JSON files in benchmarks/results.
+"""Tables of the README and of the documentation, made from the JSON files in benchmarks/results and from the package.
 
 A page marks the place of a table by two comments. What stands between them is replaced:
 
@@ -35,10 +35,12 @@ OPERATIONS = {
     "ace_loss_hard": "ACE loss, hard bins",
     "ace_loss_soft": "ACE loss, soft bins",
     "small": "cross-entropy",
-    "pairs_2": "2 samples",
-    "pairs_4": "4 samples",
-    "pairs_8": "8 samples",
+    "pairs_2": "2",
+    "pairs_4": "4",
+    "pairs_8": "8",
 }
+
+TITLES = {"monai": "MONAI"}
 
 Row = dict[str, Any]
 
@@ -170,7 +172,7 @@ def evidence(dataset: str) -> str:
 def counts() -> str:
     """Return what several packages make of a calibration error that is known."""
     content = load("ecosystem.json")
-    names = [f"{name} {version}" for name, version in content["packages"].items()]
+    names = [f"{TITLES.get(name, name)} {version}" for name, version in content["packages"].items()]
     rows = [
         [f"{row['voxels'] / 1e6:.1f} million", *(f"{row[key]:.4f}" for key in ("truth", *content["packages"]))]
         for row in content["rows"]
@@ -183,6 +185,13 @@ def regions() -> str:
     content = load("regions.json")
     rows = [[title, f"{error['rater']:.4f}", f"{error['drawn']:.4f}"] for title, error in content["regions"].items()]
     return markdown(["voxels that count", "labels of one rater", "labels drawn voxel by voxel"], rows)
+
+
+def methods() -> str:
+    """Return the methods of ``calseg train``."""
+    from calseg.methods import METHODS
+
+    return markdown(["method", "what it is"], [[f"`{name}`", method.title] for name, method in METHODS.items()])
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -202,6 +211,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "calibration": partial(_times, TIMED, ["calibration_bins", "ace_loss_hard", "ace_loss_soft"], dtype="float32"),
     "small": partial(_times, TIMED[:6], ["small"]),
     "counts": counts,
+    "methods": methods,
     "regions": regions,
     **{f"evidence-{dataset}": partial(evidence, dataset) for dataset in ("hippocampus", "multirater", "synthetic")},
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import textwrap
 from pathlib import Path
@@ -46,8 +47,33 @@ def as_markdown(text: str) -> str:
     return re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE).rstrip()
 
 
+def _settings(cls: griffe.Class) -> list[str]:
+    """Return a line for each setting of a configuration, and leave its default alone in the signature.
+
+    Settings are made by :func:`calseg.settings.setting`, or by a function for those whose default is that of the
+    method, which is shown as None.
+    """
+    lines = []
+    for name, attribute in cls.attributes.items():
+        call = attribute.value
+        if isinstance(call, griffe.ExprCall) and str(call.function) in ("setting", "_of_method", "_of_every_method"):
+            default, text = map(str, call.arguments[:2])
+            attribute.value = default if str(call.function) == "setting" else "None"
+            try:
+                lines.append(f"    {name}: {ast.literal_eval(text)}")
+            except ValueError:  # a text that is made from other values
+                lines.append(f"    {name}: See the command's ``--help``.")
+    return lines
+
+
 class Docstrings(griffe.Extension):
     """Turn every docstring into Markdown when its object has been read."""
+
+    def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:
+        """Add the settings of a configuration to its docstring."""
+        lines = _settings(cls)
+        if lines and cls.docstring is not None:
+            cls.docstring.value = "\n".join([cls.docstring.value, "", "Args:", *lines])
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite the docstring of an object."""
