@@ -1,9 +1,9 @@
 """The trainers, which nnU-Net finds by their names (see :mod:`calseg.integrations.nnunet`).
 
 All use nnU-Net's plans, folds, augmentation and schedule. Those whose models predict train nnU-Net's own network, and
-only the loss and what it needs differ. Their checkpoints hold the weights of that network alone, and name the trainer of
-nnU-Net that builds it. So ``nnUNetv2_predict`` and ``nnUNetv2_export_model_to_zip`` work as ever, also where calseg is
-not installed. The networks of CALSeg's first stage are not for prediction.
+only the loss and what it needs differ. Their checkpoints hold the weights of that network alone, and name the trainer
+of nnU-Net that builds it. So ``nnUNetv2_predict`` and ``nnUNetv2_export_model_to_zip`` work as ever, also where calseg
+is not installed. The networks of CALSeg's first stage are not for prediction.
 """
 
 from __future__ import annotations
