@@ -1,4 +1,4 @@
-"""What the tests of integrations need: nnU-Net's folders, and a timm that imports."""
+"""What the tests of nnU-Net need: its folders, and a timm that imports."""
 
 from __future__ import annotations
 
@@ -29,15 +29,11 @@ if find_spec("nnunetv2") and not timm_imports():
     sys.path.insert(0, str(STUBS))
 
 
-@pytest.fixture(autouse=True)
-def _nnunet_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def nnunet_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Point nnU-Net's variables to ``tmp_path``, with the names that nnunet_data.py uses, and load data in process."""
-    set_variables(monkeypatch, tmp_path)
-
-
-def set_variables(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(root / name))
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     monkeypatch.setenv("nnUNet_def_n_proc", "1")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for the processes that nnU-Net spawns

@@ -27,6 +27,7 @@ from calseg.integrations.nnunet.soft_labels import make_soft_labels
 from calseg.integrations.nnunet.store import STEPS, opened
 from calseg.integrations.nnunet.trainers import nnUNetTrainerSoftLabels
 
+pytestmark = pytest.mark.usefixtures("nnunet_folders")
 CONFIGURATIONS = ("3d_fullres", "flat", "2d")
 TRANSPOSES = ((0, 1, 2), (2, 0, 1), (1, 2, 0))
 Levels = tuple[list[Tensor], list[Tensor]]

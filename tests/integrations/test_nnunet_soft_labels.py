@@ -25,6 +25,7 @@ from calseg.integrations.nnunet.store import STEPS, opened
 from calseg.runs import CasesInterruptedError
 from calseg.volumes.probabilities import soft_labels_file
 
+pytestmark = pytest.mark.usefixtures("nnunet_folders")
 RUN = f"results/{data.NAME}/nnUNetTrainer__nnUNetPlans__3d_fullres"
 SOFT = "calseg_soft_labels_nnUNetPlans_3d_fullres"
 SHARPENED = 1.8

@@ -19,6 +19,8 @@ from calseg.integrations.nnunet.soft_labels import make_soft_labels
 from calseg.integrations.nnunet.stage_one import StageOneLoss, StageOneNetwork, with_label
 from calseg.integrations.nnunet.trainers import nnUNetTrainerStageOne
 
+pytestmark = pytest.mark.usefixtures("nnunet_folders")
+
 
 def network(folder: Path, configuration: str) -> StageOneNetwork:
     trainer = data.make_trainer(nnUNetTrainerStageOne, folder, configuration)

@@ -32,6 +32,7 @@ from calseg.integrations.nnunet.trainers import (
     nnUNetTrainerVLS,
 )
 
+pytestmark = pytest.mark.usefixtures("nnunet_folders")
 TRAINERS = [nnUNetTrainerCalseg, nnUNetTrainerVLS, nnUNetTrainerSoftLabels]
 
 

@@ -54,7 +54,7 @@ class LabelAndSoft:
         return np.concatenate([np.asarray(array[part], np.int16) for array in (self.label, self.soft)])
 
 
-class SplitSoftLabels(BasicTransform):  # type: ignore[misc, unused-ignore]
+class SplitSoftLabels(BasicTransform):
     """Make the soft labels, channels 1 to C of the segmentation, a ``regression_target`` in [0, 1], float32.
 
     Args:
@@ -74,7 +74,7 @@ class SplitSoftLabels(BasicTransform):  # type: ignore[misc, unused-ignore]
         return data_dict
 
 
-class BlendSoftLabels(BasicTransform):  # type: ignore[misc, unused-ignore]
+class BlendSoftLabels(BasicTransform):
     """Append soft labels ``(1 - alpha) onehot(label) + alpha estimate`` to the labels, for every level.
 
     What the estimate lacks to a sum of 1, as outside of the image, goes to the class of the label. A level with a lower

@@ -44,6 +44,7 @@ class DiceCrossEntropy(nn.Module):
         dice, ignore_label = loss.dc, loss.ignore_label
         self.ignore_index = NO_IGNORE if ignore_label is None else int(ignore_label)
         self.over_processes = bool(dice.ddp and dice.batch_dice)
+        self.offset = float(loss.weight_dice) * sum(self.weights)
         self.options: dict[str, Any] = {
             "ce_weight": float(loss.weight_ce),
             "dice_weight": float(loss.weight_dice),
@@ -66,12 +67,14 @@ class DiceCrossEntropy(nn.Module):
         targets = [target] if isinstance(target, Tensor) else list(target)
         labels, soft = targets[: len(outputs)], targets[len(outputs) :]
         soft_or_none: list[Tensor | None] = [*soft] or [None] * len(outputs)
+        levels = zip(self.weights, outputs, labels, soft_or_none, strict=True)
+        losses = [
+            self.of_level(logits, label, soft_labels, weight=weight)
+            for weight, logits, label, soft_labels in levels
+            if weight
+        ]
         # nnU-Net's loss has -dice where calseg's has 1 - dice.
-        total = torch.tensor(-self.options["dice_weight"] * sum(self.weights), device=outputs[0].device)
-        for weight, logits, label, soft_labels in zip(self.weights, outputs, labels, soft_or_none, strict=True):
-            if weight:
-                total = total + self.of_level(logits, label, soft_labels, weight=weight)
-        return total
+        return torch.stack(losses).sum() - self.offset
 
     def of_level(self, logits: Tensor, label: Tensor, soft_labels: Tensor | None, *, weight: float) -> Tensor:
         """Return ``weight`` times the loss of one level."""

@@ -1,8 +1,9 @@
 """The trainers, which nnU-Net finds by their names (see :mod:`calseg.integrations.nnunet`).
 
-Each trains nnU-Net's own network, with its plans, augmentation and schedule; only the loss and what it needs differ. A
-checkpoint holds the weights of that network alone, and names the trainer of nnU-Net that builds it. So
-``nnUNetv2_predict`` and ``nnUNetv2_export_model_to_zip`` work as ever, also where calseg is not installed.
+All use nnU-Net's plans, folds, augmentation and schedule. Those whose models predict train nnU-Net's own network, and
+only the loss and what it needs differ. Their checkpoints hold the weights of that network alone, and name the trainer
+of nnU-Net that builds it. So ``nnUNetv2_predict`` and ``nnUNetv2_export_model_to_zip`` work as ever, also where calseg
+is not installed. The networks of CALSeg's first stage are not for prediction.
 """
 
 from __future__ import annotations
@@ -203,7 +204,7 @@ class nnUNetTrainerStageOne(nnUNetTrainerCalseg):  # noqa: N801
         """Estimate the label of every validation case, from its image and its label."""
         classes, dataset_class = self.label_manager.num_segmentation_heads, self.dataset_class
 
-        class CasesWithLabels(dataset_class):  # type: ignore[misc, valid-type, unused-ignore]
+        class CasesWithLabels(dataset_class):  # type: ignore[misc, valid-type]
             def load_case(self, identifier: str) -> tuple[Any, Any, Any, Any]:
                 image, label, before, properties = super().load_case(identifier)
                 joined = with_label(torch.from_numpy(image[:])[None], torch.from_numpy(label[:])[None], classes)
