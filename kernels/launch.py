@@ -47,9 +47,9 @@ class TileDemands(NamedTuple):
 HARD = TileDemands(held=66, fill=32, spread=64)
 WEIGHTED = TileDemands(held=32, fill=32, spread=16)  # a thread also holds the class weights
 SOFT = TileDemands(held=32, fill=16, spread=16)
-OVERLAP = TileDemands(held=56, fill=32, spread=32)  # one-hot labels, with sums over the voxels of a program
+OVERLAP = TileDemands(held=32, fill=56, spread=32)  # one-hot labels, with sums over the voxels of a program
 BINS = TileDemands(held=56, fill=16, spread=32)
-SAMPLED = TileDemands(held=16, fill=8, spread=8, noise=True)
+SAMPLED = TileDemands(held=16, fill=8, spread=16, noise=True)
 
 
 class Geometry(NamedTuple):
@@ -105,19 +105,21 @@ def choose_tile(demands: TileDemands, geometry: Geometry, itemsize: int) -> tupl
         while 2 * voxels * rows <= demands.fill and voxels < MAX_VOXELS:
             voxels *= 2
         return Tile(block, 4 * WARP * voxels, align, 1, 1, vector, quads), 4
-    width, narrowest = WARP, SECTOR_BYTES // itemsize
-    while block * width > 8 * WARP * demands.spread and width > narrowest:
+    width, narrowest, spread = WARP, SECTOR_BYTES // itemsize, demands.spread
+    if demands.noise and block > 64:
+        spread //= 2  # with so many classes, one program would take all registers of a multiprocessor
+    while block * width > 8 * WARP * spread and width > narrowest:
         width //= 2
-    block = min(block, MAX_WARPS * WARP * demands.spread // width)
-    return Tile(block, width, align, 1, 1, min(vector, 2), quads), block * width // (WARP * demands.spread)
+    block = min(block, MAX_WARPS * WARP * spread // width)
+    return Tile(block, width, align, 1, 1, min(vector, 2), quads), block * width // (WARP * spread)
 
 
 def _channels_last(demands: TileDemands, geometry: Geometry, block: int, itemsize: int) -> tuple[Tile, int]:
     """Do as :func:`choose_tile` for tensors in which the classes of a voxel are adjacent."""
     align = common_alignment(*(stride for n, _, s in geometry.scores for stride in (n, s)))
-    block = min(block, MAX_WARPS * WARP * demands.spread)
+    spread = 8 if demands.noise else min(demands.spread, 16)
+    block = min(block, MAX_WARPS * WARP * spread)
     vector = min(align, 4 if demands.noise else VECTOR_BYTES // itemsize, block)
-    spread = min(demands.spread, 16)
     # If a thread loads one class at a time, the classes of a voxel lie in many threads. Let these be of one warp.
     voxels = max(1, (1 if vector == 1 else 4) * WARP * spread // block)
     warps = max(1, block * voxels // (WARP * spread))

@@ -22,7 +22,7 @@ from calseg.kernels.overlap import empty_overlap, finished_overlap
 from calseg.kernels.overlap import tile_demands as overlap_demands
 from calseg.kernels.reductions import LossArguments, Upstream, mean_divisors, reduced_loss
 from calseg.kernels.sample_soft_labels import launch as launch_sample_soft_labels
-from calseg.kernels.scale_gradients import launch as launch_scale_gradient
+from calseg.kernels.scale_gradients import launch as launch_scale_gradients
 from torch import Tensor
 
 from calseg import checks, native
@@ -180,9 +180,7 @@ def _loss_arguments(call: Call, spec: LossSpec, factor: Tensor | None, *, reduce
 
 def scale_gradients(gradients: Sequence[Tensor | None], factor: Tensor) -> None:
     """Multiply gradients in place by a 0-d tensor. A factor of 1 leaves the memory untouched."""
-    for gradient in gradients:
-        if gradient is not None:
-            launch_scale_gradient(gradient, factor)
+    launch_scale_gradients([gradient for gradient in gradients if gradient is not None], factor)
 
 
 # ---- soft labels ----
