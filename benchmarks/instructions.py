@@ -6,8 +6,10 @@ and `tests/backends/test_instructions.py` bounds them. **The times that follow f
 with the constants below: nothing here was measured on a GPU.
 
 A program waits for memory once per phase, and its multiprocessor issues the instructions of all programs that it holds.
-So programs pass at the rate ``held / (phases * LATENCY + held * issue)``, and the memory bounds the rate too. The share
-of a copy is the time in which the GPU copies the logits, divided by the time of the kernels.
+So programs pass at the rate ``held / (phases * LATENCY + held * issue)``, and the memory bounds the rate too. A phase
+is the first use of loaded data after other loads, as if no data were in a cache, so the prediction is low where a
+kernel loads a few numbers that all programs share. The share of a copy is the time in which the GPU copies the logits
+``copies`` times, divided by the time of the kernels.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from calseg.kernels.labels import class_weights, label_weights, load_labels, weighted
 from calseg.kernels.launch import HARD, SOFT, WEIGHTED, Call, TileDemands
-from calseg.kernels.overlap import overlap_dot, overlap_gradient, store_overlap
+from calseg.kernels.overlap import label_step, overlap_dot, overlap_gradient, slope_above, store_overlap
 from calseg.kernels.reductions import LossArguments, load_upstream, store_loss
-from calseg.kernels.softmax import INF, exp_of, fine_reciprocal, online_top_and_sum, reciprocal, softmax, top_and_sum
+from calseg.kernels.softmax import INF, exp_of, fine_reciprocal, online_top_and_sum, reciprocal, top_and_sum
 from calseg.kernels.tile import classes, load, locate, store
 
 
@@ -56,19 +56,22 @@ def _one_hot(c, label):
 
 @triton.jit
 def _hard_gradient(
-    x, c, label, weight, top, total, scale_e, scale_label, scale_weight, grad_overlap, dot, ok, n,
-    SMOOTHED: tl.constexpr, C: tl.constexpr,
+    x, c, label, weight, top, scale_e, scale_label, scale_weight, grad_overlap, shift, n, SMOOTHED: tl.constexpr,
+    C: tl.constexpr,
 ):  # fmt: skip
-    """Return the gradient of the logits of a block of classes."""
+    """Return the gradient of the logits of a block of classes.
+
+    With ``grad_overlap``, ``shift`` is what the slopes of all classes have in common.
+    """
     # Hide from the compiler that this label is the one in _hard_terms(). Otherwise it keeps the results of the
     # comparisons there as single bits in registers, and to unpack them takes three times as long as to compare again.
     label = tl.where(scale_e == scale_e, label, -1)
     g = exp_of(x - top[None, :]) * scale_e[None, :]
+    if grad_overlap is not None:
+        g *= slope_above(grad_overlap, n, c, C)[:, None] + shift[None, :]
     g = tl.where(c[:, None] == label[None, :], g - scale_label[None, :], g)
     if SMOOTHED:
         g -= class_weights(weight, c, C)[:, None] * scale_weight[None, :]
-    if grad_overlap is not None:
-        g += overlap_gradient(grad_overlap, softmax(x, top, total, 1.0), _one_hot(c, label), ok, dot, n, c, C)
     return g
 
 
@@ -127,24 +130,39 @@ def hard_cross_entropy(
     scale_weight = total
     if grad is not None:
         up, _ = load_upstream(upstream, n, first, inside, ok, NUM_SUMS, tile)
-        # The gradients of loss and overlap may cancel each other.
-        scale_e = up * mass * (reciprocal(total) if grad_overlap is None else fine_reciprocal(total))
         scale_label = up * on_label
         scale_weight = up * spread
-
-    dot = tl.full([tile.TILE], 0.0, tl.float32)
+        if grad_overlap is None:
+            scale_e = up * mass * reciprocal(total)
+    # The probabilities of the overlap are 0 where a voxel does not count.
+    if overlap is not None or grad_overlap is not None:
+        per_total = tl.where(ok, fine_reciprocal(total), 0.0)
+    shift = total
     if C <= BLOCK_C:
         label_d, weighted_d = _hard_terms(x, c, label, weight, top, SMOOTHED, C)
         if overlap is not None:
-            store_overlap(overlap, softmax(x, top, total, 1.0), _one_hot(c, label), ok, c, C)
+            p = exp_of(x - top[None, :]) * per_total[None, :]
+            store_overlap(overlap, p, _one_hot(c, label), None, c, C)
         if grad_overlap is not None:
-            dot = overlap_dot(grad_overlap, softmax(x, top, total, 1.0), _one_hot(c, label), n, c, C)
+            p = exp_of(x - top[None, :]) * per_total[None, :]
+            dot = tl.sum(p * slope_above(grad_overlap, n, c, C)[:, None], 0)
+            label_p = exp_of(label_d) * per_total
     else:
         if grad_overlap is not None:
+            dot = tl.full([tile.TILE], 0.0, tl.float32)
+            label_p = dot
             for start in range(0, C, BLOCK_C):
                 x = load(logits, n, first, inside, counted, start + c, C, tile)
-                p = softmax(x, top, total, 1.0)
-                dot += overlap_dot(grad_overlap, p, _one_hot(start + c, label), n, start + c, C)
+                p = exp_of(x - top[None, :]) * per_total[None, :]
+                dot += tl.sum(p * slope_above(grad_overlap, n, start + c, C)[:, None], 0)
+                label_p += tl.sum(_one_hot(start + c, label) * p, 0)
+    if grad_overlap is not None:
+        label_slope = label_p * label_step(grad_overlap, n, label, C)
+        # One factor for both gradients, which may cancel each other.
+        scale_e = per_total
+        shift = up * mass - (dot + label_slope)
+        scale_label -= label_slope
+    if C > BLOCK_C:
         label_d = tl.full([tile.TILE], 0.0, tl.float32)
         weighted_d = label_d
         for start in range(0, C, BLOCK_C):
@@ -153,11 +171,12 @@ def hard_cross_entropy(
             label_d += a
             weighted_d += b
             if overlap is not None:
-                store_overlap(overlap, softmax(x, top, total, 1.0), _one_hot(start + c, label), ok, start + c, C)
+                p = exp_of(x - top[None, :]) * per_total[None, :]
+                store_overlap(overlap, p, _one_hot(start + c, label), None, start + c, C)
             if grad is not None:
                 g = _hard_gradient(
-                    x, start + c, label, weight, top, total, scale_e, scale_label, scale_weight, grad_overlap, dot, ok,
-                    n, SMOOTHED, C,
+                    x, start + c, label, weight, top, scale_e, scale_label, scale_weight, grad_overlap, shift, n,
+                    SMOOTHED, C,
                 )  # fmt: skip
                 store(grad, n, first, inside, start + c, g, C, tile)
 
@@ -175,7 +194,7 @@ def hard_cross_entropy(
 
     if C <= BLOCK_C and grad is not None:
         g = _hard_gradient(
-            x, c, label, weight, top, total, scale_e, scale_label, scale_weight, grad_overlap, dot, ok, n, SMOOTHED, C
+            x, c, label, weight, top, scale_e, scale_label, scale_weight, grad_overlap, shift, n, SMOOTHED, C
         )
         store(grad, n, first, inside, c, g, C, tile)
 

@@ -16,16 +16,22 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from calseg.kernels.launch import SAMPLED, SOFT, Call, TileDemands
+from calseg.kernels.launch import OVERLAP, SAMPLED, SOFT, Call, TileDemands
 from torch import Tensor
 
 
 @triton.jit
 def store_overlap(overlap, p, y, ok, c, C: tl.constexpr):
-    """Store this program's sums of classes ``c`` in ``overlap``, float32 ``[programs, C, 2]``."""
+    """Store this program's sums of classes ``c`` in ``overlap``, float32 ``[programs, C, 2]``.
+
+    Only voxels that are ``ok`` count. It is None if p and y are 0 elsewhere.
+    """
     to = overlap + 2 * (tl.program_id(0).to(tl.int64) * C + c)
-    tl.store(to, tl.sum(tl.where(ok[None, :], p + y, 0.0), 1), mask=c < C)
-    tl.store(to + 1, tl.sum(tl.where(ok[None, :], tl.abs(p - y), 0.0), 1), mask=c < C)
+    both, apart = p + y, tl.abs(p - y)
+    if ok is not None:
+        both, apart = tl.where(ok[None, :], both, 0.0), tl.where(ok[None, :], apart, 0.0)
+    tl.store(to, tl.sum(both, 1), mask=c < C)
+    tl.store(to + 1, tl.sum(apart, 1), mask=c < C)
 
 
 @triton.jit
@@ -50,9 +56,29 @@ def overlap_gradient(grad_overlap, p, y, ok, dot, n, c, C: tl.constexpr):
     return tl.where(ok[None, :], p * (slope - dot[None, :]), 0.0)
 
 
+# With one-hot labels, p is below Y for the label and above it for all other classes, so the slope of a class is one
+# number, and another one for the label.
+
+
+@triton.jit
+def slope_above(grad_overlap, n, c, C: tl.constexpr):
+    """Return the gradient with respect to p of classes ``c`` where p is above Y, ``[BLOCK_C]``."""
+    place = grad_overlap + 2 * (n * C + c)
+    return (tl.load(place, mask=c < C, other=0.0) + tl.load(place + 1, mask=c < C, other=0.0)).to(tl.float32)
+
+
+@triton.jit
+def label_step(grad_overlap, n, label, C: tl.constexpr):
+    """Return by how much the gradient with respect to p of the label is above :func:`slope_above`, ``[TILE]``."""
+    place = grad_overlap + 2 * (n * C + label) + 1
+    return -2.0 * tl.load(place, mask=(label >= 0) & (label < C), other=0.0).to(tl.float32)
+
+
 def tile_demands(tensors: Any) -> TileDemands:
     """Return the demands of a kernel with these tensors. A thread also holds two numbers of every class."""
-    return SOFT if tensors.mu is None else SAMPLED
+    if tensors.mu is not None:
+        return SAMPLED
+    return OVERLAP if tensors.soft_labels is None else SOFT
 
 
 def empty_overlap(call: Call) -> Tensor:

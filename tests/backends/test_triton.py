@@ -1090,7 +1090,7 @@ def test_alignment():
 REGISTERS = {
     "cross_entropy": 168, "weighted_cross_entropy": 128, "soft_cross_entropy": 168, "vls_cross_entropy": 240,
     "vls_elbo": 184, "gaussian_kl": 128, "sample_soft_labels": 136, "accumulate_soft_labels": 96, "scale_gradients": 64,
-    "calibration_bins": 248, "hard_overlap": 168, "soft_overlap": 168, "sampled_overlap": 240,
+    "calibration_bins": 248, "hard_overlap": 208, "soft_overlap": 168, "sampled_overlap": 240,
 }  # fmt: skip
 COMPILED = [
     *({"operation": "cross_entropy", "C": C} for C in (2, 4, 14, 33, 117)),

@@ -1,0 +1,87 @@
+"""Instructions of the GPU kernels, bounded for every configuration of benchmarks/instructions.py: no GPU is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from calseg.backends import choice
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "instructions.py"
+COUNTED_WITH = "3.9"  # the version of Triton, on which counts depend
+MARGIN = 1.03
+
+pytestmark = [
+    pytest.mark.skipif(not SCRIPT.is_file(), reason="needs the checkout's benchmarks"),
+    pytest.mark.skipif(
+        choice.TRITON_ERROR is not None or not (choice.triton_version() or "").startswith(COUNTED_WITH + "."),
+        reason=f"the counts are those of Triton {COUNTED_WITH}",
+    ),
+    pytest.mark.timeout(900),
+]
+
+# Instructions a voxel on sm_90, of all kernels over voxels together.
+INSTRUCTIONS = {
+    "cross_entropy C=2 float32": 85,
+    "cross_entropy C=4 float32": 113,
+    "cross_entropy C=14 float32": 287,
+    "cross_entropy C=33 float32": 758,
+    "cross_entropy C=117 float32": 3041,
+    "cross_entropy C=2 bfloat16": 88,
+    "cross_entropy C=4 bfloat16": 118,
+    "cross_entropy C=14 bfloat16": 311,
+    "cross_entropy C=33 bfloat16": 820,
+    "cross_entropy C=117 bfloat16": 3265,
+    "cross_entropy C=4 float32 channels-last": 167,
+    "cross_entropy C=14 float32 channels-last": 1023,
+    "cross_entropy C=33 float32 channels-last": 4293,
+    "cross_entropy C=117 float32 channels-last": 5373,
+    "cross_entropy C=4 bfloat16 channels-last": 174,
+    "cross_entropy C=14 bfloat16 channels-last": 1057,
+    "cross_entropy C=33 bfloat16 channels-last": 4449,
+    "cross_entropy C=117 bfloat16 channels-last": 5669,
+    "dice C=2": 163,
+    "dice C=4": 246,
+    "dice C=14": 815,
+    "dice C=33": 4115,
+    "dice C=117": 8365,
+    "vls C=2": 606,
+    "vls C=4": 934,
+    "vls C=14": 2872,
+    "vls C=33": 14549,
+    "vls C=117": 38925,
+    "bins C=2": 359,
+    "bins C=4": 451,
+    "bins C=14": 610,
+    "bins C=117": 5248,
+}
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """Return the rows of the script by name, from a process in which Triton compiles. In this one it interprets."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--json"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return {row["name"]: row for row in map(json.loads, done.stdout.splitlines())}
+
+
+def test_every_configuration_has_a_bound(counted):
+    assert counted.keys() == INSTRUCTIONS.keys()
+
+
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+def test_instructions(counted, name):
+    """A change that costs more than 3 % shows. A bound far above the count is out of date, and shows too."""
+    rows = counted[name]["rows"]
+    total = sum(row["instructions"] for row in rows)
+    assert INSTRUCTIONS[name] / 1.1 < total < INSTRUCTIONS[name] * MARGIN, total
+    for row in rows:
+        assert row["stack"] == 0, row["kernel"]
