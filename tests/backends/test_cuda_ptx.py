@@ -13,7 +13,7 @@ import torch
 from cases import LAYOUTS, assert_same_bins, id_of, labels
 from ptx.execution import run, span_of
 from ptx.parser import PtxError, names_of
-from test_cuda import COLUMNS, GLOBAL, KEPT, LOW, ROOT, SHARED, Limits, OnHost, call_of, every_kind, set_up, write_specs
+from test_cuda import COLUMNS, GLOBAL, KEPT, LOW, ROOT, SHARED, Limits, OnHost, call_of, set_up, write_specs
 from test_cuda import library as library  # the fixture
 
 import calseg
@@ -81,7 +81,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced_space"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("C", [3, 21])
 @pytest.mark.parametrize("place", PLACES)
 def test_places(on_ptx, place, C, layout):
@@ -99,7 +99,7 @@ def test_places(on_ptx, place, C, layout):
     assert_same_bins(got, wanted, units=4 + C // 8)
 
 
-@every_kind
+@pytest.mark.parametrize("kind", [{}, {"class_wise": True}], ids=["top", "classes"])
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=id_of)
 def test_logits(on_ptx, dtype, kind):
     """The bins of logits are those of float64, but for voxels at an edge. The rest of the integers are equal."""

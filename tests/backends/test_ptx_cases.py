@@ -22,20 +22,17 @@ pytestmark = [
 
 CHOSEN = {
     "test_triton.py": [
-        *(f"test_cross_entropy[NCHW-{reduction}]" for reduction in ("none", "mean", "sum")),
-        "test_classes_and_odd_sizes[2]", "test_classes_and_odd_sizes[33]", "test_label_types[uint8]",
-        "test_low_precision[hard-2-bfloat16]", "test_layouts[channels_last]", "test_layouts[every_second]",
-        "test_extreme_logits[hard]", "test_vls[3-0]", "test_vls[14-1]", "test_elbo[5]", "test_sampled_soft_labels[3]",
-        "test_accumulated_soft_labels[float32]", "test_gaussian_kl[mean]", "test_overlap[3-hard_overlap]",
-        "test_calibration_edges[15-False]", "test_a_label_that_is_no_whole_number_makes_the_loss_nan[bfloat16]",
+        "test_cross_entropy[NCHW-mean]", "test_classes_and_odd_sizes[2]", "test_classes_and_odd_sizes[33]",
+        "test_label_types[uint8]", "test_low_precision[hard-2-bfloat16]", "test_layouts[channels_last]",
+        "test_extreme_logits[hard]", "test_vls[3-0]", "test_sampled_soft_labels[3]",
+        "test_a_label_that_is_no_whole_number_makes_the_loss_nan[bfloat16]", "test_overlap[3-hard_overlap]",
         "test_philox_known_answers", "test_normals[False]", "test_voxels_past_two_to_the_32",
         "test_offsets_past_two_to_the_31[all]",
     ],
     "test_compiled.py": [
-        "test_every_stride[cross_entropy-float32]", "test_every_stride[masked-float32]",
-        "test_every_stride[gaussian_kl-float32]", "test_the_mask_of_calibration_may_have_any_stride[16]",
-        "test_a_scalar_upstream_gradient[False-float32]", "test_the_error_of_the_hardware[cross_entropy]",
-        "test_a_hint_that_is_too_wide", "test_a_mask_that_is_missing",
+        "test_every_stride[cross_entropy-float32]", "test_every_stride[gaussian_kl-float32]",
+        "test_the_mask_of_calibration_may_have_any_stride[16]", "test_a_scalar_upstream_gradient[False-float32]",
+        "test_the_error_of_the_hardware[cross_entropy]", "test_a_hint_that_is_too_wide", "test_a_mask_that_is_missing",
         "test_a_fault_in_our_kernels[without barriers]", "test_a_fault_in_our_kernels[without masks]",
     ],
 }  # fmt: skip

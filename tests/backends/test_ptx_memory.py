@@ -102,6 +102,15 @@ def test_races_of_writes():
         execute(late.format(0) + late.format(40), threads=64, shared=64)
 
 
+def test_copies_of_a_number_may_be_rounded_otherwise():
+    """Lanes may write 1 and 1 + 2^-23 at once, as copies of a sum that each added up in its order; not 1 and 1.1."""
+    body = "\tand.b32 %r2, %r0, 1;\n\tmad.lo.u32 %r3, %r2, {}, {};\n\tst.shared.b32 [smem], %r3;"
+    execute(body.format(1, 0x3F800000), shared=64)
+    for step, first in ((0x0CCCCD, 0x3F800000), (1, 0)):
+        with pytest.raises(PtxError, match="writes what another one writes"):
+            execute(body.format(step, first), shared=64)
+
+
 def test_atomics_race_with_other_accesses_only():
     add = "\tatom.shared.add.u32 %r2, [smem], 1;\n"
     assert words(f"{add}{add}\tbar.sync 0;\n\tld.shared.b32 %r1, [smem];", threads=64, shared=64) == [128] * 64

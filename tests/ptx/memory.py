@@ -1,7 +1,7 @@
 """Global memory and shared memory, with every access checked.
 
 An access that is out of bounds or misaligned is an error. So is a race in shared memory: two threads use the same byte,
-at least one of them writes it, and no barrier lies between. Two threads may write the same value, as Triton's do.
+at least one of them writes it, and no barrier lies between. Threads may write copies of a value, as Triton's do.
 """
 
 from __future__ import annotations
@@ -120,6 +120,8 @@ def _numbers(region: Region, dtype: np.dtype, count: int, addresses: np.ndarray)
 ATOMIC = 1 << 14
 """Number that stands for all atomic instructions in place of a thread."""
 NEVER = 1 << 15
+SMALLEST_NORMAL = 0x00800000  # the bits of the smallest normal float32
+COPY_UNITS = 16  # units in the last place by which copies of a float32 may differ
 
 
 class Accesses(NamedTuple):
@@ -222,7 +224,7 @@ class SharedMemory:
         changes = (numbers[key] != values.T).any(1)
         _raise_race(accesses, self._writes.conflicts(accesses) & changes, "writes what another one writes")
         numbers[key] = values.T
-        _raise_race(accesses, (numbers[key] != values.T).any(1), "writes what another one writes")
+        _raise_race(accesses, _differ(numbers[key], values.T).any(1), "writes what another one writes")
         self._writes.note(accesses)
 
     def update(
@@ -251,6 +253,17 @@ class SharedMemory:
             raise PtxError(f"{width} bytes at address {int(at.max())} in shared memory of {self._size} bytes")
         warps = np.minimum(threads // WARP, self._syncs.shape[1] - 1)
         return Accesses(rows, at // width, width, threads, self._syncs[rows, warps])
+
+
+def _differ(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return which numbers of two threads differ, ``[accesses, words]``, by more than the rounding of a copy.
+
+    Triton lets all lanes that hold a copy of a number store it. Where a sum over lanes is fused with a product, each
+    lane adds its own product unrounded to the rounded ones of others, so copies differ in their last bits.
+    """
+    a, b = (np.ascontiguousarray(x).view(f"u{min(x.itemsize, 4)}").astype(np.int64) for x in (a, b))
+    is_normal = np.minimum(a, b) >= SMALLEST_NORMAL
+    return (a != b) & ~(is_normal & (np.abs(a - b) <= COPY_UNITS))
 
 
 def _raise_race(accesses: Accesses, races: np.ndarray, what: str) -> None:
