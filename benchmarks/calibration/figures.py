@@ -1,183 +1,179 @@
-"""Tables and figure of the README, from benchmarks/results/calibration-*.json.
+"""Tables and figure of the experiment, from benchmarks/results/calibration-*.json.
 
     python benchmarks/calibration/figures.py
 
-prints a Markdown table per data set and writes benchmarks/results/calibration.png.
+prints a table for every data set, writes it into README.md and benchmarks/README.md where they have a place for it
+(tables.py), and draws benchmarks/results/calibration.png. A data set without a result, or with one of another format,
+is named and left out.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from scores import TITLES
+from contenders import CONTENDERS, OTHERS, REFERENCE
+from datasets import PLANS
+from report import FORMAT
+from tables import fill, front_table, table
 
-RESULTS = Path(__file__).parents[1] / "results"
-DATASETS = ("hippocampus", "multirater", "synthetic")
-NAMES = {
-    "cross_entropy": "cross-entropy",
-    "temperature_scaling": "temperature scaling",
-    "label_smoothing": "label smoothing",
-    "svls": "SVLS",
-    "focal": "focal",
-    "mbls": "MbLS",
-    "nacl": "NACL",
-    "vls": "vls (one stage)",
-    "calseg": "CALSeg, chosen",
-    "calseg_defaults": "CALSeg, default",
-}
-COLUMNS = ("dice", "fg_ece", "ece", "nll", "brier", "disputed_ece", "truth_error")
+BENCHMARKS = Path(__file__).resolve().parents[1]
+RESULTS = BENCHMARKS / "results"
+LIGHT = "#bbbbbb"
+
+
+class Style(NamedTuple):
+    """How a contender is drawn. A hollow marker stands for a method without the Dice loss."""
+
+    colour: str
+    marker: str
+    is_hollow: bool = False
+
+
 STYLES = {
-    "cross_entropy": ("#222222", "o"),
-    "temperature_scaling": ("#777777", "s"),
-    "label_smoothing": ("#1f77b4", "^"),
-    "svls": ("#17becf", "D"),
-    "focal": ("#2ca02c", "v"),
-    "mbls": ("#9467bd", "<"),
-    "nacl": ("#8c564b", ">"),
-    "vls": ("#e6a800", "P"),
-    "calseg": ("#ff7f0e", "X"),
-    "calseg_defaults": ("#d62728", "*"),
+    REFERENCE: Style("#000000", "s"),
+    "dice_cross_entropy_scaled": Style("#000000", "D"),
+    "cross_entropy": Style("#000000", "s", is_hollow=True),
+    "cross_entropy_scaled": Style("#000000", "D", is_hollow=True),
+    **{
+        f"{method}{ending}": Style("#0072b2", marker, is_hollow=not ending)
+        for method, marker in zip(OTHERS, "^v<>phXP", strict=True)
+        for ending in ("", "_dice")
+    },
+    "calseg": Style("#d55e00", "o", is_hollow=True),
+    "calseg_dice_second": Style("#d55e00", "o"),
+    "calseg_dice": Style("#d55e00", "*"),
+    "calseg_dice_hard": Style("#e69f00", "d"),
+    "calseg_dice_prior": Style("#e69f00", "P"),
+    "calseg_dice_network": Style("#009e73", "*"),
+    "network_dice_second": Style("#009e73", "o"),
 }
-NLL_TICKS = (-0.1, -0.05, -0.02, -0.01, -0.005, 0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
-DRAWN = ("cross_entropy", "temperature_scaling", "svls", "calseg", "calseg_defaults")
-"""Methods whose reliability is drawn. More lines could not be told apart."""
+CURVES = {
+    REFERENCE: "-",
+    "dice_cross_entropy_scaled": ":",
+    "cross_entropy": "--",
+    "ace_soft_dice": "-",
+    "calseg_dice_second": "-",
+    "calseg_dice": "--",
+}
+"""The contenders whose reliability is drawn, with their line styles. More lines could not be told apart."""
 
 
-def _settings(entry: Mapping[str, Any]) -> str:
-    """Return the settings of a method in words."""
-    words = [f"{name} {value:g}" for name, value in entry["settings"].items()]
-    if "temperatures" in entry and "temperature" not in entry["settings"]:
-        words.append("fitted temperatures " + ", ".join(f"{value:.2f}" for value in entry["temperatures"]))
-    return "; ".join(words) or "-"
-
-
-def _short(value: float, digits: int, *, sign: bool = False) -> str:
-    """Format ``value`` without the 0 before the point."""
-    return f"{value:{'+' if sign else ''}.{digits}f}".replace("0.", ".", 1)
-
-
-def table(content: Mapping[str, Any]) -> str:
-    """Return a table in Markdown: means over the seeds, and paired differences from cross-entropy with intervals."""
-    test = content["test"]
-    keys = [key for key in COLUMNS if key in test["cross_entropy"]["scores"]]
-    lines = [
-        "| method | settings | " + " | ".join(TITLES[key] for key in keys) + " | Dice - CE's | NLL - CE's |",
-        "|---" * (len(keys) + 4) + "|",
-    ]
-    for method, name in NAMES.items():
-        if method not in test:
+def read_results(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return the results by data set, and a sentence for each file that is absent or of another format."""
+    contents, missing = {}, []
+    for name in PLANS:
+        path = folder / f"calibration-{name}.json"
+        if not path.is_file():
+            missing.append(f"{name}: there is no result yet ({path})")
             continue
-        scores = test[method]["scores"]
-        cells = [_short(scores[key]["mean"], 3 if key == "dice" else 4) for key in keys]
-        for key, digits in (("dice", 3), ("nll", 4)):
-            difference = scores[key].get("minus_cross_entropy")
-            if difference is None:
-                cells.append("-")
-            else:
-                low, high = (_short(end, digits, sign=True) for end in difference["interval"])
-                cells.append(f"{_short(difference['mean'], digits, sign=True)} ({low} to {high})")
-        lines.append(f"| {name} | {_settings(test[method])} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        content = json.loads(path.read_text())
+        if content.get("format") == FORMAT:
+            contents[name] = content
+        else:
+            missing.append(f"{name}: {path} is of an older format, which compared with cross-entropy; it is left out")
+    known = {f"calibration-{name}.json" for name in PLANS}
+    others = [path for path in sorted(folder.glob("calibration-*.json")) if path.name not in known]
+    return contents, missing + [f"{path}: no data set of this experiment; it is left out" for path in others]
 
 
 def draw(contents: Mapping[str, Mapping[str, Any]]) -> Any:
-    """Draw a row per data set: Dice and NLL over ECE, as differences from cross-entropy, and reliability."""
+    """Draw a row per data set: Dice over the ECE near the foreground, and reliability there."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.6 * len(contents) + 0.9), layout="constrained")
-    axes = figure.subplots(len(contents), 3, squeeze=False)
+    figure = Figure(figsize=(7.2, 3.0 * len(contents) + 1.6), layout="constrained")
+    axes = figure.subplots(len(contents), 2, squeeze=False)
     handles: dict[str, Any] = {}
     for row, (dataset, content) in zip(axes, contents.items(), strict=True):
-        test = content["test"]
-        plan, seeds = content["plan"], len(test["cross_entropy"]["scores"]["dice"]["seeds"])
-        # Use the error against the true probabilities if they are known.
-        error = "disputed_ece" if "disputed_ece" in test["cross_entropy"]["scores"] else "fg_ece"
-        for ax, key, name in ((row[0], "dice", "Dice"), (row[1], "nll", "NLL")):
-            ax.axhline(0, color="#bbbbbb", lw=0.8, zorder=0)
-            ax.axvline(0, color="#bbbbbb", lw=0.8, zorder=0)
-            for method in NAMES:
-                if method in test:
-                    x, y = (_difference(test[method]["scores"][score]) for score in (error, key))
-                    colour, marker = STYLES[method]
-                    handles[method] = ax.errorbar(
-                        x[0], y[0], xerr=_bars(x), yerr=_bars(y), color=colour, marker=marker,
-                        ms=11 if marker == "*" else 7, mec="white", mew=0.6, ls="", elinewidth=1, alpha=0.9,
-                    )  # fmt: skip
-            if key == "nll":  # some methods double it, so that a linear axis could not show the others
-                ax.set_yscale("symlog", linthresh=0.01)
-                limits = ax.get_ylim()
-                ax.set_yticks(NLL_TICKS, [f"{tick:g}" for tick in NLL_TICKS])
-                ax.minorticks_off()
-                ax.set_ylim(limits)
-            ax.locator_params(axis="x", nbins=4)
-            against = "to the truth, disputed voxels" if error == "disputed_ece" else "of the foreground"
-            ax.set_xlabel(f"ECE {against}, less cross-entropy's")
-            ax.set_ylabel(f"{name}, less cross-entropy's")
-            better = "up and to the left" if key == "dice" else "down and to the left"
-            ax.set_title(f"{dataset}: {name} (better: {better})", fontsize=10)
-        ax = row[2]
-        ax.plot((0, 1), (0, 1), color="#bbbbbb", lw=0.8)
-        curve_name = error.replace("_ece", "_curve")
-        for method in DRAWN:
-            curve = test.get(method, {"curves": {}})["curves"].get(curve_name)
-            if curve:
-                share = [count / sum(curve["voxels"]) for count in curve["voxels"]]
-                kept = [number for number, part in enumerate(share) if part >= 0.002]  # fewer are noise
-                x, y = ([curve[part][number] for number in kept] for part in ("confidence", "frequency"))
-                colour, marker = STYLES[method]
-                ax.plot(x, y, color=colour, marker=marker, ms=4, lw=1.2)
-        ax.set_xlim(0.3, 1)
-        ax.set_ylim(0.0 if error == "fg_ece" else 0.2, 1)
-        ax.set_xlabel("confidence")
-        ax.set_ylabel("accuracy" if error == "fg_ece" else "true probability of the top label")
-        region = "foreground" if error == "fg_ece" else "disputed voxels"
-        ax.set_title(f"{dataset}: reliability, {region}", fontsize=10)
-        ax.text(
-            0.98, 0.03, f"{plan['training']} training, {plan['test']} test cases, {seeds} seeds",
-            transform=ax.transAxes, ha="right", fontsize=8, color="#555555",
-        )  # fmt: skip
+        handles.update(_draw_scores(row[0], content["test"]))
+        plan, seeds = content["plan"], len(content["seeds"])
+        row[0].set_title(f"{dataset}: better is up and to the left", fontsize=9)
+        _draw_curves(row[1], content["test"])
+        row[1].set_title(f"{plan['test']} test cases, {seeds} seeds", fontsize=9)
+    shown = [name for name in CONTENDERS if name in handles]
     figure.legend(
-        [handles[method] for method in NAMES if method in handles],
-        [NAMES[method] for method in NAMES if method in handles],
+        [handles[name] for name in shown],
+        [CONTENDERS[name].title for name in shown],
         loc="outside lower center",
-        ncols=5,
-        fontsize=9,
-        title="bars: 95 % intervals, paired over test cases (bootstrap), of the mean over the seeds",
-        title_fontsize=9,
+        ncols=3,
+        fontsize=7,
+        title="Bars: 95 % intervals of the difference from Dice + CE, paired over test cases (bootstrap).",
+        title_fontsize=7,
     )
     return figure
 
 
-def _difference(score: Mapping[str, Any]) -> tuple[float, float, float]:
-    """Return mean, lower and upper end of a difference from cross-entropy, which is 0 for cross-entropy itself."""
-    entry = score.get("minus_cross_entropy", {"mean": 0.0, "interval": (0.0, 0.0)})
-    return (entry["mean"], *entry["interval"])
+def _draw_scores(ax: Any, test: Mapping[str, Any]) -> dict[str, Any]:
+    """Draw Dice over the ECE near the foreground, and return the markers by contender."""
+    handles = {}
+    reference = test[REFERENCE]["scores"]
+    ax.axhline(reference["dice"]["mean"], color=LIGHT, lw=0.6, zorder=0)
+    ax.axvline(reference["near_ece"]["mean"], color=LIGHT, lw=0.6, zorder=0)
+    for name, style in STYLES.items():
+        if name in test:
+            x, y = (test[name]["scores"][key] for key in ("near_ece", "dice"))
+            handles[name] = ax.errorbar(
+                x["mean"], y["mean"], xerr=_bars(x), yerr=_bars(y), color=style.colour, marker=style.marker, ls="",
+                ms=9 if style.marker == "*" else 5.5, mfc="white" if style.is_hollow else style.colour,
+                mec=style.colour, mew=0.9, elinewidth=0.7,
+            )  # fmt: skip
+    ax.set_xlim(left=0)
+    ax.set_xlabel("ECE within 3 voxels of the foreground", fontsize=8)
+    ax.set_ylabel("Dice", fontsize=8)
+    ax.tick_params(labelsize=7)
+    return handles
 
 
-def _bars(values: tuple[float, float, float]) -> list[list[float]]:
-    """Return the lengths of error bars."""
-    mean, low, high = values
-    return [[max(mean - low, 0.0)], [max(high - mean, 0.0)]]
+def _bars(score: Mapping[str, Any]) -> list[list[float]]:
+    """Return the lengths of error bars from the interval of the difference from the reference, which has none."""
+    found = score.get("minus_reference")
+    if found is None:
+        return [[0.0], [0.0]]
+    low, high = found["interval"]
+    return [[max(found["mean"] - low, 0.0)], [max(high - found["mean"], 0.0)]]
 
 
-def main() -> None:
-    contents = {}
-    for dataset in DATASETS:
-        path = RESULTS / f"calibration-{dataset}.json"
-        if path.is_file():
-            contents[dataset] = json.loads(path.read_text())
-            print(f"{dataset}\n\n{table(contents[dataset])}\n")
+def _draw_curves(ax: Any, test: Mapping[str, Any]) -> None:
+    """Draw accuracy less confidence over confidence, near the foreground. Bins with few voxels are noise, left out."""
+    ax.axhline(0, color=LIGHT, lw=0.8)
+    for name, line in CURVES.items():
+        if name in test:
+            curve = test[name]["near_curve"]
+            kept = [n for n, count in enumerate(curve["voxels"]) if count >= 0.002 * sum(curve["voxels"])]
+            x = [curve["confidence"][n] for n in kept]
+            y = [curve["accuracy"][n] - curve["confidence"][n] for n in kept]
+            style = STYLES[name]
+            face = "white" if style.is_hollow else style.colour
+            ax.plot(x, y, color=style.colour, ls=line, marker=style.marker, ms=3.5, mfc=face, lw=1.1)
+    ax.set_xlabel("confidence, within 3 voxels", fontsize=8)
+    ax.set_ylabel("accuracy less confidence", fontsize=8)
+    ax.tick_params(labelsize=7)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    folder = parser.parse_args(arguments).results
+    contents, missing = read_results(folder)
+    for sentence in missing:
+        print(sentence)
     if not contents:
-        raise SystemExit(f"{RESULTS}: no calibration-*.json; run.py makes them")
-    path = RESULTS / "calibration.png"
-    draw(contents).savefig(path, dpi=100)
-    print(f"written to {path}")
+        raise SystemExit(f"{folder}: no result to draw; run.py makes them")
+    tables = {name: table(content) for name, content in contents.items()}
+    for name, lines in tables.items():
+        print(f"\n{name}\n\n{lines}")
+    if folder == RESULTS:
+        for path in (BENCHMARKS.parent / "README.md", BENCHMARKS / "README.md"):
+            filled = fill(path, {"front": front_table(contents), **tables})
+            print(f"{path}: tables written: {', '.join(filled) or 'none'}")
+    draw(contents).savefig(folder / "calibration.png", dpi=200)
+    print(f"written to {folder / 'calibration.png'}")
 
 
 if __name__ == "__main__":

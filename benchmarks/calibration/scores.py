@@ -6,16 +6,16 @@ or for many sets of weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from calseg.bootstrap import weighted_sums
-from calseg.calibration import UNIT, CalibrationBins
+from calseg.calibration import UNIT
 from calseg.regions import REGIONS
-from calseg.scores import STATISTICS, TRUTH_REGIONS, TRUTH_STATISTICS, CaseScores, TruthBins, stack
+from calseg.scores import STATISTICS, TRUTH_REGIONS, TRUTH_STATISTICS, CaseScores, stack
 
 
 class Score(NamedTuple):
@@ -35,9 +35,7 @@ class Score(NamedTuple):
     def title(self) -> str:
         """Short name for tables."""
         title = (TRUTH_STATISTICS if self.needs_truth else STATISTICS)[self.statistic].title
-        if self.region == "all":
-            return title
-        return f"{title}, {self.region} voxels" if self.needs_truth else f"{self.region} {title}"
+        return f"{title}, {self.region} voxels" if self.needs_truth else f"{title} {self.region}"
 
     @property
     def description(self) -> str:
@@ -52,21 +50,15 @@ class Score(NamedTuple):
             known = together.truth.get(self.region)
             statistic = TRUTH_STATISTICS[self.statistic]
             return None if known is None else statistic.function(weighted_sums(known, weights))
-        key = STATISTICS[self.statistic].key(self.region)
-        return STATISTICS[self.statistic].function(weighted_sums(together.bins[key], weights))
+        return STATISTICS[self.statistic].function(weighted_sums(together.bins[self.region], weights))
 
 
 SCORES = {
-    "ece": Score("ece", "all"),
-    "fg_ece": Score("ece", "foreground"),
-    "cw_ece": Score("class_wise_ece", "all"),
-    "nll": Score("nll", "all"),
-    "brier": Score("brier", "all"),
-    "fg_nll": Score("nll", "foreground"),
-    "fg_brier": Score("brier", "foreground"),
-    "truth_ece": Score("ece", "all", needs_truth=True),
-    "disputed_ece": Score("ece", "disputed", needs_truth=True),
+    **{f"near_{name}": Score(name, "near") for name in ("ece", "nll", "brier")},
+    **{name: Score(name, "all") for name in ("ece", "nll", "brier")},
+    "truth_ece": Score("ece", "disputed", needs_truth=True),
     "truth_error": Score("absolute_error", "disputed", needs_truth=True),
+    "foreground_ece": Score("ece", "foreground"),
 }
 TITLES = {"dice": "Dice", **{name: score.title for name, score in SCORES.items()}}
 DESCRIPTIONS = {
@@ -95,30 +87,17 @@ def _mean_dice(together: CaseScores, weights: Tensor) -> Tensor:
     return (total / cases).nan_to_num(0.0).mean(-1)
 
 
-def curves(seeds: Sequence[Sequence[CaseScores]]) -> dict[str, Any]:
-    """Return reliability diagrams over the predictions of all seeds: voxels, mean confidence and frequency of each bin.
+def near_curve(seeds: Sequence[Sequence[CaseScores]]) -> dict[str, Any]:
+    """Return the reliability diagram near the foreground, over the predictions of all seeds, as lists.
 
-    The frequency is the share of correct top labels or, against the truth, the mean true probability of the top label.
-    It is None for an empty bin.
+    It holds the voxels, the mean confidence and the share of correct top labels of each bin. The means of an empty bin
+    are None.
     """
-    together = stack([case for cases in seeds for case in cases])
-    result = {"fg_curve": _curve(_pooled(together.bins["foreground"]))}
-    if "disputed" in together.truth:
-        result["disputed_curve"] = _curve(_pooled(together.truth["disputed"]))
-    return result
+    bins = stack([case for cases in seeds for case in cases]).bins["near"]
+    count = bins.count.sum(0).tolist()
+    sums = {"confidence": bins.confidence.sum(0).double() / UNIT, "accuracy": bins.hits.sum(0).double()}
 
+    def means(total: Sequence[float]) -> list[float | None]:
+        return [value / voxels if voxels else None for value, voxels in zip(total, count, strict=True)]
 
-def _pooled(bins: CalibrationBins | TruthBins) -> Mapping[str, Tensor]:
-    """Return the sums over all cases."""
-    return {name: sums.sum(0).double() for name, sums in bins._asdict().items()}
-
-
-def _curve(sums: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return a reliability diagram as lists."""
-    count = sums["count"]
-    right = sums["truth"] / UNIT if "truth" in sums else sums["hits"]
-    means = [
-        [None if not voxels else value / voxels for value, voxels in zip(total.tolist(), count.tolist(), strict=True)]
-        for total in (sums["confidence"] / UNIT, right)
-    ]
-    return {"voxels": [int(voxels) for voxels in count], "confidence": means[0], "frequency": means[1]}
+    return {"voxels": count, **{name: means(total.tolist()) for name, total in sums.items()}}
