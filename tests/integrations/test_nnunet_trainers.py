@@ -192,6 +192,19 @@ def test_the_loss_replaces_that_of_nnunet(tmp_path: Path) -> None:
         assert ours.loss.options["batch_dice"] is batch_dice
 
 
+def test_a_residual_encoder(tmp_path: Path) -> None:
+    """The network of nnU-Net's larger plans has the same heads."""
+    folder = data.make_dataset(tmp_path)
+    plans = json.loads((folder / "nnUNetPlans.json").read_text())
+    architecture = plans["configurations"]["3d_fullres"]["architecture"]
+    architecture["network_class_name"] = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+    architecture["arch_kwargs"]["n_blocks_per_stage"] = architecture["arch_kwargs"].pop("n_conv_per_stage")
+    (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
+    trainer = data.make_trainer(nnUNetTrainerVLS, folder)
+    trainer.initialize()
+    assert [output.shape[1] for output in trainer.network(torch.randn(1, 1, 8, 16, 16))] == [9, 9]
+
+
 def test_networks_without_heads_are_refused() -> None:
     with pytest.raises(NotImplementedError, match=r"the heads decoder\.seg_layers .* Linear has none"):
         add_dense_heads(torch.nn.Linear(1, 1))
