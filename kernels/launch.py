@@ -48,7 +48,8 @@ HARD = TileDemands(held=66, fill=32, spread=64)
 WEIGHTED = TileDemands(held=32, fill=32, spread=16)  # a thread also holds the class weights
 SOFT = TileDemands(held=32, fill=16, spread=16)
 OVERLAP = TileDemands(held=32, fill=56, spread=32)  # one-hot labels, with sums over the voxels of a program
-BINS = TileDemands(held=56, fill=16, spread=32)
+TOP_LABEL = TileDemands(held=56, fill=16, spread=32)  # calibration bins of the top label
+BINS = TileDemands(held=32, fill=16, spread=16)  # of every class
 SAMPLED = TileDemands(held=16, fill=8, spread=16, noise=True)
 
 

@@ -79,13 +79,11 @@ def divisors(sums, NUM_SUMS: tl.constexpr):
 @triton.jit
 def load_upstream(upstream, n, first, inside, ok, NUM_SUMS: tl.constexpr, tile: tl.constexpr):
     """Return the upstream gradients of the loss and of the KL term of every voxel. They are 0 where ``ok`` is false."""
-    of_loss = load_factor(upstream)
+    of_loss = tl.full([tile.TILE], 0.0, tl.float32) + load_factor(upstream)
     of_kl = of_loss
-    if upstream.sums is not None:  # divide before there is a number for every voxel
+    if upstream.sums is not None:
         loss_divisor, kl_divisor = divisors(upstream.sums, NUM_SUMS)
         of_loss, of_kl = of_loss / loss_divisor, of_kl / kl_divisor
-    nothing = tl.full([tile.TILE], 0.0, tl.float32)
-    of_loss, of_kl = nothing + of_loss, nothing + of_kl
     if upstream.ptr is not None:
         factor = tl.load(voxel_pointers(upstream, n, first, tile), mask=inside, other=0.0).to(tl.float32)
         of_loss, of_kl = of_loss * factor, of_kl * factor

@@ -23,7 +23,7 @@ from calseg.kernels.labels import Labels, blend_with_labels, load_labels_or_none
 from calseg.kernels.launch import Call
 from calseg.kernels.noise import load_seed
 from calseg.kernels.sample_statistics import launch_sample_statistics
-from calseg.kernels.softmax import LOG2E, exp_any, reciprocal
+from calseg.kernels.softmax import LN2, LOG2E, exp_any, reciprocal
 from calseg.kernels.tile import View, classes, load, locate, store
 
 
@@ -58,7 +58,7 @@ def _sampled_block(
             z = -z
     if BACKWARD:
         scale = alpha * per_temperature / num_samples
-        to_logvar *= (0.5 * scale * gaussian.temperature / LOG2E) * deviation
+        to_logvar *= (0.5 * scale * gaussian.temperature * LN2) * deviation
         store_gradients(grad_mu, grad_logvar, to_mu * scale, to_logvar, n, first, inside, c, C, tile)
     else:
         blended = blend_with_labels(estimate, alpha / num_samples, label, ok, bad, alpha, c)

@@ -7,6 +7,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950216293335)  # in float32, so that products have the same factor everywhere
 LOG2E_LOW = tl.constexpr(1.92596298909109e-08)  # LOG2E and this are log2(e)
+LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
@@ -26,7 +27,7 @@ def exp_any(x):
     high = x * LOG2E
     # The rest of the product. It is NaN if x is infinite, and then the minimum, which skips NaN, is 1.
     low = tl.minimum(tl.fma(x, LOG2E_LOW, tl.fma(x, LOG2E, -high)), 1.0)
-    return tl.exp2(high) * (1.0 + low * 0.6931471805599453)
+    return tl.exp2(high) * (1.0 + low * LN2)
 
 
 @triton.jit

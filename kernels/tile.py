@@ -152,7 +152,7 @@ def voxel_pointers(x, n, first, tile: tl.constexpr):
     loads as many voxels at once as of the scores. With any other stride, it loads one voxel at a time.
     """
     VEC_S: tl.constexpr = tile.VEC_S
-    voxels = tl.max_contiguous(tl.arange(0, tile.TILE), [VEC_S]).to(tl.int64)
+    voxels = tl.max_contiguous(tl.arange(0, tile.TILE).to(tl.int64), [VEC_S])
     return x.ptr + n * x.stride_n + first * x.stride_s + voxels * x.stride_s
 
 

@@ -28,7 +28,7 @@ from calseg.kernels.noise import load_seed
 from calseg.kernels.overlap import store_overlap
 from calseg.kernels.reductions import LossArguments, load_upstream, store_loss
 from calseg.kernels.sample_statistics import launch_sample_statistics
-from calseg.kernels.softmax import INF, LOG2E, LOWEST, exp_any, exp_of, reciprocal, top_and_sum
+from calseg.kernels.softmax import INF, LN2, LOG2E, LOWEST, exp_any, exp_of, reciprocal, top_and_sum
 from calseg.kernels.tile import classes, load, locate, store
 
 
@@ -96,7 +96,7 @@ def _block(
         store(grad_logits, n, first, inside, c, g, C, tile)
     if GRADIENT:
         per_sample = up * (-keep * alpha * per_temperature / num_samples)
-        unscale = gaussian.temperature / LOG2E
+        unscale = gaussian.temperature * LN2
         to_mu, to_logvar = gaussian_gradients(
             gaussian, mean * unscale, deviation * unscale, to_mu, to_logvar, per_sample, kl_up, WITH_KL
         )

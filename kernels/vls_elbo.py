@@ -25,7 +25,7 @@ from calseg.kernels.launch import SAMPLED, Call, TileDemands
 from calseg.kernels.noise import load_seed
 from calseg.kernels.reductions import LossArguments, load_upstream, store_loss
 from calseg.kernels.sample_statistics import launch_sample_statistics
-from calseg.kernels.softmax import LOG2E, exp_any, reciprocal
+from calseg.kernels.softmax import LN2, LOG2E, exp_any, reciprocal
 from calseg.kernels.tile import classes, load, locate
 
 
@@ -48,6 +48,7 @@ def _block(
     kl = tl.full([tile.TILE], 0.0, tl.float32)
     if WITH_KL:
         kl = tl.sum(tl.where(valid, kl_terms(gaussian, mean, v, sigma), 0.0), 0)
+    mean, sigma = mean * LOG2E, sigma * LOG2E
 
     value = tl.full([tile.TILE], 0.0, tl.float32)
     to_mu = tl.full([tile.BLOCK_C, tile.TILE], 0.0, tl.float32)
@@ -58,14 +59,13 @@ def _block(
     label_mean, label_sigma = tl.sum(tl.where(hit, mean, 0.0), 0), tl.sum(tl.where(hit, sigma, 0.0), 0)
     label_noise = value
     voxel = n * S + first + tl.arange(0, tile.TILE)
-    scaled_mean, scaled_sigma = mean * LOG2E, sigma * LOG2E
     for k in range(0, num_samples, samples_at_once(C)):
         z = noise(k, start, voxel, k0, k1, C, tile)
         for half in range(2):
-            top, e, total = softmax_of_sample(scaled_mean, scaled_sigma, z, c, k + half, statistics, voxel, inside, C)
+            top, e, total = softmax_of_sample(mean, sigma, z, c, k + half, statistics, voxel, inside, C)
             there = exists(k + half, num_samples, C)
             label_z = tl.sum(tl.where(hit[None, :, :], z, 0.0), 1)
-            label_d = (label_mean[None, :] + label_sigma[None, :] * label_z) - top / LOG2E
+            label_d = ((label_mean[None, :] + label_sigma[None, :] * label_z) - top) * LN2
             terms = tl.where(start == 0, tl.log(total), 0.0) - tl.where(here[None, :], label_d, 0.0)
             value += tl.reshape(tl.sum(tl.where(there, terms[:, None, :], 0.0), 0), [tile.TILE])
             if GRADIENT:
@@ -78,7 +78,7 @@ def _block(
     to_logvar -= tl.where(hit, label_noise[None, :], 0.0)
 
     if GRADIENT:
-        to_mu, to_logvar = gaussian_gradients(gaussian, mean, sigma, to_mu, to_logvar, up, kl_up, WITH_KL)
+        to_mu, to_logvar = gaussian_gradients(gaussian, mean * LN2, sigma * LN2, to_mu, to_logvar, up, kl_up, WITH_KL)
         store_gradients(grad_mu, grad_logvar, to_mu, to_logvar, n, first, inside, c, C, tile)
     return value, kl
 

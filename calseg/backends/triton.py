@@ -17,7 +17,7 @@ from calseg.kernels.blend_soft_labels import launch as launch_blend_soft_labels
 from calseg.kernels.calibration_bins import NO_FAULT
 from calseg.kernels.calibration_bins import launch as launch_calibration_bins
 from calseg.kernels.labels import labels_argument
-from calseg.kernels.launch import BINS, SAMPLED, SOFT, Call, Geometry, TileDemands
+from calseg.kernels.launch import BINS, SAMPLED, SOFT, TOP_LABEL, Call, Geometry, TileDemands
 from calseg.kernels.overlap import empty_overlap, finished_overlap
 from calseg.kernels.overlap import tile_demands as overlap_demands
 from calseg.kernels.reductions import LossArguments, Upstream, mean_divisors, reduced_loss
@@ -266,7 +266,8 @@ def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
     mask = None if spec.mask is None else _readable_voxels(spec.mask)
     of_item = lambda t, n: t if t is None or items == 1 else t[n : n + 1]  # noqa: E731
     for item, result in enumerate(results):
-        call = _call(BINS, (of_item(readable, item),), (of_item(labels, item), of_item(mask, item)))
+        demands = BINS if spec.class_wise else TOP_LABEL
+        call = _call(demands, (of_item(readable, item),), (of_item(labels, item), of_item(mask, item)))
         faults, totals, sums = result.split(sizes)
         label_view, mask_view = call.voxels
         launch_calibration_bins(
