@@ -1,4 +1,4 @@
-"""The demo of ``calseg demo``, which compares cross-entropy and CALSeg on simulated lesions.
+"""The demo of ``calseg demo``, which compares Dice + cross-entropy and CALSeg on simulated lesions.
 
 Each case is trained on the map of one rater (:mod:`calseg.simulation`). The demo scores the predictions against the
 maps of all other raters and against the true probabilities.
@@ -37,7 +37,9 @@ from calseg.volumes.probabilities import read_soft_labels, soft_labels_path
 
 DEMO_JSON = "demo.json"
 DEMO_PNG = "demo.png"
-COMPARED = ("cross_entropy", "calseg")
+COMPARED = ("dice_cross_entropy", "calseg")
+DICE_WEIGHT = 1.0
+"""Weight of the Dice loss of both methods, because people train with it."""
 FOLDS = 2
 """Number of folds of the first stage. It is small, so that the demo takes no more than a minute or two."""
 
@@ -50,7 +52,7 @@ def run_demo(
     device: str = "cpu",
     progress: Progress = no_progress,
 ) -> dict[str, dict[str, Any]]:
-    """Write data to ``out/data``, train in ``out/cross_entropy`` and ``out/calseg``, and return ``{method: metrics}``.
+    """Write data to ``out/data``, train in ``out/METHOD`` for both methods, and return ``{method: metrics}``.
 
     If ``out`` holds a demo with the same settings, the demo continues where it stopped. A finished one is only scored
     again. For a demo with other settings, or a folder with other content, ``overwrite`` is needed.
@@ -79,6 +81,7 @@ def run_demo(
                 patch_size=(32, 32, 32),
                 seed=config.seed,
                 val_fraction=0.5,
+                dice_weight=DICE_WEIGHT,
                 folds=FOLDS,
             )
             run = root / method

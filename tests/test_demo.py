@@ -70,9 +70,10 @@ def test_demo_runs_resumes_and_refuses(tmp_path: Path) -> None:
     with pytest.raises(RunInterruptedError):
         run_demo(out, settings, progress=stop_after_one_update)
     results = run_demo(out, settings)
-    assert list(results) == ["cross_entropy", "calseg"]
+    assert list(results) == ["dice_cross_entropy", "calseg"]
     for metrics in results.values():
         assert metrics["iterations"] == 2
+        assert metrics["config"]["dice_weight"] == 1
         assert 0 < metrics["raters"]["near"]["ece"] < 1
         assert metrics["raters"]["near"]["nll"] > metrics["raters"]["all"]["nll"] > 0
         assert 0 < metrics["truth"]["brier"] < 2

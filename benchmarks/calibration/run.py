@@ -42,14 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="few cases and updates: does it all still run?")
+    parser.add_argument("--quick", action="store_true", help="few cases, updates and settings: does it run?")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     plan = PLANS[given.name].quick() if given.quick else PLANS[given.name]
     root = given.out / f"{given.name}{'-quick' * given.quick}"
     prepare(given.data, root, plan)
     experiment = Experiment(given.name, root, plan)
-    chosen = experiment.tune([name for name in CONTENDERS if name in {REFERENCE, *given.contenders}])
+    names = [name for name in CONTENDERS if name in {REFERENCE, *given.contenders}]
+    chosen = experiment.tune(names, most=2 if given.quick else None)
     content = {
         "format": FORMAT,
         "dataset": given.name,

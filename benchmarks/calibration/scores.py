@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from calseg.bootstrap import weighted_sums
-from calseg.calibration import UNIT
+from calseg.operations import UNIT
 from calseg.regions import REGIONS
 from calseg.scores import STATISTICS, TRUTH_REGIONS, TRUTH_STATISTICS, CaseScores, stack
 

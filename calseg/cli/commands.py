@@ -204,7 +204,7 @@ def demo(
     device: Device = "cpu",
     threads: Threads = 0,
 ) -> None:
-    """Simulate volumes with ambiguous borders and several raters, train with cross-entropy and CALSeg, compare.
+    """Simulate volumes with ambiguous borders and several raters, train with Dice + cross-entropy and CALSeg, compare.
 
     Started again with the same settings it continues an interrupted demo, and shows a finished one.
     """

@@ -79,7 +79,7 @@ def test_train_resume_and_table(capsys: pytest.CaptureFixture[str], data: Path, 
         (["train", "{data}", "--out", "{tmp}/run", "--iterations", "few"], "Invalid value"),
         (
             ["train", "{data}", "--out", "{tmp}/run", "--method", "dice"],
-            "method must be one of cross_entropy, label_smoothing",
+            "method must be one of cross_entropy, dice_cross_entropy",
         ),
         (["train", "{tmp}/nowhere", "--out", "{tmp}/run"], "nowhere: no such folder"),
         (["train", "{data}", "--out", "{tmp}/run", "--resume"], "no run to resume"),
@@ -142,7 +142,7 @@ def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, out, err = run(capsys, "demo", "--out", tmp_path / "demo", *small)
     assert code == 0, err
     results = json.loads((tmp_path / "demo" / "demo.json").read_text())["results"]
-    row = [f"{results[method]['raters']['all']['ece']:.4f}" for method in ("cross_entropy", "calseg")]
+    row = [f"{results[method]['raters']['all']['ece']:.4f}" for method in ("dice_cross_entropy", "calseg")]
     assert re.search(rf"ECE.*other raters.*{row[0]}.*{row[1]}", out)
     assert (tmp_path / "demo" / "data" / "truth" / "demo_000.nii.gz").is_file()
 

@@ -31,7 +31,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "config.json", "report.json", "cases.csv", "cases.jsonl", "checkpoint.pt", "split.json", "metrics.json",
         "predict.json", "demo.json", "demo.png", "soft_labels.json", "soft_labels/demo_000.nii.gz", "demo_000.nii.gz",
         "stage1/fold_0/checkpoint.pt", "data/dataset.json", "data/imagesTr/demo_000.nii.gz", "reliability_all.png",
-        "cross_entropy/metrics.json",
+        "dice_cross_entropy/metrics.json",
     ):  # fmt: skip
         (root / "foreign" / name).parent.mkdir(parents=True, exist_ok=True)
         (root / "foreign" / name).write_text("mine")
