@@ -69,10 +69,9 @@ class FewClasses {
                 for (int c = 0; c < C; ++c)
                     for (int i = 0; i < rest; ++i) narrow(gradients_[c][at + i], gradient[c][i]);
         }
-        if (kWanted == Wanted::overlap)
-            for (int c = 0; c < C; ++c)
-                if (kSoft) overlap.add_sums(c, sums.mass[c], sums.other[c]);
-                else overlap.add_hard_sums(c, sums.mass[c], sums.other[c], sums.hits[c]);
+        for (int c = 0; kWanted == Wanted::overlap && c < C; ++c)
+            if (kSoft) overlap.add_sums(c, sums.mass[c], sums.other[c]);
+            else overlap.add_hard_sums(c, sums.mass[c], sums.other[c], sums.hits[c]);
     }
 
  private:
