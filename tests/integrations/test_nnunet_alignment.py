@@ -20,6 +20,7 @@ import nnunet_data as data
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 
 from calseg.integrations.nnunet.config import SoftLabelConfig
 from calseg.integrations.nnunet.data import BlendSoftLabels
@@ -93,7 +94,8 @@ def test_mirroring_and_cropping_keep_every_voxel(
     for labels, soft in batches(folder, configuration, rotate=False):
         assert labels[0].dtype == torch.int16
         assert labels[0].any()
-        assert torch.equal(shares(soft[0]), data_onehot(labels[0]))
+        for label, level in zip(labels, soft, strict=True):
+            assert torch.equal(shares(level), data_onehot(label))
 
 
 def data_onehot(label: Tensor) -> Tensor:
@@ -150,16 +152,13 @@ def test_blended_labels() -> None:
     assert torch.equal(BlendSoftLabels(0.0).blended(label, estimate)[:, :3], torch.eye(2)[label[0, :3].long()].T)
 
 
-def test_lower_levels_are_means() -> None:
-    """The mean over the voxels of a level, in which voxels without a label have no share."""
-    label = torch.tensor([[0, 1, 1, 1, 0, 2]], dtype=torch.int16)
-    estimate = torch.eye(2)[label[0].clamp(max=1).long()].T
-    small = torch.tensor([[0, 1, 0]], dtype=torch.int16)
-    result = BlendSoftLabels(0.0).apply({"segmentation": [label, small], "regression_target": estimate})
+def test_lower_levels_take_the_voxels_of_the_label() -> None:
+    label = torch.tensor([[0, 1, 1, 1, 0, 1]], dtype=torch.int16)
+    small = DownsampleSegForDSTransform([[1 / 2]])(segmentation=label)["segmentation"][0]
+    estimate = torch.eye(2)[label[0].long()].T
+    result = BlendSoftLabels(0.5).apply({"segmentation": [label, small], "regression_target": estimate})
     labels, soft = result["segmentation"][:2], result["segmentation"][2:]
     assert labels[0] is label
     assert labels[1] is small
-    assert soft[1].dtype == torch.uint16
-    torch.testing.assert_close(
-        shares(soft[1]), torch.tensor([[0.5, 0.0, 1.0], [0.5, 1.0, 0.0]]).double(), rtol=0, atol=1e-5
-    )
+    assert [level.dtype for level in soft] == [torch.uint16] * 2
+    assert torch.equal(soft[1].int().argmax(0), small[0].long())

@@ -78,7 +78,9 @@ class BlendSoftLabels(BasicTransform):
     """Append soft labels ``(1 - alpha) onehot(label) + alpha estimate`` to the labels, for every level.
 
     What the estimate lacks to a sum of 1, as outside of the image, goes to the class of the label. A level with a lower
-    resolution gets the mean of the soft labels in the volume of each of its voxels.
+    resolution gets the soft labels of the voxels whose labels nnU-Net gives it. Means over the volumes of its voxels
+    did no better: in 4 pairs of trainings (hippocampus, 2d), the Dice was lower, and NLL and ECE near the foreground
+    were higher, in 3 of them each.
 
     The entry ``segmentation`` becomes a list: the labels of all levels, int16 ``[1, *S]``, then the soft labels of all
     levels, uint16 ``[C, *S]`` in steps of 1 / 65535.
@@ -108,9 +110,8 @@ class BlendSoftLabels(BasicTransform):
 
 
 def _reduced(soft: Tensor, like: Tensor) -> Tensor:
-    """Return the means of soft labels in the voxels of the label ``like``, which has a lower resolution."""
-    means = F.interpolate(soft[None], like.shape[1:], mode="area")[0]
-    return means / means.sum(0).clamp(min=1e-6)  # voxels without a label lower the sum
+    """Return soft labels at the voxels from which nnU-Net takes the label ``like``, which has a lower resolution."""
+    return F.interpolate(soft[None], like.shape[1:], mode="nearest-exact")[0]
 
 
 def _in_16_bits(soft: Tensor) -> Tensor:
