@@ -95,7 +95,7 @@ def draw(contents: Mapping[str, Mapping[str, Any]]) -> Any:
         plan, seeds = content["plan"], len(content["seeds"])
         row[0].set_title(f"{dataset}: better is up and to the left", fontsize=9)
         _draw_curves(row[1], content["test"])
-        row[1].set_title(f"{plan['test']} test cases, {seeds} seeds", fontsize=9)
+        row[1].set_title(f"{plan['test']} test cases, {seeds} seed{'s' * (seeds > 1)}", fontsize=9)
     shown = [name for name in CONTENDERS if name in handles]
     figure.legend(
         [handles[name] for name in shown],
