@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -160,13 +160,42 @@ def machine() -> str:
 
 def evidence(dataset: str) -> str:
     """Return the scores of all methods on one data set of the calibration experiment."""
+    content = load(f"calibration-{dataset}.json")
+    if "format" not in content:
+        return _first_evidence(content["test"])
     sys.path.insert(0, str(Path(__file__).parent / "calibration"))
     try:
-        from figures import table
+        from markdown_tables import table
     finally:
         del sys.path[0]
-    made: str = table(load(f"calibration-{dataset}.json"))
+    made: str = table(content)
     return made
+
+
+FIRST_SCORES = {
+    "dice": "Dice", "fg_ece": "foreground ECE", "ece": "ECE", "nll": "NLL", "brier": "Brier",
+    "disputed_ece": "ECE to the truth, disputed voxels", "truth_error": "distance to the truth, disputed voxels",
+}  # fmt: skip
+FIRST_NAMES = {
+    "svls": "SVLS",
+    "mbls": "MbLS",
+    "nacl": "NACL",
+    "calseg": "CALSeg, chosen",
+    "calseg_defaults": "CALSeg, default",
+}
+
+
+def _first_evidence(test: Mapping[str, Any]) -> str:
+    """Return the table of a result of the first experiment, whose reference is cross-entropy."""
+    keys = [key for key in FIRST_SCORES if key in test["cross_entropy"]["scores"]]
+    lines = ["| method | " + " | ".join(FIRST_SCORES[key] for key in keys) + " | Dice less cross-entropy's |"]
+    lines.append("| --- |" + " ---: |" * len(keys) + " --- |")
+    for method, entry in test.items():
+        cells = [f"{entry['scores'][key]['mean']:.{3 if key == 'dice' else 4}f}" for key in keys]
+        less = entry["scores"]["dice"].get("minus_cross_entropy")
+        interval = "-" if less is None else "{:+.3f} ({:+.3f} to {:+.3f})".format(less["mean"], *less["interval"])
+        lines.append("| " + " | ".join([FIRST_NAMES.get(method, method.replace("_", " ")), *cells, interval]) + " |")
+    return "\n".join(lines)
 
 
 def counts() -> str:

@@ -24,11 +24,11 @@ import contenders  # noqa: E402
 import datasets  # noqa: E402
 import experiment  # noqa: E402
 import figures  # noqa: E402
+import markdown_tables as tables  # noqa: E402
 import perfect_forecaster  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
 import scores  # noqa: E402
-import tables  # noqa: E402
 
 sys.path.remove(str(FOLDER))
 import calseg  # noqa: E402

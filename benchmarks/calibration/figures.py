@@ -3,8 +3,8 @@
     python benchmarks/calibration/figures.py
 
 prints a table for every data set, writes it into README.md and benchmarks/README.md where they have a place for it
-(tables.py), and draws benchmarks/results/calibration.png. A data set without a result, or with one of another format,
-is named and left out.
+(markdown_tables.py), and draws benchmarks/results/calibration.png. A data set without a result, or with one of another
+format, is named and left out.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from contenders import CONTENDERS, OTHERS, REFERENCE
 from datasets import PLANS
+from markdown_tables import fill, front_table, table
 from report import FORMAT
-from tables import fill, front_table, table
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 RESULTS = BENCHMARKS / "results"

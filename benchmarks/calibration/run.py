@@ -24,9 +24,9 @@ import torch
 from contenders import CONTENDERS, REFERENCE
 from datasets import PLANS, prepare
 from experiment import Experiment
+from markdown_tables import table
 from report import FORMAT, report
 from scores import DESCRIPTIONS
-from tables import table
 
 import calseg
 from calseg.files import as_json, write_json
