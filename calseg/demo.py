@@ -37,7 +37,8 @@ from calseg.volumes.probabilities import read_soft_labels, soft_labels_path
 
 DEMO_JSON = "demo.json"
 DEMO_PNG = "demo.png"
-COMPARED = ("dice_cross_entropy", "calseg")
+COMPARED = {"dice_cross_entropy": "Dice + CE", "calseg": "CALSeg"}
+"""The methods that are compared, with their names in the picture."""
 DICE_WEIGHT = 1.0
 """Weight of the Dice loss of both methods, because people train with it."""
 FOLDS = 2
@@ -184,18 +185,19 @@ def draw(data: Path, soft_labels: Path, judges: Mapping[str, Judge]) -> bytes:
         _slice(figure, ax, title, volume[..., cut], style)
     for row, (method, judge) in zip(axes[1:], judges.items(), strict=True):
         assert judge.example is not None
+        shown_as = COMPARED[method]
         case, probabilities = judge.example
         truth = read_truth(data, case).numpy()
         cut = _most_disputed(truth)
         predicted = 1 - probabilities[0].numpy()
         image, _ = load_case(cases[case], dataset)
         _slice(figure, row[0], f"image ({case}, not seen)", image[0, ..., cut], {"cmap": "gray"})
-        _slice(figure, row[1], f"{method}: prediction", predicted[..., cut], probability)
+        _slice(figure, row[1], f"{shown_as}: prediction", predicted[..., cut], probability)
         error = predicted - (1 - truth[0])
         style = {"cmap": "RdBu_r", "vmin": -0.5, "vmax": 0.5}
-        _slice(figure, row[2], f"{method}: prediction - truth", error[..., cut], style)
+        _slice(figure, row[2], f"{shown_as}: prediction - truth", error[..., cut], style)
         assert judge.raters is not None
-        reliability_diagram(judge.raters.bins["near"], ax=row[3], title=f"{method}: other raters, near")
+        reliability_diagram(judge.raters.bins["near"], ax=row[3], title=f"{shown_as}: other raters, near")
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
     return buffer.getvalue()
