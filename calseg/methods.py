@@ -445,7 +445,7 @@ def _ace(binning: str) -> Callable[..., Tensor]:
 
     def loss(output: Output, target: Target, dice_weight: float, *, alpha: float) -> Tensor:
         value = cross_entropy_and_dice(output.logits, target.label, dice_weight)
-        return value + alpha * ace_loss(output.logits, target.label, binning=binning)
+        return value + ace_loss(output.logits, target.label, binning=binning, scale=alpha)
 
     return loss
 
