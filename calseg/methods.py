@@ -21,6 +21,7 @@ from torch import Tensor
 
 from calseg import checks as check
 from calseg.functional import ace_loss, vls_cross_entropy, vls_dice_cross_entropy, vls_elbo
+from calseg.regions import NEAR_RADIUS, check_region, region_mask
 from calseg.tensors import compute_dtype
 
 
@@ -208,7 +209,9 @@ def nacl_cross_entropy(
     return _reduce(nll + alpha * (shares - input).abs().mean(1), target, ignore_index, reduction)
 
 
-def fit_temperature(logits: Sequence[Tensor], targets: Sequence[Tensor], *, ignore_index: int = -100) -> float:
+def fit_temperature(
+    logits: Sequence[Tensor], targets: Sequence[Tensor], *, ignore_index: int = -100, region: str = "all"
+) -> float:
     """Return the temperature ``T`` for which ``softmax(logits / T)`` has the least negative log-likelihood.
 
     Fitted after training, on cases that training did not see. The temperature lies in [0.01, 100].
@@ -217,12 +220,16 @@ def fit_temperature(logits: Sequence[Tensor], targets: Sequence[Tensor], *, igno
         logits: one tensor ``[C, *S]`` per case; shapes may differ.
         targets: class indices ``[*S]`` per case.
         ignore_index: label of voxels that do not count. Default -100.
+        region: the voxels to fit: ``"all"``, those within 3 voxels of the foreground (``"near"``), or those of the
+            ``"foreground"``. Most of a volume is background that is beyond doubt. ``"near"`` fits the voxels that are
+            in doubt. It calibrates these better, and the volume as a whole a little worse. Default ``"all"``.
 
     Returns:
         The temperature. It is above 1 if the logits are over-confident.
 
     Raises:
-        ValueError: there is no case, the numbers of logits and targets differ, or no voxel counts.
+        ValueError: there is no case, the numbers of logits and targets differ, no voxel counts, or the region is
+            unknown.
 
     Example:
         >>> import torch
@@ -235,11 +242,12 @@ def fit_temperature(logits: Sequence[Tensor], targets: Sequence[Tensor], *, igno
     """
     if not logits or len(logits) != len(targets):
         raise ValueError(f"logits: got {len(logits)} cases and {len(targets)} targets, wanted pairs, at least one")
-    fit = TemperatureFit(ignore_index)
+    fit = TemperatureFit(ignore_index, region)
     for scores, target in zip(logits, targets, strict=True):
         fit.add(scores, target)
     if not fit.voxels:
-        raise ValueError(f"targets: every voxel is {ignore_index} (ignored), wanted some that count")
+        outside = "" if region == "all" else f" or outside the region {region!r}"
+        raise ValueError(f"targets: every voxel is {ignore_index} (ignored){outside}, wanted some that count")
     return fit.temperature()
 
 
@@ -251,14 +259,16 @@ class TemperatureFit:
     degree 11. As a function of ``log T`` it is so smooth that the zero is exact to 9 digits or more.
 
     Args:
-        ignore_index: label of voxels that do not count.
+        ignore_index: label of voxels that do not count. Default -100.
+        region: the voxels to fit, as in :func:`fit_temperature`. Default ``"all"``.
     """
 
     STEPS = 16
     """Temperatures per factor of 2."""
 
-    def __init__(self, ignore_index: int = -100) -> None:
-        self.ignore_index = ignore_index
+    def __init__(self, ignore_index: int = -100, region: str = "all") -> None:
+        check_region(region, NEAR_RADIUS, None)
+        self.ignore_index, self.region = ignore_index, region
         self.voxels = 0
         """The voxels that counted."""
         count = 1 + math.ceil(self.STEPS * math.log2(1e4))
@@ -268,6 +278,9 @@ class TemperatureFit:
     def add(self, logits: Tensor, target: Tensor) -> None:
         """Add the case with ``logits[C, *S]`` and class indices ``target[*S]``."""
         valid = target != self.ignore_index
+        inside = region_mask(self.region, target[None], NEAR_RADIUS, None, self.ignore_index)
+        if inside is not None:
+            valid &= inside[0]
         flat, labels = logits[:, valid], target[valid].long()
         self.voxels += len(labels)
         for start in range(0, len(labels), block := max(1, (1 << 18) // len(logits))):
@@ -290,7 +303,9 @@ class TemperatureFit:
         return result
 
     def temperature(self) -> float:
-        """The temperature that fits the cases added so far."""
+        """Return the temperature that fits the cases added so far, or 1 if none of their voxels counts."""
+        if not self.voxels:
+            return 1.0
         slope, places = self._slope.tolist(), self._inverse.log().tolist()
         if slope[0] > 0:  # even the highest temperature is too low
             return 100.0

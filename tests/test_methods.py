@@ -182,7 +182,17 @@ def test_mistakes_are_named() -> None:
         (lambda: nacl_cross_entropy(logits, target, alpha=math.nan), ValueError, "alpha: got nan"),
         (lambda: nacl_cross_entropy(logits, target, reduction="median"), ValueError, "reduction: got 'median'"),
         (lambda: fit_temperature([], []), ValueError, "logits: got 0 cases"),
-        (lambda: fit_temperature([logits[0]], [target[0] - 100]), ValueError, "every voxel is -100"),
+        (
+            lambda: fit_temperature([logits[0]], [target[0] - 100]),
+            ValueError,
+            r"every voxel is -100 \(ignored\), wanted",
+        ),
+        (
+            lambda: fit_temperature([logits[0]], [0 * target[0]], region="near"),
+            ValueError,
+            r"every voxel is -100 \(ignored\) or outside the region 'near'",
+        ),
+        (lambda: fit_temperature([logits[0]], [target[0]], region="border"), ValueError, "region: got 'border'"),
     ):
         with pytest.raises(error, match=message):
             call()
@@ -232,6 +242,33 @@ def test_temperature_from_cases_that_are_not_kept(seed: int) -> None:
     assert fit.voxels == int((target != 255).sum())
     assert sum(value.numel() for value in vars(fit).values() if isinstance(value, torch.Tensor)) < 500
     assert fit_temperature([logits], [target], ignore_index=255) == pytest.approx(fit.temperature(), rel=1e-12)
+
+
+@pytest.mark.parametrize("region", ["near", "foreground"])
+def test_temperature_of_a_region(region: str) -> None:
+    """It is that of the voxels of the region alone, here of those up to 3 steps from the foreground in a row."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(3, 400, generator=generator)
+    target = torch.zeros(400, dtype=torch.long)
+    target[100:150] = torch.randint(1, 3, (50,), generator=generator)
+    target[98:105] = 255
+    inside = torch.zeros(400, dtype=torch.bool)
+    inside[105:150] = True
+    if region == "near":
+        inside[150:153] = True
+    fit = TemperatureFit(255, region)
+    fit.add(logits, target)
+    assert fit.voxels == int(inside.sum())
+    alone = fit_temperature([logits[:, inside]], [target[inside]])
+    assert fit.temperature() == alone
+    assert fit_temperature([logits], [target], ignore_index=255, region=region) == alone
+    assert fit_temperature([logits], [target], ignore_index=255) != pytest.approx(alone, rel=0.01)
+
+
+def test_temperature_without_a_voxel_changes_nothing() -> None:
+    fit = TemperatureFit(region="near")
+    fit.add(torch.randn(2, 4, 4), torch.zeros(4, 4, dtype=torch.long))
+    assert fit.temperature() == 1.0
 
 
 def test_temperature_stays_within_bounds() -> None:

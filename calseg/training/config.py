@@ -135,7 +135,8 @@ class TrainConfig:
     temperature: float = _of_method(
         "temperature",
         "Temperature of the softmax that makes soft labels; the larger, the softer they are. A fitted temperature is"
-        " the one under which the soft labels of cases that a network has not seen fit the labels best.",
+        " the one under which the soft labels of cases that a network has not seen fit the labels near the foreground"
+        " best.",
         POSITIVE,
     )
     num_samples: int = _of_method(

@@ -73,7 +73,7 @@ def estimate(
         data: folder in the Medical Segmentation Decathlon's or nnU-Net's raw layout.
         out: folder of the run.
         config: settings of the run. If the temperature is None, it is fitted: it is then the one for which the
-            estimates of networks that were not trained on a case fit the labels best.
+            estimates of networks that were not trained on a case fit the labels near the foreground best.
         names: names of the cases. Default: every case of ``data``.
         networks: folder of another run on the same cases, whose first stage is used instead of training one. The
             settings ``alpha``, ``temperature`` and ``num_samples`` may then differ, and codes of the posterior serve
@@ -291,12 +291,12 @@ def stage_one_files(names: Sequence[str], folds: int) -> tuple[str, ...]:
 def _fit_temperature(
     pairs: Sequence[tuple[Estimator, str]], cache: CaseCache, config: TrainConfig, progress: Progress
 ) -> float:
-    """Return the temperature for which the estimates fit the labels best.
+    """Return the temperature for which the estimates fit the labels near the foreground best.
 
     It is fitted to the logarithms of the estimates, which are means over the codes. The logits of all codes would take
     too much memory.
     """
-    fit = TemperatureFit(IGNORE_INDEX)
+    fit = TemperatureFit(IGNORE_INDEX, region="near")
     for done, (net, name) in enumerate(pairs, 1):
         case = cache.get(name)
         soft = estimate_case(net, case, replace(config, temperature=1.0)).cpu()

@@ -25,7 +25,7 @@ class SoftLabelConfig:
     temperature: float | None = setting(
         None,
         "Temperature of the estimate; above 1 it is softer. Default: the one under which held-out predictions fit the"
-        " labels best, and 1 for --maps.",
+        " labels near the foreground best, and 1 for --maps.",
         POSITIVE,
     )
 

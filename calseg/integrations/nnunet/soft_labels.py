@@ -23,12 +23,13 @@ from calseg.integrations.nnunet.config import ALPHA, SoftLabelConfig
 from calseg.integrations.nnunet.preprocessed import Preprocessed, Volume, find_dataset, folder_of_variable
 from calseg.integrations.nnunet.store import SUMMARY, file_of, packed
 from calseg.methods import TemperatureFit
+from calseg.regions import near_foreground
 from calseg.runs import CasesInterruptedError, Progress, Run, RunFolder, no_progress
 from calseg.volumes.nifti import DataError, naming
 from calseg.volumes.probabilities import KEY, soft_labels_path, sum_tolerance
 
 FITTED_VOXELS = 1 << 20
-"""The temperature is fitted to at most so many voxels of a case, evenly spaced."""
+"""The temperature is fitted to at most so many voxels near the foreground of a case, evenly spaced."""
 
 
 class Source(NamedTuple):
@@ -180,15 +181,19 @@ def _kept_temperature(results: Run) -> float | None:
 
 
 def _fit(data: Preprocessed, source: Source, progress: Progress) -> float:
-    """Return the temperature under which the estimates fit the labels best, before preprocessing."""
-    ignore_label = data.labels.ignore_label
-    fit = TemperatureFit(-100 if ignore_label is None else int(ignore_label))
+    """Return the temperature under which the estimates fit the labels near the foreground best.
+
+    Estimates and labels are compared before preprocessing.
+    """
+    ignore_index = -100 if data.labels.ignore_label is None else int(data.labels.ignore_label)
+    fit = TemperatureFit(ignore_index)
     for done, case in enumerate(data.cases, 1):
         estimate, label = _read(data, source, case), data.read_label(case)
         data.cropped(estimate, case, source.files[case])  # checks the shape
-        step = math.ceil(label.size / FITTED_VOXELS)
-        flat = torch.from_numpy(estimate.reshape(len(estimate), -1)[:, ::step])
-        fit.add(flat.clamp(min=1e-12).log(), torch.from_numpy(label.reshape(-1)[::step]))
+        near = near_foreground(torch.from_numpy(label)[None], ignore_index=ignore_index).flatten().nonzero()[:, 0]
+        chosen = near[:: math.ceil(len(near) / FITTED_VOXELS) or 1].numpy()
+        flat = torch.from_numpy(estimate.reshape(len(estimate), -1)[:, chosen])
+        fit.add(flat.clamp(min=1e-12).log(), torch.from_numpy(label.reshape(-1)[chosen]))
         progress("temperature", done, len(data.cases), None)
     return fit.temperature()
 
