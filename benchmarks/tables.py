@@ -11,16 +11,19 @@ file in place. A test compares the README with the results.
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 TIMES = "cpu-epyc-2-cores.json"
+DATASETS = ("hippocampus-20", "synthetic")
+"""The data sets of the calibration experiment whose results lie in benchmarks/results."""
 PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 OPERATIONS = {
     "cross_entropy": "cross-entropy",
@@ -158,44 +161,24 @@ def machine() -> str:
 # ---- calibration ----
 
 
+def _experiment() -> Any:
+    """Return the module that makes tables of the calibration experiment, which has a folder of its own."""
+    folder = str(Path(__file__).parent / "calibration")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return importlib.import_module("markdown_tables")
+
+
 def evidence(dataset: str) -> str:
     """Return the scores of all methods on one data set of the calibration experiment."""
-    content = load(f"calibration-{dataset}.json")
-    if "format" not in content:
-        return _first_evidence(content["test"])
-    sys.path.insert(0, str(Path(__file__).parent / "calibration"))
-    try:
-        from markdown_tables import table
-    finally:
-        del sys.path[0]
-    made: str = table(content)
+    made: str = _experiment().table(load(f"calibration-{dataset}.json"))
     return made
 
 
-FIRST_SCORES = {
-    "dice": "Dice", "fg_ece": "foreground ECE", "ece": "ECE", "nll": "NLL", "brier": "Brier",
-    "disputed_ece": "ECE to the truth, disputed voxels", "truth_error": "distance to the truth, disputed voxels",
-}  # fmt: skip
-FIRST_NAMES = {
-    "svls": "SVLS",
-    "mbls": "MbLS",
-    "nacl": "NACL",
-    "calseg": "CALSeg, chosen",
-    "calseg_defaults": "CALSeg, default",
-}
-
-
-def _first_evidence(test: Mapping[str, Any]) -> str:
-    """Return the table of a result of the first experiment, whose reference is cross-entropy."""
-    keys = [key for key in FIRST_SCORES if key in test["cross_entropy"]["scores"]]
-    lines = ["| method | " + " | ".join(FIRST_SCORES[key] for key in keys) + " | Dice less cross-entropy's |"]
-    lines.append("| --- |" + " ---: |" * len(keys) + " --- |")
-    for method, entry in test.items():
-        cells = [f"{entry['scores'][key]['mean']:.{3 if key == 'dice' else 4}f}" for key in keys]
-        less = entry["scores"]["dice"].get("minus_cross_entropy")
-        interval = "-" if less is None else "{:+.3f} ({:+.3f} to {:+.3f})".format(less["mean"], *less["interval"])
-        lines.append("| " + " | ".join([FIRST_NAMES.get(method, method.replace("_", " ")), *cells, interval]) + " |")
-    return "\n".join(lines)
+def evidence_front() -> str:
+    """Return the scores of a few methods on all data sets of the calibration experiment."""
+    made: str = _experiment().front_table({dataset: load(f"calibration-{dataset}.json") for dataset in DATASETS})
+    return made
 
 
 def counts() -> str:
@@ -242,7 +225,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "counts": counts,
     "methods": methods,
     "regions": regions,
-    **{f"evidence-{dataset}": partial(evidence, dataset) for dataset in ("hippocampus", "multirater", "synthetic")},
+    "evidence": evidence_front,
+    **{f"evidence-{dataset}": partial(evidence, dataset) for dataset in DATASETS},
 }  # fmt: skip
 
 

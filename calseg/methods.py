@@ -527,7 +527,8 @@ METHODS: dict[str, Method] = {
         "CALSeg, in two stages",
         _calseg_loss,
         {"alpha": 0.5, "temperature": None, "num_samples": 8, "beta": 0.001,
-         "latent_size": 4, "reconstruction": 0.1, "folds": 4, "estimator": "posterior", "dice_labels": "soft"},
+         "latent_size": 4, "reconstruction": 0.1, "folds": 4, "first_stage_share": 0.5,
+         "estimator": "posterior", "dice_labels": "soft"},
         soft_labels=True,
     ),
 }  # fmt: skip

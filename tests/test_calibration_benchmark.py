@@ -146,7 +146,7 @@ class Untrained(experiment.Experiment):
     def trained(self, contender: contenders.Contender, settings: contenders.Settings, seed: int) -> Path:
         return Path(f"{contender.method}{contenders.words(settings)}")
 
-    def scores(self, run: Path, part: str, temperature: float | None = None) -> Any:
+    def scores(self, run: Path, part: str, scaled: str | None = None) -> Any:
         assert part == "tuning"
         return self.given[run.name]
 
@@ -193,14 +193,14 @@ def test_differences_from_the_reference_are_paired_over_cases_and_seeds(tmp_path
     seconds = {"first_stage": 40.2, "second_stage": 10.0}
     tested = {
         REFERENCE: experiment.Tested({}, base, [], {"second_stage": 9.0}),
-        "calseg_dice": experiment.Tested(
+        "calseg": experiment.Tested(
             {"dice_weight": 1.0}, [[better(case) for case in seed] for seed in base], [1.25, 1.5], seconds
         ),
     }
     result = report.report(tested, perfect=base[0])
     assert "minus_reference" not in result[REFERENCE]["scores"]["dice"]
     for key, wanted in (("dice", 0.05), ("near_nll", -0.1), ("near_ece", 0.0)):
-        mine, theirs = (result[name]["scores"][key] for name in ("calseg_dice", REFERENCE))
+        mine, theirs = (result[name]["scores"][key] for name in ("calseg", REFERENCE))
         assert mine["mean"] - theirs["mean"] == pytest.approx(wanted)
         assert mine["minus_reference"]["mean"] == pytest.approx(wanted)
         assert mine["minus_reference"]["interval"] == pytest.approx([wanted, wanted])
@@ -208,23 +208,16 @@ def test_differences_from_the_reference_are_paired_over_cases_and_seeds(tmp_path
         assert theirs["mean"] == pytest.approx(np.mean(theirs["seeds"]))
     content = {
         "format": report.FORMAT, "plan": {"test": 3}, "seeds": [0, 1],
-        "tuning": {"calseg_dice": {"keeps_dice": False}}, "test": result,
+        "tuning": {"calseg": {"keeps_dice": False}}, "test": result,
     }  # fmt: skip
     rows = tables.table(content).splitlines()
     assert len({row.count("|") for row in rows}) == 1
-    assert rows[3].startswith("| CALSeg + Dice | fitted temperatures 1.25, 1.50; less Dice on the tuning cases |")
+    assert rows[3].startswith("| CALSeg | fitted temperatures 1.25, 1.50; less Dice on the tuning cases |")
     assert "| +.050 (+.050 to +.050) | +.0000 (+.0000 to +.0000) | -.1000 (-.1000 to -.1000) | 40 + 10 |" in rows[3]
     assert rows[4].startswith("| the truth itself | - | ")
     front = tables.front_table({"a": content}).splitlines()
     assert front[2].startswith("| a | Dice + CE | ")
-    assert front[3].startswith("|  | CALSeg + Dice | ")
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- calibration a -->\nold | \\1\n<!-- end -->\nafter\n")
-    for _ in range(2):
-        assert tables.fill(page, {"a": tables.table(content), "b": "-"}) == ["a"]
-        assert page.read_text().splitlines() == [
-            "before", "<!-- calibration a -->", *rows, "<!-- end -->", "after"
-        ]  # fmt: skip
+    assert front[3].startswith("|  | CALSeg | ")
     (tmp_path / "calibration-synthetic.json").write_text(json.dumps(content))
     (tmp_path / "calibration-multirater.json").write_text(json.dumps({"test": {"cross_entropy": {}}}))
     (tmp_path / "calibration-hippocampus.json").write_text("{}")
@@ -252,7 +245,7 @@ def test_a_quick_experiment_runs_and_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The contenders share networks, nothing is trained again, and another plan is refused."""
-    names = ["dice_cross_entropy_scaled", "calseg_dice_second", "calseg_dice_prior"]
+    names = ["dice_cross_entropy_near", "calseg_dice_second", "calseg_prior"]
     call = ["synthetic", "--out", str(tmp_path), "--quick", "--seeds", "1", "--contenders", *names]
     run.main(call)
     path = tmp_path / "calibration-synthetic.json"
@@ -264,7 +257,7 @@ def test_a_quick_experiment_runs_and_continues(
     assert scaled["dice"]["mean"] == plain["dice"]["mean"]
     assert scaled["near_nll"]["mean"] != plain["near_nll"]["mean"]
     assert content["test"]["calseg_dice_second"]["first_stage"] == {"dice_weight": 0.0}
-    assert set(content["test"]["calseg_dice_prior"]["seconds"]) == {"first_stage", "second_stage"}
+    assert set(content["test"]["calseg_prior"]["seconds"]) == {"first_stage", "second_stage"}
     truth = content["test"]["truth"]["scores"]
     assert truth["truth_ece"]["mean"] == truth["truth_error"]["mean"] == 0
     assert truth["near_ece"]["mean"] < truth["foreground_ece"]["mean"]  # a perfect forecaster fails there

@@ -23,14 +23,15 @@ class Contender:
         method: Name in :data:`calseg.methods.METHODS`.
         settings: The settings that are tried. The first is the published one, or the default.
         first_stage: Settings in which the first stage of CALSeg differs from the second.
-        is_scaled: Whether the logits are divided by a temperature that is fitted on the tuning cases.
+        scaled: Region of the tuning cases to which a temperature is fitted, by which the logits are divided. None if
+            they are not.
     """
 
     title: str
     method: str
     settings: tuple[Settings, ...] = ({},)
     first_stage: Settings = field(default_factory=dict)
-    is_scaled: bool = False
+    scaled: str | None = None
 
 
 REFERENCE = "dice_cross_entropy"
@@ -60,25 +61,28 @@ def _others() -> Iterator[tuple[str, Contender]]:
         yield f"{method}_dice", Contender(f"{title} + Dice", method, with_dice)
 
 
-DICE: Settings = {"dice_weight": 1.0}
 NO_DICE: Settings = {"dice_weight": 0.0}
 CONTENDERS: dict[str, Contender] = {
     REFERENCE: Contender("Dice + CE", "dice_cross_entropy"),
-    "dice_cross_entropy_scaled": Contender("Dice + CE, temperature scaling", "dice_cross_entropy", is_scaled=True),
+    "dice_cross_entropy_scaled": Contender("Dice + CE, scaled", "dice_cross_entropy", scaled="all"),
+    "dice_cross_entropy_near": Contender("Dice + CE, scaled near", "dice_cross_entropy", scaled="near"),
     "cross_entropy": Contender("CE", "cross_entropy"),
-    "cross_entropy_scaled": Contender("CE, temperature scaling", "cross_entropy", is_scaled=True),
+    "cross_entropy_scaled": Contender("CE, scaled", "cross_entropy", scaled="all"),
     **dict(_others()),
-    "calseg": Contender("CALSeg", "calseg", (NO_DICE,)),
-    "calseg_dice_second": Contender("CALSeg + Dice in stage 2", "calseg", (DICE,), NO_DICE),
-    "calseg_dice": Contender("CALSeg + Dice", "calseg", (DICE,)),
-    "calseg_dice_hard": Contender("CALSeg + hard Dice", "calseg", ({**DICE, "dice_labels": "hard"},)),
-    "calseg_dice_prior": Contender("CALSeg + Dice, codes of the prior", "calseg", ({**DICE, "estimator": "prior"},)),
-    "calseg_dice_network": Contender("soft labels of plain networks + Dice", "calseg",
-                                     ({**DICE, "estimator": "network"},)),
-    "network_dice_second": Contender("soft labels of plain networks + Dice in stage 2", "calseg",
-                                     ({**DICE, "estimator": "network"},), NO_DICE),
+    "calseg": Contender("CALSeg", "calseg"),
+    "calseg_near": Contender("CALSeg, scaled near", "calseg", scaled="near"),
+    "calseg_no_dice": Contender("CALSeg without Dice", "calseg", (NO_DICE,)),
+    "calseg_dice_second": Contender("CALSeg, Dice in stage 2 only", "calseg", first_stage=NO_DICE),
+    "calseg_dice_hard": Contender("CALSeg, hard Dice", "calseg", ({"dice_labels": "hard"},)),
+    "calseg_prior": Contender("CALSeg, codes of the prior", "calseg", ({"estimator": "prior"},)),
+    "calseg_network": Contender("CALSeg, plain networks", "calseg", ({"estimator": "network"},)),
+    "calseg_whole": Contender("CALSeg, whole stage 1", "calseg", ({"first_stage_share": 1.0},)),
+    "calseg_two_folds": Contender("CALSeg, 2 folds", "calseg", ({"folds": 2},)),
 }  # fmt: skip
-"""All contenders by name. The reference is the first, because the choice of settings compares with it."""
+"""All contenders by name. The reference is the first, because the choice of settings compares with it.
+
+"Scaled" is temperature scaling on the tuning cases: of all of their voxels, or of those near the foreground.
+"""
 
 
 def words(settings: Settings) -> str:

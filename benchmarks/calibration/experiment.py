@@ -41,7 +41,8 @@ class Tested(NamedTuple):
     Attributes:
         settings: The setting.
         seeds: The sums of the test cases of every seed.
-        temperatures: The temperature of every seed that was fitted, if one was.
+        temperatures: The temperature of every seed that was fitted, if one was: that of the logits if these are
+            scaled, else that of the soft labels.
         seconds: The mean over the seeds of the time that each stage took to train.
     """
 
@@ -91,7 +92,16 @@ class Experiment:
     def estimated(self, config: TrainConfig) -> Path:
         """Return the folder of a finished first stage. Networks are shared by the estimates that they can serve."""
         shared = training_settings(config)
-        of_networks = ("estimator", "dice_weight", "folds", "latent_size", "beta", "reconstruction", "seed")
+        of_networks = (
+            "estimator",
+            "iterations",
+            "dice_weight",
+            "folds",
+            "latent_size",
+            "beta",
+            "reconstruction",
+            "seed",
+        )
         name = words({name: getattr(shared, name) for name in of_networks})
         networks = self.root / "first_stage" / name
         of_estimate = {name: getattr(config, name) for name in ("estimator", "alpha", "num_samples")}
@@ -123,14 +133,21 @@ class Experiment:
             case = cache.get(name)
             yield name, predict_volume(net, case.image, config.patch_size).clone(), torch.from_numpy(case.label)
 
-    def scores(self, run: Path, part: str, temperature: float | None = None) -> list[CaseScores]:
-        """Return the sums of the "tuning" or "test" cases of a run. They are computed now if they do not exist."""
-        path = run / f"scores-{part}{'' if temperature is None else '-scaled'}.json"
+    def scores(self, run: Path, part: str, scaled: str | None = None) -> list[CaseScores]:
+        """Return the sums of the "tuning" or "test" cases of a run. They are computed now if they do not exist.
+
+        Args:
+            run: folder of a finished run.
+            part: "tuning" or "test".
+            scaled: region to which the temperature of the logits is fitted. Default: the logits are not scaled.
+        """
+        path = run / f"scores-{part}{'' if scaled is None else f'-scaled-{scaled}'}.json"
         if not path.is_file():
             cases = {}
+            temperature = 1.0 if scaled is None else self.temperature(run, scaled)
             for name, logits, label in self.predictions(run, part):
-                scaled = (logits / (temperature or 1.0)).double()
-                cases[name] = CaseScores.of(scaled, label, class_wise=False, truth=self.truth(name)).to_json()
+                scaled_logits = (logits / temperature).double()
+                cases[name] = CaseScores.of(scaled_logits, label, class_wise=False, truth=self.truth(name)).to_json()
             write_json(path, cases)
         return [CaseScores.from_json(sums) for sums in read_json(path).values()]
 
@@ -150,11 +167,11 @@ class Experiment:
                 cases.append(scores)
         return cases
 
-    def temperature(self, run: Path) -> float:
-        """Return the temperature of temperature scaling, which is fitted on the tuning cases."""
-        path = run / "temperature.json"
+    def temperature(self, run: Path, region: str) -> float:
+        """Return the temperature of temperature scaling, which is fitted to a region of the tuning cases."""
+        path = run / f"temperature-{region}.json"
         if not path.is_file():
-            fit = TemperatureFit()
+            fit = TemperatureFit(region=region)
             for _, logits, label in self.predictions(run, "tuning"):
                 fit.add(logits, label)
             write_json(path, fit.temperature())
@@ -178,8 +195,7 @@ class Experiment:
             tried: list[dict[str, Any]] = []
             for settings in contender.settings[:most]:
                 run = self.trained(contender, settings, 0)
-                temperature = self.temperature(run) if contender.is_scaled else None
-                tried.append({"settings": dict(settings), **summarise(self.scores(run, "tuning", temperature))})
+                tried.append({"settings": dict(settings), **summarise(self.scores(run, "tuning", contender.scaled))})
             floor = (chosen[REFERENCE]["tried"] if chosen else tried)[0]["dice"] - TOLERANCE
             for each in tried:
                 each["keeps_dice"] = each["dice"] >= floor
@@ -194,9 +210,8 @@ class Experiment:
         for name, choice in chosen.items():
             contender, settings = CONTENDERS[name], choice["settings"]
             runs = [self.trained(contender, settings, seed) for seed in range(seeds)]
-            scaling = [self.temperature(run) if contender.is_scaled else None for run in runs]
-            tested = [self.scores(run, "test", value) for run, value in zip(runs, scaling, strict=True)]
-            temperatures = [value for value in scaling if value is not None]
+            tested = [self.scores(run, "test", contender.scaled) for run in runs]
+            temperatures = []
             seconds = {"second_stage": [float(read_json(run / "metrics.json")["seconds"]["train"]) for run in runs]}
             if METHODS[contender.method].soft_labels:
                 configs = (self.config(contender.method, settings, seed) for seed in range(seeds))
@@ -204,6 +219,8 @@ class Experiment:
                 summaries = [read_json(stage) for stage in stages]
                 temperatures = [float(summary["temperature"]) for summary in summaries]
                 seconds["first_stage"] = [float(summary["seconds"]) for summary in summaries]
+            if contender.scaled is not None:
+                temperatures = [self.temperature(run, contender.scaled) for run in runs]
             means = {stage: sum(values) / len(values) for stage, values in seconds.items()}
             result[name] = Tested(settings, tested, temperatures, means)
         return result

@@ -1,10 +1,9 @@
-"""Tables and figure of the experiment, from benchmarks/results/calibration-*.json.
+"""Figure of the experiment, from benchmarks/results/calibration-*.json.
 
     python benchmarks/calibration/figures.py
 
-prints a table for every data set, writes it into README.md and benchmarks/README.md where they have a place for it
-(markdown_tables.py), and draws benchmarks/results/calibration.png. A data set without a result, or with one of another
-format, is named and left out.
+draws benchmarks/results/calibration.png. A data set without a result, or with one of another format, is named and left
+out.
 """
 
 from __future__ import annotations
@@ -20,11 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from contenders import CONTENDERS, OTHERS, REFERENCE
 from datasets import PLANS
-from markdown_tables import fill, front_table, table
 from report import FORMAT
 
-BENCHMARKS = Path(__file__).resolve().parents[1]
-RESULTS = BENCHMARKS / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 LIGHT = "#bbbbbb"
 
 
@@ -39,6 +36,7 @@ class Style(NamedTuple):
 STYLES = {
     REFERENCE: Style("#000000", "s"),
     "dice_cross_entropy_scaled": Style("#000000", "D"),
+    "dice_cross_entropy_near": Style("#000000", "d"),
     "cross_entropy": Style("#000000", "s", is_hollow=True),
     "cross_entropy_scaled": Style("#000000", "D", is_hollow=True),
     **{
@@ -46,21 +44,23 @@ STYLES = {
         for method, marker in zip(OTHERS, "^v<>phXP", strict=True)
         for ending in ("", "_dice")
     },
-    "calseg": Style("#d55e00", "o", is_hollow=True),
-    "calseg_dice_second": Style("#d55e00", "o"),
-    "calseg_dice": Style("#d55e00", "*"),
+    "calseg": Style("#d55e00", "*"),
+    "calseg_near": Style("#d55e00", "D"),
+    "calseg_no_dice": Style("#d55e00", "o", is_hollow=True),
+    "calseg_dice_second": Style("#e69f00", "o"),
     "calseg_dice_hard": Style("#e69f00", "d"),
-    "calseg_dice_prior": Style("#e69f00", "P"),
-    "calseg_dice_network": Style("#009e73", "*"),
-    "network_dice_second": Style("#009e73", "o"),
+    "calseg_prior": Style("#e69f00", "P"),
+    "calseg_network": Style("#009e73", "*"),
+    "calseg_whole": Style("#e69f00", "s"),
+    "calseg_two_folds": Style("#e69f00", "^"),
 }
 CURVES = {
     REFERENCE: "-",
-    "dice_cross_entropy_scaled": ":",
+    "dice_cross_entropy_near": ":",
     "cross_entropy": "--",
     "ace_soft_dice": "-",
-    "calseg_dice_second": "-",
-    "calseg_dice": "--",
+    "calseg": "-",
+    "calseg_near": ":",
 }
 """The contenders whose reliability is drawn, with their line styles. More lines could not be told apart."""
 
@@ -165,13 +165,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(sentence)
     if not contents:
         raise SystemExit(f"{folder}: no result to draw; run.py makes them")
-    tables = {name: table(content) for name, content in contents.items()}
-    for name, lines in tables.items():
-        print(f"\n{name}\n\n{lines}")
-    if folder == RESULTS:
-        for path in (BENCHMARKS.parent / "README.md", BENCHMARKS / "README.md"):
-            filled = fill(path, {"front": front_table(contents), **tables})
-            print(f"{path}: tables written: {', '.join(filled) or 'none'}")
     draw(contents).savefig(folder / "calibration.png", dpi=200)
     print(f"written to {folder / 'calibration.png'}")
 

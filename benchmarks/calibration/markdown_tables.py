@@ -1,19 +1,16 @@
-"""Tables in Markdown from the results of the experiment, and their places in Markdown files.
-
-A table stands between the lines ``<!-- calibration NAME -->`` and ``<!-- end -->``, and is replaced there.
-"""
+"""Tables in Markdown from the results of the experiment. ``benchmarks/tables.py`` puts them into the pages."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from contenders import CONTENDERS, REFERENCE
 from scores import TITLES
 
-FRONT = (REFERENCE, "cross_entropy", "ace_hard_dice", "ace_soft_dice", "calseg_dice_second", "calseg_dice")
+FRONT = (
+    REFERENCE, "dice_cross_entropy_near", "cross_entropy", "ace_hard_dice", "ace_soft_dice", "calseg", "calseg_near",
+)  # fmt: skip
 """The contenders of the short table for all data sets."""
 FRONT_SCORES = ("dice", "near_ece", "near_nll", "near_brier", "nll", "truth_ece")
 DIFFERENCES = ("dice", "near_ece", "near_nll")
@@ -98,15 +95,3 @@ def front_table(contents: Mapping[str, Mapping[str, Any]]) -> str:
                 lines.append(f"| {label} | {entry['title']} | " + " | ".join(cells) + " |")
                 label = ""
     return "\n".join(lines)
-
-
-def fill(path: Path, tables: Mapping[str, str]) -> list[str]:
-    """Replace the tables in a Markdown file, and return the names of those that it has a place for."""
-    text, filled = path.read_text(), []
-    for name, lines in tables.items():
-        place = re.compile(rf"(<!-- calibration {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if place.search(text):
-            text = place.sub(lambda found, lines=lines: f"{found[1]}{lines}\n{found[2]}", text)
-            filled.append(name)
-    path.write_text(text)
-    return filled

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = (given.out if given.quick else RESULTS) / f"calibration-{given.name}.json"
     write_json(path, as_json(content))
     print(table(content))
-    print(f"written to {path}; the tables of all data sets and their figure: {Path(__file__).with_name('figures.py')}")
+    print(f"written to {path}; the figure of all data sets: {Path(__file__).with_name('figures.py')}")
 
 
 if __name__ == "__main__":

@@ -128,6 +128,14 @@ def predict(
             help="Cases to predict: validation or training, as the run split them, or all cases of the folder."
         ),
     ] = "validation",
+    calibrated: Annotated[
+        bool,
+        typer.Option(
+            "--calibrated",
+            help="Divide the logits by the temperature that fits the validation cases of the run best, near the"
+            " foreground. The class with the highest probability stays the same.",
+        ),
+    ] = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
     device: Device = "cpu",
@@ -141,8 +149,9 @@ def predict(
 
     with _progress(threads) as progress:
         content = predict_folder(
-            run, data, out, cases=cases, resume=resume, overwrite=overwrite, device=device, progress=progress
-        )
+            run, data, out, cases=cases, calibrated=calibrated, resume=resume, overwrite=overwrite, device=device,
+            progress=progress,
+        )  # fmt: skip
     print(f"{len(content['cases'])} probability maps are in {out}")
 
 

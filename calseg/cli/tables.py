@@ -127,6 +127,7 @@ def print_metrics(runs: Mapping[str, Mapping[str, Any]]) -> None:
                 row(STATISTICS[name].title, f"{region}, other raters", "raters", region, name)
         row(TRUTH_STATISTICS["brier"].title, "all, true probability", "truth", "brier")
     table.add_section()
+    row("temperature", "near", "temperature", digits=2)
     row("training", "seconds", "seconds", "train", digits=0)
     print(f"{first['dataset']}: {first['iterations']} iterations, {count} validation case{'s' * (count != 1)}")
     _print_table(table)

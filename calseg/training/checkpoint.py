@@ -25,7 +25,8 @@ from calseg.volumes.datasets import Dataset
 CHECKPOINT_FORMAT = 3
 CHECKPOINT = "checkpoint.pt"
 DATA_ENTRIES = ("classes", "channels", "ignore_label", "split")
-RUN_FILES = ("config.json", "split.json", CHECKPOINT, "metrics.json")
+METRICS = "metrics.json"
+RUN_FILES = ("config.json", "split.json", CHECKPOINT, METRICS)
 
 
 def description(dataset: Dataset) -> dict[str, Any]:

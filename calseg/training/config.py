@@ -33,6 +33,7 @@ UNUSED: dict[str, float | str] = {
     "latent_size": 4,
     "reconstruction": 0.1,
     "folds": 4,
+    "first_stage_share": 0.5,
     "estimator": "posterior",
     "dice_labels": "soft",
 }
@@ -84,7 +85,7 @@ class TrainConfig:
         one_of(METHODS),
         option=("--method", "--loss"),
     )
-    iterations: int = setting(300, "Number of updates of each network.", at_least(1))
+    iterations: int = setting(300, "Number of updates of the network that predicts.", at_least(1))
     batch_size: int = setting(2, "Number of patches in an update.", at_least(1))
     patch_size: tuple[int, int, int] = setting(
         (48, 64, 48),
@@ -157,6 +158,11 @@ class TrainConfig:
         "Number of parts into which the cases are dealt. The soft labels of a part come from a network trained on"
         " the other parts; with 1, every case is also trained on.",
         at_least(1),
+    )
+    first_stage_share: float = _of_method(
+        "first_stage_share",
+        "Number of updates of each network of the first stage, as a share of the iterations.",
+        POSITIVE,
     )
     estimator: str = _of_method(
         "estimator",

@@ -41,12 +41,21 @@ def build_estimator(dataset: Dataset, config: TrainConfig) -> Estimator:
 
 
 def training_settings(config: TrainConfig) -> TrainConfig:
-    """Return the settings with fixed values for those that the networks of the first stage do not depend on.
+    """Return the settings with which the networks of the first stage are trained.
 
-    So the networks can serve other estimates.
+    They have the number of updates of these networks. Settings that the networks do not depend on have fixed values, so
+    that the networks can serve other estimates.
     """
-    estimator = "network" if config.estimator == "network" else "posterior"
-    return replace(config, alpha=1.0, temperature=1.0, num_samples=1, estimator=estimator, dice_labels="soft")
+    return replace(
+        config,
+        iterations=max(1, round(config.first_stage_share * config.iterations)),
+        first_stage_share=1.0,
+        alpha=1.0,
+        temperature=1.0,
+        num_samples=1,
+        estimator="network" if config.estimator == "network" else "posterior",
+        dice_labels="soft",
+    )
 
 
 def estimator_loss(net: Estimator, config: TrainConfig) -> Callable[[Patches, int], Tensor]:

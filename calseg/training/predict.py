@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 
 from calseg.errors import RunError
+from calseg.files import read_json
 from calseg.runs import CasesInterruptedError, Progress, RunFolder, check_apart, no_progress
-from calseg.training.checkpoint import CHECKPOINT, data_of, description, load_checkpoint, load_state
+from calseg.training.checkpoint import CHECKPOINT, METRICS, data_of, description, load_checkpoint, load_state
 from calseg.training.config import TrainConfig
 from calseg.training.inference import predict_volume
 from calseg.training.loop import check_device
@@ -31,6 +33,7 @@ def predict_folder(
     out: str | Path,
     *,
     cases: str = "validation",
+    calibrated: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     device: str = "cpu",
@@ -43,6 +46,9 @@ def predict_folder(
         data: folder of the cases.
         out: folder of the probability maps.
         cases: "validation" or "training", by the split of the run, or "all".
+        calibrated: True to divide the logits by the run's temperature (:func:`calseg.training.train`). This changes
+            probabilities and not which class has the highest. Those of validation cases then look better calibrated
+            than those of new cases, because the temperature was fitted to them.
         resume: True to continue an interrupted prediction. Existing maps are complete and are not computed again.
         overwrite: True to replace the maps that ``out`` holds.
         device: name of a PyTorch device.
@@ -65,6 +71,7 @@ def predict_folder(
     dataset = find_cases(data)
     check_apart(Path(out), files=dataset.files)
     names = _names(dataset, saved, cases, checkpoint)
+    temperature = _temperature(Path(run)) if calibrated else 1.0
     net = _load_net(saved, config, checkpoint).to(target)
     net.eval()
 
@@ -74,9 +81,15 @@ def predict_folder(
         "iteration": int(saved["iteration"]),
         "data": str(Path(data).resolve()),
         "cases": names,
+        "temperature": temperature,
     }
     maps = {name: f"{name}.nii.gz" for name in names}
-    same = {"the network in RUN": content["checkpoint"], "the cases to predict": names, **data_of(description(dataset))}
+    same = {
+        "the network in RUN": content["checkpoint"],
+        "the cases to predict": names,
+        "the temperature": temperature,
+        **data_of(description(dataset)),
+    }
     folder = RunFolder(Path(out), "predict", (SUMMARY, *maps.values()))
     cache = CaseCache(dataset)
     with folder.open({}, same, resume=resume, overwrite=overwrite) as results:
@@ -87,7 +100,7 @@ def predict_folder(
             for number, name in enumerate(names, 1):
                 if name not in done:
                     logits = predict_volume(net, cache.get(name).image, config.patch_size)
-                    probabilities = torch.softmax(logits, 0).cpu().numpy()
+                    probabilities = torch.softmax(logits / temperature, 0).cpu().numpy()
                     results.remember(cache.inputs([name]))
                     results.write(maps[name], probabilities_file(probabilities, cache.case(name).images[0]))
                     done.add(name)
@@ -113,6 +126,16 @@ def _names(dataset: Dataset, saved: Mapping[str, Any], cases: str, checkpoint: P
     if gone:
         raise DataError(f"{dataset.folder}: the {cases} case {gone[0]!r} of {checkpoint} is not in it (--cases all?)")
     return names
+
+
+def _temperature(run: Path) -> float:
+    """Return the temperature of a finished run."""
+    path = run / METRICS
+    metrics = read_json(path) if path.is_file() else {}
+    temperature = metrics.get("temperature") if isinstance(metrics, dict) else None
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+        raise RunError(f"{path}: has no temperature; train to the end, or predict without --calibrated")
+    return float(temperature)
 
 
 def _load_net(saved: Mapping[str, Any], config: TrainConfig, checkpoint: Path) -> SegmentationNet:

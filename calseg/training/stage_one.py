@@ -163,11 +163,11 @@ def _train_networks(
     """Train the network of every fold; what the run holds of it is not done again."""
     nets: list[Estimator] = []
     seconds = 0.0
-    contents = _fingerprints(cache.dataset, config, names)
+    contents, settings = _fingerprints(cache.dataset, config, names), training_settings(config)
     for number, content in enumerate(contents):
-        nets.append(build_estimator(cache.dataset, config).to(target))
+        nets.append(build_estimator(cache.dataset, settings).to(target))
         seconds += fit(
-            nets[-1], estimator_loss(nets[-1], config), run, content, cache, config, folder=fold_folder(number),
+            nets[-1], estimator_loss(nets[-1], settings), run, content, cache, settings, folder=fold_folder(number),
             checkpoint_every=checkpoint_every, progress=progress, stage=f"fold {number + 1}/{len(contents)}",
         )  # fmt: skip
     return nets, seconds
@@ -185,8 +185,8 @@ def _load_networks(
             raise RunError(f"{path}: not found; there is no first stage of these folds")
         saved = load_checkpoint(path)
         check_same_training(path, saved, content)
-        if saved["iteration"] < config.iterations:
-            done = f"{saved['iteration']} of {config.iterations}"
+        if saved["iteration"] < (wanted := content["config"]["iterations"]):
+            done = f"{saved['iteration']} of {wanted}"
             raise RunError(f"{path}: its training has not ended (iteration {done}); resume it first")
         nets.append(build_estimator(cache.dataset, config).to(target))
         load_state(saved, path, nets[-1])

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from calseg.errors import RunError
-from calseg.methods import METHODS, Output, Target
+from calseg.methods import METHODS, Output, Target, TemperatureFit
 from calseg.runs import Progress, Run, RunFolder, check_apart, no_progress, read_state
 from calseg.scores import CaseScores, summarise
-from calseg.training.checkpoint import CHECKPOINT, RUN_FILES, data_of, fingerprint
+from calseg.training.checkpoint import CHECKPOINT, METRICS, RUN_FILES, data_of, fingerprint
 from calseg.training.config import TrainConfig
 from calseg.training.inference import predict_volume
 from calseg.training.loop import Patches, check_device, fit, noise_seed
 from calseg.training.nets import SegmentationNet, build_net
 from calseg.training.stage_one import estimate_in, read_summary, soft_label_file, stage_one_files
-from calseg.volumes.datasets import Dataset, find_cases, split_cases
+from calseg.volumes.datasets import IGNORE_INDEX, Dataset, find_cases, split_cases
 from calseg.volumes.patches import CaseCache
 from calseg.volumes.probabilities import soft_labels_path
 
@@ -58,8 +58,10 @@ def train(
         also: function ``also(name, logits)`` that is called with the prediction of every validation case.
 
     Returns:
-        The content of ``metrics.json``. If the first stage was run, the entry ``soft_labels`` holds the quality of its
-        estimates (:func:`~calseg.training.stage_one.estimate`).
+        The content of ``metrics.json``. The entry ``temperature`` is the one that fits the predictions near the
+        foreground of the validation cases best (:func:`calseg.methods.fit_temperature`). If the first stage was run,
+        the entry ``soft_labels`` holds the quality of its estimates
+        (:func:`~calseg.training.stage_one.estimate`).
 
     Raises:
         CalsegError: a file or a setting is wrong, or the folder is not empty. The user can fix it.
@@ -91,7 +93,7 @@ def train(
         if summary is not None:
             metrics["soft_labels"] = summary["estimate"]
             metrics["seconds"]["stage1"] = summary["seconds"]
-        run.write_json("metrics.json", metrics)
+        run.write_json(METRICS, metrics)
     return metrics
 
 
@@ -131,13 +133,21 @@ def _train_network(
 
     seconds = fit(net, loss_of, run, content, cache, config, checkpoint_every=checkpoint_every, progress=progress)
     begun = time.perf_counter()
-    scores = score_cases(net, cache, content["split"]["validation"], config.patch_size, progress, also)
+    temperature = TemperatureFit(IGNORE_INDEX, region="near")
+
+    def seen(name: str, logits: Tensor) -> None:
+        temperature.add(logits, torch.from_numpy(cache.get(name).label).to(logits.device))
+        if also is not None:
+            also(name, logits)
+
+    scores = score_cases(net, cache, content["split"]["validation"], config.patch_size, progress, seen)
     return {
         "dataset": dataset.name,
         "method": config.method,
         "iterations": config.iterations,
         "classes": list(dataset.class_names),
         **summarise(scores, dataset.class_names),
+        "temperature": temperature.temperature(),
         "seconds": {"train": seconds, "evaluate": time.perf_counter() - begun},
         "config": content["config"],
     }
@@ -157,7 +167,7 @@ def score_cases(
     names: Sequence[str],
     patch_size: Sequence[int],
     progress: Progress,
-    also: Callable[[str, Tensor], None] | None = None,
+    also: Callable[[str, Tensor], None],
 ) -> Mapping[str, CaseScores]:
     """Predict whole volumes and score them. ``also(name, logits)`` is called with every prediction."""
     net.eval()
@@ -167,7 +177,6 @@ def score_cases(
         logits = predict_volume(net, case.image, patch_size)
         label = torch.from_numpy(case.label).to(logits.device)
         cases[name] = CaseScores.of(logits, label, class_wise=False)
-        if also is not None:
-            also(name, logits)
+        also(name, logits)
         progress("evaluate", done, len(names), None)
     return cases

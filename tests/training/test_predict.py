@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 nibabel = pytest.importorskip("nibabel")
 matplotlib = pytest.importorskip("matplotlib")
@@ -16,6 +17,7 @@ matplotlib = pytest.importorskip("matplotlib")
 from interruption import stop_after  # noqa: E402
 
 from calseg.evaluate import EvaluateConfig, evaluate_folders  # noqa: E402
+from calseg.methods import fit_temperature  # noqa: E402
 from calseg.runs import CasesInterruptedError  # noqa: E402
 from calseg.training import TrainConfig, TrainingError, train  # noqa: E402
 from calseg.training.predict import predict_folder  # noqa: E402
@@ -49,6 +51,37 @@ def test_predict_then_evaluate_gives_the_scores_of_training(trained: Path, tmp_p
             assert report[region][score]["pooled"]["value"] == pytest.approx(metrics[region][score], abs=1e-6)
 
 
+def test_calibrated_maps_have_the_temperature_of_the_run(trained: Path, tmp_path: Path) -> None:
+    """It is the one that fits the validation cases near the foreground best, and the maps are divided by it."""
+    temperature = json.loads((trained / "run" / "metrics.json").read_text())["temperature"]
+    predict_folder(trained / "run", trained / "data", tmp_path / "plain")
+    content = predict_folder(trained / "run", trained / "data", tmp_path / "maps", calibrated=True)
+    assert content["temperature"] == temperature != 1
+    logits, labels = [], []
+    for name in content["cases"]:
+        plain, maps = (
+            torch.from_numpy(nibabel.load(tmp_path / kind / f"{name}.nii.gz").get_fdata()).movedim(-1, 0)
+            for kind in ("plain", "maps")
+        )
+        torch.testing.assert_close(torch.softmax(plain.log() / temperature, 0), maps, rtol=0, atol=1e-6)
+        logits.append(plain.log())
+        label = nibabel.load(trained / "data" / "labelsTr" / f"{name}.nii.gz")
+        labels.append(torch.from_numpy(np.asarray(label.dataobj).astype(np.int64)))
+    assert fit_temperature(logits, labels, region="near") == pytest.approx(temperature, rel=1e-5)
+
+
+def test_calibrated_maps_need_a_finished_run(trained: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained / "run", tmp_path / "run")
+    for content in (None, "[]", '{"temperature": "1"}', '{"temperature": -1}', '{"temperature": NaN}'):
+        (run / "metrics.json").unlink()
+        if content is not None:
+            (run / "metrics.json").write_text(content)
+        with pytest.raises(TrainingError, match=r"metrics.json: has no temperature; train to the end"):
+            predict_folder(run, trained / "data", tmp_path / "maps", calibrated=True)
+        assert not (tmp_path / "maps").exists()
+        (run / "metrics.json").touch()
+
+
 def test_predict_resumes(trained: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"cases": "all"}
     whole, part = tmp_path / "whole", tmp_path / "part"
@@ -59,6 +92,8 @@ def test_predict_resumes(trained: Path, tmp_path: Path) -> None:
     assert len(first) == 2
     with pytest.raises(TrainingError, match="cannot be resumed on other data: the cases to predict changed since"):
         predict_folder(trained / "run", trained / "data", part, resume=True, cases="training")
+    with pytest.raises(TrainingError, match="cannot be resumed on other data: the temperature changed since"):
+        predict_folder(trained / "run", trained / "data", part, resume=True, calibrated=True, **options)
     predict_folder(trained / "run", trained / "data", part, resume=True, **options)
     assert first == {path: path.stat().st_mtime_ns for path in first}
     names = sorted(path.name for path in whole.iterdir())

@@ -38,6 +38,7 @@ TINY = TrainConfig(
     val_fraction=0.34,
     num_samples=3,
     folds=2,
+    first_stage_share=1.0,
     alpha=0.4,
     temperature=1.0,
 )
@@ -176,6 +177,18 @@ def test_a_single_fold_sees_every_case(data: Path, tmp_path: Path) -> None:
     assert stage_one.split_folds(["a", "b"], 4, 0) in ([["a"], ["b"]], [["b"], ["a"]])
 
 
+def test_networks_of_the_first_stage_get_their_share_of_the_updates(data: Path, tmp_path: Path) -> None:
+    """A quarter of 8 updates gives the same networks as 2 updates, and the network to deploy still gets all."""
+    settings = replace(TINY, folds=1, num_samples=1)
+    train(data, tmp_path / "quarter", replace(settings, iterations=8, first_stage_share=0.25))
+    train(data, tmp_path / "two", replace(settings, iterations=2))
+    quarter, two = (load_checkpoint(tmp_path / run / "stage1/fold_0/checkpoint.pt") for run in ("quarter", "two"))
+    assert quarter["iteration"] == two["iteration"] == 2
+    assert quarter["model"].keys() == two["model"].keys()
+    assert all(torch.equal(weight, two["model"][name]) for name, weight in quarter["model"].items())
+    assert load_checkpoint(tmp_path / "quarter/checkpoint.pt")["iteration"] == 8
+
+
 def test_interrupted_run_ends_bit_for_bit_like_a_whole_one(data: Path, run: Path, tmp_path: Path) -> None:
     def stop_at(stage: str, done: int, time: int = 1) -> Any:
         left = time
@@ -246,8 +259,8 @@ def test_soft_labels_stopped_while_a_map_is_written(data: Path, tmp_path: Path, 
     config = replace(TINY, iterations=2, num_samples=2)
     sides = map(str, config.patch_size)
     stopped = soft_labels(
-        number, "--patch-size", *sides, "--iterations", "2", "--folds", "2", "--num-samples", "2", "--alpha", "0.4",
-        "--temperature", "1",
+        number, "--patch-size", *sides, "--iterations", "2", "--first-stage-share", "1", "--folds", "2",
+        "--num-samples", "2", "--alpha", "0.4", "--temperature", "1",
     )  # fmt: skip
     assert stopped.returncode == (130 if name == "SIGINT" else -number), stopped.stderr
     if name == "SIGINT":

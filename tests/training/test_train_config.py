@@ -33,6 +33,7 @@ from calseg.training import TrainConfig, TrainingError
         ({"sigma": 0.0}, "sigma must be positive"),
         ({"margin": math.nan}, "margin must be finite"),
         ({"folds": 0}, "folds must be at least 1"),
+        ({"first_stage_share": 0.0}, "first_stage_share must be positive"),
         ({"dice_weight": -1.0}, "dice_weight must be finite and not negative"),
         ({"estimator": "label"}, "estimator must be one of posterior, prior, network; got 'label'"),
         ({"dice_labels": "both"}, "dice_labels must be one of soft, hard; got 'both'"),
@@ -59,7 +60,8 @@ def test_published_defaults() -> None:
     """Defaults are those of existing runs, and ``config.json`` has a value for every setting, used or not."""
     common = {
         "alpha": 0.1, "sigma": 1.0, "gamma": 3.0, "margin": 5.0, "temperature": 1.0, "num_samples": 4, "beta": 0.001,
-        "latent_size": 4, "reconstruction": 0.1, "folds": 4, "estimator": "posterior", "dice_labels": "soft",
+        "latent_size": 4, "reconstruction": 0.1, "folds": 4, "first_stage_share": 0.5,
+        "estimator": "posterior", "dice_labels": "soft",
         "dice_weight": 0.0,
     }  # fmt: skip
     own = {
