@@ -122,7 +122,8 @@ else:
 def _locked(folder: Path, elsewhere: str = "") -> Iterator[None]:
     """Hold the lock of a folder, or raise a :class:`RunError` that names the process that holds it.
 
-    ``elsewhere`` ends the advice of the message. The operating system frees the lock when the process ends, in whatever way; the file that is left does no harm.
+    The operating system frees the lock when the process ends, in whatever way; the file that is left does no harm.
+    ``elsewhere`` ends the advice of the message.
     """
     path = folder / LOCK
     with failing(folder, "made ready"):
@@ -415,7 +416,8 @@ def check_same_data(place: Path, saved: Mapping[str, Any], wanted: Mapping[str, 
 def check_own(folder: Path, name: str, own: Iterable[str], elsewhere: str) -> None:
     """Refuse a file of ``folder`` that is there and not among the files ``own`` of its run, and every link to a file.
 
-    ``elsewhere`` ends the advice of the message. A folder below ``folder`` may not be a link either, for it could lead to files of others.
+    A folder below ``folder`` may not be a link either, for it could lead to files of others. ``elsewhere`` ends the
+    advice of the message.
     """
     path = folder / name
     for place in (path, *(folder / parent for parent in PurePath(name).parents if parent.parts)):

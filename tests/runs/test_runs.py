@@ -250,7 +250,11 @@ def test_a_command_that_continues_by_itself(tmp_path: Path) -> None:
     part = folder(tmp_path / "part", files=("a",))
     run = folder(tmp_path, command="demo", files=("demo.json",), continues=True, parts=(part,))
     (tmp_path / "notes.txt").write_text("theirs")
-    refused(run, "not empty and not made by calseg demo; give --overwrite to add to its files, or give another --out", SETTINGS)
+    refused(
+        run,
+        "not empty and not made by calseg demo; give --overwrite to add to its files, or give",
+        SETTINGS,
+    )
     with run.open(SETTINGS, overwrite=True) as demo:
         assert not demo.is_resumed
         with part.open({"a": 3}) as inner:
