@@ -189,8 +189,8 @@ def evaluate(
     Every score comes with its 95 % confidence interval over the cases (percentile bootstrap). Each case is kept as soon
     as it is done: after Ctrl-C, or an error in a file, --resume continues with the others.
 
-    calseg evaluate merge REPORT... makes one report of those of several machines. (A folder of probability maps that
-    is called merge is given as ./merge.)
+    calseg evaluate merge REPORT... makes one report of those of several machines. So a folder of probability maps that
+    is called merge is given as ./merge.
     """
     from calseg.evaluate import evaluate_folders
     from calseg.report import EvaluateConfig
