@@ -2,8 +2,8 @@
 
 The result is a folder. It holds ``config.json``, ``cases.jsonl`` with one line of integer sums per case, which is
 written when the case is done, and the files of :mod:`calseg.report`, which are written last and follow from the sums.
-An interrupted evaluation can be resumed, and then ends with the same bytes. The module needs nibabel and matplotlib
-(the extra ``calseg[train]``).
+An interrupted evaluation can be resumed, and then ends with the same bytes, with any number of processes. The module
+needs nibabel and matplotlib (the extra ``calseg[train]``).
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from calseg.errors import RunError, listing
-from calseg.files import InputFile, as_json, file_stamp, write_atomic
+from calseg.errors import RunError
+from calseg.files import InputFile, as_json, failing, file_stamp, write_atomic
 from calseg.regions import NEAR_RADIUS, near_foreground
 from calseg.report import REPORT_FILES, EvaluateConfig, preset_key, write_report
-from calseg.runs import CasesInterruptedError, Progress, RunFolder, check_apart, no_progress
+from calseg.runs import CasesInterruptedError, Progress, Run, RunFolder, check_apart, no_progress
 from calseg.scores import CaseScores
 from calseg.volumes.datasets import IGNORE_INDEX
 from calseg.volumes.nifti import DataError
@@ -37,13 +39,14 @@ from calseg.volumes.probabilities import (
     normalised,
     read_slabs,
 )
+from calseg.workers import share_out
 
 if TYPE_CHECKING:
     from calseg.metrics import CalibrationError
 
 __all__ = ["FOLDER_FILES", "EvaluateConfig", "evaluate_folders"]
 
-STORE_FORMAT = 2
+STORE_FORMAT = 3
 CONFIG = "config.json"
 STORE = "cases.jsonl"
 FOLDER_FILES = (CONFIG, STORE, *REPORT_FILES)
@@ -116,48 +119,87 @@ def _sums(slab: Slab, config: EvaluateConfig, presets: Mapping[str, CalibrationE
     )
 
 
+def no_scores(classes: int, config: EvaluateConfig, presets: Mapping[str, CalibrationError]) -> CaseScores:
+    """Return the sums of no voxels."""
+    empty = Slab(0, np.zeros((classes, 0, 1, 1), np.float32), np.zeros((0, 1, 1), np.int16), 0)
+    return _sums(empty, config, presets)
+
+
 # -------------------------------------------------------------------------------------------------- store
 
 
 @dataclass
 class Store:
-    """File of the finished cases, one line of JSON per case. An incomplete last line is removed."""
+    """The file of the finished cases, which has a line of JSON for each.
+
+    Attributes:
+        path: the file.
+        scores: the sums of every case.
+        notes: what is unusual about every case.
+    """
 
     path: Path
     scores: dict[str, CaseScores] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, path: Path, like: CaseScores) -> Store:
-        """Read the cases of an earlier run, if the file exists. Their sums have the names and shapes of ``like``."""
+    def read(cls, path: Path, like: CaseScores) -> Store:
+        """Read a file, whose sums have the names and shapes of ``like``."""
         store = cls(path)
+        with failing(path, "read"):
+            lines = path.read_bytes().splitlines()
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                name, notes, scores = record.pop("case"), record.pop("notes"), CaseScores.from_json(record)
+                is_right = record == scores.to_json() and _shapes(scores) == _shapes(like)
+                is_right = is_right and isinstance(name, str) and all(isinstance(note, str) for note in notes)
+                store.scores[name], store.notes[name] = scores, list(notes)
+            except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
+                is_right = False
+            if not is_right:
+                raise RunError(f"{path}: line {number} is corrupt")
+        return store
+
+    @classmethod
+    def resume(cls, path: Path, like: CaseScores) -> Store:
+        """Read the file of an earlier run, if there is one. An incomplete last line is removed from it."""
         if not path.exists():
-            return store
+            return cls(path)
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             write_atomic(path, whole)
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                record = json.loads(line)
-                scores = CaseScores.from_json(record)
-                store.scores[record.pop("case")] = scores
-                is_right = record == scores.to_json() and _shapes(scores) == _shapes(like)
-            except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
-                is_right = False
-            if not is_right:
-                raise RunError(f"{path}: line {number} is corrupt; give --overwrite to start anew")
-        return store
+        try:
+            return cls.read(path, like)
+        except RunError as error:
+            raise RunError(f"{error}; give --overwrite to start anew") from None
 
-    def add(self, case: MapCase, scores: CaseScores) -> None:
+    def add(self, name: str, scores: CaseScores, notes: list[str]) -> None:
         """Append a case and flush it to the disk."""
+        self.scores[name], self.notes[name] = scores, notes
         try:
             with open(self.path, "ab") as file:
-                file.write(json.dumps({"case": case.name, **scores.to_json()}).encode() + b"\n")
+                file.write(self._line(name))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise RunError(f"{self.path}: cannot be written ({error.strerror or error})") from error
-        self.scores[case.name] = scores
+
+    def sort(self) -> None:
+        """Put the cases into the order of their names. With several processes they come in that of their ends."""
+        names = sorted(self.scores)
+        if names != list(self.scores):
+            self.scores = {name: self.scores[name] for name in names}
+            self.write()
+
+    def write(self) -> None:
+        """Write the whole file."""
+        write_atomic(self.path, b"".join(map(self._line, self.scores)))
+
+    def _line(self, name: str) -> bytes:
+        content = {"case": name, "notes": self.notes[name], **self.scores[name].to_json()}
+        return json.dumps(content).encode() + b"\n"
 
     def check_cases(self, cases: Sequence[MapCase]) -> None:
         """Refuse to mix with a case that is no longer there."""
@@ -184,6 +226,13 @@ def case_stamps(case: MapCase) -> list[InputFile]:
 # ----------------------------------------------------------------------------------------------- evaluation
 
 
+def _work(case: MapCase, classes: int, config: EvaluateConfig, memory: int) -> tuple[list[InputFile], dict[str, Any]]:
+    """Return what identifies the files of a case, and its sums as JSON. This may run in another process."""
+    stamps = case_stamps(case)
+    scores = score_case(case, classes, config, preset_metrics(config.presets, classes), memory)
+    return stamps, scores.to_json()
+
+
 def evaluate_folders(
     probabilities: str | Path,
     labels: str | Path,
@@ -194,6 +243,7 @@ def evaluate_folders(
     resume: bool = False,
     overwrite: bool = False,
     memory: int = MEMORY,
+    workers: int = 1,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Score every probability map of a folder against the label map with the same name in another folder.
@@ -207,7 +257,8 @@ def evaluate_folders(
             there is one.
         resume: True to continue an interrupted evaluation with the same settings.
         overwrite: True to replace the report that ``out`` holds.
-        memory: number of bytes of memory to use, approximately.
+        memory: number of bytes of memory to use, approximately. The processes share it.
+        workers: number of processes that cases are shared out to. The result has the same bytes for any number.
         progress: function that is called after every case.
 
     Returns:
@@ -217,6 +268,8 @@ def evaluate_folders(
         CalsegError: a file or a setting is wrong, and the user can fix it.
         CasesInterruptedError: Ctrl-C was pressed. The finished cases are kept in ``out``.
     """
+    if workers < 1:
+        raise RunError(f"workers must be at least 1; got {workers}")
     maps, truth = Path(probabilities), Path(labels)
     check_apart(Path(out), maps, truth, *([] if dataset_json is None else [dataset_json]))
     cases, left_out = find_map_cases(maps, truth)
@@ -226,42 +279,55 @@ def evaluate_folders(
     if config.ignore_label is None:
         config = replace(config, ignore_label=ignore_label)
     presets = preset_metrics(config.presets, len(class_names))
-    if left_out:
-        notes.insert(0, f"{len(left_out)} label maps have no probability map: {listing(left_out)}")
 
     settings = as_json({"format": STORE_FORMAT, "classes": class_names, **asdict(config)})
     folder = RunFolder(Path(out), "evaluate", FOLDER_FILES)
     with folder.open(settings, resume=resume, overwrite=overwrite) as run:
         run.claim(STORE)
-        empty = Slab(0, np.zeros((len(class_names), 0, 1, 1), np.float32), np.zeros((0, 1, 1), np.int16), 0)
-        nothing = _sums(empty, config, presets)
-        store = Store.open(run.path / STORE, like=nothing)
+        store = Store.resume(run.path / STORE, no_scores(len(class_names), config, presets))
         store.check_cases(cases)
         run.check_inputs({case.name: case_stamps(case) for case in cases if case.name in store.scores})
         run.write_json(CONFIG, settings)
+        left = [case for case in cases if case.name not in store.scores]
+        work = partial(_work, classes=len(class_names), config=config, memory=memory // min(workers, max(len(left), 1)))
         try:
-            for done, case in enumerate(cases, 1):
-                if case.name not in store.scores:
-                    run.remember({case.name: case_stamps(case)})
-                    store.add(case, score_case(case, len(class_names), config, presets, memory))
-                progress("evaluate", done, len(cases), None)
+            progress("evaluate", len(store.scores), len(cases), None)
+            with closing(share_out(work, left, workers)) as done:
+                for case, (stamps, sums) in done:
+                    run.remember({case.name: stamps})
+                    store.add(case.name, CaseScores.from_json(sums), notes[case.name])
+                    progress("evaluate", len(store.scores), len(cases), None)
         except KeyboardInterrupt:
             raise CasesInterruptedError(store.path, len(store.scores), len(cases)) from None
-        scores = {case.name: store.scores[case.name] for case in cases}
-        run.claim(*REPORT_FILES)
-        return write_report(run.path, scores, class_names, config, presets, notes)
+        store.sort()
+        return finish(run, store, class_names, config, presets, left_out)
 
 
-def _check_cases(cases: Sequence[MapCase], class_names: tuple[str, ...] | None) -> tuple[tuple[str, ...], list[str]]:
+def finish(
+    run: Run,
+    store: Store,
+    class_names: Sequence[str],
+    config: EvaluateConfig,
+    presets: Mapping[str, CalibrationError],
+    left_out: Sequence[str],
+) -> dict[str, Any]:
+    """Write the files that follow from the sums of all cases, and return the content of ``report.json``."""
+    run.claim(*REPORT_FILES)
+    notes = [note for name in store.scores for note in store.notes[name]]
+    return write_report(run.path, store.scores, class_names, config, presets, notes, left_out)
+
+
+def _check_cases(
+    cases: Sequence[MapCase], class_names: tuple[str, ...] | None
+) -> tuple[tuple[str, ...], dict[str, list[str]]]:
     """Check the headers of all files before anything is computed or written.
 
     Returns:
-        The names of the classes, and notes for the report on what is unusual.
+        The names of the classes, and notes for the report on what is unusual about each case.
     """
-    notes, first, is_counted = [], cases[0], class_names is None
+    notes, first, is_counted = {}, cases[0], class_names is None
     for case in cases:
-        classes, odd = check_headers(case)
-        notes += odd
+        classes, notes[case.name] = check_headers(case)
         if class_names is None:
             class_names = tuple(f"class {number}" for number in range(classes))
         if classes != len(class_names):

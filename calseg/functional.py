@@ -169,7 +169,8 @@ def vls_cross_entropy(
         prior_mu: mean of the prior. Default 0.
         prior_logvar: log-variance of the prior. Default 0.
         seed: 64-bit seed of the noise, an int or a 0-d int64 tensor; default: drawn from PyTorch's default generator,
-            in a CUDA graph anew at every replay.
+            in a CUDA graph anew at every replay. The processes of ``torch.distributed`` make different seeds of the
+            same draw.
         backend: ``"cpu"`` (native), ``"triton"`` (GPU) or ``"reference"`` (plain PyTorch, differentiable to any
             order); default: the fastest that there is. On a GPU float64 takes the reference.
         reuse_logits: let backward write the gradient of ``input`` over ``input`` itself, which saves memory of its

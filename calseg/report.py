@@ -20,6 +20,7 @@ from torch import Tensor
 from calseg._version import __version__
 from calseg.bootstrap import NUM_RESAMPLES, Interval, mean_interval, pooled_interval
 from calseg.calibration import CalibrationBins
+from calseg.errors import listing
 from calseg.files import write_atomic, write_json
 from calseg.regions import REGIONS
 from calseg.scores import N_BINS, STATISTICS, CaseScores, lists_of, quiet_calibration_error, stack
@@ -34,7 +35,8 @@ DIAGRAMS = (*(f"reliability_{region}" for region in REGIONS), CLASS_DIAGRAM)
 DIAGRAM_CLASSES = 16
 """The largest number of classes with a diagram each. More classes are drawn as rows of one map."""
 
-REPORT_FILES = ("report.json", "cases.csv", *(f"{name}.{ending}" for name in DIAGRAMS for ending in ("png", "pdf")))
+REPORT = "report.json"
+REPORT_FILES = (REPORT, "cases.csv", *(f"{name}.{ending}" for name in DIAGRAMS for ending in ("png", "pdf")))
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,14 @@ def write_report(
     config: EvaluateConfig,
     presets: Mapping[str, CalibrationError],
     notes: Sequence[str],
+    left_out: Sequence[str],
 ) -> dict[str, Any]:
-    """Write ``report.json``, ``cases.csv`` and the diagrams, and return the content of ``report.json``."""
+    """Write ``report.json``, ``cases.csv`` and the diagrams, and return the content of ``report.json``.
+
+    ``left_out`` names the label maps that have no probability map.
+    """
+    if left_out:
+        notes = [f"{len(left_out)} label maps have no probability map: {listing(left_out)}", *notes]
     together = stack(list(cases.values()))
     columns = case_columns(together, class_names, presets)
     report = {
@@ -85,6 +93,7 @@ def write_report(
         "config": asdict(config),
         "confidence_level": CONFIDENCE_LEVEL,
         "notes": list(notes),
+        "left_out": list(left_out),
         "voxels": {region: int(together.bins[region].num_voxels.sum()) for region in REGIONS},
         "nan_voxels": int(together.bins["all"].num_nan.sum()),
         "infinite_voxels": int(together.bins["all"].num_infinite.sum()),
@@ -93,7 +102,7 @@ def write_report(
     }
     _write_csv(out / "cases.csv", list(cases), together.bins, columns)
     draw_diagrams(out, together.bins, class_names)
-    write_json(out / "report.json", report)
+    write_json(out / REPORT, report)
     return report
 
 

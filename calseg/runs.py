@@ -119,10 +119,11 @@ else:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, elsewhere: str = "") -> Iterator[None]:
     """Hold the lock of a folder, or raise a :class:`RunError` that names the process that holds it.
 
     The operating system frees the lock when the process ends, in whatever way; the file that is left does no harm.
+    ``elsewhere`` ends the advice of the message.
     """
     path = folder / LOCK
     with failing(folder, "made ready"):
@@ -134,10 +135,10 @@ def _locked(folder: Path) -> Iterator[None]:
             if not is_held or not text.startswith(LOCK_START[: len(text)]):
                 os.close(descriptor)
                 raise RunError(
-                    f"{path}: is no lock of calseg; move it, or give another --out"
+                    f"{path}: is no lock of calseg; move it{elsewhere}"
                     if is_held
                     else f"{folder}: {text.removeprefix(LOCK_START) or 'another process'} is at work in this folder;"
-                    " wait until it has ended, or give another --out"
+                    f" wait until it has ended{elsewhere}"
                 )
             if _identity(path) == _descriptor_identity(descriptor):
                 break
@@ -218,9 +219,9 @@ def read_state(folder: Path) -> RunState | None:
         and all(isinstance(name, str) and _is_inside(name) for name in content["files"])
         and all(isinstance(files, list) for files in content["inputs"].values())
     ):
-        raise RunError(f"{path}: not the state of a run of this version of calseg; give another --out")
+        raise RunError(f"{path}: not the state of a run of this version of calseg; move it away")
     if content.pop("format") != STATE_FORMAT:
-        raise RunError(f"{path}: the run is of another version of calseg; give another --out")
+        raise RunError(f"{path}: the run is of another version of calseg; move it away")
     return RunState(**content)
 
 
@@ -259,6 +260,8 @@ class RunFolder:
         continues: Whether the command continues its run by itself when it is started again, as "demo" does. Otherwise
             the user has to ask for it with ``--resume``.
         parts: The folders of runs within this folder. They are replaced with this run.
+        has_out: Whether the user chooses ``path`` with ``--out``. Messages name no option that a command lacks.
+        has_resume: Whether the command has the option ``--resume``.
     """
 
     path: Path
@@ -266,6 +269,13 @@ class RunFolder:
     files: tuple[str, ...] = ()
     continues: bool = False
     parts: tuple[RunFolder, ...] = ()
+    has_out: bool = True
+    has_resume: bool = True
+
+    @property
+    def elsewhere(self) -> str:
+        """The end of an advice: another folder, if the user may choose one."""
+        return ", or give another --out" if self.has_out else ""
 
     @contextmanager
     def open(
@@ -289,7 +299,7 @@ class RunFolder:
         with failing(self.path, "made ready"):
             self.path.mkdir(parents=True, exist_ok=True)
         wanted = RunState(self.command, as_json(settings), as_json(data or {}))
-        with _locked(self.path):
+        with _locked(self.path, self.elsewhere):
             state = read_state(self.path)
             goes_on = self._decide(state, resume, overwrite)
             if goes_on:
@@ -301,27 +311,26 @@ class RunFolder:
                     )
                 check_same_settings(self.path, state.settings, wanted.settings)
                 check_same_data(self.path, state.data, wanted.data)
-            yield Run(self.path, *self._begin(state, wanted, goes_on))
+            yield Run(self.path, *self._begin(state, wanted, goes_on), self.elsewhere)
 
     def _decide(self, state: RunState | None, resume: bool, overwrite: bool) -> bool:
         """Whether the run ``state`` goes on; refused by the rule above."""
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path}: exists and is not a folder")
         if state is not None and state.command != self.command:
-            raise RunError(f"{self.path}: holds a run of calseg {state.command}; give another --out")
+            raise RunError(f"{self.path}: holds a run of calseg {state.command}; move it{self.elsewhere}")
         goes_on = resume or (self.continues and state is not None and not overwrite)
         if goes_on and state is None:
             raise RunError(f"{self.path / STATE}: not found; there is no run to resume in {self.path}")
         if not (goes_on or overwrite) and (state is not None or self._holds_files()):
             if state is not None:
-                raise RunError(
-                    f"{self.path}: not empty; give --resume to continue the run in it, or --overwrite to start anew"
-                )
+                resume_or = "--resume to continue the run in it, or " if self.has_resume else ""
+                raise RunError(f"{self.path}: not empty; give {resume_or}--overwrite to start anew")
             by = f"and not made by calseg {self.command}" if self.continues else "and without a run"
-            raise RunError(f"{self.path}: not empty {by}; give another --out, or --overwrite to add to its files")
+            raise RunError(f"{self.path}: not empty {by}; give --overwrite to add to its files{self.elsewhere}")
         own = {} if state is None else dict.fromkeys((STATE, *state.files))
         for name in dict.fromkeys((STATE, *self.files, *own)):
-            check_own(self.path, name, own)
+            check_own(self.path, name, own, self.elsewhere)
         for part in self.parts:
             part_state = read_state(part.path)
             if state is None and part_state is not None:
@@ -364,7 +373,7 @@ class RunFolder:
     def remove(self) -> None:
         """Remove the files of the run in the folder, if there is a run."""
         if self.path.is_dir():
-            with _locked(self.path):
+            with _locked(self.path, self.elsewhere):
                 state = read_state(self.path)
                 if state is not None:
                     self._decide(state, resume=False, overwrite=True)
@@ -404,17 +413,18 @@ def check_same_data(place: Path, saved: Mapping[str, Any], wanted: Mapping[str, 
             raise RunError(f"{place}: cannot be resumed on other data: {words} changed since")
 
 
-def check_own(folder: Path, name: str, own: Iterable[str]) -> None:
+def check_own(folder: Path, name: str, own: Iterable[str], elsewhere: str) -> None:
     """Refuse a file of ``folder`` that is there and not among the files ``own`` of its run, and every link to a file.
 
-    A folder below ``folder`` may not be a link either, for it could lead to files of others.
+    A folder below ``folder`` may not be a link either, for it could lead to files of others. ``elsewhere`` ends the
+    advice of the message.
     """
     path = folder / name
     for place in (path, *(folder / parent for parent in PurePath(name).parents if parent.parts)):
         if place.is_symlink():
-            raise RunError(f"{place}: is a symbolic link, which no run writes to; move it, or give another --out")
+            raise RunError(f"{place}: is a symbolic link, which no run writes to; move it{elsewhere}")
     if os.path.lexists(path) and (name not in own or not path.is_file()):
-        raise RunError(f"{path}: was not written by this run, and is not replaced; move it, or give another --out")
+        raise RunError(f"{path}: was not written by this run, and is not replaced; move it{elsewhere}")
 
 
 class Run:
@@ -425,14 +435,14 @@ class Run:
         is_resumed: Whether an earlier run goes on.
     """
 
-    def __init__(self, path: Path, state: RunState, is_resumed: bool) -> None:
-        self.path, self.is_resumed, self._state = path, is_resumed, state
+    def __init__(self, path: Path, state: RunState, is_resumed: bool, elsewhere: str) -> None:
+        self.path, self.is_resumed, self._state, self._elsewhere = path, is_resumed, state, elsewhere
         self._files = set(state.files)
 
     def claim(self, *names: str) -> None:
         """Make files, named relative to the folder, the run's own, before it writes them."""
         for name in names:
-            check_own(self.path, name, self._files)
+            check_own(self.path, name, self._files, self._elsewhere)
         new = [name for name in names if name not in self._files]
         if new:
             self._files.update(new)

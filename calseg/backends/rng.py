@@ -12,12 +12,14 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 PHILOX_ROUNDS = 7
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _MASK32 = 0xFFFFFFFF
+RANK_STEP = 0x9E3779B97F4A7C15
+"""Distance, modulo 2^64, between the seeds that two neighbouring ranks make of the same draw."""
 
 
 def _mul_hi_lo(a: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
@@ -51,6 +53,11 @@ def _box_muller(word_a: Tensor, word_b: Tensor) -> tuple[Tensor, Tensor]:
     return radius * torch.cos(angle), radius * torch.sin(angle)
 
 
+def _signed(word: int) -> int:
+    """Return a 64-bit word as the signed number that an int64 tensor can hold."""
+    return (word + 2**63) % 2**64 - 2**63
+
+
 def standard_normal(
     seed: int | Tensor, num_voxels: int, num_classes: int, sample: int, *, first_voxel: int = 0, device: torch.device
 ) -> Tensor:
@@ -73,8 +80,8 @@ def standard_normal(
     first_quad, last_quad = first_lane // 4, (first_lane + num_classes - 1) // 4
     quad = torch.arange(first_quad, last_quad + 1, device=device)[:, None]
     voxel = torch.arange(first_voxel, first_voxel + num_voxels, device=device)[None, :]
-    if isinstance(seed, int):  # make it a signed number, which an int64 tensor can hold
-        seed = torch.tensor((seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
+    if isinstance(seed, int):
+        seed = torch.tensor(_signed(seed), dtype=torch.int64, device=device)
     key = (seed & _MASK32, (seed >> 32) & _MASK32)
     zero = torch.zeros((), dtype=torch.int64, device=device)
     r0, r1, r2, r3 = philox4x32((voxel & _MASK32, voxel >> 32, quad, zero), key)
@@ -92,5 +99,10 @@ def draw_seed(device: torch.device) -> Tensor:
     """Draw a 64-bit seed from the default generator of a device, as a 0-d int64 tensor on it.
 
     ``torch.manual_seed`` seeds the generators of all devices. On a GPU that captures a graph, every replay draws again.
+
+    In a process of rank r of ``torch.distributed``, the seed is the drawn number plus r times :data:`RANK_STEP`. So
+    processes whose generators have the same state get different seeds, and rank 0 gets that of a single process.
     """
-    return torch.empty((), dtype=torch.int64, device=device).random_(-(2**63), None)
+    seed = torch.empty((), dtype=torch.int64, device=device).random_(-(2**63), None)
+    rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    return seed.add_(_signed(rank * RANK_STEP)) if rank else seed

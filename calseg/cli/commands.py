@@ -3,7 +3,7 @@
 # No "from __future__ import annotations" here: typer evaluates the annotations of the commands.
 
 import importlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -181,6 +181,14 @@ def evaluate(
             " unpacks to more than a quarter of it goes through a temporary file.",
         ),
     ] = 512,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Number of processes that cases are shared out to. They share memory and threads; the report is the"
+            " same for any number.",
+        ),
+    ] = 1,
     resume: Resume = False,
     overwrite: Overwrite = False,
     threads: Threads = 0,
@@ -189,19 +197,56 @@ def evaluate(
 
     Every score comes with its 95 % confidence interval over the cases (percentile bootstrap). Each case is kept as soon
     as it is done: after Ctrl-C, or an error in a file, --resume continues with the others.
+
+    calseg evaluate merge REPORT... makes one report of those of several machines. So a folder of probability maps that
+    is called merge is given as ./merge.
     """
-    import matplotlib
-
-    from calseg.cli.tables import print_report
     from calseg.evaluate import evaluate_folders
-    from calseg.report import DIAGRAMS, EvaluateConfig
+    from calseg.report import EvaluateConfig
 
-    matplotlib.use("agg")
+    _draw_into_files()
     with _progress(threads) as progress:
         report = evaluate_folders(
             probabilities, labels, out, EvaluateConfig(**given.values), dataset_json=dataset_json,
-            resume=resume, overwrite=overwrite, memory=memory << 20, progress=progress,
+            resume=resume, overwrite=overwrite, memory=memory << 20, workers=workers, progress=progress,
         )  # fmt: skip
+    _show_report(report, out)
+
+
+def merge(
+    reports: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="REPORT",
+            help="Folders of finished reports of calseg evaluate, with the same classes and settings, and each with"
+            " cases of its own.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the report of all cases.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Make one report of the reports of several parts of a data set, as from several machines.
+
+    It has the same bytes as the report of one calseg evaluate of all cases.
+    """
+    from calseg.merge import merge_reports
+
+    _draw_into_files()
+    _show_report(merge_reports(reports, out, overwrite=overwrite), out)
+
+
+def _draw_into_files() -> None:
+    """Let matplotlib open no window."""
+    import matplotlib
+
+    matplotlib.use("agg")
+
+
+def _show_report(report: dict[str, Any], out: Path) -> None:
+    """Print a report, and where it lies."""
+    from calseg.cli.tables import print_report
+    from calseg.report import DIAGRAMS
+
     print_report(report)
     print(f"written to {out}: report.json, cases.csv, {', '.join(f'{name}.png/.pdf' for name in DIAGRAMS)}")
 
@@ -348,6 +393,7 @@ COMMANDS = {
     "soft-labels": Command(soft_labels, TRAINING, _not_of_stage_one(), is_resumable=True),
     "predict": Command(predict, is_resumable=True),
     "evaluate": Command(evaluate, "calseg.report:EvaluateConfig", is_resumable=True),
+    "evaluate merge": Command(merge),
     "demo": Command(demo, "calseg.simulation:DemoConfig"),
     "nnunet-path": Command(nnunet_path),
     "nnunet-soft-labels": Command(
@@ -357,20 +403,38 @@ COMMANDS = {
 RESUMABLE = tuple(name for name, command in COMMANDS.items() if command.is_resumable)
 
 
+def name_of(arguments: Sequence[str]) -> str:
+    """The command that the arguments begin with, which has one word or two."""
+    two = " ".join(arguments[:2])
+    return two if two in COMMANDS else arguments[0]
+
+
 def build_app(word: str) -> Any:
     """The typer application that runs the command ``word``.
 
     Where ``word`` is no command, the application holds all of them, without their options: enough for the help text
     and for the error message.
     """
-    app = typer.Typer(add_completion=False, help=calseg.__doc__)
-    app.callback()(lambda: None)  # with a callback typer keeps the command's name even if there is only one
+    app = _group(help=calseg.__doc__)
     for name, command in COMMANDS.items():
         if name == word:
-            app.command(name, help=_help_of(command))(command.for_typer())
+            *groups, last = name.split()
+            place = app
+            for group in groups:
+                inner = _group()
+                place.add_typer(inner, name=group)
+                place = inner
+            place.command(last, help=_help_of(command))(command.for_typer())
         elif word not in COMMANDS:
             app.command(name, help=_help_of(command))(lambda: None)
     return app
+
+
+def _group(**options: Any) -> typer.Typer:
+    """An application of several commands. It keeps the names of its commands even if there is only one."""
+    group = typer.Typer(add_completion=False, **options)
+    group.callback()(lambda: None)
+    return group
 
 
 def _help_of(command: Command) -> str:

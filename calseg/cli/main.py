@@ -60,16 +60,18 @@ def _run(arguments: Sequence[str], command: str) -> int:
 def _run_typer(arguments: Sequence[str], command: str) -> int:
     import typer
 
-    from calseg.cli.commands import RESUMABLE, build_app
+    from calseg.cli.commands import RESUMABLE, build_app, name_of
 
+    name = name_of(arguments)
+    command = command if name == arguments[0] else f"calseg {name}"
     click_error: Any = typer.BadParameter.__mro__[2]  # ClickException, which newer typer ships as its own
     try:
-        code = build_app(arguments[0])(args=list(arguments), prog_name="calseg", standalone_mode=False)
+        code = build_app(name)(args=list(arguments), prog_name="calseg", standalone_mode=False)
     except CalsegError as error:
         _fail(command, str(error))
     except RunInterruptedError as error:
         again = [word for word in arguments if word not in ("--overwrite", "--resume")]
-        again += ["--resume"] if arguments[0] in RESUMABLE else []
+        again += ["--resume"] if name in RESUMABLE else []
         _fail(command, f"{error}; continue with: {shlex.join(['calseg', *again])}", error.code)
     except (KeyboardInterrupt, typer.Abort):
         _fail(command, "interrupted", 130)

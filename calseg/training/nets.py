@@ -15,6 +15,7 @@ from monai.networks.blocks.convolutions import Convolution
 from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
 
+from calseg.backends.rng import draw_seed
 from calseg.functional import accumulate_soft_labels
 from calseg.methods import METHODS, Output
 from calseg.training.config import TrainConfig
@@ -223,7 +224,8 @@ class StageOneNet(nn.Module):
             codes: "posterior", which knows image and label, or "prior", the standard normal distribution, which knows
                 neither. Default "posterior".
             ignore_index: label of voxels whose soft label is 0 in every class. Default -100.
-            generator: random generator for the codes, on the CPU. Default: PyTorch's.
+            generator: random generator for the codes, on the CPU. Default: one with a seed that is drawn as the losses
+                draw theirs.
 
         Returns:
             Soft labels ``[N, C, *S]`` in the dtype of the logits, at least float32.
@@ -238,6 +240,8 @@ class StageOneNet(nn.Module):
         if codes == "prior":
             mu, logvar = torch.zeros_like(mu), torch.zeros_like(logvar)
         sigma = (logvar / 2).exp()
+        if generator is None:
+            generator = torch.Generator().manual_seed(int(draw_seed(torch.device("cpu"))))
 
         def maps() -> Iterator[Tensor]:
             for k in range(num_samples):

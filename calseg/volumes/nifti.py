@@ -185,10 +185,10 @@ Turn = NDArray[np.float64]
 
 
 class Match(NamedTuple):
-    """How the voxels of one file are matched with those of another: ``turn`` first, and what is odd about it."""
+    """How the voxels of one file are matched with those of another: after ``turn``, and whether affines differ then."""
 
     turn: Turn | None = None
-    note: str = ""
+    is_odd: bool = False
 
 
 def read_grid(path: Path) -> Grid:
@@ -204,30 +204,29 @@ def match(own: Grid, other: Grid) -> Match:
     """The turn that puts the voxels of ``own`` onto the grid ``other``, without any loss.
 
     Affines are the same to a thousandth of a voxel's size, and the corner of the grid to a hundredth of a millimetre.
-    Where they differ otherwise, voxels are matched as they are stored, with a note. A file that is stored in another
+    Where they differ otherwise, voxels are matched as they are stored, which is odd. A file that is stored in another
     orientation, but not on the same grid, is refused: to match its voxels as stored would be to mirror them.
     """
     if own.affine is None or other.affine is None or _same_place(own.affine, other.affine):
         return Match()
-    as_stored = Match(note=f"{own.path}: its affine differs from that of {other.path}; voxels are matched as stored")
     if not (own.is_placed and other.is_placed):
-        return as_stored
+        return Match(is_odd=True)
     turn = io_orientation(np.linalg.inv(other.affine) @ own.affine)
     if np.isnan(turn).any() or np.array_equal(turn, NOT_TURNED):
-        return as_stored
+        return Match(is_odd=True)
     shape = tuple(int(own.shape[axis]) for axis in np.argsort(turn[:, 0]))
     if shape != other.shape[:3] or not _same_place(own.affine @ inv_ornt_aff(turn, own.shape[:3]), other.affine):
         raise DataError(
-            f"{own.path}: stored with the axes {_axes(own)}, where {other.path} has {_axes(other)}, and not on the same"
+            f"{own.path}: stored with the axes {axes(own)}, where {other.path} has {axes(other)}, and not on the same"
             " grid; resample one to the other, or mend the header that is wrong"
         )
-    return Match(turn, f"{own.path}: turned to the axes {_axes(other)} of {other.path}")
+    return Match(turn)
 
 
 NOT_TURNED = np.array([[0, 1], [1, 1], [2, 1]])
 
 
-def _axes(grid: Grid) -> str:
+def axes(grid: Grid) -> str:
     """The directions of the axes, as in RAS: to the right, to the front, upwards."""
     assert grid.affine is not None
     return "".join(nibabel.aff2axcodes(grid.affine))

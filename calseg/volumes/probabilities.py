@@ -32,6 +32,7 @@ from calseg.volumes.datasets import IGNORE_INDEX, LabelMap, Volume, check_label,
 from calseg.volumes.nifti import (
     DataError,
     Grid,
+    axes,
     match,
     naming,
     open_volume,
@@ -69,7 +70,7 @@ class MapCase:
 
 
 def find_map_cases(probabilities: Path, labels: Path) -> tuple[list[MapCase], list[str]]:
-    """Return the cases of the folder ``probabilities``, sorted by name, and the names of label maps without a case."""
+    """Return the cases of the folder ``probabilities``, and the names of label maps without a case, sorted by name."""
     for folder in (probabilities, labels):
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder")
@@ -108,7 +109,7 @@ def find_map_cases(probabilities: Path, labels: Path) -> tuple[list[MapCase], li
         if name not in truth:
             raise DataError(f"{maps[0]}: no label map {name}.nii.gz (or .nii) in {labels}")
     cases = [MapCase(name, maps, truth[name]) for name, maps in found.items()]
-    return cases, [name for name in truth if name not in found]
+    return cases, sorted(name for name in truth if name not in found)
 
 
 def _nifti_files(folder: Path) -> dict[str, Path]:
@@ -149,13 +150,18 @@ def check_headers(case: MapCase) -> tuple[int, list[str]]:
         raise DataError(
             f"{first.path}: {classes} class; the probabilities of all classes, background included, are wanted"
         )
-    turn, note = match(label, first)
+    turn, is_odd = match(label, first)
     shape = label.shape if turn is None else tuple(label.shape[int(axis)] for axis in np.argsort(turn[:, 0]))
     if shape != first.shape[:3]:
         hint = " (reversed: are the axes of the .npz [C, z, y, x]?)" if shape == first.shape[2::-1] else ""
         raise DataError(f"{case.label}: label of shape {shape}, but {first.path} has {first.shape[:3]}{hint}")
-    if note:
-        notes.append(note)
+    if turn is not None:
+        notes.append(f"{case.name}: the label map is turned to the axes {axes(first)} of the probability map")
+    if is_odd:
+        notes.append(
+            f"{case.name}: the affine of the label map differs from that of the probability map; voxels are matched as"
+            " stored"
+        )
     return classes, notes
 
 

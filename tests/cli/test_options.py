@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,8 +32,10 @@ OF_STAGE_ONE = {
 
 def options(command: str) -> dict[str, typer.models.OptionInfo]:
     """The options of a command, by the names of their parameters."""
-    group = typer.main.get_command(build_app(command))
-    return {each.name: each for each in group.commands[command].params}  # type: ignore[attr-defined]
+    place: Any = typer.main.get_command(build_app(command))
+    for word in command.split():
+        place = place.commands[word]
+    return {each.name: each for each in place.params}
 
 
 @pytest.mark.parametrize(
@@ -77,7 +80,7 @@ def test_options_of_old_still_work() -> None:
         " --reconstruction --folds --estimator --resume --overwrite --checkpoint-every --device --threads",
         "predict": "--out --cases --resume --overwrite --device --threads",
         "evaluate": "--out --n-bins --ignore-label --preset --dataset-json --num-resamples --seed --memory --resume"
-        " --overwrite --threads",
+        " --overwrite --threads --workers",
         "demo": "--out --cases --raters --side --iterations --seed --overwrite --device --threads",
     }
     for command, words in names.items():

@@ -57,6 +57,24 @@ def test_the_network(tmp_path: Path, configuration: str, shape: tuple[int, ...])
         net(image)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does
+def test_codes_of_each_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes differ between ranks whose generators have the same state, eager and compiled, and can be repeated."""
+    net = network(data.make_dataset(tmp_path), "2d")
+    joined = with_label(torch.randn(2, 1, 16, 16), torch.randint(0, CLASSES, (2, 1, 16, 16)), CLASSES)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for run, mode in ((net, "train"), (net, "eval"), (compiled, "train")):
+        getattr(net, mode)()
+        outputs = []
+        for rank in (0, 1, 1):
+            monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+            torch.manual_seed(0)
+            outputs.append(run(joined)[0])
+        assert not torch.equal(*outputs[:2])
+        assert torch.equal(*outputs[1:])
+
+
 def test_the_loss() -> None:
     """Dice plus cross-entropy, and the two terms over the voxels that count."""
     logits, target = batch(3, ignore=True)

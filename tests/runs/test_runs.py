@@ -46,9 +46,9 @@ def folder(path: Path, **options: Any) -> RunFolder:
     return RunFolder(path, options.pop("command", "train"), options.pop("files", FILES), **options)
 
 
-def begun(path: Path) -> RunFolder:
+def begun(path: Path, **options: Any) -> RunFolder:
     """A folder with a run that was stopped, a temporary file of its, and files that are not the run's."""
-    run = folder(path)
+    run = folder(path, **options)
     with run.open(SETTINGS, {"the split": [1, 2]}) as open_run:
         assert not open_run.is_resumed
         open_run.write("report.json", "ours")
@@ -105,7 +105,7 @@ def test_overwriting_removes_what_the_run_wrote_and_nothing_else(tmp_path: Path)
     assert state is not None
     assert (state.settings, state.files) == ({"a": 2}, [])
     for options, message in (
-        ({"command": "evaluate"}, r"holds a run of calseg train; give another --out"),
+        ({"command": "evaluate"}, r"holds a run of calseg train; move it, or give another --out"),
         ({"files": (*FILES, "notes.txt")}, r"notes.txt: was not written by this run, and is not replaced; move it"),
     ):
         for how in ({"overwrite": True}, {"resume": True}):
@@ -118,7 +118,7 @@ def test_a_folder_without_a_run_gives_no_file_away(tmp_path: Path) -> None:
     (tmp_path / "maps").mkdir()
     (tmp_path / "maps" / "a.gz").write_text("theirs")
     for how, message in (
-        ({}, "not empty and without a run; give another --out"),
+        ({}, "not empty and without a run; give --overwrite to add to its files, or give another --out"),
         ({"resume": True}, "there is no run to resume"),
         ({"overwrite": True}, r"maps.a.gz: was not written by this run, and is not replaced"),
     ):
@@ -250,7 +250,11 @@ def test_a_command_that_continues_by_itself(tmp_path: Path) -> None:
     part = folder(tmp_path / "part", files=("a",))
     run = folder(tmp_path, command="demo", files=("demo.json",), continues=True, parts=(part,))
     (tmp_path / "notes.txt").write_text("theirs")
-    refused(run, "not empty and not made by calseg demo; give another --out, or --overwrite", SETTINGS)
+    refused(
+        run,
+        "not empty and not made by calseg demo; give --overwrite to add to its files, or give",
+        SETTINGS,
+    )
     with run.open(SETTINGS, overwrite=True) as demo:
         assert not demo.is_resumed
         with part.open({"a": 3}) as inner:
@@ -265,6 +269,27 @@ def test_a_command_that_continues_by_itself(tmp_path: Path) -> None:
     (tmp_path / "part" / "b").unlink()
     begun(tmp_path / "part")
     refused(run, "part: holds a run that this one did not make; give another --out", SETTINGS, overwrite=True)
+
+
+def test_advice_names_only_options_that_the_command_has(tmp_path: Path) -> None:
+    run = begun(tmp_path, has_out=False, has_resume=False)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "notes.txt").write_text("theirs")
+    bare = {"has_out": False, "has_resume": False}
+    messages = [
+        refused(run, "not empty; give --overwrite to start anew$", SETTINGS),
+        refused(folder(tmp_path, command="predict", **bare), "holds a run of calseg train; move it$", SETTINGS),
+        refused(folder(tmp_path / "foreign", **bare), "give --overwrite to add to its files$", SETTINGS),
+        refused(folder(tmp_path, files=(*FILES, "notes.txt"), **bare), "move it$", SETTINGS, overwrite=True),
+    ]
+    with run.open(SETTINGS, overwrite=True):
+        messages.append(refused(run, "wait until it has ended$", SETTINGS, overwrite=True))
+    (tmp_path / ".calseg.lock").write_text("theirs")
+    messages.append(refused(run, "is no lock of calseg; move it$", SETTINGS, overwrite=True))
+    (tmp_path / ".calseg.lock").unlink()
+    (tmp_path / STATE).write_text("{}")
+    messages.append(refused(run, "not the state of a run of this version of calseg; move it away$", SETTINGS))
+    assert not [message for message in messages if "--out" in message or "--resume" in message]
 
 
 def test_names_that_the_file_system_does_not_take(tmp_path: Path) -> None:

@@ -59,6 +59,20 @@ def test_estimate_is_the_mean_of_the_decoded_codes(dims: int) -> None:
     assert draws[0].image.shape == image.shape
 
 
+def test_codes_of_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes differ between ranks whose generators have the same state, and can be repeated."""
+    net = build_stage_one(2, 3, spatial_dims=2, latent_size=4, seed=0).eval()
+    image, label = batch(2)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    soft = []
+    for rank in (0, 1, 1):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        torch.manual_seed(0)
+        soft.append(net.estimate_soft_labels(image, label, num_samples=2, temperature=1.0, alpha=0.5))
+    assert not torch.equal(*soft[:2])
+    assert torch.equal(*soft[1:])
+
+
 def test_the_unet_runs_once_and_no_map_is_kept() -> None:
     net = build_stage_one(2, 3, latent_size=4, seed=0).eval()
     image, label = batch(3)

@@ -392,7 +392,7 @@ def test_soft_labels_that_a_user_added_stay(data: Path, tmp_path: Path) -> None:
     stage_one.estimate(data, tmp_path, settings, names=["demo_002"], overwrite=True)
     assert [(tmp_path / name).read_text() for name in added] == ["mine"] * 4
     assert sorted(path.name for path in (tmp_path / "soft_labels").iterdir()) == ["demo_002.nii.gz", "mine.nii.gz"]
-    with pytest.raises(TrainingError, match=r"holds a run of calseg soft-labels; give another --out"):
+    with pytest.raises(TrainingError, match=r"holds a run of calseg soft-labels; move it, or give another"):
         train(data, tmp_path, TINY, overwrite=True)
 
 

@@ -96,7 +96,7 @@ def test_folder_in_use_is_refused_and_foreign_files_survive(data: Path, tmp_path
     run.mkdir()
     (run / "notes.txt").write_text("mine")
     settings = config(iterations=1)
-    with pytest.raises(TrainingError, match=r"run: not empty and without a run; give another --out, or --overwrite"):
+    with pytest.raises(TrainingError, match=r"run: not empty and without a run; give --overwrite to add"):
         train(data, run, settings)
     with pytest.raises(TrainingError, match=r"calseg.json: not found; there is no run to resume"):
         train(data, run, settings, resume=True)

@@ -376,11 +376,11 @@ def test_what_was_turned_or_differs_is_noted(tmp_path: Path) -> None:
     maps = Maps(tmp_path)
     case = MapCase("a", (maps.map,), maps.label)
     save(maps.label, *turned(LABEL, "Xyz"))
-    assert check_headers(case)[1] == [f"{maps.label}: turned to the axes RAS of {maps.map}"]
+    assert check_headers(case)[1] == ["a: the label map is turned to the axes RAS of the probability map"]
     for affine in (np.eye(4), AFFINE + np.eye(4, k=3)):
         save(maps.label, LABEL, affine)
-        note = f"{maps.label}: its affine differs from that of {maps.map}; voxels are matched as stored"
-        assert check_headers(case)[1] == [note]
+        odd = "the affine of the label map differs from that of the probability map; voxels are matched as stored"
+        assert check_headers(case)[1] == [f"a: {odd}"]
     files = tuple(tmp_path / "channels" / f"a_{number:04d}.nii.gz" for number in range(2))
     save(files[0], MAP[..., 0])
     save(files[1], *turned(MAP[..., 1], "Xyz"))

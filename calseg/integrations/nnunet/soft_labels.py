@@ -88,7 +88,8 @@ def make_soft_labels(
     if not source.is_held_out:
         config = replace(config, temperature=config.temperature or 1.0)
     alpha = (ALPHA if source.is_held_out else 1.0) if config.alpha is None else config.alpha
-    folder = RunFolder(data.soft_labels_folder, "nnunet-soft-labels", (SUMMARY, *map(file_of, data.cases)))
+    files = (SUMMARY, *map(file_of, data.cases))
+    folder = RunFolder(data.soft_labels_folder, "nnunet-soft-labels", files, has_out=False)
     same = {"the cases": data.cases, "the source": str(source.folder.resolve())}
     settings = {**asdict(config), "alpha": alpha, "configuration": configuration}
     with folder.open(settings, same, resume=resume, overwrite=overwrite) as results:

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calseg.autograd import draw_seed
+from calseg.backends.rng import standard_normal
 from calseg.functional import accumulate_soft_labels, gaussian_kl
 from calseg.integrations.nnunet.dense_head import heads_of
 from calseg.integrations.nnunet.loss import DiceCrossEntropy
@@ -83,7 +85,7 @@ class StageOneNetwork(nn.Module):
         features = self.unet(image)
         levels = list(features) if isinstance(features, (list, tuple)) else [features]
         if self.training:
-            code = mu + (logvar / 2).exp() * torch.randn_like(mu)
+            code = mu + (logvar / 2).exp() * _noise(draw_seed(mu.device), mu, 0)
             outputs = [head(_joined(level, code)) for head, level in zip(self.heads, levels, strict=False)]
             outputs[0] = self._with_terms(outputs[0], levels[0], image, code, gaussian_kl(mu, logvar, reduction="none"))
         else:
@@ -97,14 +99,12 @@ class StageOneNetwork(nn.Module):
         return torch.cat([logits.float(), error, spread], 1)
 
     def _estimate(self, head: nn.Module, features: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-        """Return the logarithm of the mean softmax over codes, which come in antithetic pairs."""
-        sigma = (logvar / 2).exp()
+        """Return the logarithm of the mean softmax over codes, with the noise of the losses, in antithetic pairs."""
+        sigma, seed = (logvar / 2).exp(), draw_seed(mu.device)
 
         def maps() -> Iterator[Tensor]:
             for k in range(self.num_samples):
-                if k % 2 == 0:
-                    noise = sigma * torch.randn_like(mu)
-                yield head(_joined(features, mu - noise if k % 2 else mu + noise))
+                yield head(_joined(features, mu + sigma * _noise(seed, mu, k)))
 
         return accumulate_soft_labels(maps()).clamp(min=1e-7).log()
 
@@ -112,6 +112,11 @@ class StageOneNetwork(nn.Module):
 def _decoder(conv: Any, width: int, latent_size: int, out_channels: int) -> nn.Module:
     """Return a decoder of features and code. It has no norm, which would remove the code."""
     return nn.Sequential(conv(width + latent_size, width, 3, 1, 1), nn.LeakyReLU(0.1), conv(width, out_channels, 1))
+
+
+def _noise(seed: Tensor, mu: Tensor, sample: int) -> Tensor:
+    """Return the noise of one sample of the codes, in the shape ``[B, L]`` of ``mu``."""
+    return standard_normal(seed, len(mu), mu.shape[1], sample, device=seed.device).T.to(mu)
 
 
 def _joined(features: Tensor, code: Tensor) -> Tensor:
