@@ -146,7 +146,9 @@ def _run_loss(
     if traced:
         value, *present = loss_operator(backend, *pack(spec, tensors), list(needed), grad_output)
         return value, LossTensors(*_placed(needed, present))
-    gradients = LossTensors._make(_empty_if(needed, tensors)) if True in needed else NO_GRADIENTS
+    if grad_output is None and True not in needed:
+        return engine(backend).loss_and_corrections(spec, tensors)[0], NO_GRADIENTS
+    gradients = LossTensors._make(_empty_if(needed, tensors))
     return engine(backend).loss(spec, tensors, gradients, grad_output), gradients
 
 
@@ -168,15 +170,16 @@ def _is_float16(tensors: LossTensors) -> bool:
 class Loss(Function):
     """``(made, call, *tensors) -> loss``. One of ``made`` and ``call`` is None.
 
-    ``made`` is ``(loss, backend, gradients, versions)``: the engine has computed the loss of the tensors already, with
-    its gradients. ``versions`` are those of soft labels, mu and logvar, which must not change until backward. ``call``
-    is ``(backend, spec, reuse_logits, traced)``: the Function computes the loss of the four tensors of
-    :class:`LossTensors`, by the operator if ``traced``. Both are tuples, since every argument of a Function takes time.
+    ``made`` is ``(loss, backend, gradients, corrections, versions)``: the engine has computed the loss of the tensors
+    already, with its gradients and what they lack. ``versions`` are those of soft labels, mu and logvar, which must not
+    change until backward. ``call`` is ``(backend, spec, reuse_logits, traced)``: the Function computes the loss of the
+    four tensors of :class:`LossTensors`, by the operator if ``traced``. Both are tuples, since every argument of a
+    Function takes time.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, made: tuple[Tensor, str, list[Tensor | None], list[int] | None] | None,
+        ctx: Any, made: tuple[Tensor, str, list[Tensor | None], Tensor | None, list[int] | None] | None,
         call: tuple[str, LossSpec, bool, bool], *given: Tensor | None,
     ) -> Tensor:  # fmt: skip
         if made is not None:
@@ -218,17 +221,18 @@ def _gradients_made(ctx: Any, grad_output: Tensor) -> Sequence[Tensor | None]:
             "already been freed). Specify retain_graph=True if you need to backward through the graph a second "
             "time."
         )
-    _, backend, gradients, versions = ctx.made
+    _, backend, gradients, corrections, versions = ctx.made
     if versions is not None and versions != _versions(ctx.inputs):
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace operation: "
             "soft labels, mu or logvar of the loss"
         )
     if _graph_is_kept() or _is_batched(grad_output):
-        gradients = [None if g is None else g.mul(grad_output) for g in gradients]
+        factor = grad_output if corrections is None else grad_output * corrections[-1]
+        gradients = [None if g is None else g.mul(factor) for g in gradients]
     else:
         ctx.made = None
-        engine(backend).scale_gradients(gradients, grad_output)
+        engine(backend).scale_gradients(gradients, grad_output, corrections)
     return _guarded(gradients, grad_output, *ctx.inputs) if torch.is_grad_enabled() else gradients
 
 
@@ -274,9 +278,9 @@ def loss(
         value = _attach_loss(None, (backend, spec, reuse_logits, False), *tensors)
     else:
         gradients = [None if t is None or not t.requires_grad else native.empty_like(t) for t in given]
-        value = engine(backend).loss(spec, tensors, LossTensors(*gradients))
+        value, corrections = engine(backend).loss_and_corrections(spec, tensors, LossTensors(*gradients))
         versions = None if only_logits else _versions(given)
-        value = _attach_loss((value, backend, gradients, versions), None, *given)
+        value = _attach_loss((value, backend, gradients, corrections, versions), None, *given)
     return value
 
 
@@ -426,7 +430,7 @@ def _gradients_of_gaussian(
         return _run_loss(ctx.backend, spec, tensors, (False, False, *needed), ctx.traced, upstream)[1][2:]
     if kept:
         return [None if g is None else g * grad_loss for g in made[2:]]
-    engine(ctx.backend).scale_gradients(made[2:], grad_loss)
+    engine(ctx.backend).scale_gradients(made[2:], grad_loss, None)
     return made[2:]
 
 

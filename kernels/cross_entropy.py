@@ -14,7 +14,7 @@ import triton.language as tl
 from calseg.kernels.labels import class_weights, label_weights, load_labels, weighted
 from calseg.kernels.launch import HARD, SOFT, WEIGHTED, Call, TileDemands
 from calseg.kernels.overlap import label_step, overlap_dot, overlap_gradient, slope_above, store_overlap
-from calseg.kernels.reductions import LossArguments, load_upstream, store_loss
+from calseg.kernels.reductions import LossArguments, finish, load_upstream, store_loss, store_sums
 from calseg.kernels.softmax import INF, exp_of, fine_reciprocal, online_top_and_sum, reciprocal, top_and_sum
 from calseg.kernels.tile import classes, load, locate, store
 
@@ -82,7 +82,7 @@ def hard_cross_entropy(
     weight,  # [C] or None
     upstream,
     loss,  # out [N, S] or None
-    partials,  # out [1, programs] or None
+    partials,
     grad,  # out [N, C, S] or None
     overlap,  # out [programs, C, 2] or None
     grad_overlap,  # [N, C, 2] or None
@@ -181,22 +181,23 @@ def hard_cross_entropy(
                 store(grad, n, first, inside, start + c, g, C, tile)
 
     if loss is None and weight is None and not SMOOTHED:
-        if partials is not None:
+        if partials.ptr is not None:
             log_total = tl.sum(_log_of_product(tl.where(ok, total, 1.0), tile), 0)
-            tl.store(partials + tl.program_id(0), log_total - tl.sum(label_d, 0))
+            store_sums(partials, log_total - tl.sum(label_d, 0), None, ok)
     else:
         log_total = tl.log(total)
         value = on_label * (log_total - label_d)
         if SMOOTHED:
             value += spread * (weight_sum * log_total - weighted_d)
         value = tl.where(ok, value, 0.0)
-        store_loss(loss, partials, upstream, value, None, None, n, first, inside, tile)
+        store_loss(loss, partials, upstream, value, None, None, ok, n, first, inside, tile)
 
     if C <= BLOCK_C and grad is not None:
         g = _hard_gradient(
             x, c, label, weight, top, scale_e, scale_label, scale_weight, grad_overlap, shift, n, SMOOTHED, C
         )
         store(grad, n, first, inside, c, g, C, tile)
+    finish(partials, upstream, 0.0, False, NUM_SUMS)
 
 
 @triton.jit
@@ -240,7 +241,7 @@ def soft_cross_entropy(
     weight,  # [C] or None
     upstream,
     loss,  # out [N, S] or None
-    partials,  # out [1, programs] or None
+    partials,
     grad,  # out [N, C, S] or None
     grad_soft,  # out [N, C, S] or None
     overlap,  # out [programs, C, 2] or None
@@ -309,7 +310,8 @@ def soft_cross_entropy(
                 grad_overlap, dot, ok, n, first, inside, C, tile,
             )  # fmt: skip
     value = tl.where(ok, value, 0.0)
-    store_loss(loss, partials, upstream, value, None, None, n, first, inside, tile)
+    store_loss(loss, partials, upstream, value, None, None, ok, n, first, inside, tile)
+    finish(partials, upstream, 0.0, False, NUM_SUMS)
 
 
 def tile_demands(spec: Any, tensors: Any) -> TileDemands:

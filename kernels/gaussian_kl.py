@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from calseg.kernels.gaussian import kl_gradients, kl_terms, sampling_arguments, store_gradients
 from calseg.kernels.launch import SOFT, Call, TileDemands
-from calseg.kernels.reductions import LossArguments, load_upstream, store_loss
+from calseg.kernels.reductions import LossArguments, finish, load_upstream, store_loss
 from calseg.kernels.softmax import exp_any
 from calseg.kernels.tile import classes, load, locate
 
@@ -23,7 +23,7 @@ def gaussian_kl(
     gaussian,
     upstream,
     loss,  # out [N, S] or None
-    partials,  # out [1, programs] or None
+    partials,
     grad_mu,  # out [N, C, S] or None
     grad_logvar,  # out [N, C, S] or None
     S,
@@ -43,7 +43,8 @@ def gaussian_kl(
         to_mu, to_logvar = kl_gradients(gaussian, mean, sigma, up)
         store_gradients(grad_mu, grad_logvar, to_mu, to_logvar, n, first, inside, c, C, tile)
     value = tl.where(inside, value, 0.0)
-    store_loss(loss, partials, upstream, value, None, None, n, first, inside, tile)
+    store_loss(loss, partials, upstream, value, None, None, inside, n, first, inside, tile)
+    finish(partials, upstream, 0.0, False, 1)
 
 
 def tile_demands(spec: Any, tensors: Any) -> TileDemands:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ class Labels(NamedTuple):
     ignore: int | None = None
 
 
+@cache
 def holds(dtype: torch.dtype, number: int) -> bool:
     """Return whether a dtype has a value that equals this integer."""
     if not dtype.is_floating_point:

@@ -7,14 +7,14 @@ classes, it takes them block by block. The module is plain Python, so tests call
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from calseg.kernels.tile import Tile, View
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 WARP = 32
 VECTOR_BYTES = 16  # the widest load of a thread
@@ -23,6 +23,7 @@ MAX_WARPS = 16
 MAX_VOXELS = 8  # of a thread that holds all their classes: with more, the compiler loads them one after the other
 MAX_ALIGN = 16
 MAX_PROGRAMS = 2**31 - 1  # the limit of CUDA
+MAX_KEPT = 4096  # plans, and compiled kernels, that are kept for the next call of the same kind
 
 Strides = tuple[int, int, int]
 
@@ -129,35 +130,49 @@ def _channels_last(demands: TileDemands, geometry: Geometry, block: int, itemsiz
 
 def num_programs(geometry: Geometry, tile: Tile) -> int:
     """Return the number of programs, which is the number of tiles."""
-    return geometry.N * triton.cdiv(geometry.S, tile.TILE)
+    return geometry.N * -(-geometry.S // tile.TILE)
+
+
+class Plan(NamedTuple):
+    """What the shapes, the strides and the dtypes of a call say of its launches."""
+
+    geometry: Geometry
+    tile: Tile
+    num_warps: int
+    programs: int
+
+
+def plan(demands: TileDemands, geometry: Geometry, scores: Sequence[Tensor | None]) -> Plan:
+    """Return the plan of a call with these tensors with a class axis. An absent one is None.
+
+    Raises:
+        ValueError: there are more voxels than programs can take.
+    """
+    present = [tensor for tensor in scores if tensor is not None]
+    tile, num_warps = choose_tile(demands, geometry, min(tensor.element_size() for tensor in present))
+    programs = num_programs(geometry, tile)
+    if programs > MAX_PROGRAMS:
+        voxels, most = geometry.N * geometry.S, MAX_PROGRAMS * tile.TILE
+        raise ValueError(f"{tuple(present[0].shape)}: got {voxels} voxels, wanted up to {most} on a GPU")
+    return Plan(geometry, tile, num_warps, programs)
 
 
 class Call:
     """A call of an operation: the views of its tensors, and the tile into which its work is cut.
 
     Args:
-        demands: the demands of the kernel on its tiles.
-        geometry: the shape and the strides of the tensors.
+        plan: the plan of the call.
         scores: the tensors with a class axis. An absent one is None. The first other one gives the device.
         voxels: the tensors without a class axis. An absent one is None.
     """
 
-    def __init__(
-        self,
-        demands: TileDemands,
-        geometry: Geometry,
-        scores: Sequence[Tensor | None],
-        voxels: Sequence[Tensor | None] = (),
-    ) -> None:
-        present = [tensor for tensor in scores if tensor is not None]
-        self.like, self.geometry = present[0], geometry
-        self.C, self.S = geometry.C, geometry.S
-        self.tile, self.num_warps = choose_tile(demands, geometry, min(tensor.element_size() for tensor in present))
-        self.programs = num_programs(geometry, self.tile)
-        if self.programs > MAX_PROGRAMS:
-            voxels, most = geometry.N * geometry.S, MAX_PROGRAMS * self.tile.TILE
-            raise ValueError(f"{tuple(self.like.shape)}: got {voxels} voxels, wanted up to {most} on a GPU")
-        self.scores, self.voxels = _views(scores, geometry.scores), _views(voxels, geometry.voxels)
+    __slots__ = ("C", "S", "geometry", "like", "num_warps", "programs", "scores", "tile", "voxels")
+
+    def __init__(self, plan: Plan, scores: Sequence[Tensor | None], voxels: Sequence[Tensor | None] = ()) -> None:
+        self.geometry, self.tile, self.num_warps, self.programs = plan
+        _, self.C, self.S, of_scores, of_voxels = plan.geometry
+        self.like = next(tensor for tensor in scores if tensor is not None)
+        self.scores, self.voxels = _views(scores, of_scores), _views(voxels, of_voxels)
 
     def launch(self, kernel: Any, *arguments: Any) -> None:
         """Launch a kernel with one program per tile. The tile is added as its last argument."""
@@ -170,20 +185,100 @@ def _views(tensors: Sequence[Tensor | None], strides: Sequence[Strides]) -> list
     return [None if tensor is None else View(tensor, *next(remaining)) for tensor in tensors]
 
 
+# ---- launches ----
+#
+# Triton looks at every argument of every launch, to find the kernel that it compiled for arguments of this kind. That
+# takes ten times as long as the launch. So a compiled kernel is kept by a key that holds all that Triton looks at.
+
+_kept: dict[tuple[Any, ...], CompiledKernel] = {}
+
+
+def _describe(arguments: Iterable[Any], key: list[Any]) -> None:
+    """Add to a key what Triton looks at: dtype and alignment of a tensor, that a number is a float, other values.
+
+    Integers are told apart by their values, more than Triton does, for it asks whether they are 1 or multiples of 16.
+    """
+    for value in arguments:
+        kind = type(value)
+        if kind is int or value is None:
+            key.append(value)
+        elif kind is float:
+            key.append(float)
+        elif isinstance(value, tuple):
+            key.append(len(value))
+            _describe(value, key)
+        elif isinstance(value, Tensor):
+            key.append(value.dtype)
+            key.append(value.data_ptr() % MAX_ALIGN == 0)
+        else:
+            key.append(value)
+
+
+def _key(kernel: Any, programs: int, device: int, arguments: Sequence[Any], num_warps: int) -> tuple[Any, ...]:
+    """Return the key of the compiled kernel for a launch on a device."""
+    key = [kernel.fn, programs, device, num_warps]
+    if kernel.do_not_specialize:
+        names = kernel.do_not_specialize
+        arguments = [None if n in names else a for n, a in zip(kernel.arg_names, arguments, strict=True)]
+    _describe(arguments, key)
+    return tuple(key)
+
+
+def _keep(key: tuple[Any, ...], compiled: Any) -> None:
+    """Keep a compiled kernel for an NVIDIA GPU. For others, Triton looks at more: the size of a tensor, on AMD."""
+    if isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":
+        if len(_kept) >= MAX_KEPT:
+            _kept.clear()
+        _kept[key] = compiled
+
+
+def _is_observed() -> bool:
+    """Return whether a profiler, such as Triton's, wants to hear of every launch."""
+    runtime = triton.knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+
+
+def stream_of(like: Tensor) -> int:
+    """Return the current stream of the device of a tensor, as a number. In Triton's interpreter there is one."""
+    return 0 if like.is_cpu else int(triton.runtime.driver.active.get_current_stream(like.get_device()))
+
+
 def launch_kernel(kernel: Any, programs: int, like: Tensor, arguments: Sequence[Any], num_warps: int) -> None:
     """Launch ``programs`` programs of a kernel on the device of ``like``, on its current stream."""
     if programs == 0:
         return
-    on_device = nullcontext() if like.device.type == "cpu" else torch.get_device_module(like.device).device(like.device)
-    with on_device:
-        try:
-            # Request fused multiply-adds, which are Triton's default today.
-            kernel[(programs,)](*arguments, num_warps=num_warps, enable_fp_fusion=True)
-        except RuntimeError as error:
-            if like.is_cuda and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    f"{kernel.fn.__name__}: the launch failed while a CUDA graph is captured. Run the step once before "
-                    "the capture, with tensors of the same shapes, dtypes and layouts: the first launch compiles and "
-                    "loads the kernel"
-                ) from error
-            raise
+    device = like.get_device()
+    if device >= 0:
+        module = torch.get_device_module(like.device)
+        if module.current_device() != device:
+            with module.device(device):
+                _launch(kernel, programs, like, device, arguments, num_warps)
+            return
+    _launch(kernel, programs, like, device, arguments, num_warps)
+
+
+def _launch(
+    kernel: Any, programs: int, like: Tensor, device: int, arguments: Sequence[Any], num_warps: int
+) -> None:  # fmt: skip
+    """Launch a kernel on the current device."""
+    # Triton's interpreter compiles nothing.
+    key = _key(kernel, programs, device, arguments, num_warps) if isinstance(kernel, triton.JITFunction) else ()
+    compiled = _kept.get(key)
+    if compiled is not None and not _is_observed():
+        stream = triton.runtime.driver.active.get_current_stream(device)
+        compiled.run(
+            programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments
+        )  # fmt: skip
+        return
+    try:
+        # Request fused multiply-adds, which are Triton's default today.
+        compiled = kernel[(programs,)](*arguments, num_warps=num_warps, enable_fp_fusion=True)
+    except RuntimeError as error:
+        if like.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{kernel.fn.__name__}: the launch failed while a CUDA graph is captured. Run the step once before "
+                "the capture, with tensors of the same shapes, dtypes and layouts: the first launch compiles and "
+                "loads the kernel"
+            ) from error
+        raise
+    _keep(key, compiled)

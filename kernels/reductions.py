@@ -1,7 +1,12 @@
 """Reduction of a loss over voxels: the divisors of the mean, the sum over voxels, and the upstream gradient.
 
-All sums are added in a fixed order: first within each program, then over the programs. No kernel uses atomic additions,
-and the host never waits for the device.
+All sums are added in a fixed order: first within each program, then over the programs. No sum is added up by atomic
+additions, and the host never waits for the device.
+
+In a call of many programs, small kernels before and after the main one compute the divisors and the sum over programs.
+A call of few programs is over before the host has launched them. There, the main kernel does all: programs count the
+voxels that matter beside the loss, and the last program that is done adds up the sums of all. It knows the divisor only
+then, so the gradients are those for a divisor of all voxels, and lack the correction that the program stores.
 """
 
 from __future__ import annotations
@@ -21,6 +26,8 @@ SCAN_BYTES = 16  # that a thread of scan_labels loads at once
 SCAN_WARPS = 16
 MAX_SUMS = 256
 FINISH_BLOCK = 4096
+FEW_PROGRAMS = 2048  # with 4 classes, 2^21 voxels: on an H100 their traffic takes about 25 us, and a launch 5
+FEW_SUMS = tl.constexpr(1024)  # that the last program adds at once
 
 
 class Upstream(NamedTuple):
@@ -39,12 +46,27 @@ class Upstream(NamedTuple):
     stride_s: int | None = None
 
 
+class Partials(NamedTuple):
+    """The sums of every program over its voxels, from which the reduced loss is computed.
+
+    ``ptr`` is ``[rows, programs]`` and one number more, in a row. The rows are the loss, the KL term if there is one,
+    and the number of voxels that count if ``voxels``, the number of all, is given. It is None if no sum is wanted.
+
+    With ``counter``, the program that is done last stores the reduced loss in ``loss``, sets the counter back to 0, and
+    stores the correction of the gradients after the rows: ``voxels`` divided by the voxels that count.
+    """
+
+    ptr: Any = None
+    counter: Any = None
+    loss: Any = None
+    voxels: float | None = None
+
+
 class LossArguments(NamedTuple):
     """The arguments of the launch of any loss.
 
     ``tensors`` and ``gradients`` are :class:`calseg.operations.LossTensors` of views. At most one of ``loss`` and
-    ``partials`` is given. ``loss`` receives the loss of every voxel. ``partials`` receives the sums of every program
-    over its voxels.
+    ``partials.ptr`` is given. ``loss`` receives the loss of every voxel.
     """
 
     tensors: Any
@@ -52,7 +74,7 @@ class LossArguments(NamedTuple):
     labels: Labels
     upstream: Upstream
     loss: View | None
-    partials: Tensor | None
+    partials: Partials
     num_sums: int  # length of ``upstream.sums``
     with_kl: bool  # the loss has a KL term
     overlap: Tensor | None = None  # receives the overlap of every program: see calseg.kernels.overlap
@@ -128,7 +150,7 @@ def mean_divisors(call: Call, labels: Labels, is_mask: bool, weight: Tensor | No
     itemsize = labels.ptr.element_size()
     voxels = host.WARP * SCAN_WARPS * max(1, SCAN_BYTES // itemsize)
     tile = Tile(1, voxels, VEC_S=host.VECTOR_BYTES // itemsize)
-    num_sums = host.power_of_two(min(N * triton.cdiv(S, voxels), MAX_SUMS))
+    num_sums = host.power_of_two(min(N * -(-S // voxels), MAX_SUMS))
     sums = torch.empty((2, num_sums), dtype=torch.float32, device=like.device)
     host.launch_kernel(
         scan_labels, num_sums, like, (labels, weight, sums, N, S, C, num_sums, is_mask, tile), SCAN_WARPS
@@ -140,13 +162,23 @@ def mean_divisors(call: Call, labels: Labels, is_mask: bool, weight: Tensor | No
 
 
 @triton.jit
-def store_sum(partials, row: tl.constexpr, values):
-    """Store the sum of this program over its voxels. Row 0 is for the loss, row 1 for the KL term."""
-    tl.store(partials + row * tl.num_programs(0).to(tl.int64) + tl.program_id(0), tl.sum(values, 0))
+def store_sum(partials, row: tl.constexpr, value):
+    """Store the sum of this program over its voxels in a row of the partial sums."""
+    tl.store(partials.ptr + row * tl.num_programs(0).to(tl.int64) + tl.program_id(0), value)
 
 
 @triton.jit
-def store_loss(loss, partials, upstream, value, kl, beta, n, first, inside, tile: tl.constexpr):
+def store_sums(partials, value, kl, ok):
+    """Store the sums of this program, given that of the loss, the KL term of every voxel or None, and which count."""
+    store_sum(partials, 0, value)
+    if kl is not None:
+        store_sum(partials, 1, tl.sum(kl, 0))
+    if partials.voxels is not None:
+        store_sum(partials, 1 if kl is None else 2, tl.sum(ok.to(tl.float32), 0))
+
+
+@triton.jit
+def store_loss(loss, partials, upstream, value, kl, beta, ok, n, first, inside, tile: tl.constexpr):
     """Store the loss of every voxel, times its factor, or this program's share of the sums.
 
     ``kl`` is None where there is no KL term.
@@ -154,47 +186,94 @@ def store_loss(loss, partials, upstream, value, kl, beta, n, first, inside, tile
     if loss is not None:
         value = value if kl is None else value + beta * kl
         store_voxels(loss, n, first, inside, load_factor(upstream) * value, tile)
-    if partials is not None:
-        store_sum(partials, 0, value)
-        if kl is not None:
-            store_sum(partials, 1, kl)
+    if partials.ptr is not None:
+        store_sums(partials, tl.sum(value, 0), kl, ok)
+
+
+@triton.jit
+def _added(partials, row: tl.constexpr, num_programs, BLOCK: tl.constexpr):
+    """Return the sum of a row of the partial sums, added in an order that is always the same."""
+    i = tl.arange(0, BLOCK)
+    added = tl.full([BLOCK], 0.0, tl.float32)
+    for start in range(0, num_programs, BLOCK):
+        added += tl.load(partials.ptr + row * num_programs + start + i, mask=start + i < num_programs, other=0.0)
+    return tl.sum(added, 0)
+
+
+@triton.jit
+def _store_reduced(
+    partials, upstream, beta, num_programs, WITH_KL: tl.constexpr, NUM_SUMS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Store the reduced loss, and the correction of the gradients if voxels were counted."""
+    num_programs = tl.cast(num_programs, tl.int64)
+    factor = load_factor(upstream)
+    value, kl = _added(partials, 0, num_programs, BLOCK) * factor, 0.0
+    if WITH_KL:
+        kl = _added(partials, 1, num_programs, BLOCK) * factor
+    if upstream.sums is not None:
+        loss_divisor, kl_divisor = divisors(upstream.sums, NUM_SUMS)
+        value, kl = value / loss_divisor, kl / kl_divisor
+    if WITH_KL:
+        value += beta * kl
+    if partials.voxels is not None:
+        COUNTS: tl.constexpr = 2 if WITH_KL else 1
+        count = _added(partials, COUNTS, num_programs, BLOCK)
+        correction = partials.voxels / count
+        value *= correction
+        # Where no voxel counts, the gradients are 0 already, and must not become NaN.
+        tl.store(partials.ptr + (COUNTS + 1) * num_programs, tl.where(count == 0.0, 1.0, correction))
+    tl.store(partials.loss, value.to(partials.loss.dtype.element_ty))
+
+
+@triton.jit
+def finish(partials, upstream, beta, WITH_KL: tl.constexpr, NUM_SUMS: tl.constexpr):
+    """Compute the reduced loss, if this is the last program that is done and there is a counter.
+
+    The addition to the counter releases the sums that this program stored, and acquires those of all before it.
+    """
+    if partials.counter is not None:
+        done = tl.atomic_add(partials.counter, 1, sem="acq_rel", scope="gpu")
+        if done == tl.num_programs(0) - 1:
+            tl.store(partials.counter, 0)
+            _store_reduced(partials, upstream, beta, tl.num_programs(0), WITH_KL, NUM_SUMS, FEW_SUMS)
 
 
 @triton.jit
 def finish_loss(
-    partials,  # [1 or 2, num_partials]: sums of the loss and of the KL term
-    upstream,
-    out,  # out []
-    num_partials,
-    beta,
-    WITH_KL: tl.constexpr,
-    NUM_SUMS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    partials, upstream, num_partials, beta, WITH_KL: tl.constexpr, NUM_SUMS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Compute the reduced loss from the partial sums. The kernel has one program."""
-    i = tl.arange(0, BLOCK)
-    loss = tl.full([BLOCK], 0.0, tl.float32)
-    kl = loss
-    for start in range(0, tl.cast(num_partials, tl.int64), BLOCK):
-        mask = start + i < num_partials
-        loss += tl.load(partials + start + i, mask=mask, other=0.0)
-        if WITH_KL:
-            kl += tl.load(partials + num_partials + start + i, mask=mask, other=0.0)
-    factor = load_factor(upstream)
-    value, kl_value = tl.sum(loss, 0) * factor, tl.sum(kl, 0) * factor
-    if upstream.sums is not None:
-        loss_divisor, kl_divisor = divisors(upstream.sums, NUM_SUMS)
-        value, kl_value = value / loss_divisor, kl_value / kl_divisor
-    if WITH_KL:
-        value += beta * kl_value
-    tl.store(out, value.to(out.dtype.element_ty))
+    _store_reduced(partials, upstream, beta, num_partials, WITH_KL, NUM_SUMS, BLOCK)
 
 
-def reduced_loss(call: Call, spec: Any, given: LossArguments) -> Tensor:
-    """Return the reduced loss from the partial sums."""
-    value = torch.empty((), dtype=spec.dtype, device=call.like.device)
+def launch_finish_loss(call: Call, spec: Any, given: LossArguments) -> None:
+    """Launch the kernel that computes the reduced loss from the partial sums."""
     block = min(FINISH_BLOCK, host.power_of_two(call.programs))
     beta = spec.sampling.beta if given.with_kl else 0.0
-    arguments = (given.partials, given.upstream, value, call.programs, beta, given.with_kl, given.num_sums, block)
+    arguments = (given.partials, given.upstream, call.programs, beta, given.with_kl, given.num_sums, block)
     host.launch_kernel(finish_loss, 1, call.like, arguments, 8)
-    return value
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def counter_of(like: Tensor) -> Tensor:
+    """Return a counter of programs that are done, int32 and 0, for a launch on the current stream of a device.
+
+    The launches of a stream run one after the other, and each leaves the counter at 0. So a stream has one. A captured
+    graph may be replayed on any stream, and gets one of its own, which each replay sets to 0.
+    """
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        return torch.zeros((), dtype=torch.int32, device=like.device)
+    key = like.device, host.stream_of(like)
+    counter = _counters.get(key)
+    if counter is None:
+        counter = _counters[key] = torch.zeros((), dtype=torch.int32, device=like.device)
+    return counter
+
+
+def partials_of(call: Call, dtype: torch.dtype, rows: int, voxels: float | None, at_once: bool) -> Partials:
+    """Return memory for the partial sums of a call and for its loss. With ``at_once``, the main kernel computes it."""
+    ptr = torch.empty(rows * call.programs + 1, dtype=torch.float32, device=call.like.device)
+    loss = torch.empty((), dtype=dtype, device=call.like.device)
+    return Partials(ptr, counter_of(call.like) if at_once else None, loss, voxels)

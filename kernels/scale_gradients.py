@@ -33,11 +33,15 @@ def scale_gradients(
     gradient1,  # or None
     gradient2,  # or None
     factor,  # []
+    corrections,  # the last number is another factor; or None
+    last,  # its place
     size,  # of each gradient
     BLOCK: tl.constexpr,
 ):
     """Compute ``gradient *= factor``. A factor of 1, the usual one, leaves the memory untouched."""
     by = tl.load(factor).to(tl.float32)
+    if corrections is not None:
+        by *= tl.load(corrections + last)
     if by != 1.0:
         step = tl.num_programs(0).to(tl.int64) * BLOCK
         for first in range(tl.program_id(0).to(tl.int64) * BLOCK, size, step):
@@ -46,11 +50,16 @@ def scale_gradients(
             _scale(gradient2, by, first, size, BLOCK)
 
 
-def launch(gradients: Sequence[Tensor], factor: Tensor) -> None:
-    """Launch the kernel, which multiplies gradients of the same size in place by a 0-d tensor."""
+def launch(gradients: Sequence[Tensor], factor: Tensor, corrections: Tensor | None) -> None:
+    """Launch the kernel, which multiplies gradients of the same size in place.
+
+    The factor is a 0-d tensor, times the last number of ``corrections``, which is None if there is none.
+    """
+    last = 0 if corrections is None else len(corrections) - 1
     for start in range(0, len(gradients), AT_ONCE):
         some = gradients[start : start + AT_ONCE]
         size = some[0].numel()
-        programs = min(triton.cdiv(size, BLOCK_SIZE), MAX_PROGRAMS)
+        programs = min(-(-size // BLOCK_SIZE), MAX_PROGRAMS)
         absent = (None,) * (AT_ONCE - len(some))
-        host.launch_kernel(scale_gradients, programs, some[0], (*some, *absent, factor, size, BLOCK_SIZE), 8)
+        arguments = (*some, *absent, factor, corrections, last, size, BLOCK_SIZE)
+        host.launch_kernel(scale_gradients, programs, some[0], arguments, 8)

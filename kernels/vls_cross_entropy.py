@@ -26,7 +26,7 @@ from calseg.kernels.labels import class_weights, load_labels, weighted
 from calseg.kernels.launch import SAMPLED, Call, TileDemands
 from calseg.kernels.noise import load_seed
 from calseg.kernels.overlap import store_overlap
-from calseg.kernels.reductions import LossArguments, load_upstream, store_loss
+from calseg.kernels.reductions import LossArguments, finish, load_upstream, store_loss
 from calseg.kernels.sample_statistics import launch_sample_statistics
 from calseg.kernels.softmax import INF, LN2, LOG2E, LOWEST, exp_any, exp_of, reciprocal, top_and_sum
 from calseg.kernels.tile import classes, load, locate, store
@@ -121,7 +121,7 @@ def vls_cross_entropy(
     weight,  # [C] or None
     upstream,
     loss,  # out [N, S] or None
-    partials,  # out [2, programs] or None
+    partials,
     grad_logits,  # out [N, C, S] or None
     grad_mu,  # out [N, C, S] or None
     grad_logvar,  # out [N, C, S] or None
@@ -153,7 +153,8 @@ def vls_cross_entropy(
         kl += block_kl
 
     value, kl = tl.where(ok, value, 0.0), tl.where(ok, kl, 0.0)
-    store_loss(loss, partials, upstream, value, kl if WITH_KL else None, gaussian.beta, n, first, inside, tile)
+    store_loss(loss, partials, upstream, value, kl if WITH_KL else None, gaussian.beta, ok, n, first, inside, tile)
+    finish(partials, upstream, gaussian.beta, WITH_KL, NUM_SUMS)
 
 
 def tile_demands(spec: Any, tensors: Any) -> TileDemands:

@@ -23,7 +23,7 @@ from calseg.kernels.gaussian import (
 from calseg.kernels.labels import label_weights, load_labels
 from calseg.kernels.launch import SAMPLED, Call, TileDemands
 from calseg.kernels.noise import load_seed
-from calseg.kernels.reductions import LossArguments, load_upstream, store_loss
+from calseg.kernels.reductions import LossArguments, finish, load_upstream, store_loss
 from calseg.kernels.sample_statistics import launch_sample_statistics
 from calseg.kernels.softmax import LN2, LOG2E, exp_any, reciprocal
 from calseg.kernels.tile import classes, load, locate
@@ -95,7 +95,7 @@ def vls_elbo(
     weight,  # [C] or None
     upstream,
     loss,  # out [N, S] or None
-    partials,  # out [2, programs] or None
+    partials,
     grad_mu,  # out [N, C, S] or None
     grad_logvar,  # out [N, C, S] or None
     S,
@@ -125,7 +125,8 @@ def vls_elbo(
         kl += block_kl
 
     value, kl = tl.where(ok, value * per_sample, 0.0), tl.where(ok, kl, 0.0)
-    store_loss(loss, partials, upstream, value, kl if WITH_KL else None, gaussian.beta, n, first, inside, tile)
+    store_loss(loss, partials, upstream, value, kl if WITH_KL else None, gaussian.beta, ok, n, first, inside, tile)
+    finish(partials, upstream, gaussian.beta, WITH_KL, NUM_SUMS)
 
 
 def tile_demands(spec: Any, tensors: Any) -> TileDemands:

@@ -54,6 +54,13 @@ def loss(
     return loss if loss.dtype is spec.dtype else loss.to(spec.dtype)
 
 
+def loss_and_corrections(
+    spec: LossSpec, tensors: LossTensors, gradients: LossTensors = NO_GRADIENTS
+) -> tuple[Tensor, None]:
+    """Do as :func:`loss`, and return that the gradients lack no correction, as those of the Triton backend may."""
+    return loss(spec, tensors, gradients), None
+
+
 def loss_and_overlap(spec: LossSpec, tensors: LossTensors, made: LossTensors) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss, the sums of the overlap, and the divisor of the loss.
 
@@ -78,8 +85,8 @@ def overlap_backward(spec: LossSpec, tensors: LossTensors, gradients: LossTensor
     native.extension.overlap_backward(tensors, spec, gradients, grad_sums)
 
 
-def scale_gradients(gradients: Sequence[Tensor | None], factor: Tensor) -> None:
-    """Multiply the gradients by a 0-d tensor, in place."""
+def scale_gradients(gradients: Sequence[Tensor | None], factor: Tensor, _: None) -> None:
+    """Multiply the gradients by a 0-d tensor, in place. They lack no correction."""
     value = factor.item()
     if value != 1.0:
         for gradient in gradients:

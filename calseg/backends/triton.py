@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
+from typing import Any
 
 import torch
 from calseg.kernels.accumulate_softmax import launch as launch_accumulate_softmax
@@ -17,10 +19,18 @@ from calseg.kernels.blend_soft_labels import launch as launch_blend_soft_labels
 from calseg.kernels.calibration_bins import NO_FAULT
 from calseg.kernels.calibration_bins import launch as launch_calibration_bins
 from calseg.kernels.labels import labels_argument
-from calseg.kernels.launch import BINS, SAMPLED, SOFT, TOP_LABEL, Call, Geometry, TileDemands
+from calseg.kernels.launch import BINS, MAX_KEPT, SAMPLED, SOFT, TOP_LABEL, Call, Geometry, Plan, TileDemands, plan
 from calseg.kernels.overlap import empty_overlap, finished_overlap
 from calseg.kernels.overlap import tile_demands as overlap_demands
-from calseg.kernels.reductions import LossArguments, Upstream, mean_divisors, reduced_loss
+from calseg.kernels.reductions import (
+    FEW_PROGRAMS,
+    LossArguments,
+    Partials,
+    Upstream,
+    launch_finish_loss,
+    mean_divisors,
+    partials_of,
+)
 from calseg.kernels.sample_soft_labels import launch as launch_sample_soft_labels
 from calseg.kernels.scale_gradients import launch as launch_scale_gradients
 from torch import Tensor
@@ -45,6 +55,12 @@ NO_GRADIENTS = LossTensors()
 # ---- losses ----
 
 
+@cache
+def _operation(name: str) -> Any:
+    """Return the module of ``calseg.kernels`` that has the kernel of a loss."""
+    return import_module(f"calseg.kernels.{name}")
+
+
 def loss(
     spec: LossSpec,
     tensors: LossTensors,
@@ -64,7 +80,27 @@ def loss(
     Returns:
         The loss, ``[N, *S]`` or a 0-d tensor by the reduction. It is 0 if ``grad_output`` is given.
     """
-    operation = import_module(f"calseg.kernels.{spec.operation}")
+    return _loss(spec, tensors, gradients, grad_output, at_once=False)[0]
+
+
+def loss_and_corrections(
+    spec: LossSpec, tensors: LossTensors, gradients: LossTensors = NO_GRADIENTS
+) -> tuple[Tensor, Tensor | None]:
+    """Do as :func:`loss` for eager code, with as few launches as possible.
+
+    Also return the corrections: None, or a tensor whose last number is a factor that the gradients still lack.
+    """
+    return _loss(spec, tensors, gradients, None, at_once=True)
+
+
+def _loss(
+    spec: LossSpec, tensors: LossTensors, gradients: LossTensors, grad_output: Tensor | None, *, at_once: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Compute a loss and its gradients.
+
+    With ``at_once``, a call of few programs is one launch, whose gradients may lack the correction that is returned.
+    """
+    operation = _operation(spec.operation)
     spec, tensors = _readable_loss(spec, tensors)
     like = tensors.like()
     per_voxel = None
@@ -73,19 +109,22 @@ def loss(
     upstream, factor = _upstream(spec, grad_output)
     label_tensor = None if spec.labels is None else spec.labels.tensor
     call = _call(operation.tile_demands(spec, tensors), (*tensors, *gradients), (label_tensor, upstream, per_voxel))
-    voxels = call.geometry.N * call.S
-    if voxels == 0:
+    if call.programs == 0:
         value = math.nan if spec.reduction == "mean" else 0.0
-        return per_voxel if per_voxel is not None else torch.full((), value, dtype=spec.dtype, device=like.device)
+        nothing = torch.full((), value, dtype=spec.dtype, device=like.device)
+        return per_voxel if per_voxel is not None else nothing, None
     _check_labels(spec.labels, call.C)
-    given = _loss_arguments(call, spec, factor, reduced=grad_output is None and per_voxel is None)
+    reduced = grad_output is None and per_voxel is None
+    given = _loss_arguments(call, spec, factor, reduced=reduced, at_once=at_once)
     operation.launch(call, spec, given)
     if per_voxel is not None:
-        return per_voxel
-    if given.partials is None:  # only gradients are computed
-        return torch.zeros((), dtype=spec.dtype, device=like.device)
-    reduced: Tensor = reduced_loss(call, spec, given)
-    return reduced
+        return per_voxel, None
+    partials = given.partials
+    if partials.ptr is None:  # only gradients are computed
+        return torch.zeros((), dtype=spec.dtype, device=like.device), None
+    if partials.counter is None:
+        launch_finish_loss(call, spec, given)
+    return partials.loss, None if partials.voxels is None else partials.ptr
 
 
 def loss_and_overlap(spec: LossSpec, tensors: LossTensors, made: LossTensors) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +133,7 @@ def loss_and_overlap(spec: LossSpec, tensors: LossTensors, made: LossTensors) ->
     The sums are those of :func:`calseg.backends.reference.loss_and_overlap`. ``made`` has memory for what is made
     beside them: the sampled labels, in place of the logits, and the gradients of mu and logvar.
     """
-    operation = import_module(f"calseg.kernels.{spec.operation}")
+    operation = _operation(spec.operation)
     spec, tensors = _readable_loss(spec, tensors)
     like = tensors.like()
     N, C, S = shape_of(like)
@@ -102,15 +141,17 @@ def loss_and_overlap(spec: LossSpec, tensors: LossTensors, made: LossTensors) ->
         nothing = like.new_zeros((N, C, 2), dtype=torch.float64)
         return like.new_full((), math.nan, dtype=spec.dtype), nothing, nothing.sum()
     label_tensor = None if spec.labels is None else spec.labels.tensor
-    call = _call_of_items(overlap_demands(tensors), (*tensors, *made), (label_tensor, None, None))
+    call = _call(overlap_demands(tensors), (*tensors, *made), (label_tensor, None, None), items=True)
     _check_labels(spec.labels, C)
-    given = _loss_arguments(call, spec, _factor(spec), reduced=True)._replace(overlap=empty_overlap(call))
+    given = _loss_arguments(call, spec, _factor(spec), reduced=True, at_once=False)
+    given = given._replace(overlap=empty_overlap(call))
     operation.launch(call, spec, given)
+    launch_finish_loss(call, spec, given)
     if given.upstream.sums is None:
         divisor = like.new_full((), 1 if spec.reduction == "sum" else N * S, dtype=torch.float64)
     else:
         divisor = given.upstream.sums[0].sum(dtype=torch.float64)
-    return reduced_loss(call, spec, given), finished_overlap(call, given.overlap), divisor
+    return given.partials.loss, finished_overlap(call, given.overlap), divisor
 
 
 def overlap_backward(spec: LossSpec, tensors: LossTensors, gradients: LossTensors, grad_sums: Tensor) -> None:
@@ -119,14 +160,15 @@ def overlap_backward(spec: LossSpec, tensors: LossTensors, gradients: LossTensor
     ``spec`` is a sum over voxels. ``grad_sums`` is the gradient of the sums, which only reaches the logits. The
     gradient of the logits may lie in the memory of the soft labels.
     """
-    operation = import_module(f"calseg.kernels.{spec.operation}")
+    operation = _operation(spec.operation)
     spec, tensors = _readable_loss(spec, tensors)
     if tensors.like().numel() == 0:
         return
     label_tensor = None if spec.labels is None else spec.labels.tensor
-    call = _call_of_items(overlap_demands(tensors), (*tensors, *gradients), (label_tensor, None, None))
+    call = _call(overlap_demands(tensors), (*tensors, *gradients), (label_tensor, None, None), items=True)
     grad_overlap = None if gradients.logits is None else grad_sums
-    given = _loss_arguments(call, spec, _factor(spec), reduced=False)._replace(grad_overlap=grad_overlap)
+    given = _loss_arguments(call, spec, _factor(spec), reduced=False, at_once=False)
+    given = given._replace(grad_overlap=grad_overlap)
     operation.launch(call, spec, given)
 
 
@@ -148,22 +190,32 @@ def _upstream(spec: LossSpec, grad_output: Tensor | None) -> tuple[Tensor | None
     return _readable_voxels(grad_output), factor
 
 
-def _loss_arguments(call: Call, spec: LossSpec, factor: Tensor | None, *, reduced: bool) -> LossArguments:
+def _loss_arguments(
+    call: Call, spec: LossSpec, factor: Tensor | None, *, reduced: bool, at_once: bool
+) -> LossArguments:  # fmt: skip
     """Return the arguments of the launch of any loss.
 
-    ``factor`` multiplies loss and gradients. ``reduced`` says whether the sum over voxels is wanted.
+    ``factor`` multiplies loss and gradients. ``reduced`` says whether the sum over voxels is wanted, and ``at_once``
+    whether the main kernel may compute it, if there are few programs.
 
-    If the divisors of the mean depend on the labels, a kernel that sums them is launched first.
+    If the divisors of the mean depend on the labels, and are needed before the main kernel is done, a kernel that sums
+    them is launched first.
     """
     tensors = LossTensors._make(call.scores[: len(LossTensors._fields)])
     gradients = LossTensors._make(call.scores[len(LossTensors._fields) :])
     label_view, upstream_view, loss_view = call.voxels
     labels = labels_argument(label_view, spec.labels)
-    sums, num_sums = None, 1
+    at_once = at_once and reduced and call.programs <= FEW_PROGRAMS and not call.like.is_xpu
+    sums, num_sums, voxels = None, 1, None
     scale = 1.0 if isinstance(spec.scale, Tensor) else spec.scale
     if spec.reduction == "mean":
         weight = None if spec.labels is None or spec.labels.is_mask else spec.weight
-        if spec.labels is None or (labels.ignore is None and weight is None):
+        # A correction rounds a gradient again, which only float32 takes without a loss.
+        of_gradients = call.scores[len(LossTensors._fields) :]
+        narrow = any(view is not None and view.ptr.dtype != torch.float32 for view in of_gradients)
+        if at_once and labels.ignore is not None and weight is None and not narrow:
+            voxels = float(call.geometry.N * call.S)
+        if voxels is not None or spec.labels is None or (labels.ignore is None and weight is None):
             scale /= call.geometry.N * call.S
         else:
             sums, num_sums = mean_divisors(call, labels, spec.labels.is_mask, weight)
@@ -172,15 +224,15 @@ def _loss_arguments(call: Call, spec: LossSpec, factor: Tensor | None, *, reduce
         ptr, stride_n, _, stride_s = upstream_view
         upstream = upstream._replace(ptr=ptr, stride_n=stride_n, stride_s=stride_s)
     with_kl = tensors.mu is not None and spec.labels is not None and spec.sampling.beta != 0
-    partials = None
+    partials = Partials()
     if reduced:
-        partials = torch.empty((1 + with_kl, call.programs), dtype=torch.float32, device=call.like.device)
+        partials = partials_of(call, spec.dtype, 1 + with_kl + (voxels is not None), voxels, at_once)
     return LossArguments(tensors, gradients, labels, upstream, loss_view, partials, num_sums, with_kl)
 
 
-def scale_gradients(gradients: Sequence[Tensor | None], factor: Tensor) -> None:
-    """Multiply gradients in place by a 0-d tensor. A factor of 1 leaves the memory untouched."""
-    launch_scale_gradients([gradient for gradient in gradients if gradient is not None], factor)
+def scale_gradients(gradients: Sequence[Tensor | None], factor: Tensor, corrections: Tensor | None) -> None:
+    """Multiply gradients in place by a 0-d tensor, and by their corrections. A product of 1 leaves memory untouched."""
+    launch_scale_gradients([gradient for gradient in gradients if gradient is not None], factor, corrections)
 
 
 # ---- soft labels ----
@@ -300,7 +352,13 @@ def _readable_or_none(scores: Tensor | None) -> Tensor | None:
 
 def _readable_loss(spec: LossSpec, tensors: LossTensors) -> tuple[LossSpec, LossTensors]:
     """Do as :func:`_readable` for all tensors of a loss."""
-    weight = None if spec.weight is None else spec.weight.detach().resolve_neg().contiguous()
+    labels = None if spec.labels is None else spec.labels.tensor
+    for tensor in (labels, spec.weight, *tensors):
+        if tensor is not None and (not tensor.is_contiguous() or tensor.is_neg()):
+            break
+    else:
+        return spec, tensors
+    weight = None if spec.weight is None else spec.weight.resolve_neg().contiguous()
     spec = spec._replace(labels=_readable_labels(spec.labels), weight=weight)
     return spec, LossTensors._make(_readable_or_none(tensor) for tensor in tensors)
 
@@ -323,24 +381,41 @@ def _check_labels(labels: Labels | None, num_classes: int) -> None:
         checks.check_classes(labels, num_classes)
 
 
-def _call(demands: TileDemands, scores: Sequence[Tensor | None], voxels: Sequence[Tensor | None] = ()) -> Call:
-    """Return the call of a kernel on these tensors."""
-    return Call(demands, geometry_of(scores, voxels), scores, voxels)
+_plans: dict[tuple[Any, ...], Plan] = {}
 
 
-def _call_of_items(demands: TileDemands, scores: Sequence[Tensor | None], voxels: Sequence[Tensor | None]) -> Call:
-    """Do as :func:`_call`, and never merge batch items."""
+def _call(
+    demands: TileDemands, scores: Sequence[Tensor | None], voxels: Sequence[Tensor | None] = (), items: bool = False
+) -> Call:
+    """Return the call of a kernel on these tensors. With ``items``, batch items are never merged.
+
+    Its plan is kept for tensors of the same shapes, strides and dtypes.
+    """
+    key = (
+        demands, items, len(scores),
+        *[None if t is None else (t.shape, t.stride(), t.dtype) for t in (*scores, *voxels)],
+    )  # fmt: skip
+    kept = _plans.get(key)
+    if kept is None:
+        if len(_plans) >= MAX_KEPT:
+            _plans.clear()
+        geometry = geometry_of_items(scores, voxels) if items else geometry_of(scores, voxels)
+        kept = _plans[key] = plan(demands, geometry, scores)
+    return Call(kept, scores, voxels)
+
+
+def geometry_of_items(scores: Sequence[Tensor | None], voxels: Sequence[Tensor | None]) -> Geometry:
+    """Do as :func:`geometry_of`, and never merge batch items."""
     first = lambda t: None if t is None else t[:1]  # noqa: E731
     stride = lambda tensors: [t.stride(0) for t in tensors if t is not None]  # noqa: E731
     like = next(t for t in scores if t is not None)
     if like.dim() < 3:  # there is a single item
-        return _call(demands, scores, voxels)
+        return geometry_of(scores, voxels)
     _, C, S, of_scores, of_voxels = geometry_of(list(map(first, scores)), list(map(first, voxels)))
-    geometry = Geometry(
+    return Geometry(
         len(like), C, S, [(n, c, s) for n, (_, c, s) in zip(stride(scores), of_scores, strict=True)],
         [(n, c, s) for n, (_, c, s) in zip(stride(voxels), of_voxels, strict=True)],
     )  # fmt: skip
-    return Call(demands, geometry, scores, voxels)
 
 
 def geometry_of(scores: Sequence[Tensor | None], voxels: Sequence[Tensor | None]) -> Geometry:

@@ -155,7 +155,7 @@ def call(
             )  # fmt: skip
             engine.calibration_bins(bins, x)
     elif operation == "scale_gradients":
-        engine.scale_gradients([x], torch.empty(()))
+        engine.scale_gradients([x], torch.empty(()), torch.empty(1))
 
 
 def overlap(operation: str, x: torch.Tensor, spec: LossSpec, sampling: Sampling) -> None:

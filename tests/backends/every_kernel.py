@@ -1,9 +1,13 @@
-"""Run every operation with both backends of a GPU on small, odd sizes. test_gpu.py runs it under compute-sanitizer."""
+"""Run every operation with both backends of a GPU on small, odd sizes. test_gpu.py runs it under compute-sanitizer.
+
+An argument is the number of sizes and layouts that are run. The default is all.
+"""
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
-from itertools import product
+from itertools import islice, product
 
 import torch
 from cases import LAYOUTS
@@ -12,9 +16,9 @@ from test_gpu import ENGINES, OPERATIONS, inputs, value_and_gradients
 
 import calseg
 
-for shape, layout, wrong in product(
-    ((2, 3, 5, 7), (1, 14, 9, 13), (1, 117, 3, 37)), ("contiguous", "channels_last"), (False, True)
-):
+SHAPES = ((2, 3, 5, 7), (1, 14, 9, 13), (1, 117, 3, 37))
+most = int(sys.argv[1]) if len(sys.argv) > 1 else None
+for layout, wrong, shape in islice(product(("contiguous", "channels_last"), (False, True), SHAPES), most):
     tensors, target = inputs(("x", "mu", "logvar"), shape)  # a fifth of the labels are ignored
     tensors = {name: LAYOUTS[layout](t) for name, t in tensors.items()}
     if wrong:

@@ -329,6 +329,119 @@ def test_streams():
             assert all(torch.equal(gradients[k], theirs[k]) for k in names)
 
 
+def test_a_graph_of_few_programs_runs_beside_eager_calls():
+    """A captured mean, which counts its own programs, gives the bits of eager code while other streams compute it."""
+    function, names = OPERATIONS["cross_entropy"]
+    tensors, target = inputs(names, (1, 4, 48, 48, 40))
+    leaf, target = tensors["x"].requires_grad_(), target.long()
+
+    def step():
+        loss = function({"x": leaf}, target, "triton")
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    loss, gradient = step()
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, captured_gradient = step()
+    for _ in range(20):
+        captured.zero_(), captured_gradient.zero_()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(aside):
+            graph.replay()
+        other = function({"x": tensors["x"].detach()}, target, "triton")
+        torch.cuda.synchronize()
+        assert torch.equal(other, loss)
+        assert torch.equal(captured, loss)
+        assert torch.equal(captured_gradient, gradient)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_few_programs_and_many(ignored, monkeypatch):
+    """The one launch of few programs gives what the launches of many give, at every number of programs."""
+    from calseg.backends import triton as engine
+
+    few = engine.FEW_PROGRAMS
+    for voxels in (1, 1000, 1024 * 100 + 1, 1024 * few, 1024 * few + 1):
+        x = torch.randn(1, 4, voxels, device=DEVICE)
+        target = torch.randint(0, 4, (1, voxels), device=DEVICE)
+        if ignored:
+            target[:, ::3] = -100
+        results = []
+        for most in (few, 0):
+            monkeypatch.setattr(engine, "FEW_PROGRAMS", most)
+            leaf = x.clone().requires_grad_()
+            loss = calseg.vls_cross_entropy(leaf, target, backend="triton")
+            loss.backward()
+            results.append((loss.detach(), leaf.grad))
+        assert_accurate(results[0][0], results[1][0].double(), ulps=16)
+        assert_accurate(results[0][1], results[1][1].double(), ulps=16)
+
+
+# ---- mixed precision ----
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name not in ("sample_soft_labels",
+                                                                            "accumulate_soft_labels")])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=id_of)
+def test_autocast(name, dtype):
+    """Under autocast a loss is float32, as F.cross_entropy's is, and its gradients have the dtype of the tensors."""
+    function, names = OPERATIONS[name]
+    tensors, target = inputs(names, (1, 4, 16, 16), dtype)
+    with torch.autocast("cuda", dtype):
+        stock = torch.nn.functional.cross_entropy(scores(2, 3, dtype=dtype).cuda(), torch.tensor([0, 1]).cuda())
+        value, gradients = value_and_gradients(function, tensors, target, None)
+    assert value.dtype == stock.dtype == torch.float32
+    assert {gradient.dtype for gradient in gradients.values()} == {dtype}
+    wide = {k: t.double().cpu() for k, t in tensors.items()}
+    truth, _ = value_and_gradients(function, wide, target.cpu(), "reference")
+    torch.testing.assert_close(value.double().cpu(), truth, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=id_of)
+def test_training_with_a_gradient_scaler(dtype):
+    """Three steps under autocast and GradScaler move a net as F.cross_entropy moves it. No step is skipped."""
+    x, target = torch.randn(2, 8, 24, 24, device=DEVICE), torch.randint(0, 4, (2, 24, 24), device=DEVICE)
+    target[0, :5] = -100
+    ends = []
+    for loss_of in (calseg.vls_cross_entropy, torch.nn.functional.cross_entropy):
+        torch.manual_seed(1)
+        net = torch.nn.Conv2d(8, 4, 3, padding=1).to(DEVICE)
+        optimizer, scaler = torch.optim.SGD(net.parameters(), lr=0.1), torch.amp.GradScaler("cuda", init_scale=2.0**12)
+        for _ in range(3):
+            optimizer.zero_grad()
+            with torch.autocast("cuda", dtype):
+                loss = loss_of(net(x), target)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() == 2.0**12
+        ends.append([p.detach() for p in net.parameters()])
+    for ours, theirs in zip(*ends, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "vls_cross_entropy", "dice"])
+def test_compiled_with_graphs(name):
+    """``mode="reduce-overhead"`` gives the values and gradients of eager code, in every call."""
+    function, names = OPERATIONS[name]
+    tensors, target = inputs(names, (1, 4, 32, 32))
+    wanted, gradients = value_and_gradients(function, tensors, target, None)
+    before = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    quick = torch.compile(lambda t, y, b: function(t, y, b), fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        value, got = value_and_gradients(quick, tensors, target, None)
+        assert_accurate(value.clone(), wanted, ulps=16)
+        for k in names:
+            assert_accurate(got[k].clone(), gradients[k], ulps=16, what=k)
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == before
+
+
 @every_engine
 def test_calibration_bins_on_a_stream(backend):
     """A call waits for earlier work on its stream."""

@@ -61,12 +61,13 @@ if ON_PTX:
 if choice.TRITON_ERROR is None:
     import triton
     import triton.language as tl
-    from calseg.kernels import launch, noise
+    from calseg.kernels import launch, noise, reductions
     from calseg.kernels.gaussian import Statistics, statistic_pointers
     from calseg.kernels.labels import holds
     from calseg.kernels.launch import HARD, SAMPLED, SOFT, WEIGHTED, Geometry
     from calseg.kernels.noise import normals, philox4x32
     from calseg.kernels.overlap import finished_overlap
+    from calseg.kernels.reductions import Partials
     from calseg.kernels.tile import Tile, locate
     from calseg.kernels.vls_elbo import vls_elbo
 
@@ -430,12 +431,92 @@ def blocked(name: str, shape: tuple[int, ...], target: torch.Tensor, backend: st
 @pytest.mark.parametrize("name", BLOCKED)
 def test_classes_in_blocks(name, monkeypatch):
     """Tiles of four classes give the results of one tile for all classes."""
+    monkeypatch.setattr(engine, "_plans", {})
     monkeypatch.setattr(launch, "choose_tile", lambda kind, geometry, itemsize: (Tile(4, 64, LANE_MAJOR=kind.noise), 4))
     shape, target = (2, 10, 4, 5), labels((2, 10, 4, 5), ignore_index=-100)
     for reduction in ("none",) if name in WITHOUT_REDUCTION else ("none", "mean"):
         function, tensors = blocked(name, shape, target, "triton", reduction)
         oracle, _ = blocked(name, shape, target, "reference", reduction)
         assert_matches(function, oracle, tensors, ulps=ULPS, scale=2.0)
+
+
+# ---- the program that is done last computes the loss ----
+
+FINISHED = ("hard", "plain", "masked", "given", "vls", "elbo", "kl")
+ORDERS = {
+    "as numbered": lambda programs: range(programs),
+    "backwards": lambda programs: reversed(range(programs)),
+    "shuffled": lambda programs: torch.randperm(programs, generator=torch.Generator().manual_seed(3)).tolist(),
+}
+
+
+def small_loss(name, backend, ignored=0.2):
+    """Return a mean as a function of its tensors, and the tensors, of 1600 voxels in several programs."""
+    shape = (2, 3, 32, 25)
+    target = labels(shape, ignore_index=-100)
+    target[torch.rand(target.shape, generator=torch.Generator().manual_seed(5)) < ignored] = -100
+    if name == "plain":  # without weights
+        return (
+            lambda x: calseg.vls_cross_entropy(x, target, reduction="mean", backend=backend),
+            {"x": scores(*shape).float()},
+        )
+    return blocked(name, shape, target, backend, "mean")
+
+
+def of_parts(monkeypatch, order=None):
+    """Let tiles be small, and programs run in an order. Return a list of the launches."""
+    launches, launch_kernel = [], launch.launch_kernel
+
+    def ordered(kernel, programs, like, arguments, num_warps):
+        launches.append((kernel.fn.__name__, programs))
+        if order is None:
+            launch_kernel(kernel, programs, like, arguments, num_warps)
+            return
+        for program in order(programs):
+            run_program(kernel, programs, program, arguments, num_warps)
+
+    monkeypatch.setattr(engine, "_plans", {})
+    monkeypatch.setattr(launch, "choose_tile", lambda kind, geometry, itemsize: (Tile(4, 128), 1))
+    monkeypatch.setattr(launch, "launch_kernel", ordered)
+    return launches
+
+
+@pytest.mark.parametrize("name", FINISHED)
+def test_programs_may_end_in_any_order(name, monkeypatch):
+    """The loss and the gradients have the same bits, the counter is back at 0, and one launch computes the loss."""
+    function, tensors = small_loss(name, "triton")
+    results = []
+    for order in ORDERS.values():
+        launches = of_parts(monkeypatch, order)
+        results.append(evaluate(function, tensors))
+        monkeypatch.undo()
+        main = [each for each in launches if each[0] != "scale_gradients"]
+        scan = [each for each in main if each[0] == "scan_labels"]
+        assert len(scan) == (name in ("hard", "vls")), launches  # those with class weights
+        assert len(main) == len(scan) + 1, launches
+        assert main[-1][1] > 10, "there are several programs"
+        assert all(int(counter) == 0 for counter in reductions._counters.values())
+    for got in results[1:]:
+        assert torch.equal(got.value, results[0].value)
+        assert all(torch.equal(g, results[0].gradients[k]) for k, g in got.gradients.items())
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.2, 0.9, 1.0])
+@pytest.mark.parametrize("name", FINISHED)
+def test_few_programs_and_many(name, ignored, monkeypatch):
+    """The one launch of few programs gives what the launches of many give, and what the reference does."""
+    function, tensors = small_loss(name, "triton", ignored)
+    wanted = evaluate(small_loss(name, "reference", ignored)[0], tensors)
+    of_parts(monkeypatch)
+    few = evaluate(function, tensors)
+    monkeypatch.setattr(engine, "FEW_PROGRAMS", 0)
+    launches = of_parts(monkeypatch)
+    many = evaluate(function, tensors)
+    assert "finish_loss" in [name for name, _ in launches]
+    for got in (few, many):
+        assert_accurate(got.value, wanted.value, ulps=ULPS)
+        for k, gradient in got.gradients.items():
+            assert_accurate(gradient, wanted.gradients[k], ulps=ULPS, scale=2.0 / 1600, what=k)
 
 
 # ---- the overlap ----
@@ -601,6 +682,7 @@ def test_calibration_of_any_labels_and_shapes():
 @pytest.mark.parametrize("n_bins", [15, 200])
 def test_calibration_in_blocks_of_classes(kind, n_bins, monkeypatch):
     """With tiles of four classes, probabilities give the integers of the reference."""
+    monkeypatch.setattr(engine, "_plans", {})
     monkeypatch.setattr(launch, "choose_tile", lambda kind, geometry, itemsize: (Tile(4, 64), 4))
     p, target = calibration.probabilities(2, 10, 9, 11), labels((2, 10, 9, 11), ignore_index=-100)
     for per_item in (False, True):
@@ -863,10 +945,10 @@ def test_voxels_past_two_to_the_32(monkeypatch):
         if kernel is vls_elbo:
             tile = arguments[-1].TILE
             assert programs == -(-size // tile)
-            partials = next(a for a in arguments if isinstance(a, torch.Tensor) and a.shape == (1, programs))
+            partials = next(a for a in arguments if isinstance(a, Partials)).ptr
             for program in (2**32 // tile - 1, 2**32 // tile, programs - 1):
                 run_program(kernel, programs, program, arguments, num_warps)
-                sums[program * tile, min(size, (program + 1) * tile)] = float(partials[0, program])
+                sums[program * tile, min(size, (program + 1) * tile)] = float(partials[program])
 
     monkeypatch.setattr(launch, "launch_kernel", some_programs)
     sampling = Sampling(num_samples=3, seed=99)
@@ -1004,7 +1086,7 @@ def test_a_failing_first_launch_in_a_capture_says_what_to_do(monkeypatch, captur
             return launch
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    like = SimpleNamespace(device=torch.device("cpu"), is_cuda=True)
+    like = SimpleNamespace(device=torch.device("cpu"), is_cuda=True, get_device=lambda: -1)
     message = (
         "test_seeds: the launch failed while a CUDA graph is captured. Run the step once" if capturing else "^oper"
     )

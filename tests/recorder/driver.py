@@ -43,11 +43,16 @@ class Launch(NamedTuple):
     grid: tuple[int, ...]
     block: tuple[int, ...]
     shared_bytes: int
+    function: int
+    stream: int
     parameters: bytes
 
 
 class Recorder:
-    """The driver of this process. It makes itself the driver of Triton, and the Triton backend take CPU tensors."""
+    """The driver of this process. It makes itself the driver of Triton, and the Triton backend take CPU tensors.
+
+    ``device`` and ``stream`` are the current ones, as numbers.
+    """
 
     def __init__(self) -> None:
         import triton
@@ -55,12 +60,15 @@ class Recorder:
         from triton.backends.compiler import GPUTarget
         from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 
+        recorder = self
+        self.device = self.stream = 0
+
         class Driver(CudaDriver):
             def __init__(self) -> None:
                 self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
                 self.get_device_capability = lambda device: (ARCHITECTURE // 10, ARCHITECTURE % 10)
-                self.get_current_stream = lambda device: 0
-                self.get_current_device = lambda: 0
+                self.get_current_stream = lambda device: recorder.stream
+                self.get_current_device = lambda: recorder.device
                 self.set_current_device = lambda device: None
 
             def get_current_target(self) -> GPUTarget:
@@ -83,6 +91,10 @@ class Recorder:
     def last(self, num_bytes: int) -> Launch:
         """Return the last launch, with the first bytes of its parameters."""
         shape, parameters = (ctypes.c_uint * 7)(), (ctypes.c_ubyte * 4096)()
-        self._library.last_launch(shape, parameters)
+        function, stream = ctypes.c_uint64(), ctypes.c_uint64()
+        self._library.last_launch(shape, parameters, ctypes.byref(function), ctypes.byref(stream))
         numbers: list[Any] = list(shape)
-        return Launch(tuple(numbers[:3]), tuple(numbers[3:6]), numbers[6], bytes(parameters[:num_bytes]))
+        return Launch(
+            tuple(numbers[:3]), tuple(numbers[3:6]), numbers[6], function.value, stream.value,
+            bytes(parameters[:num_bytes]),
+        )  # fmt: skip

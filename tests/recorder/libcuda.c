@@ -12,7 +12,9 @@ typedef struct {
 } Config;
 
 static int64_t launches;
+static uint64_t modules;                           // that were loaded; a module is its number, and so is its function
 static unsigned shape[7];                          // grid, block and shared memory of the last launch
+static uint64_t last_function, last_stream;        // of the last launch
 static int num_parameters, sizes[kMostParameters];  // of the next launch
 static unsigned char parameters[kMostBytes];       // of the last launch, one after the other
 
@@ -23,7 +25,8 @@ void expect_parameters(int number, const int* of_each) {
     memcpy(sizes, of_each, number * sizeof(int));
 }
 int64_t num_launches(void) { return launches; }
-void last_launch(unsigned* to_shape, unsigned char* to_parameters) {
+void last_launch(unsigned* to_shape, unsigned char* to_parameters, uint64_t* function, uint64_t* stream) {
+    *function = last_function, *stream = last_stream;
     memcpy(to_shape, shape, sizeof shape);
     memcpy(to_parameters, parameters, sizeof parameters);
 }
@@ -31,8 +34,9 @@ void last_launch(unsigned* to_shape, unsigned char* to_parameters) {
 // ---- the driver ----
 
 int cuLaunchKernelEx(const Config* config, void* function, void** given, void** extra) {
-    (void)function, (void)extra;
+    (void)extra;
     ++launches;
+    last_function = (uint64_t)function, last_stream = (uint64_t)config->stream;
     memcpy(shape, config->grid, sizeof shape);
     unsigned char* to = parameters;
     for (int i = 0; i < num_parameters; to += sizes[i++]) memcpy(to, given[i], sizes[i]);
@@ -60,10 +64,8 @@ int cuPointerGetAttribute(void* data, int attribute, uint64_t pointer) {
     *(uint64_t*)data = pointer;
     return 0;
 }
-int cuModuleLoadData(void** module, const void* image) { return (void)image, *module = (void*)2, 0; }
-int cuModuleGetFunction(void** function, void* module, const char* name) {
-    return (void)module, (void)name, *function = (void*)3, 0;
-}
+int cuModuleLoadData(void** module, const void* image) { return (void)image, *module = (void*)++modules, 0; }
+int cuModuleGetFunction(void** function, void* module, const char* name) { return (void)name, *function = module, 0; }
 int cuCtxGetCurrent(void** context) { return *context = (void*)1, 0; }
 int cuDevicePrimaryCtxRetain(void** context, int device) { return (void)device, *context = (void*)1, 0; }
 int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, 0; }
