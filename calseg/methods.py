@@ -526,9 +526,10 @@ METHODS: dict[str, Method] = {
     "calseg": Method(
         "CALSeg, in two stages",
         _calseg_loss,
-        {"alpha": 0.5, "temperature": None, "num_samples": 8, "beta": 0.001,
+        {"alpha": 0.4, "temperature": None, "num_samples": 8, "beta": 0.001,
          "latent_size": 4, "reconstruction": 0.1, "folds": 4, "first_stage_share": 0.5,
          "estimator": "posterior", "dice_labels": "soft"},
+        dice_weight=0.5,
         soft_labels=True,
     ),
 }  # fmt: skip
