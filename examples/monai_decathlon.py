@@ -22,7 +22,7 @@ parser.add_argument("data", type=Path)
 parser.add_argument("--epochs", type=int, default=50)
 parser.add_argument("--patch", type=int, default=64, help="side of the patches, in voxels")
 parser.add_argument("--soft-labels", type=Path, help="folder that `calseg soft-labels` has written")
-parser.add_argument("--alpha", type=float, default=0.5, help="the one that the soft labels were made with")
+parser.add_argument("--alpha", type=float, default=0.4, help="the one that the soft labels were made with")
 parser.add_argument("--out", type=Path, default=Path("monai_decathlon"))
 args = parser.parse_args()
 

@@ -365,7 +365,7 @@ class EnsureSoftLabeld(MapTransform):
         keys: keys of the soft labels, ``[C, *S]``.
         label_key: key of the label, class indices ``[1, *S]``. Default ``"label"``.
         num_classes: number C of classes. Default: any.
-        alpha: that of ``calseg soft-labels``, if the maps come from there (0.5 unless it was given another). Then every
+        alpha: that of ``calseg soft-labels``, if the maps come from there (0.4 unless it was given another). Then every
             voxel must give its own label a share of at least 1 - alpha, so that a shift by a single voxel is found.
             Default None: the mean of these shares over the foreground must be at least 1/2, which finds coarse faults.
         ignore_index: label of voxels whose soft labels are not checked, and become 0. Default -100.

@@ -218,9 +218,8 @@ class StageOneNet(nn.Module):
             image: float ``[N, in_channels, *S]``.
             label: class indices ``[N, *S]``.
             num_samples: number of codes that are drawn. ``calseg train`` draws 8.
-            temperature: temperature of the softmax, above 0. ``calseg train`` fits it (1.1 to 2.0 in
-                benchmarks/README.md).
-            alpha: share of the estimate, in [0, 1]. ``calseg train`` uses 0.5 (benchmarks/README.md).
+            temperature: temperature of the softmax, above 0. ``calseg train`` fits it (benchmarks/README.md).
+            alpha: share of the estimate, in [0, 1]. ``calseg train`` uses 0.4 (benchmarks/README.md).
             codes: "posterior", which knows image and label, or "prior", the standard normal distribution, which knows
                 neither. Default "posterior".
             ignore_index: label of voxels whose soft label is 0 in every class. Default -100.
