@@ -16,6 +16,7 @@ pytest.importorskip("monai")
 
 from calseg.demo import run_demo
 from calseg.errors import RunError
+from calseg.methods import METHODS
 from calseg.runs import RunInterruptedError
 from calseg.scores import MAIN_STATISTICS, CaseScores, values_of
 from calseg.simulation import DemoConfig, make_case, training_rater
@@ -71,9 +72,9 @@ def test_demo_runs_resumes_and_refuses(tmp_path: Path) -> None:
         run_demo(out, settings, progress=stop_after_one_update)
     results = run_demo(out, settings)
     assert list(results) == ["dice_cross_entropy", "calseg"]
-    for metrics in results.values():
+    for method, metrics in results.items():
         assert metrics["iterations"] == 2
-        assert metrics["config"]["dice_weight"] == 1
+        assert metrics["config"]["dice_weight"] == METHODS[method].dice_weight > 0
         assert 0 < metrics["raters"]["near"]["ece"] < 1
         assert metrics["raters"]["near"]["nll"] > metrics["raters"]["all"]["nll"] > 0
         assert 0 < metrics["truth"]["brier"] < 2
