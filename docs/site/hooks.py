@@ -66,29 +66,29 @@ def _formula(text: str, *, inline: bool) -> str:
 SIDE, LEFT, TOP = 250.0, 62.0, 14.0
 LOW = 0.4
 """The confidence at which the axes start. The top label of a voxel is seldom less probable."""
-CURVES = (("cross_entropy", "cross-entropy", "usual"), ("calseg_defaults", "CALSeg", "ours"))
+CURVES = (("dice_cross_entropy", "Dice + cross-entropy", "usual"), ("calseg", "CALSeg", "ours"))
 LEAST_SHARE = 0.002
 """Bins with a smaller share of the voxels are noise, and not drawn."""
 
 
-def _place(confidence: float, frequency: float) -> str:
+def _place(confidence: float, accuracy: float) -> str:
     """Return the coordinates of a point of the diagram."""
     scale = SIDE / (1 - LOW)
-    return f"{LEFT + (confidence - LOW) * scale:.1f},{TOP + (1 - frequency) * scale:.1f}"
+    return f"{LEFT + (confidence - LOW) * scale:.1f},{TOP + (1 - accuracy) * scale:.1f}"
 
 
 def _points(curve: dict[str, Any]) -> str:
     """Return the points of a curve, from its bins with enough voxels."""
     total = sum(curve["voxels"])
     return " ".join(
-        _place(confidence, frequency)
-        for voxels, confidence, frequency in zip(curve["voxels"], curve["confidence"], curve["frequency"], strict=True)
-        if voxels >= LEAST_SHARE * total and confidence >= LOW and frequency >= LOW
+        _place(confidence, accuracy)
+        for voxels, confidence, accuracy in zip(curve["voxels"], curve["confidence"], curve["accuracy"], strict=True)
+        if voxels >= LEAST_SHARE * total and confidence >= LOW and accuracy >= LOW
     )
 
 
 def reliability() -> str:
-    """Return the reliability diagram of the simulated raters, as SVG. It has the colours of the page."""
+    """Return the reliability diagram near the simulated lesions, as SVG. It has the colours of the page."""
     test = tables.load("calibration-synthetic.json")["test"]
     end, bottom = LEFT + SIDE, TOP + SIDE
     parts = [
@@ -103,7 +103,7 @@ def reliability() -> str:
         parts.append(f'<text x="{x}" y="{bottom + 17}" text-anchor="middle">{10 * tenth} %</text>')
         parts.append(f'<text x="{LEFT - 6}" y="{float(y) + 4}" text-anchor="end">{10 * tenth} %</text>')
     for number, (method, title, style) in enumerate(CURVES):
-        parts.append(f'<polyline points="{_points(test[method]["curves"]["disputed_curve"])}" class="{style}"/>')
+        parts.append(f'<polyline points="{_points(test[method]["near_curve"])}" class="{style}"/>')
         y = TOP + 22 + 20 * number
         parts.append(f'<line x1="{LEFT + 12}" x2="{LEFT + 36}" y1="{y}" y2="{y}" class="{style}"/>')
         parts.append(f'<text x="{LEFT + 42}" y="{y + 4}">{title}</text>')
