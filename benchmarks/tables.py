@@ -104,6 +104,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "faster than plain PyTorch": partial(_ratio, name="eager"),
     "than `torch.compile`": partial(_ratio, name="compile"),
     "than MONAI": partial(_ratio, name="monai"),
+    "than nnU-Net": partial(_ratio, name="nnunet"),
     "than float32": partial(_ratio, name="float32"),
     "faster at equal error": partial(_ratio, name="equal_error"),
     "ns a sample and logit": lambda row: f"{row['metrics']['ns']:.2f}",
@@ -130,7 +131,7 @@ def _times(columns: Sequence[str], operations: Sequence[str], **wanted: str) -> 
 
 
 TIMED = ("operation", "classes", "volume", "ms", "copies", "faster than plain PyTorch", "than `torch.compile`",
-         "than MONAI", "memory, % of the logits", "plain PyTorch's")  # fmt: skip
+         "than MONAI", "than nnU-Net", "memory, % of the logits", "plain PyTorch's")  # fmt: skip
 SHORT = (*TIMED[:4], "faster than plain PyTorch", *TIMED[-2:])
 FRONT = (("cross_entropy", 4), ("dice_cross_entropy", 3), ("vls_cross_entropy", 4), ("calibration_bins", 14))
 
