@@ -48,6 +48,8 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+import calseg
+
 every_operation = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 every_differentiable = pytest.mark.parametrize("operation", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE)
 every_reduction = pytest.mark.parametrize(("operation", "reduction"), REDUCED.values(), ids=REDUCED)
@@ -230,6 +232,52 @@ def test_autocast(backend, operation, dtype):
     assert got.value.dtype == stock.dtype
     assert all(gradient.dtype == dtype for gradient in got.gradients.values())
     assert_result(operation, got, truth(operation, SHAPE, dtype, frozenset({("reduction", "mean")})))
+
+
+@those(lambda operation: operation.result == "loss")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=id_of)
+@pytest.mark.parametrize("enabled", [False, True])
+def test_autocast_of_an_absent_gpu(operation, dtype, enabled):
+    """On a GPU, the dtype of a loss is that of F.cross_entropy too, with autocast or without. No GPU is needed."""
+
+    def on_gpu(value):
+        return torch.empty(value.shape, dtype=value.dtype, device="cuda") if isinstance(value, Tensor) else value
+
+    arguments = operation.arguments(SHAPE, dtype, **{**operation.typical, "reduction": "mean"})
+    tensors, rows, classes = operation.inputs(SHAPE, dtype), scores(2, 3, dtype=dtype), torch.tensor([0, 1])
+    with FakeTensorMode(), torch.no_grad():
+        given, tensors = ({k: on_gpu(v) for k, v in each.items()} for each in (arguments, tensors))
+        torch.set_autocast_enabled("cuda", enabled)
+        try:
+            stock = torch.nn.functional.cross_entropy(on_gpu(rows), on_gpu(classes))
+            got = operation.bind(None, given)(**tensors)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    assert got.device.type == "cuda"
+    assert got.dtype == stock.dtype
+    assert stock.dtype == (torch.float32 if enabled else dtype)
+
+
+def test_steps_of_a_gradient_scaler(backend):
+    """Three steps under autocast and GradScaler move a net as F.cross_entropy moves it, and no step is skipped."""
+    x, target = scores(2, 5, 12, 12, dtype=torch.float32), labels((2, 4, 12, 12), ignore_index=-100)
+    ends = []
+    for loss_of in (functools.partial(calseg.vls_cross_entropy, backend=backend), torch.nn.functional.cross_entropy):
+        net = torch.nn.Conv2d(5, 4, 1)
+        torch.nn.init.constant_(net.weight, 0.1), torch.nn.init.zeros_(net.bias)
+        optimizer, scaler = torch.optim.SGD(net.parameters(), lr=0.5), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        for _ in range(3):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.float16):
+                loss = loss_of(net(x), target)
+            assert loss.dtype == torch.float32
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() == 2.0**10
+        ends.append([p.detach() for p in net.parameters()])
+    for ours, theirs in zip(*ends, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
 
 
 # Sampled labels of 16 bits wait rounded, so that a probability near one may lie on its other side.

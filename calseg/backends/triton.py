@@ -190,6 +190,12 @@ def _upstream(spec: LossSpec, grad_output: Tensor | None) -> tuple[Tensor | None
     return _readable_voxels(grad_output), factor
 
 
+def _takes_correction(call: Call) -> bool:
+    """Return whether all gradients are float32. A correction would round those of 16 bits again."""
+    gradients = call.scores[len(LossTensors._fields) :]
+    return all(view is None or view.ptr.dtype == torch.float32 for view in gradients)
+
+
 def _loss_arguments(
     call: Call, spec: LossSpec, factor: Tensor | None, *, reduced: bool, at_once: bool
 ) -> LossArguments:  # fmt: skip
@@ -210,10 +216,7 @@ def _loss_arguments(
     scale = 1.0 if isinstance(spec.scale, Tensor) else spec.scale
     if spec.reduction == "mean":
         weight = None if spec.labels is None or spec.labels.is_mask else spec.weight
-        # A correction rounds a gradient again, which only float32 takes without a loss.
-        of_gradients = call.scores[len(LossTensors._fields) :]
-        narrow = any(view is not None and view.ptr.dtype != torch.float32 for view in of_gradients)
-        if at_once and labels.ignore is not None and weight is None and not narrow:
+        if at_once and labels.ignore is not None and weight is None and _takes_correction(call):
             voxels = float(call.geometry.N * call.S)
         if voxels is not None or spec.labels is None or (labels.ignore is None and weight is None):
             scale /= call.geometry.N * call.S
