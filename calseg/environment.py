@@ -15,6 +15,9 @@ from calseg.backends import choice, cuda
 def info() -> dict[str, Any]:
     """Return versions, backends, instruction set, threads and GPU.
 
+    The command ``calseg info`` takes as long as ``import torch``: only PyTorch, once loaded, can say how many threads
+    it uses, which OpenMP runtime it brings, and which GPU it sees.
+
     Returns:
         A flat dictionary of strings, numbers, lists and None, ready for JSON.
 

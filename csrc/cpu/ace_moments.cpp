@@ -76,9 +76,10 @@ struct CellFormat {
 template <bool kSoft>
 CALSEG_INLINE void make_words(uint64_t* word, int length, F<float> f, I<float> hit, I<float> counted) {
     const I<float> flags = (broadcast<I<float>>(1 << 20) | (hit & broadcast<I<float>>(1 << 8))) & counted;
-    store_words(word, nearest_integer(f * 0x1p24f) & counted, flags);
+    const F<float> coarse = broadcast<F<float>>(0x1p20f);
+    store_words(word, nearest_integer(f * broadcast<F<float>>(0x1p24f)) & counted, flags);
     if (!kSoft) return;
-    store_words(word + length, nearest_integer(f * f * 0x1p20f) & counted, nearest_integer(f * 0x1p20f) & hit & counted);
+    store_words(word + length, nearest_integer(f * f * coarse) & counted, nearest_integer(f * coarse) & hit & counted);
 }
 template <bool kSoft>
 CALSEG_INLINE void make_words(uint64_t* word, int length, F<double> f, I<double> hit, I<double> counted) {

@@ -22,7 +22,7 @@ namespace CALSEG_ISA {
 namespace {
 
 CALSEG_INLINE void atomic_add(int64_t* to, int64_t value) {
-#if defined(__GNUC__)
+#if defined(CALSEG_NATIVE_FLOAT)
     __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
 #else
     _InterlockedExchangeAdd64(to, value);

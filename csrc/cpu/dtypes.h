@@ -113,7 +113,7 @@ CALSEG_INLINE void narrow_lanes(BF16* to, const float* from) {
 }
 #endif
 #if defined(__F16C__)
-// The processor's own conversions, eight numbers at a time. GCC does not use them when it vectorises a loop.
+// The processor's own conversions, eight numbers at a time on x86. GCC does not use them when it vectorises a loop.
 CALSEG_INLINE void widen_lanes(float* to, const F16* from) {
     for (int i = 0; i < kLanes; i += 8)
         _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
@@ -121,6 +121,9 @@ CALSEG_INLINE void widen_lanes(float* to, const F16* from) {
 CALSEG_INLINE void narrow_lanes(F16* to, const float* from) {
     for (int i = 0; i < kLanes; i += 8) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
 }
+#elif defined(__aarch64__) && defined(CALSEG_NATIVE_FLOAT)
+CALSEG_INLINE void widen_lanes(float* to, const F16* from) { vst1q_f32(to, vcvt_f32_f16(load<float16x4_t>(from))); }
+CALSEG_INLINE void narrow_lanes(F16* to, const float* from) { store(to, vcvt_f16_f32(vld1q_f32(from))); }
 #endif
 
 // Loads `count` numbers, kLanes at most. The lanes beyond become 0.

@@ -43,9 +43,7 @@ class ReadAhead {
     // Reads a line of the next tile, if one is left.
     CALSEG_MEMBER void read_line() {
         if (class_ >= C_) return;
-#if defined(__GNUC__)
-        __builtin_prefetch(prefetched_, 0, 2);
-#endif
+        prefetch_line(prefetched_);
         widen_lanes(to_, from_);
         prefetched_ += kLanes;
         from_ += kLanes;

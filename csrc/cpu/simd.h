@@ -1,11 +1,12 @@
 // Vector types that hold one number for each of kLanes voxels, and their basic operations.
 //
 // A vector of floats or 32-bit integers is one register of the instruction set. GCC and Clang give its type the arithmetic
-// operators. A vector of doubles is a plain array of kLanes numbers, and so is every vector on other compilers.
+// operators, and so does clang-cl on Windows. A vector of doubles is a plain array of kLanes numbers, and so is every vector
+// on other compilers, such as Microsoft's.
 //
-// All headers of csrc/cpu/ are compiled once per instruction set, so everything in them has internal linkage. They avoid
-// function templates of the standard library. The linker keeps one copy of such a function, and that copy may use an
-// instruction set that the processor lacks.
+// All headers of csrc/cpu/ are compiled once per instruction set, so everything in them has internal linkage, or lies in the
+// namespace of the instruction set. They avoid function templates of the standard library. The linker keeps one copy of such
+// a function, and that copy may use an instruction set that the processor lacks.
 #pragma once
 
 #include <cmath>
@@ -14,6 +15,12 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(__GNUC__) || defined(__clang__)  // clang-cl defines the second only
+#define CALSEG_NATIVE_FLOAT
 #endif
 
 #if defined(_MSC_VER)
@@ -163,8 +170,7 @@ struct Vectors {
 
 // ---- vectors that are registers ----
 
-#if defined(__GNUC__)
-#define CALSEG_NATIVE_FLOAT
+#if defined(CALSEG_NATIVE_FLOAT)
 typedef float FloatVector __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVector __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t UintVector __attribute__((vector_size(4 * kLanes)));
@@ -191,6 +197,8 @@ CALSEG_INLINE bool any(MaskVector mask) {
     return _mm256_movemask_ps((__m256)mask) != 0;
 #elif defined(__SSE2__)
     return _mm_movemask_ps((__m128)mask) != 0;
+#elif defined(__aarch64__)
+    return vmaxvq_u32((uint32x4_t)mask) != 0;
 #else
     int32_t r = 0;
     for (int i = 0; i < kLanes; ++i) r |= mask[i];
@@ -203,6 +211,8 @@ CALSEG_INLINE int count_of(MaskVector mask) {
     return __builtin_popcount(static_cast<unsigned>(_mm256_movemask_ps((__m256)mask)));
 #elif defined(__SSE2__)
     return __builtin_popcount(static_cast<unsigned>(_mm_movemask_ps((__m128)mask)));
+#elif defined(__aarch64__)
+    return -vaddvq_s32((int32x4_t)mask);
 #else
     int r = 0;
     for (int i = 0; i < kLanes; ++i) r -= mask[i];
@@ -228,8 +238,12 @@ CALSEG_INLINE FloatVector square_root(FloatVector a) { return _mm_sqrt_ps(a); }
 #else
 CALSEG_INLINE FloatVector larger(FloatVector a, FloatVector b) { return select(b < a, a, b); }
 CALSEG_INLINE FloatVector square_root(FloatVector a) {
+#if defined(__aarch64__)
+    return (FloatVector)vsqrtq_f32((float32x4_t)a);
+#else
     for (int i = 0; i < kLanes; ++i) a[i] = std::sqrt(a[i]);
     return a;
+#endif
 }
 #endif
 #endif
@@ -265,6 +279,8 @@ CALSEG_INLINE IntVector nearest_integer(FloatVector a) {  // rounds halves to ev
     return (IntVector)_mm256_cvtps_epi32(a);
 #elif defined(__SSE2__)
     return (IntVector)_mm_cvtps_epi32(a);
+#elif defined(__aarch64__)
+    return (IntVector)vcvtnq_s32_f32((float32x4_t)a);
 #else
     IntVector r;
     for (int i = 0; i < kLanes; ++i) r[i] = static_cast<int32_t>(std::nearbyint(a[i]));
@@ -281,6 +297,9 @@ CALSEG_INLINE void store_words(uint64_t* to, IntVector low, IntVector high) {
 #elif defined(__SSE2__) && !defined(__AVX2__)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi32((__m128i)low, (__m128i)high));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 2), _mm_unpackhi_epi32((__m128i)low, (__m128i)high));
+#elif defined(__aarch64__)
+    vst1q_u64(to, (uint64x2_t)vzip1q_s32((int32x4_t)low, (int32x4_t)high));
+    vst1q_u64(to + 2, (uint64x2_t)vzip2q_s32((int32x4_t)low, (int32x4_t)high));
 #else
     for (int i = 0; i < kLanes; ++i) to[i] = static_cast<uint64_t>(static_cast<uint32_t>(high[i])) << 32 | static_cast<uint32_t>(low[i]);
 #endif
@@ -349,6 +368,13 @@ struct Broadcast<IntVector> {
 template <class V, class T>
 CALSEG_INLINE V broadcast(T x) {
     return Broadcast<V>::of(x);
+}
+
+// Asks for the line of memory at an address, which is read soon, to be brought into the second-level cache.
+CALSEG_INLINE void prefetch_line([[maybe_unused]] const void* at) {
+#if defined(CALSEG_NATIVE_FLOAT)
+    __builtin_prefetch(at, 0, 2);
+#endif
 }
 
 // ---- plain numbers, in place of the standard library's templates ----

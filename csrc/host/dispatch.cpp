@@ -4,8 +4,38 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(CALSEG_X86_DISPATCH)
+#include <cpuid.h>
+#endif
+
 namespace calseg {
 namespace {
+
+#if defined(CALSEG_X86_DISPATCH)
+// Instruction sets that the processor has and the system supports.
+//
+// __builtin_cpu_supports() would say the same, but it needs the compiler's runtime library. It is always false with that of
+// Zig, and clang-cl does not link one.
+struct Processor {
+    bool avx2 = false, avx512 = false;  // each with FMA and the conversions of float16
+
+    Processor() {
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        constexpr unsigned kFma = 1u << 12, kSaved = 1u << 27, kF16c = 1u << 29, kFirst = kFma | kSaved | kF16c;
+        if (!__get_cpuid(1, &a, &b, &c, &d) || (c & kFirst) != kFirst || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+        unsigned saved = 0, upper = 0;  // the registers that the system saves
+        __asm__("xgetbv" : "=a"(saved), "=d"(upper) : "c"(0));
+        constexpr unsigned kAvx2 = 1u << 5, kF = 1u << 16, kDQ = 1u << 17, kBW = 1u << 30, kVL = 1u << 31, kAvx512 = kF | kDQ | kBW | kVL;
+        constexpr unsigned kYmm = 0x06, kZmm = 0xe6;
+        avx2 = (b & kAvx2) == kAvx2 && (saved & kYmm) == kYmm;
+        avx512 = avx2 && (b & kAvx512) == kAvx512 && (saved & kZmm) == kZmm;
+    }
+};
+const Processor& processor() {
+    static const Processor found;
+    return found;
+}
+#endif
 
 struct Isa {
     const char* name;
@@ -16,13 +46,8 @@ struct Isa {
 // All instruction sets of this build, best first.
 const Isa isas[] = {
 #if defined(CALSEG_X86_DISPATCH)
-    {"avx512", &avx512::kernels,
-     [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-     }},
-    {"avx2", &avx2::kernels,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
+    {"avx512", &avx512::kernels, [] { return processor().avx512; }},
+    {"avx2", &avx2::kernels, [] { return processor().avx2; }},
 #endif
     {"baseline", &baseline::kernels, [] { return true; }},
 };
