@@ -65,7 +65,7 @@ def test_the_page(tmp_path: Path) -> None:
         cwd=tmp_path, env=variables, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "soft labels of 5 cases, alpha 0.5" in done.stdout
+    assert "soft labels of 5 cases, alpha 0.4" in done.stdout
     for trainer in ("nnUNetTrainer", "nnUNetTrainerSoftLabels"):
         report = json.loads((tmp_path / "reports" / trainer / "report.json").read_text())
         assert report["cases"] == TEST_CASES
