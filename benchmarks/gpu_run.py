@@ -35,7 +35,7 @@ GRACE_SECONDS = 10.0  # from the interruption of a step to its end by force
 
 # The tests that come first: numbers, calls of few programs, graphs, streams, mixed precision.
 FIRST_TESTS = (
-    "(test_values_and_gradients and float32 and (2- or 14- or 117-)) or few_programs or graph or stream or autocast "
+    "(test_values_and_gradients and float32 and ([2- or [14- or [117-)) or few_programs or graph or stream or autocast "
     "or gradient_scaler or (test_calibration_bins and not past)"
 )
 BENCHMARKS = {  # name -> limit in seconds
