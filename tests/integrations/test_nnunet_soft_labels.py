@@ -17,6 +17,7 @@ pytest.importorskip("nnunetv2")
 
 import nnunet_data as data
 
+import calseg
 from calseg.cli.main import main
 from calseg.errors import CalsegError
 from calseg.integrations.nnunet.config import SoftLabelConfig
@@ -36,12 +37,15 @@ def predict(number: int, transpose: tuple[int, int, int] = (0, 1, 2), *, ignore:
     """Over-confident probabilities of a case, ``[C, *S]`` as nnU-Net writes them.
 
     Every class has an observation, normal around 2 for the label and around 0 for others. The softmax of twice the
-    observations is the probability of the label. It is sharpened.
+    observations is the probability of the label. It is sharpened, and more so where no temperature is fitted, far from
+    the foreground.
     """
     rng = np.random.default_rng(number)
     label = data.make_case(number, ignore)[1]
     observed = 2 * data.onehot(label) + rng.standard_normal((len(data.LABELS), *label.shape))
-    maps = torch.from_numpy(SHARPENED * 2 * observed).softmax(0).float().numpy()
+    known = torch.from_numpy(np.where(label < len(data.LABELS), label, -100).astype(np.int64))
+    far = ~calseg.near_foreground(known[None])[0].numpy()
+    maps = torch.from_numpy(SHARPENED * (1 + far) * 2 * observed).softmax(0).float().numpy()
     back = np.argsort(transpose)
     return maps.transpose(0, *(1 + back))
 
@@ -72,7 +76,7 @@ def test_held_out_predictions(tmp_path: Path, ignore: bool) -> None:
     summary = make_soft_labels("1", "3d_fullres", SoftLabelConfig())
     assert files_of(tmp_path) == before
     assert summary["temperature"] == pytest.approx(SHARPENED, rel=0.05)
-    assert summary["alpha"] == 0.5
+    assert summary["alpha"] == 0.4
     assert summary == json.loads((folder / SOFT / "soft_labels.json").read_text())
     for number, name in enumerate(data.CASES):
         soft = opened(folder / SOFT / f"{name}.b2nd")
@@ -153,7 +157,7 @@ def test_an_interrupted_call_goes_on(tmp_path: Path) -> None:
     assert again == whole
     assert "temperature" not in stages
     assert {path.name: path.read_bytes() for path in (folder / SOFT).glob("*.b2nd")} == contents
-    with pytest.raises(CalsegError, match=r"other settings: alpha is 0\.1 but was 0\.5"):
+    with pytest.raises(CalsegError, match=r"other settings: alpha is 0\.1 but was 0\.4"):
         make_soft_labels("1", "3d_fullres", SoftLabelConfig(alpha=0.1), resume=True)
     with pytest.raises(CalsegError, match="not empty; give --resume"):
         make_soft_labels("1", "3d_fullres", SoftLabelConfig())
@@ -286,7 +290,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         main(["nnunet-soft-labels", "1", "3d_fullres"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    assert out.startswith("soft labels of 5 cases, alpha 0.5, temperature 1.")
+    assert out.startswith("soft labels of 5 cases, alpha 0.4, temperature 1.")
     assert "nnUNetv2_train 1 3d_fullres FOLD -tr nnUNetTrainerSoftLabels" in out
     with pytest.raises(SystemExit) as caught:
         main(["nnunet-path"])
