@@ -22,8 +22,8 @@ ALLOWED = {
     "regions": ("tensors", "checks"), "calibration": (*BASE, "backends.choice", "regions"),
     "errors": (), "files": ("errors",), "runs": ("errors", "files"), "volumes": ("errors", "files"),
     "integrations.monai": ("checks", "functional", "tensors"),
-    "integrations.nnunet": ("errors", "files", "autograd", "backends.rng", "functional", "methods", "runs", "settings",
-                            "volumes"),  # no MONAI
+    "integrations.nnunet": ("errors", "files", "autograd", "backends.rng", "functional", "methods", "regions", "runs",
+                            "settings", "volumes"),  # no MONAI
 }  # fmt: skip
 # A package from elsewhere -> the only parts that may import it.
 IMPORTERS = {
