@@ -37,15 +37,11 @@ class FewClasses {
     }
 
     FewClasses(const LossArgs& a, const LossTile<T>& t, const OverlapSlopes<T>& slopes, const Span& span, bool stream)
-        : labels_(t.labels), labels_ahead_(t.labels_ahead), upstream_(t.upstream), loss_(t.loss), stream_(stream) {
+        : labels_(t.labels), labels_ahead_(t.labels_ahead), upstream_(t.upstream), loss_(t.loss), slopes_(slopes), stream_(stream) {
         for (int c = 0; c < C; ++c) {
             logits_[c] = address<D>(a.tensors.logits, span, c);
             soft_[c] = kSoft ? address<D>(a.tensors.soft_labels, span, c) : nullptr;
             gradients_[c] = kGradient ? address<D>(a.gradients.logits, span, c) : nullptr;
-            if (kWanted != Wanted::gradient_with_overlap) continue;
-            above_[c] = broadcast<F<T>>(slopes.above[c]);
-            below_[c] = broadcast<F<T>>(slopes.below[c]);
-            between_[c] = broadcast<F<T>>(T(0.5)) * (above_[c] + below_[c]);
         }
     }
 
@@ -62,13 +58,20 @@ class FewClasses {
         }
         if (whole > 0) self.template begin<kIgnored>(0, kLanes, block);
         int at = 0;
-        for (; at + kLine < whole; at += kLine) self.template line<kIgnored>(at, block, sums);
-        // Copies, as the compiler keeps a structure whose address it gives away in memory.
-        Block begun;
-        if (whole > 0) begun.become(block);
-        Sums so_far;
-        so_far.become(sums);
-        compute_rest(at, count, whole > 0, begun, so_far, overlap);
+        for (; at + kLine < whole; at += kLine) self.template line<kIgnored, true>(at, block, sums);
+        for (; at < whole; at += kLine) self.template line<kIgnored, false>(at, block, sums);
+        for (; at < count; at += kLanes) {
+            const int rest = static_cast<int>(smaller(count - at, kLanes));
+            alignas(64) T gradient[C][kLine];
+            self.template begin<true>(at, rest, block);
+            self.template finish<true>(at, rest, block, gradient, 0, sums);
+            if (kGradient)
+                for (int c = 0; c < C; ++c)
+                    for (int i = 0; i < rest; ++i) narrow(gradients_[c][at + i], gradient[c][i]);
+        }
+        for (int c = 0; kWanted == Wanted::overlap && c < C; ++c)
+            if (kSoft) overlap.add_sums(c, sums.mass[c], sums.other[c]);
+            else overlap.add_hard_sums(c, sums.mass[c], sums.other[c], sums.hits[c]);
     }
 
  private:
@@ -100,51 +103,20 @@ class FewClasses {
     struct Sums {
         F<T> mass[C], other[C];
         int hits[C];
-
-        CALSEG_MEMBER void become(const Sums& from) {
-            for (int c = 0; c < C; ++c) {
-                mass[c] = from.mass[c];
-                other[c] = from.other[c];
-                hits[c] = from.hits[c];
-            }
-        }
     };
 
-    // Computes the last voxels of a tile: a whole line, of which the first block has been `begun`, and less than a line. It
-    // adds the sums to the overlap. This is one function for tiles with and without ignored voxels, as it takes long to
-    // compile. The compiler does not inline it.
-    void compute_rest(int from, int count, bool begun, Block& block, Sums& sums, OverlapSums<T>& overlap) const {
-        for (; from < count; from += kLine) {
-            const int length = static_cast<int>(smaller(count - from, kLine));
-            alignas(64) T gradient[C][kLine];
-            for (int within = 0; within < length; within += kLanes) {
-                const int left = static_cast<int>(smaller(length - within, kLanes));
-                if (!begun) begin<true>(from + within, left, block);
-                begun = false;
-                finish<true>(from + within, left, block, gradient, within, sums);
-            }
-            if (kGradient)
-                for (int c = 0; c < C; ++c) {
-                    if (length == kLine) write(gradients_[c] + from, gradient[c]);
-                    else
-                        for (int i = 0; i < length; ++i) narrow(gradients_[c][from + i], gradient[c][i]);
-                }
-        }
-        for (int c = 0; kWanted == Wanted::overlap && c < C; ++c)
-            if (kSoft) overlap.add_sums(c, sums.mass[c], sums.other[c]);
-            else overlap.add_hard_sums(c, sums.mass[c], sums.other[c], sums.hits[c]);
-    }
-
-    // Computes the voxels of one line, whose first block has been begun, and begins the first block of the next line.
-    template <bool kIgnored>
+    // Computes the voxels of one line, whose first block has been begun. If kMore, it also begins the first block of the
+    // next line.
+    template <bool kIgnored, bool kMore>
     CALSEG_MEMBER void line(int from, Block& block, Sums& sums) const {
         alignas(64) T gradient[C][kLine];
         for (int within = 0; within < kLine; within += kLanes) {
             const int at = from + within;
+            const bool more = kMore || within + kLanes < kLine;
             Block next;
-            begin<kIgnored>(at + kLanes, kLanes, next);
+            if (more) begin<kIgnored>(at + kLanes, kLanes, next);
             finish<kIgnored>(at, kLanes, block, gradient, within, sums);
-            block.become(next);
+            if (more) block.become(next);
         }
         if (kGradient)
             for (int c = 0; c < C; ++c) write(gradients_[c] + from, gradient[c]);
@@ -221,12 +193,8 @@ class FewClasses {
             F<T> q[C], p[C], base = mass;
             for (int c = 0; c < C; ++c) {
                 p[c] = block.e[c] * per_sum;
-                if constexpr (kSoft) {
-                    const F<T> y = soft(c);
-                    q[c] = select(less(y, p[c]), above_[c], select(less(p[c], y), below_[c], between_[c]));
-                } else {
-                    q[c] = select(hit(c), below_[c], above_[c]);
-                }
+                if constexpr (kSoft) q[c] = slopes_.of(c, p[c], soft(c));
+                else q[c] = select(hit(c), broadcast<F<T>>(slopes_.below[c]), broadcast<F<T>>(slopes_.above[c]));
                 base = base - q[c] * p[c];
             }
             for (int c = 0; c < C; ++c) store(gradient[c] + within, multiply_subtract(p[c], base + q[c], pull(c)));
@@ -256,9 +224,8 @@ class FewClasses {
     LabelsAhead labels_ahead_;
     const T* upstream_;
     T* loss_;
+    OverlapSlopes<T> slopes_;
     bool stream_;
-    // The slopes of the overlap where p is above Y, below Y, and equal to Y.
-    F<T> above_[C], below_[C], between_[C];
 };
 
 }  // namespace

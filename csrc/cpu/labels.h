@@ -9,12 +9,6 @@
 
 namespace calseg {
 namespace CALSEG_ISA {
-
-// Reads the labels of a tile. Stores the class of each voxel that counts, or 0 if the labels are a mask. Stores -1 for an
-// ignored voxel, for a label that is not a class, and for the padding of the last block. Returns the number of voxels that
-// count. It is in labels.cpp, as it takes long to compile.
-int load_labels(int32_t* to, const Labels& labels, const Span& span, int64_t C);
-
 namespace {
 
 // Comparison of labels of one integer type with ignore_index. If the type cannot hold the index, no label equals it.
@@ -64,6 +58,43 @@ CALSEG_INLINE void with_labels(const TensorView& labels, const Span& span, const
     visit(static_cast<const int32_t*>(whole), int64_t{1});
 }
 
+// Reads the labels of a tile. Stores the class of each voxel that counts, or 0 if the labels are a mask. Stores -1 for an
+// ignored voxel, for a label that is not a class, and for the padding of the last block. Returns the number of voxels that
+// count.
+inline int load_labels(int32_t* to, const Labels& labels, const Span& span, int64_t C) {
+    const int count = span.count;
+    const int padded = static_cast<int>(round_up(count, kLanes));
+    fill<int32_t>(to + count, to + padded, -1);
+    if (!labels.tensor) {
+        fill<int32_t>(to, to + count, 0);
+        return count;
+    }
+    with_labels(labels.tensor, span, [&](const auto* from, int64_t step) {
+        using From = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
+        const IgnoreIndex<From> ignore(labels.ignore_index);
+        const ClassLabels<From> classes(labels.is_mask ? INT64_MAX : C);
+        const int32_t keep = labels.is_mask ? 0 : -1;
+        // If ignore_index is not a class, the test for classes already rejects it, and no comparison with it is needed.
+        const bool may_be_class = ignore.possible && classes.contain(ignore.value);
+        const auto convert = [&](auto any_ignored, auto by) {
+            for (int i = 0; i < count; ++i) {
+                const From label = from[i * by];
+                const bool counts = classes.contain(label) & (!any_ignored | (ignore != label));
+                to[i] = counts ? static_cast<int32_t>(label) & keep : -1;
+            }
+        };
+        using Yes = std::true_type;
+        using No = std::false_type;
+        using One = std::integral_constant<int64_t, 1>;
+        if (step != 1) convert(Yes(), step);
+        else if (may_be_class) convert(Yes(), One());
+        else convert(No(), One());
+    });
+    int counted = 0;
+    for (int i = 0; i < count; ++i) counted += to[i] >= 0;
+    return counted;
+}
+
 // Prefetcher for the labels of the next tile. It is called for one block at a time while the current tile is computed.
 // Without it, load_labels() would wait for memory.
 class LabelsAhead {
@@ -75,7 +106,11 @@ class LabelsAhead {
           block_bytes_(labels.tensor && labels.tensor.stride_s == 1 && next.count > 0 ? kLanes * dtype_bytes(labels.tensor.dtype) : 0) {}
 
     CALSEG_MEMBER void prefetch(int b) const {
-        for (int64_t at = 0; at < block_bytes_; at += 64) prefetch_line(from_ + b * block_bytes_ + at);
+#if defined(__GNUC__)
+        for (int64_t at = 0; at < block_bytes_; at += 64) __builtin_prefetch(from_ + b * block_bytes_ + at, 0, 2);
+#else
+        (void)b;
+#endif
     }
 
  private:

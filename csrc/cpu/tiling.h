@@ -11,16 +11,15 @@
 
 namespace calseg {
 namespace CALSEG_ISA {
+namespace {
+
+constexpr int kMaxTile = 1024;  // voxels
 
 // Range of the voxels of a tile: s to s + count of batch item n.
 struct Span {
     int64_t n = 0, s = 0;
     int count = 0;
 };
-
-namespace {
-
-constexpr int kMaxTile = 1024;  // voxels
 
 // Returns the place of voxel s of item n, and of class c, in a tensor that is stored as D.
 template <class D>

@@ -174,10 +174,8 @@ struct VLSCrossEntropy : TiledForFirstCache<LossArgs, 3, 1 << 14> {
 
     template <class T>
     static void compute_chunk(const Args& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
-        // Double computes the gradients of mu and logvar always, as each version takes long to compile.
-        if constexpr (std::is_same<T, float>::value) {
-            if (!a.gradients.mu && !a.gradients.logvar) return compute_with_kl<0, false, T>(a, tiles, chunk, scratch);
-            // For few classes, constants let the compiler unroll the loops.
+        if (!a.gradients.mu && !a.gradients.logvar) return compute_with_kl<0, false, T>(a, tiles, chunk, scratch);
+        if constexpr (std::is_same<T, float>::value) {  // for few classes, constants let the compiler unroll the loops
             if (a.shape.C == 2) return compute_with_kl<2, true, T>(a, tiles, chunk, scratch);
             if (a.shape.C == 4) return compute_with_kl<4, true, T>(a, tiles, chunk, scratch);
         }

@@ -57,9 +57,7 @@ struct VLSElbo : TiledForFirstCache<LossArgs, 2, 1 << 14> {
     template <class T>
     static void compute_chunk(const Args& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
         const bool gradient = a.gradients.mu || a.gradients.logvar, with_kl = a.spec.sampling.beta != 0.0;
-        if constexpr (std::is_same<T, double>::value)  // always the gradient, as each version takes long to compile
-            return with_kl ? compute<true, true, T>(a, tiles, chunk, scratch) : compute<true, false, T>(a, tiles, chunk, scratch);
-        else if (gradient) with_kl ? compute<true, true, T>(a, tiles, chunk, scratch) : compute<true, false, T>(a, tiles, chunk, scratch);
+        if (gradient) with_kl ? compute<true, true, T>(a, tiles, chunk, scratch) : compute<true, false, T>(a, tiles, chunk, scratch);
         else with_kl ? compute<false, true, T>(a, tiles, chunk, scratch) : compute<false, false, T>(a, tiles, chunk, scratch);
     }
 };
