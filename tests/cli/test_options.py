@@ -26,7 +26,8 @@ from calseg.training.config import TrainConfig  # noqa: E402
 
 OF_STAGE_ONE = {
     "iterations", "batch_size", "patch_size", "learning_rate", "seed", "split_seed", "foreground", "flip_axes",
-    "dice_weight", "alpha", "temperature", "num_samples", "beta", "latent_size", "reconstruction", "folds", "estimator",
+    "dice_weight", "alpha", "temperature", "num_samples", "beta", "latent_size", "reconstruction", "folds",
+    "first_stage_share", "estimator",
 }  # fmt: skip
 
 
@@ -73,12 +74,13 @@ def test_options_of_old_still_work() -> None:
         "info": "--json",
         "train": "--out --method --loss --iterations --batch-size --patch-size --learning-rate --seed --val-fraction"
         " --split-seed --foreground --flip-axis --dice-weight --alpha --sigma --gamma --margin"
-        " --temperature --num-samples --beta --latent-size --reconstruction --folds --estimator --dice-labels"
-        " --soft-labels --resume --overwrite --checkpoint-every --device --threads",
+        " --temperature --num-samples --beta --latent-size --reconstruction --folds --first-stage-share --estimator"
+        " --dice-labels --soft-labels --resume --overwrite --checkpoint-every --device --threads",
         "soft-labels": "--out --networks --iterations --batch-size --patch-size --learning-rate --seed --split-seed"
         " --foreground --flip-axis --dice-weight --alpha --temperature --num-samples --beta --latent-size"
-        " --reconstruction --folds --estimator --resume --overwrite --checkpoint-every --device --threads",
-        "predict": "--out --cases --resume --overwrite --device --threads",
+        " --reconstruction --folds --first-stage-share --estimator --resume --overwrite --checkpoint-every --device"
+        " --threads",
+        "predict": "--out --cases --calibrated --resume --overwrite --device --threads",
         "evaluate": "--out --n-bins --ignore-label --preset --dataset-json --num-resamples --seed --memory --resume"
         " --overwrite --threads --workers",
         "demo": "--out --cases --raters --side --iterations --seed --overwrite --device --threads",
