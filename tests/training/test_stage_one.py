@@ -19,6 +19,7 @@ import pytest
 import torch
 from test_nets import batch
 
+import calseg
 from calseg.files import read_json
 from calseg.runs import CasesInterruptedError, RunInterruptedError
 from calseg.simulation import DemoConfig, make_dataset
@@ -73,7 +74,10 @@ def test_stage_one_loss_is_its_formula_and_ignores_padding() -> None:
     nll = torch.nn.functional.cross_entropy(logits, label.long(), ignore_index=IGNORE_INDEX)
     error = (again - image).square().mean(1)[valid].mean()
     kl = 0.5 * (logvar.exp() + mu.square() - 1 - logvar).sum(1).mean()
-    torch.testing.assert_close(loss, nll + 0.7 * error + 0.3 * kl)
+    p, onehot = logits.softmax(1).movedim(1, -1)[valid], torch.nn.functional.one_hot(label[valid].long(), 3)
+    both, apart = (p + onehot).sum(0), (p - onehot).abs().sum(0)
+    dice = 1 - ((both - apart + 1e-5) / (both + 1e-5))[1:].mean()
+    torch.testing.assert_close(loss, nll + settings.dice_weight * dice + 0.7 * error + 0.3 * kl)
     loss.backward()
     assert all(weights.grad is not None for weights in net.parameters())
 
@@ -409,7 +413,7 @@ def test_temperature_is_fitted_to_cases_that_were_not_seen(data: Path, run: Path
     summary = stage_one.estimate(data, tmp_path / "fitted", settings, names=names, networks=run)
 
     def nll(temperature: float, folder: str) -> float:
-        """Return the NLL of the soft labels at a temperature, over all labelled voxels."""
+        """Return the NLL of the soft labels at a temperature, over the voxels near the foreground."""
         fixed = replace(settings, temperature=temperature)
         stage_one.estimate(data, tmp_path / folder, fixed, names=names, networks=run)
         total, voxels = 0.0, 0
@@ -417,7 +421,8 @@ def test_temperature_is_fitted_to_cases_that_were_not_seen(data: Path, run: Path
         for name in names:
             label = cache.get(name).label
             soft = read_soft_labels(tmp_path / folder / "soft_labels" / f"{name}.nii.gz", label, 3)
-            own = np.take_along_axis(soft, label[None].astype(np.int64), 0)
+            near = calseg.near_foreground(torch.from_numpy(label)[None])[0].numpy()
+            own = np.take_along_axis(soft, label[None].astype(np.int64), 0)[0][near]
             total, voxels = total - float(np.log(own).sum()), voxels + own.size
         return total / voxels
 
