@@ -6,8 +6,12 @@ an interrupted experiment continues, and contenders share what they have in comm
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +39,15 @@ TOLERANCE = 0.005
 """By how much the Dice of a setting may be below the reference's on the tuning cases."""
 
 
+@contextmanager
+def made_once(folder: Path) -> Iterator[None]:
+    """Hold the right to make a folder. Another process that asks for it waits until it is given back."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 class Tested(NamedTuple):
     """A contender with the setting that was chosen.
 
@@ -52,11 +65,27 @@ class Tested(NamedTuple):
     seconds: Mapping[str, float]
 
 
-class Experiment:
-    """The experiment on one data set: its plan, its folders, and its steps."""
+class Task(NamedTuple):
+    """A run that is trained and scored: the name of a contender, its setting, a seed, and "tuning" or "test"."""
 
-    def __init__(self, name: str, root: Path, plan: Plan) -> None:
-        self.name, self.root, self.plan = name, root, plan
+    name: str
+    settings: Settings
+    seed: int
+    part: str
+
+
+class Experiment:
+    """The experiment on one data set: its plan, its folders, and its steps.
+
+    Args:
+        name: name of the data set.
+        root: folder of the experiment.
+        plan: numbers of cases and updates.
+        jobs: number of processes that train and score, each with one thread. Default: this process does.
+    """
+
+    def __init__(self, name: str, root: Path, plan: Plan, jobs: int = 0) -> None:
+        self.name, self.root, self.plan, self.jobs = name, root, plan, jobs
         self.data = {part: find_cases(root / part) for part in ("development", "test")}
         self._caches = {part: CaseCache(dataset) for part, dataset in self.data.items()}
 
@@ -80,13 +109,15 @@ class Experiment:
         config = self.config(contender.method, settings, seed)
         stages = [words(settings), *(["first", words(contender.first_stage)] if contender.first_stage else [])]
         run = self.root / "runs" / "-".join([contender.method, *filter(None, stages), f"seed{seed}"])
-        if not (run / "metrics.json").is_file():
-            print(f"{self.name}: {run.name}", flush=True)
-            soft_labels = None
-            if METHODS[contender.method].soft_labels:
-                soft_labels = self.estimated(replace(config, **contender.first_stage)) / "soft_labels"
-            resume = started(run)
-            train(self.root / "development", run, config, soft_labels=soft_labels, resume=resume, overwrite=not resume)
+        with made_once(run):
+            if not (run / "metrics.json").is_file():
+                print(f"{self.name}: {run.name}", flush=True)
+                soft_labels = None
+                if METHODS[contender.method].soft_labels:
+                    soft_labels = self.estimated(replace(config, **contender.first_stage)) / "soft_labels"
+                resume = started(run)
+                data = self.root / "development"
+                train(data, run, config, soft_labels=soft_labels, resume=resume, overwrite=not resume)
         return run
 
     def estimated(self, config: TrainConfig) -> Path:
@@ -109,12 +140,13 @@ class Experiment:
         out = self.root / "soft_labels" / f"{name}-{words({**of_estimate, 'temperature': temperature})}"
         training, _ = split_names(self.data["development"], config)
         for folder, settings, source in ((networks, shared, None), (out, config, networks)):
-            if not ((folder / SUMMARY).is_file() and "estimate" in read_json(folder / SUMMARY)):
-                resume = started(folder)
-                estimate(
-                    self.root / "development", folder, settings,
-                    names=training, networks=source, resume=resume, overwrite=not resume,
-                )  # fmt: skip
+            with made_once(folder):
+                if not ((folder / SUMMARY).is_file() and "estimate" in read_json(folder / SUMMARY)):
+                    resume = started(folder)
+                    estimate(
+                        self.root / "development", folder, settings,
+                        names=training, networks=source, resume=resume, overwrite=not resume,
+                    )  # fmt: skip
         return out
 
     # -------------------------------------------------------------------------------------------------- scores
@@ -179,6 +211,15 @@ class Experiment:
 
     # --------------------------------------------------------------------------------------------------- steps
 
+    def _finish(self, tasks: Sequence[Task]) -> None:
+        """Train and score in other processes, if there are any. What they have made is on disk afterwards."""
+        if self.jobs:
+            # runs that a scaled contender shares with another are trained by the other
+            ordered = sorted(tasks, key=lambda task: CONTENDERS[task.name].scaled is not None)
+            with ProcessPoolExecutor(self.jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+                for done in [pool.submit(_do, self.name, self.root, self.plan, task) for task in ordered]:
+                    done.result()
+
     def tune(self, names: Sequence[str], most: int | None = None) -> dict[str, dict[str, Any]]:
         """Return ``{contender: {"settings": chosen, "tried": [...]}}``, from the first seed on the tuning cases.
 
@@ -189,6 +230,7 @@ class Experiment:
             names: names of contenders, the reference first.
             most: number of settings that are tried at most. Default: all.
         """
+        self._finish([Task(name, each, 0, "tuning") for name in names for each in CONTENDERS[name].settings[:most]])
         chosen: dict[str, dict[str, Any]] = {}
         for name in names:
             contender = CONTENDERS[name]
@@ -206,6 +248,9 @@ class Experiment:
 
     def test(self, chosen: Mapping[str, Any], seeds: int) -> dict[str, Tested]:
         """Return the scores of every contender on the test cases, with the setting that was chosen."""
+        self._finish(
+            [Task(name, each["settings"], seed, "test") for name, each in chosen.items() for seed in range(seeds)]
+        )
         result = {}
         for name, choice in chosen.items():
             contender, settings = CONTENDERS[name], choice["settings"]
@@ -224,3 +269,9 @@ class Experiment:
             means = {stage: sum(values) / len(values) for stage, values in seconds.items()}
             result[name] = Tested(settings, tested, temperatures, means)
         return result
+
+
+def _do(name: str, root: Path, plan: Plan, task: Task) -> None:
+    """Train and score in a process of its own."""
+    experiment, contender = Experiment(name, root, plan), CONTENDERS[task.name]
+    experiment.scores(experiment.trained(contender, task.settings, task.seed), task.part, contender.scaled)

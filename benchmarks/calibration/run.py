@@ -20,7 +20,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import torch
 from contenders import CONTENDERS, REFERENCE
 from datasets import PLANS, prepare
 from experiment import Experiment
@@ -41,14 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=2, help="processes that train at once, with a thread each")
     parser.add_argument("--quick", action="store_true", help="few cases, updates and settings: does it run?")
     given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
     plan = PLANS[given.name].quick() if given.quick else PLANS[given.name]
     root = given.out / f"{given.name}{'-quick' * given.quick}"
     prepare(given.data, root, plan)
-    experiment = Experiment(given.name, root, plan)
+    experiment = Experiment(given.name, root, plan, given.jobs)
     names = [name for name in CONTENDERS if name in {REFERENCE, *given.contenders}]
     chosen = experiment.tune(names, most=2 if given.quick else None)
     content = {
