@@ -34,6 +34,7 @@ x liger, x flash: times faster than Liger-Kernel's and flash-attn's cross-entrop
 of read: GB/s by the byte model as a share of that read
 floors: time in units of the larger of the bytes at the copy's bandwidth and the operations at the GPU's highest clock
 x monai, x nnunet: times faster than MONAI's DiceCELoss and nnU-Net's DC_and_CE_loss
+us over plain: by how many microseconds a step with a MetaTensor is longer than with a plain tensor, of least times
 rms: root mean square error of the estimate; x at equal error: times faster than as many independent samples in eager
 PyTorch as have that error
 ns: per noise sample and element (samples x N x C x voxels)
@@ -86,7 +87,7 @@ def _figure(row: Row, metric: str, unit: str = "") -> str:
     value = row["metrics"].get(metric)
     if value is None:
         return "-"
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.1 else 5
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 0.1 else 5
     return _verdict(row, metric, f"{value:.{digits}f}{unit}")
 
 
@@ -101,6 +102,7 @@ def _further(row: Row) -> str:
         "read_share": _figure(row, "read_share", " of read"),
         "monai": _figure(row, "monai", "x monai"),
         "nnunet": _figure(row, "nnunet", "x nnunet"),
+        "microseconds_over_plain": _figure(row, "microseconds_over_plain", " us over plain"),
         "rms": _figure(row, "rms", " rms"),
         "equal_error": _figure(row, "equal_error", "x at equal error"),
         "floor": _figure(row, "floor", " floors"),

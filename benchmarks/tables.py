@@ -200,6 +200,19 @@ def regions() -> str:
     return markdown(["voxels that count", "labels of one rater", "labels drawn voxel by voxel"], rows)
 
 
+def integrations() -> str:
+    """Return what was run inside other packages, and where."""
+    content = load("integrations.json")
+    rows = []
+    for title, row in content["packages"].items():
+        result = ", ".join(f"{row[name]} {name}" for name in ("passed", "skipped", "failed") if row[name])
+        rows.append([title, row["version"], row["what"], result])
+    return (
+        f"{markdown(['package', 'version', 'what was run', 'tests'], rows)}\n\n"
+        f"Run on {content['date'][:10]} with Python {content['python']} and PyTorch {content['torch']}, on a CPU."
+    )
+
+
 def methods() -> str:
     """Return the methods of ``calseg train``."""
     from calseg.methods import METHODS
@@ -224,6 +237,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "calibration": partial(_times, TIMED, ["calibration_bins", "ace_loss_hard", "ace_loss_soft"], dtype="float32"),
     "small": partial(_times, TIMED[:6], ["small"]),
     "counts": counts,
+    "integrations": integrations,
     "methods": methods,
     "regions": regions,
     "evidence": evidence_front,
