@@ -28,6 +28,8 @@ def timm_imports() -> bool:
 if find_spec("nnunetv2") and not timm_imports():
     sys.path.insert(0, str(STUBS))
 
+os.environ.update(nnUNet_def_n_proc="1")  # nnU-Net reads it when it is imported
+
 
 @pytest.fixture
 def nnunet_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,5 +37,4 @@ def nnunet_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("raw", "preprocessed", "results"):
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    monkeypatch.setenv("nnUNet_def_n_proc", "1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for the processes that nnU-Net spawns

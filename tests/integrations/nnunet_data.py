@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -123,12 +125,29 @@ def make_dataset(
 
     In memory, before the axes are put into the order that ``transpose`` undoes, the slices come first.
     """
+    for name, content in _files(transpose, spacing, ignore).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    (root / "results").mkdir()
+    return root / "preprocessed" / NAME
+
+
+@cache
+def _files(transpose: tuple[int, int, int], spacing: tuple[float, float, float], ignore: bool) -> dict[str, bytes]:
+    """The files of a data set. nnU-Net preprocesses it once, and each test gets its own copy."""
+    with TemporaryDirectory() as folder:
+        root = Path(folder)
+        _preprocess(root, transpose, spacing, ignore)
+        return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def _preprocess(root: Path, transpose: tuple[int, int, int], spacing: tuple[float, float, float], ignore: bool) -> None:
     raw, folder = root / "raw" / NAME, root / "preprocessed" / NAME
     labels = {**LABELS, **({"ignore": len(LABELS)} if ignore else {})}
     dataset_json = {
         "channel_names": {"0": "image"}, "labels": labels, "numTraining": len(CASES), "file_ending": ".nii.gz"
     }  # fmt: skip
-    for part in (raw / "imagesTr", raw / "labelsTr", folder / "gt_segmentations", root / "results"):
+    for part in (raw / "imagesTr", raw / "labelsTr", folder / "gt_segmentations"):
         part.mkdir(parents=True)
     plans = make_plans(transpose, list(spacing))
     splits = [{"train": [name for name in CASES if name != held], "val": [held]} for held in CASES]
@@ -150,7 +169,6 @@ def make_dataset(
             preprocessor.run_case_save(
                 str(out / name), [str(image_file)], str(label_file), manager, configured, dataset_json
             )
-    return folder
 
 
 def onehot(label: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
@@ -158,11 +176,12 @@ def onehot(label: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
 
 
 def make_trainer(kind: type, folder: Path, configuration: str = "3d_fullres") -> Any:
-    """A trainer of fold 0 that trains for two epochs of two iterations."""
+    """A trainer of fold 0 that trains for two epochs of two iterations, and draws no pictures of them."""
     plans = json.loads((folder / "nnUNetPlans.json").read_text())
     plans["continue_training"] = False
     dataset_json = json.loads((folder / "dataset.json").read_text())
     trainer = kind(plans, configuration, 0, dataset_json, torch.device("cpu"))
     trainer.num_epochs = trainer.num_iterations_per_epoch = 2
     trainer.num_val_iterations_per_epoch = 1
+    trainer.logger.plot_progress_png = lambda folder: None
     return trainer

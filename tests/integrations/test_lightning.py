@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 import warnings
@@ -32,7 +33,7 @@ import calseg
 from calseg.integrations.lightning import ReliabilityDiagrams, log_figure
 from calseg.metrics import CalibrationError, NegativeLogLikelihood, PerCase
 
-ROOT = Path(__file__).parent.parent.parent
+EXAMPLE = Path(__file__).parents[2] / "examples" / "lightning_module.py"
 # Lightning warns of small data sets, few workers and the like; PyTorch's schedulers warn of themselves.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::Warning:lightning"),
@@ -43,19 +44,25 @@ pytestmark = [
 # ---- the example, in one process and in two ----
 
 
-def run_example(folder: Path, devices: int) -> dict[str, dict[str, float]]:
-    command = [sys.executable, ROOT / "examples" / "lightning_module.py", "--devices", str(devices), "--epochs", "2"]
+def arguments(folder: Path, devices: int) -> list[str]:
+    return [str(EXAMPLE), "--devices", str(devices), "--epochs", "2", "--out", str(folder / f"run{devices}")]
+
+
+def test_two_processes_log_the_values_of_one(tmp_path, monkeypatch, capsys, set_threads):
+    """Before training both have the same network. Sums of integers then give the same bits."""
     run = subprocess.run(
-        [*command, "--out", folder], capture_output=True, text=True, check=False, timeout=900, cwd=folder.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, *arguments(tmp_path, 2)], capture_output=True, text=True, check=False, timeout=900,
+        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
-
-
-def test_two_processes_log_the_values_of_one(tmp_path):
-    """Before training both have the same network. Sums of integers then give the same bits."""
-    results = {devices: run_example(tmp_path / f"run{devices}", devices) for devices in (1, 2)}
+    set_threads(1)
+    monkeypatch.chdir(tmp_path)
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(name, "0")  # the example sets them; they are restored
+    monkeypatch.setattr(sys, "argv", arguments(tmp_path, 1))
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    outputs = {1: capsys.readouterr().out, 2: run.stdout}
+    results = {devices: json.loads(output.splitlines()[-1]) for devices, output in outputs.items()}
     assert results[1]["before"] == results[2]["before"]
     assert len(results[1]["before"]) == 8
     for devices, result in results.items():
@@ -145,7 +152,7 @@ def test_diagrams_in_tensorboard(tmp_path):
     for name in NAMES:
         (picture,) = pictures(tmp_path, f"reliability/{name}").values()  # of the second of three epochs
         assert picture.shape[0] > 400
-        assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
+        assert len(np.unique(picture @ (1 << 16, 1 << 8, 1))) > 50  # colours
         assert (picture == (158, 202, 225)).all(-1).sum() > 1000  # the colour of the bars
     drawn = {name: pictures(tmp_path, f"reliability/{name}") for name in ("never", "nll", "inner.nll", "metric")}
     assert not any(drawn.values())

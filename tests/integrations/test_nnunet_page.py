@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("nnunetv2")
 pytest.importorskip("nibabel")
 
-from short_nnunet import write_commands
+import short_nnunet
 
 from calseg.simulation import CLASS_NAMES, DemoConfig, make_dataset
 
@@ -55,15 +55,18 @@ def test_the_page(tmp_path: Path) -> None:
     for name in ("nnUNet_preprocessed", "nnUNet_results"):
         (tmp_path / name).mkdir()
     make_raw(raw)
-    write_commands(tmp_path / "bin")
     script = commands()
     assert script.count("nnUNetv2_train") == 4
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    variables = {**os.environ, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": path}
-    done = subprocess.run(
-        ["bash", "-eu", "-o", "pipefail", "-c", script],
-        cwd=tmp_path, env=variables, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    variables = {
+        **os.environ, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    with short_nnunet.commands(tmp_path / "bin", variables):
+        done = subprocess.run(
+            ["bash", "-eu", "-o", "pipefail", "-c", script],
+            cwd=tmp_path, env=variables, capture_output=True, text=True, check=False,
+        )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "soft labels of 5 cases, alpha 0.4" in done.stdout
     for trainer in ("nnUNetTrainer", "nnUNetTrainerSoftLabels"):
