@@ -6,7 +6,8 @@ In an environment with these packages, such as ``integrations`` of .ci/run makes
     python benchmarks/integrations_table.py RECORD
 
 writes benchmarks/results/integrations.json and prints it as a table. ``--check RECORD`` writes nothing. It fails where
-a package of that file was not run, where a test failed, and where a row is missing.
+a package of that file was not run, where a test failed, and where a row is missing. Tests that ran in parts have
+several records.
 """
 
 from __future__ import annotations
@@ -130,12 +131,13 @@ def faults_of_check(tests: list[tuple[str, str]], stored: dict[str, Any]) -> lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("record", type=Path, help="file that pytest --junitxml wrote")
+    parser.add_argument("records", type=Path, nargs="+", metavar="RECORD", help="file that pytest --junitxml wrote")
     parser.add_argument("--check", action="store_true", help="write nothing, and compare with what is written")
     arguments = parser.parse_args()
-    if not arguments.record.is_file():
-        parser.error(f"{arguments.record}: no such file; pytest writes it with --junitxml {arguments.record}")
-    tests = outcomes(arguments.record)
+    for record in arguments.records:
+        if not record.is_file():
+            parser.error(f"{record}: no such file; pytest writes it with --junitxml {record}")
+    tests = [test for record in arguments.records for test in outcomes(record)]
     content, faults = run(tests)
     if arguments.check:
         faults += faults_of_check(tests, json.loads(RESULTS.read_text()))

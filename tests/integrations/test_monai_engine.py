@@ -6,6 +6,7 @@ import operator
 import re
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -144,19 +145,23 @@ def test_a_collection_with_metrics_of_torchmetrics():
 
 
 def _rank(rank: int, store: str, out: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(minutes=5)
+    )
     torch.set_num_threads(1)
-    preds, target = volumes()
-    mine = slice(0, 4) if rank == 0 else slice(4, 6)  # unequal parts
-    engine, batches = evaluator(preds[mine], target[mine])
-    CalibrationHandler(metrics()).attach(engine)
-    torch.save(engine.run(batches).metrics, f"{out}/{rank}")
-    torch.distributed.destroy_process_group()
+    try:
+        preds, target = volumes()
+        mine = slice(0, 4) if rank == 0 else slice(4, 6)  # unequal parts
+        engine, batches = evaluator(preds[mine], target[mine])
+        CalibrationHandler(metrics()).attach(engine)
+        torch.save(engine.run(batches).metrics, f"{out}/{rank}")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_two_processes_have_the_values_of_one(tmp_path, set_threads):
     places = str(tmp_path / "store"), str(tmp_path)
-    other = torch.multiprocessing.get_context("spawn").Process(target=_rank, args=(1, *places))
+    other = torch.multiprocessing.get_context("spawn").Process(target=_rank, args=(1, *places), daemon=True)
     other.start()
     _rank(0, *places)
     other.join()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -149,20 +150,25 @@ def test_other_losses_are_refused(loss: torch.nn.Module) -> None:
 
 
 def _rank(rank: int, store: str, out: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    theirs = nnunet_loss(batch_dice=True, ddp=True)
-    logits, target = batch(3, seed=rank)
-    torch.save(
-        [value_and_gradients(loss, logits, target) for loss in (DiceCrossEntropy(theirs), theirs)], out + str(rank)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(minutes=5)
     )
-    torch.distributed.barrier()  # a rank that leaves breaks the connections of the other
-    torch.distributed.destroy_process_group()
+    try:
+        theirs = nnunet_loss(batch_dice=True, ddp=True)
+        logits, target = batch(3, seed=rank)
+        torch.save(
+            [value_and_gradients(loss, logits, target) for loss in (DiceCrossEntropy(theirs), theirs)], out + str(rank)
+        )
+        torch.distributed.barrier()  # a rank that leaves breaks the connections of the other
+    finally:
+        torch.distributed.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed.nn.functional.all_reduce is deprecated:FutureWarning")
 def test_two_processes(tmp_path: Path) -> None:
     """nnU-Net sums Dice over the ranks where it trains with ``batch_dice``."""
     places = str(tmp_path / "store"), str(tmp_path / "rank")
-    other = torch.multiprocessing.get_context("spawn").Process(target=_rank, args=(1, *places))
+    other = torch.multiprocessing.get_context("spawn").Process(target=_rank, args=(1, *places), daemon=True)
     other.start()
     _rank(0, *places)
     other.join()

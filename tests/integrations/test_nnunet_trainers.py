@@ -16,6 +16,7 @@ pytest.importorskip("nnunetv2")
 
 import nnunet_data as data
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
@@ -100,6 +101,20 @@ def test_continues_with_the_weights_of_the_dense_head(tmp_path: Path) -> None:
     other.num_epochs = 3
     other.run_training()
     assert other.current_epoch == 3
+
+
+def test_pretrained_weights(tmp_path: Path) -> None:
+    """A network with dense heads takes all weights of nnU-Net's own, but those of the heads, as nnU-Net does."""
+    folder = data.make_dataset(tmp_path)
+    theirs, ours = (data.make_trainer(kind, folder) for kind in (nnUNetTrainer, nnUNetTrainerVLS))
+    theirs.initialize()
+    ours.initialize()
+    weights = theirs.network.state_dict()
+    torch.save({"network_weights": weights}, tmp_path / "weights.pth")
+    load_pretrained_weights(ours.network, str(tmp_path / "weights.pth"))
+    taken = {name: value for name, value in ours.network.state_dict().items() if ".seg_layers." not in name}
+    assert len(taken) > 10
+    assert all(torch.equal(value, weights[name]) for name, value in taken.items())
 
 
 def test_loads_soft_labels_in_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
