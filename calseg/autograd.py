@@ -71,6 +71,21 @@ class _OnceDifferentiable(Function):
         )
 
 
+class SumOverProcesses(Function):
+    """The sum of a tensor over the processes of a group. The gradient is that of the sum of the processes' losses."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return SumOverProcesses.apply(gradients[0], ctx.group), None
+
+
 def _guarded(gradients: Sequence[Tensor | None], *inputs: Tensor | None) -> Sequence[Tensor | None]:
     """Return gradients that, in a pass with ``create_graph=True``, refuse to be differentiated again."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():

@@ -412,9 +412,7 @@ def _dice_from_sums(
     if batch_dice:
         sums = sums.sum(0, keepdim=True)
     if process_group is not None:
-        from torch.distributed.nn.functional import all_reduce
-
-        sums = all_reduce(sums, group=process_group)
+        sums = autograd.SumOverProcesses.apply(sums, process_group)
     mass, difference = sums.unbind(2)
     if smooth_numerator != smooth_denominator:
         nothing_counts = mass.detach().sum() == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -197,14 +198,20 @@ def test_sums_of_many_voxels(cpu):
 
 
 def _rank(rank: int, store: str, out: str) -> None:
+    warnings.simplefilter("error", FutureWarning)  # of PyTorch, which would reach the user
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    logits = scores(4, 3, 9, 8)[2 * rank : 2 * rank + 2].requires_grad_()
     target = labels((4, 3, 9, 8), ignore_index=None)[2 * rank : 2 * rank + 2]
-    loss = calseg.vls_dice_cross_entropy(
-        logits, target, batch_dice=True, process_group=torch.distributed.group.WORLD, ce_weight=0.0
-    )
-    loss.backward()
-    torch.save((loss.detach(), logits.grad), f"{out}/{rank}")
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        return calseg.vls_dice_cross_entropy(
+            logits, target, batch_dice=True, process_group=torch.distributed.group.WORLD, ce_weight=0.0
+        )
+
+    for name, call in (("eager", loss), ("compiled", torch.compile(loss, backend="aot_eager"))):
+        logits = scores(4, 3, 9, 8)[2 * rank : 2 * rank + 2].requires_grad_()
+        value = call(logits)
+        value.backward()
+        torch.save((value.detach(), logits.grad), f"{out}/{name}-{rank}")
     torch.distributed.destroy_process_group()
 
 
@@ -216,10 +223,12 @@ def test_two_processes_are_one_batch(tmp_path: Path) -> None:
         logits, labels((4, 3, 9, 8), ignore_index=None), batch_dice=True, ce_weight=0.0
     )
     loss.backward()
-    parts = [torch.load(tmp_path / str(rank)) for rank in (0, 1)]
-    for value, _ in parts:
-        torch.testing.assert_close(value, loss.detach(), rtol=1e-14, atol=0)
-    torch.testing.assert_close(torch.cat([gradient for _, gradient in parts]), 2 * logits.grad, rtol=1e-12, atol=1e-16)
+    for name in ("eager", "compiled"):
+        parts = [torch.load(tmp_path / f"{name}-{rank}") for rank in (0, 1)]
+        for value, _ in parts:
+            torch.testing.assert_close(value, loss.detach(), rtol=1e-14, atol=0)
+        gradient = torch.cat([gradient for _, gradient in parts])
+        torch.testing.assert_close(gradient, 2 * logits.grad, rtol=1e-12, atol=1e-16)
 
 
 @pytest.mark.parametrize(

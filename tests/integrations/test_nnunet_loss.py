@@ -164,7 +164,6 @@ def _rank(rank: int, store: str, out: str) -> None:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed.nn.functional.all_reduce is deprecated:FutureWarning")
 def test_two_processes(tmp_path: Path) -> None:
     """nnU-Net sums Dice over the ranks where it trains with ``batch_dice``."""
     places = str(tmp_path / "store"), str(tmp_path / "rank")
