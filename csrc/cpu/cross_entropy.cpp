@@ -228,11 +228,11 @@ void choose(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scra
     // Other types have no code of their own for few classes where that would take long to compile.
     constexpr bool kAlone = kWanted == Wanted::loss || kWanted == Wanted::gradient, kIsFloat = std::is_same<D, float>::value;
     if (a.tensors.soft_labels) {
-        if constexpr (kIsFloat)
+        if constexpr (kFewClasses && kIsFloat)
             if (try_few<kWanted, true, D, T>(a, tiles, chunk, scratch)) return;
         return compute_soft<T>(a, tiles, chunk, scratch);
     }
-    if constexpr (kIsFloat || (kAlone && std::is_same<T, float>::value))
+    if constexpr (kFewClasses && (kIsFloat || (kAlone && std::is_same<T, float>::value)))
         if (try_few<kWanted, false, D, T>(a, tiles, chunk, scratch)) return;
     compute_many<kWanted, D, T>(a, tiles, chunk, scratch);
 }
