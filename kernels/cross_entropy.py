@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from calseg.kernels.labels import class_weights, label_weights, load_labels, weighted
 from calseg.kernels.launch import HARD, SOFT, WEIGHTED, Call, TileDemands
-from calseg.kernels.overlap import label_step, overlap_dot, overlap_gradient, slope_above, store_overlap
+from calseg.kernels.overlap import one_hot_slope, overlap_dot, overlap_gradient, overlap_slopes, store_overlap
 from calseg.kernels.reductions import LossArguments, finish, load_upstream, store_loss, store_sums
 from calseg.kernels.softmax import INF, exp_of, fine_reciprocal, online_top_and_sum, reciprocal, top_and_sum
 from calseg.kernels.tile import classes, load, locate, store
@@ -56,19 +56,19 @@ def _one_hot(c, label):
 
 @triton.jit
 def _hard_gradient(
-    x, c, label, weight, top, scale_e, scale_label, scale_weight, grad_overlap, shift, n, SMOOTHED: tl.constexpr,
+    x, c, label, weight, top, scale_e, scale_label, scale_weight, above, below, shift, SMOOTHED: tl.constexpr,
     C: tl.constexpr,
 ):  # fmt: skip
     """Return the gradient of the logits of a block of classes.
 
-    With ``grad_overlap``, ``shift`` is what the slopes of all classes have in common.
+    With an overlap, ``above`` and ``below`` are its slopes, and ``shift`` is what those of all classes have in common.
     """
     # Hide from the compiler that this label is the one in _hard_terms(). Otherwise it keeps the results of the
     # comparisons there as single bits in registers, and to unpack them takes three times as long as to compare again.
     label = tl.where(scale_e == scale_e, label, -1)
     g = exp_of(x - top[None, :]) * scale_e[None, :]
-    if grad_overlap is not None:
-        g *= slope_above(grad_overlap, n, c, C)[:, None] + shift[None, :]
+    if above is not None:
+        g *= one_hot_slope(above, below, label, c) + shift[None, :]
     g = tl.where(c[:, None] == label[None, :], g - scale_label[None, :], g)
     if SMOOTHED:
         g -= class_weights(weight, c, C)[:, None] * scale_weight[None, :]
@@ -100,6 +100,7 @@ def hard_cross_entropy(
     counted = None if labels.ignore is None else ok
     c = classes(0, tile)
     if C <= BLOCK_C:
+        above, below = overlap_slopes(grad_overlap, n, c, C)
         x = load(logits, n, first, inside, counted, c, C, tile)
         top, total = top_and_sum(x, c, 1.0, C)
     else:
@@ -145,23 +146,19 @@ def hard_cross_entropy(
             store_overlap(overlap, p, _one_hot(c, label), None, c, C)
         if grad_overlap is not None:
             p = exp_of(x - top[None, :]) * per_total[None, :]
-            dot = tl.sum(p * slope_above(grad_overlap, n, c, C)[:, None], 0)
-            label_p = exp_of(label_d) * per_total
+            dot = tl.sum(p * one_hot_slope(above, below, label, c), 0)
     else:
         if grad_overlap is not None:
             dot = tl.full([tile.TILE], 0.0, tl.float32)
-            label_p = dot
             for start in range(0, C, BLOCK_C):
                 x = load(logits, n, first, inside, counted, start + c, C, tile)
                 p = exp_of(x - top[None, :]) * per_total[None, :]
-                dot += tl.sum(p * slope_above(grad_overlap, n, start + c, C)[:, None], 0)
-                label_p += tl.sum(_one_hot(start + c, label) * p, 0)
+                rise, fall = overlap_slopes(grad_overlap, n, start + c, C)
+                dot += tl.sum(p * one_hot_slope(rise, fall, label, start + c), 0)
     if grad_overlap is not None:
-        label_slope = label_p * label_step(grad_overlap, n, label, C)
         # One factor for both gradients, which may cancel each other.
         scale_e = per_total
-        shift = up * mass - (dot + label_slope)
-        scale_label -= label_slope
+        shift = up * mass - dot
     if C > BLOCK_C:
         label_d = tl.full([tile.TILE], 0.0, tl.float32)
         weighted_d = label_d
@@ -174,9 +171,9 @@ def hard_cross_entropy(
                 p = exp_of(x - top[None, :]) * per_total[None, :]
                 store_overlap(overlap, p, _one_hot(start + c, label), None, start + c, C)
             if grad is not None:
+                rise, fall = overlap_slopes(grad_overlap, n, start + c, C)
                 g = _hard_gradient(
-                    x, start + c, label, weight, top, scale_e, scale_label, scale_weight, grad_overlap, shift, n,
-                    SMOOTHED, C,
+                    x, start + c, label, weight, top, scale_e, scale_label, scale_weight, rise, fall, shift, SMOOTHED, C
                 )  # fmt: skip
                 store(grad, n, first, inside, start + c, g, C, tile)
 
@@ -194,7 +191,7 @@ def hard_cross_entropy(
 
     if C <= BLOCK_C and grad is not None:
         g = _hard_gradient(
-            x, c, label, weight, top, scale_e, scale_label, scale_weight, grad_overlap, shift, n, SMOOTHED, C
+            x, c, label, weight, top, scale_e, scale_label, scale_weight, above, below, shift, SMOOTHED, C
         )
         store(grad, n, first, inside, c, g, C, tile)
     finish(partials, upstream, 0.0, False, NUM_SUMS)
