@@ -14,7 +14,7 @@ import triton.language as tl
 from calseg.kernels.labels import class_weights, label_weights, load_labels, weighted
 from calseg.kernels.launch import HARD, SOFT, WEIGHTED, Call, TileDemands
 from calseg.kernels.overlap import one_hot_slope, overlap_dot, overlap_gradient, overlap_slopes, store_overlap
-from calseg.kernels.reductions import LossArguments, finish, load_upstream, store_loss, store_sums
+from calseg.kernels.reductions import LossArguments, finish, load_scales, load_upstream, store_loss, store_sums
 from calseg.kernels.softmax import INF, exp_of, fine_reciprocal, online_top_and_sum, reciprocal, top_and_sum
 from calseg.kernels.tile import classes, load, locate, store
 
@@ -96,6 +96,7 @@ def hard_cross_entropy(
     BLOCK_C: tl.constexpr = tile.BLOCK_C
     SMOOTHED: tl.constexpr = smoothing is not None
     n, first, inside = locate(tl.program_id(0), S, tile)
+    scales = load_scales(upstream, NUM_SUMS)
     label, ok, bad = load_labels(labels, n, first, inside, C, False, tile)
     counted = None if labels.ignore is None else ok
     c = classes(0, tile)
@@ -130,7 +131,7 @@ def hard_cross_entropy(
     scale_label = total
     scale_weight = total
     if grad is not None:
-        up, _ = load_upstream(upstream, n, first, inside, ok, NUM_SUMS, tile)
+        up, _ = load_upstream(upstream, scales, n, first, inside, ok, tile)
         scale_label = up * on_label
         scale_weight = up * spread
         if grad_overlap is None:
@@ -256,6 +257,7 @@ def soft_cross_entropy(
     """
     BLOCK_C: tl.constexpr = tile.BLOCK_C
     n, first, inside = locate(tl.program_id(0), S, tile)
+    scales = load_scales(upstream, NUM_SUMS)
     if labels.ptr is None:
         ok = inside
         bad = inside & False
@@ -281,7 +283,7 @@ def soft_cross_entropy(
             top, total = online_top_and_sum(top, total, x, start + c, 1.0, C)
             mass += tl.sum(weighted(class_weights(weight, start + c, C)[:, None], keep * y + spread), 0)
     log_total = tl.log(tl.where(bad, float("nan"), total))
-    up, _ = load_upstream(upstream, n, first, inside, ok, NUM_SUMS, tile)
+    up, _ = load_upstream(upstream, scales, n, first, inside, ok, tile)
     scale_p = up * mass
 
     dot = tl.full([tile.TILE], 0.0, tl.float32)
