@@ -23,8 +23,8 @@ from calseg.kernels.tile import classes, load, locate, store
 def _log_of_product(total, tile: tl.constexpr):
     """Return numbers with the same sum as ``log(total)``, from fewer logarithms.
 
-    Each number is the logarithm of a product over two or four adjacent voxels of a thread. A total is in [1, C], so a
-    product of four cannot overflow.
+    Each number is the logarithm of a product over two, four or eight adjacent voxels of a thread. A total is in [1, C],
+    and eight voxels are those of a thread that holds all classes, so the product cannot overflow.
     """
     VEC_S: tl.constexpr = tile.VEC_S
     TILE: tl.constexpr = tile.TILE
@@ -33,6 +33,9 @@ def _log_of_product(total, tile: tl.constexpr):
         total = a * b
     if VEC_S >= 4:
         a, b = tl.split(tl.reshape(total, [TILE // 4, 2]))
+        total = a * b
+    if VEC_S >= 8:
+        a, b = tl.split(tl.reshape(total, [TILE // 8, 2]))
         total = a * b
     return tl.log(total)
 
@@ -65,7 +68,8 @@ def _hard_gradient(
     """
     # Hide from the compiler that this label is the one in _hard_terms(). Otherwise it keeps the results of the
     # comparisons there as single bits in registers, and to unpack them takes three times as long as to compare again.
-    label = tl.where(scale_e == scale_e, label, -1)
+    if C > 2:  # those of two classes are few
+        label = tl.where(scale_e == scale_e, label, -1)
     g = exp_of(x - top[None, :]) * scale_e[None, :]
     if above is not None:
         g *= one_hot_slope(above, below, label, c) + shift[None, :]
