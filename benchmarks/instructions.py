@@ -8,7 +8,8 @@ with the constants below: nothing here was measured on a GPU.
 A program waits for memory once per phase, and its multiprocessor issues the instructions of all programs that it holds.
 So programs pass at the rate ``held / (phases * LATENCY + held * issue)``, and the memory bounds the rate too. A phase
 is the first use of loaded data after other loads, as if no data were in a cache, so the prediction is low where a
-kernel loads a few numbers that all programs share. The share of a copy is the time in which the GPU copies the logits
+kernel loads a few numbers that all programs share. A number at an address that is an argument of the kernel is in the
+first-level cache, and does not count. The share of a copy is the time in which the GPU copies the logits
 ``copies`` times, divided by the time of the kernels.
 """
 
@@ -98,8 +99,12 @@ def disassemble(cubin: bytes) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def runs(code: list[Instruction], labels: dict[str, int], trips: tuple[int, ...]) -> list[int]:
-    """Return how often each instruction runs. Code that only a call reaches does not."""
+    """Return how often each instruction runs. Code that only a call reaches does not.
+
+    Neither does what follows an addition to the counter of programs that are done, for only the last program does it.
+    """
     targets = {}
+    counter = next((place for place, each in enumerate(code) if each.name.startswith(COUNTER)), len(code))
     for place, each in enumerate(code):
         found = re.search(r"\.L_\w+", each.arguments) if each.name.startswith("BRA") else None
         if found and found[0] in labels:
@@ -112,6 +117,8 @@ def runs(code: list[Instruction], labels: dict[str, int], trips: tuple[int, ...]
             target, each = targets.get(place), code[place]
             if target is not None and target != place:
                 pending.append(target)
+            if place > counter and each.name == "EXIT":
+                break
             if each.always and (target is not None or each.name.split(".")[0] in ("EXIT", "RET")):
                 break
             place += 1
@@ -139,6 +146,7 @@ def pipe(name: str) -> tuple[str, int]:
     return "alu", 2
 
 
+COUNTER = "ATOMG.E.ADD.STRONG.GPU"
 WIDTH = {".128": 16, ".64": 8, ".U8": 1, ".S8": 1, ".U16": 2}
 
 
@@ -148,11 +156,17 @@ def flight(code: list[Instruction], counts: list[int]) -> tuple[int, int]:
     The code is read from top to bottom. A load is on its way until its register is used.
     """
     waiting: list[tuple[int, set[str]]] = []
+    given: set[str] = set()  # registers that hold an argument
     most = phases = 0
     fresh = False
     for (name, arguments, _), count in zip(code, counts, strict=True):
         if not count:
             continue
+        written = re.match(r"R\d+", arguments)
+        if name.startswith("LDG") and re.search(r"\[(R\d+)\.64", arguments)[1] in given:
+            continue
+        if written:
+            (given.add if name == "LDC.64" else given.discard)(written[0])
         if name.startswith("LDG"):
             size = next((width for end, width in WIDTH.items() if end in name), 4)
             first = re.match(r"R(\d+)", arguments)

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from calseg.kernels.labels import class_weights, label_weights, load_labels, weighted
 from calseg.kernels.launch import HARD, SOFT, WEIGHTED, Call, TileDemands
-from calseg.kernels.overlap import label_step, overlap_dot, overlap_gradient, slope_above, store_overlap
-from calseg.kernels.reductions import LossArguments, finish, load_upstream, store_loss, store_sums
+from calseg.kernels.overlap import one_hot_slope, overlap_dot, overlap_gradient, overlap_slopes, store_overlap
+from calseg.kernels.reductions import LossArguments, finish, load_scales, load_upstream, store_loss, store_sums
 from calseg.kernels.softmax import INF, exp_of, fine_reciprocal, online_top_and_sum, reciprocal, top_and_sum
 from calseg.kernels.tile import classes, load, locate, store
 
@@ -23,8 +23,8 @@ from calseg.kernels.tile import classes, load, locate, store
 def _log_of_product(total, tile: tl.constexpr):
     """Return numbers with the same sum as ``log(total)``, from fewer logarithms.
 
-    Each number is the logarithm of a product over two or four adjacent voxels of a thread. A total is in [1, C], so a
-    product of four cannot overflow.
+    Each number is the logarithm of a product over two, four or eight adjacent voxels of a thread. A total is in [1, C],
+    and eight voxels are those of a thread that holds all classes, so the product cannot overflow.
     """
     VEC_S: tl.constexpr = tile.VEC_S
     TILE: tl.constexpr = tile.TILE
@@ -33,6 +33,9 @@ def _log_of_product(total, tile: tl.constexpr):
         total = a * b
     if VEC_S >= 4:
         a, b = tl.split(tl.reshape(total, [TILE // 4, 2]))
+        total = a * b
+    if VEC_S >= 8:
+        a, b = tl.split(tl.reshape(total, [TILE // 8, 2]))
         total = a * b
     return tl.log(total)
 
@@ -56,19 +59,20 @@ def _one_hot(c, label):
 
 @triton.jit
 def _hard_gradient(
-    x, c, label, weight, top, scale_e, scale_label, scale_weight, grad_overlap, shift, n, SMOOTHED: tl.constexpr,
+    x, c, label, weight, top, scale_e, scale_label, scale_weight, above, below, shift, SMOOTHED: tl.constexpr,
     C: tl.constexpr,
 ):  # fmt: skip
     """Return the gradient of the logits of a block of classes.
 
-    With ``grad_overlap``, ``shift`` is what the slopes of all classes have in common.
+    With an overlap, ``above`` and ``below`` are its slopes, and ``shift`` is what those of all classes have in common.
     """
     # Hide from the compiler that this label is the one in _hard_terms(). Otherwise it keeps the results of the
     # comparisons there as single bits in registers, and to unpack them takes three times as long as to compare again.
-    label = tl.where(scale_e == scale_e, label, -1)
+    if C > 2:  # those of two classes are few
+        label = tl.where(scale_e == scale_e, label, -1)
     g = exp_of(x - top[None, :]) * scale_e[None, :]
-    if grad_overlap is not None:
-        g *= slope_above(grad_overlap, n, c, C)[:, None] + shift[None, :]
+    if above is not None:
+        g *= one_hot_slope(above, below, label, c) + shift[None, :]
     g = tl.where(c[:, None] == label[None, :], g - scale_label[None, :], g)
     if SMOOTHED:
         g -= class_weights(weight, c, C)[:, None] * scale_weight[None, :]
@@ -96,10 +100,12 @@ def hard_cross_entropy(
     BLOCK_C: tl.constexpr = tile.BLOCK_C
     SMOOTHED: tl.constexpr = smoothing is not None
     n, first, inside = locate(tl.program_id(0), S, tile)
+    scales = load_scales(upstream, NUM_SUMS)
     label, ok, bad = load_labels(labels, n, first, inside, C, False, tile)
     counted = None if labels.ignore is None else ok
     c = classes(0, tile)
     if C <= BLOCK_C:
+        above, below = overlap_slopes(grad_overlap, n, c, C)
         x = load(logits, n, first, inside, counted, c, C, tile)
         top, total = top_and_sum(x, c, 1.0, C)
     else:
@@ -129,7 +135,7 @@ def hard_cross_entropy(
     scale_label = total
     scale_weight = total
     if grad is not None:
-        up, _ = load_upstream(upstream, n, first, inside, ok, NUM_SUMS, tile)
+        up, _ = load_upstream(upstream, scales, n, first, inside, ok, tile)
         scale_label = up * on_label
         scale_weight = up * spread
         if grad_overlap is None:
@@ -145,23 +151,19 @@ def hard_cross_entropy(
             store_overlap(overlap, p, _one_hot(c, label), None, c, C)
         if grad_overlap is not None:
             p = exp_of(x - top[None, :]) * per_total[None, :]
-            dot = tl.sum(p * slope_above(grad_overlap, n, c, C)[:, None], 0)
-            label_p = exp_of(label_d) * per_total
+            dot = tl.sum(p * one_hot_slope(above, below, label, c), 0)
     else:
         if grad_overlap is not None:
             dot = tl.full([tile.TILE], 0.0, tl.float32)
-            label_p = dot
             for start in range(0, C, BLOCK_C):
                 x = load(logits, n, first, inside, counted, start + c, C, tile)
                 p = exp_of(x - top[None, :]) * per_total[None, :]
-                dot += tl.sum(p * slope_above(grad_overlap, n, start + c, C)[:, None], 0)
-                label_p += tl.sum(_one_hot(start + c, label) * p, 0)
+                rise, fall = overlap_slopes(grad_overlap, n, start + c, C)
+                dot += tl.sum(p * one_hot_slope(rise, fall, label, start + c), 0)
     if grad_overlap is not None:
-        label_slope = label_p * label_step(grad_overlap, n, label, C)
         # One factor for both gradients, which may cancel each other.
         scale_e = per_total
-        shift = up * mass - (dot + label_slope)
-        scale_label -= label_slope
+        shift = up * mass - dot
     if C > BLOCK_C:
         label_d = tl.full([tile.TILE], 0.0, tl.float32)
         weighted_d = label_d
@@ -174,9 +176,9 @@ def hard_cross_entropy(
                 p = exp_of(x - top[None, :]) * per_total[None, :]
                 store_overlap(overlap, p, _one_hot(start + c, label), None, start + c, C)
             if grad is not None:
+                rise, fall = overlap_slopes(grad_overlap, n, start + c, C)
                 g = _hard_gradient(
-                    x, start + c, label, weight, top, scale_e, scale_label, scale_weight, grad_overlap, shift, n,
-                    SMOOTHED, C,
+                    x, start + c, label, weight, top, scale_e, scale_label, scale_weight, rise, fall, shift, SMOOTHED, C
                 )  # fmt: skip
                 store(grad, n, first, inside, start + c, g, C, tile)
 
@@ -194,7 +196,7 @@ def hard_cross_entropy(
 
     if C <= BLOCK_C and grad is not None:
         g = _hard_gradient(
-            x, c, label, weight, top, scale_e, scale_label, scale_weight, grad_overlap, shift, n, SMOOTHED, C
+            x, c, label, weight, top, scale_e, scale_label, scale_weight, above, below, shift, SMOOTHED, C
         )
         store(grad, n, first, inside, c, g, C, tile)
     finish(partials, upstream, 0.0, False, NUM_SUMS)
@@ -259,6 +261,7 @@ def soft_cross_entropy(
     """
     BLOCK_C: tl.constexpr = tile.BLOCK_C
     n, first, inside = locate(tl.program_id(0), S, tile)
+    scales = load_scales(upstream, NUM_SUMS)
     if labels.ptr is None:
         ok = inside
         bad = inside & False
@@ -284,7 +287,7 @@ def soft_cross_entropy(
             top, total = online_top_and_sum(top, total, x, start + c, 1.0, C)
             mass += tl.sum(weighted(class_weights(weight, start + c, C)[:, None], keep * y + spread), 0)
     log_total = tl.log(tl.where(bad, float("nan"), total))
-    up, _ = load_upstream(upstream, n, first, inside, ok, NUM_SUMS, tile)
+    up, _ = load_upstream(upstream, scales, n, first, inside, ok, tile)
     scale_p = up * mass
 
     dot = tl.full([tile.TILE], 0.0, tl.float32)

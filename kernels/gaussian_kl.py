@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from calseg.kernels.gaussian import kl_gradients, kl_terms, sampling_arguments, store_gradients
 from calseg.kernels.launch import SOFT, Call, TileDemands
-from calseg.kernels.reductions import LossArguments, finish, load_upstream, store_loss
+from calseg.kernels.reductions import LossArguments, finish, load_scales, load_upstream, store_loss
 from calseg.kernels.softmax import exp_any
 from calseg.kernels.tile import classes, load, locate
 
@@ -32,7 +32,7 @@ def gaussian_kl(
 ):
     """Compute the KL divergence of every voxel, and its gradients."""
     n, first, inside = locate(tl.program_id(0), S, tile)
-    _, up = load_upstream(upstream, n, first, inside, inside, 1, tile)
+    _, up = load_upstream(upstream, load_scales(upstream, 1), n, first, inside, inside, tile)
     value = tl.full([tile.TILE], 0.0, tl.float32)
     for start in range(0, C, tile.BLOCK_C):
         c = classes(start, tile)

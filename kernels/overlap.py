@@ -56,22 +56,27 @@ def overlap_gradient(grad_overlap, p, y, ok, dot, n, c, C: tl.constexpr):
     return tl.where(ok[None, :], p * (slope - dot[None, :]), 0.0)
 
 
-# With one-hot labels, p is below Y for the label and above it for all other classes, so the slope of a class is one
-# number, and another one for the label.
+# With one-hot labels, p is below Y for the label and above it for all other classes, so a class has two slopes.
 
 
 @triton.jit
-def slope_above(grad_overlap, n, c, C: tl.constexpr):
-    """Return the gradient with respect to p of classes ``c`` where p is above Y, ``[BLOCK_C]``."""
-    place = grad_overlap + 2 * (n * C + c)
-    return (tl.load(place, mask=c < C, other=0.0) + tl.load(place + 1, mask=c < C, other=0.0)).to(tl.float32)
+def overlap_slopes(grad_overlap, n, c, C: tl.constexpr):
+    """Return the gradients with respect to p of classes ``c`` where p is above Y, and where it is below, ``[BLOCK_C]``.
+
+    Both are None if ``grad_overlap`` is.
+    """
+    above, below = None, None
+    if grad_overlap is not None:
+        place = grad_overlap + 2 * (n * C + c)
+        of_sum, of_difference = tl.load(place, mask=c < C, other=0.0), tl.load(place + 1, mask=c < C, other=0.0)
+        above, below = (of_sum + of_difference).to(tl.float32), (of_sum - of_difference).to(tl.float32)
+    return above, below
 
 
 @triton.jit
-def label_step(grad_overlap, n, label, C: tl.constexpr):
-    """Return by how much the gradient with respect to p of the label is above :func:`slope_above`, ``[TILE]``."""
-    place = grad_overlap + 2 * (n * C + label) + 1
-    return -2.0 * tl.load(place, mask=(label >= 0) & (label < C), other=0.0).to(tl.float32)
+def one_hot_slope(above, below, label, c):
+    """Return the gradient with respect to p of classes ``c``, given :func:`overlap_slopes`, ``[BLOCK_C, TILE]``."""
+    return tl.where(c[:, None] == label[None, :], below[:, None], above[:, None])
 
 
 def tile_demands(tensors: Any) -> TileDemands:

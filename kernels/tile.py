@@ -78,8 +78,11 @@ def num_tiles(S, tile: tl.constexpr):
 
 @triton.jit
 def locate(step, S, tile: tl.constexpr):
-    """Return ``(n, first, inside)`` of tile number ``step``: batch item, first voxel, and a mask of existing voxels."""
-    tiles = num_tiles(S, tile)
+    """Return ``(n, first, inside)`` of tile number ``step``: batch item, first voxel, and a mask of existing voxels.
+
+    A number of a tile is below 2^31. A division without signs takes half the instructions of one with signs.
+    """
+    step, tiles = tl.cast(step, tl.uint32), tl.cast(num_tiles(S, tile), tl.uint32)
     n = (step // tiles).to(tl.int64)
     first = (step % tiles).to(tl.int64) * tile.TILE
     left = tl.minimum(multiple(S, tile.ALIGN_C) - first, tile.TILE).to(tl.int32)

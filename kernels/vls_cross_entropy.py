@@ -26,7 +26,7 @@ from calseg.kernels.labels import class_weights, load_labels, weighted
 from calseg.kernels.launch import SAMPLED, Call, TileDemands
 from calseg.kernels.noise import load_seed
 from calseg.kernels.overlap import store_overlap
-from calseg.kernels.reductions import LossArguments, finish, load_upstream, store_loss
+from calseg.kernels.reductions import LossArguments, finish, load_scales, load_upstream, store_loss
 from calseg.kernels.sample_statistics import launch_sample_statistics
 from calseg.kernels.softmax import INF, LN2, LOG2E, LOWEST, exp_any, exp_of, reciprocal, top_and_sum
 from calseg.kernels.tile import classes, load, locate, store
@@ -35,8 +35,8 @@ from calseg.kernels.tile import classes, load, locate, store
 @triton.jit
 def _block(
     start, logits, mu, logvar, gaussian, k0, k1, num_samples, statistics, label, ok, bad, counted, weight, upstream,
-    grad_logits, grad_mu, grad_logvar, soft, overlap, S, n, first, inside, smoothing, alpha, SAMPLED: tl.constexpr,
-    WITH_KL: tl.constexpr, C: tl.constexpr, NUM_SUMS: tl.constexpr, tile: tl.constexpr,
+    scales, grad_logits, grad_mu, grad_logvar, soft, overlap, S, n, first, inside, smoothing, alpha,
+    SAMPLED: tl.constexpr, WITH_KL: tl.constexpr, C: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """Return the terms of a block of classes in the loss and in the KL term, and store the results of the block."""
     GRADIENT: tl.constexpr = grad_mu is not None or grad_logvar is not None
@@ -83,7 +83,7 @@ def _block(
         log_p = tl.where(log_p == LOWEST, -INF, log_p)
 
     # Load the upstream gradient only now, so that it takes no registers in the loop.
-    up, kl_up = load_upstream(upstream, n, first, inside, ok, NUM_SUMS, tile)
+    up, kl_up = load_upstream(upstream, scales, n, first, inside, ok, tile)
     hard = tl.where(c[:, None] == label[None, :], 1.0 - alpha, 0.0)
     blended = hard + estimate * (alpha / num_samples)
     smoothed = keep * blended + smoothing / C
@@ -138,6 +138,7 @@ def vls_cross_entropy(
 ):
     """Compute the loss and the KL term of every voxel, and their gradients."""
     n, first, inside = locate(tl.program_id(0), S, tile)
+    scales = load_scales(upstream, NUM_SUMS)
     label, ok, bad = load_labels(labels, n, first, inside, C, False, tile)
     counted = None if labels.ignore is None else ok
     k0, k1 = load_seed(seed, gaussian.seed)
@@ -146,8 +147,8 @@ def vls_cross_entropy(
     for start in range(0, C, tile.BLOCK_C):
         block_value, block_kl = _block(
             start, logits, mu, logvar, gaussian, k0, k1, num_samples, statistics, label, ok, bad, counted, weight,
-            upstream, grad_logits, grad_mu, grad_logvar, soft, overlap, S, n, first, inside, smoothing, alpha, SAMPLED,
-            WITH_KL, C, NUM_SUMS, tile,
+            upstream, scales, grad_logits, grad_mu, grad_logvar, soft, overlap, S, n, first, inside, smoothing, alpha,
+            SAMPLED, WITH_KL, C, tile,
         )  # fmt: skip
         value += block_value
         kl += block_kl

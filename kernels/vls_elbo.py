@@ -23,7 +23,7 @@ from calseg.kernels.gaussian import (
 from calseg.kernels.labels import label_weights, load_labels
 from calseg.kernels.launch import SAMPLED, Call, TileDemands
 from calseg.kernels.noise import load_seed
-from calseg.kernels.reductions import LossArguments, finish, load_upstream, store_loss
+from calseg.kernels.reductions import LossArguments, finish, load_scales, load_upstream, store_loss
 from calseg.kernels.sample_statistics import launch_sample_statistics
 from calseg.kernels.softmax import LN2, LOG2E, exp_any, reciprocal
 from calseg.kernels.tile import classes, load, locate
@@ -106,12 +106,13 @@ def vls_elbo(
 ):
     """Compute ``- (1/m) sum_k w[y] log softmax(nu_k)[y]`` and the KL term, and their gradients."""
     n, first, inside = locate(tl.program_id(0), S, tile)
+    scales = load_scales(upstream, NUM_SUMS)
     label, ok, bad = load_labels(labels, n, first, inside, C, False, tile)
     counted = None if labels.ignore is None else ok
     per_sample = tl.where(bad, float("nan"), 1.0 / num_samples)
     if weight is not None:
         per_sample *= label_weights(weight, label, C)
-    up, kl_up = load_upstream(upstream, n, first, inside, ok, NUM_SUMS, tile)
+    up, kl_up = load_upstream(upstream, scales, n, first, inside, ok, tile)
     up *= per_sample
     k0, k1 = load_seed(seed, gaussian.seed)
     value = tl.full([tile.TILE], 0.0, tl.float32)

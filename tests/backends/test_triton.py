@@ -1232,7 +1232,6 @@ SPILLS = {
     ("3.7", "sample_statistics", 600, None, 90): 16,
     ("3.7", "calibration_bins", 14, "channels_last", 80): 8,
     ("3.7", "calibration_bins", 14, "channels_last", 90): 8,
-    ("3.9", "hard_cross_entropy", 4, "odd", 80): 8,
 }
 
 
