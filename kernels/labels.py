@@ -55,12 +55,9 @@ def load_labels(labels, n, first, inside, C: tl.constexpr, IS_MASK: tl.constexpr
     ``label`` is int32 and -1 where ignored. ``ok`` is true where the voxel counts. ``bad`` is true where the label is
     neither a class nor ignored. A mask has no bad labels.
     """
-    WHOLE: tl.constexpr = labels.ptr.dtype.element_ty.is_int()
-    # Past the last voxel there are ignored labels, so that one comparison finds both.
-    MARKED: tl.constexpr = WHOLE and labels.ignore is not None
-    other = labels.ignore if MARKED else 0
-    given = tl.load(voxel_pointers(labels, n, first, tile), mask=inside, other=other)
+    given = tl.load(voxel_pointers(labels, n, first, tile), mask=inside, other=0)
     NARROW: tl.constexpr = given.dtype.primitive_bitwidth < 32 or given.dtype == tl.int32
+    WHOLE: tl.constexpr = given.dtype.is_int()
     if WHOLE:
         given = given.to(tl.int32 if NARROW else tl.int64)
         bad = (given < 0) | (given >= C)
@@ -72,9 +69,10 @@ def load_labels(labels, n, first, inside, C: tl.constexpr, IS_MASK: tl.constexpr
     # Compute none of the three results from another one: Triton 3.6 would move it before the one that it depends on.
     ok = inside
     if labels.ignore is not None:
-        ok = given != labels.ignore if MARKED else inside & (given != labels.ignore)
-    label, bad = tl.where(ok, label, -1), inside & False if IS_MASK else ok & bad
-    return label.to(tl.int32), ok, bad
+        counts = given != labels.ignore
+        label, ok, bad = tl.where(counts, label, -1), ok & counts, counts & bad
+    bad = inside & False if IS_MASK else inside & bad
+    return tl.where(inside, label, -1).to(tl.int32), ok, bad
 
 
 @triton.jit
