@@ -141,7 +141,7 @@ class Untrained(experiment.Experiment):
     """An experiment whose runs are named by their settings, and whose scores are given."""
 
     def __init__(self, given: dict[str, tuple[float, float]]) -> None:
-        self.given = given
+        self.given, self.jobs = given, 0
 
     def trained(self, contender: contenders.Contender, settings: contenders.Settings, seed: int) -> Path:
         return Path(f"{contender.method}{contenders.words(settings)}")
@@ -244,7 +244,7 @@ def test_without_a_result_no_figure_is_drawn(tmp_path: Path, capsys: pytest.Capt
 def test_a_quick_experiment_runs_and_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The contenders share networks, nothing is trained again, and another plan is refused."""
+    """The contenders share networks, also of two processes. Nothing is trained again. Another plan is refused."""
     names = ["dice_cross_entropy_near", "calseg_dice_second", "calseg_prior"]
     call = ["synthetic", "--out", str(tmp_path), "--quick", "--seeds", "1", "--contenders", *names]
     run.main(call)
@@ -267,7 +267,7 @@ def test_a_quick_experiment_runs_and_continues(
     capsys.readouterr()
     (root / "runs" / "dice_cross_entropy-seed0" / "scores-test.json").unlink()
     monkeypatch.setattr("calseg.training.loop._step", lambda *arguments: pytest.fail("trained again"))
-    run.main(call)
+    run.main([*call, "--jobs", "0"])  # in this process, where training fails
     assert read_json(path) == content
     with pytest.raises(SystemExit, match="its runs are of another plan"):
         datasets.prepare(None, root, datasets.PLANS["synthetic"])

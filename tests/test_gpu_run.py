@@ -83,6 +83,6 @@ def test_predictions_stand_beside_measurements():
     rows = [row("cross_entropy", 4, 256, 1.25), row("cross_entropy", 4, 128, 2.0), row("calibration_bins", 2, 128, 3.0),
             row("calibration_bins", 2, 256, 20.0)]  # fmt: skip
     texts = {p.what: (p.text, gpu_run.measured(p, rows)) for p in found}
-    assert texts["cross-entropy, C = 4: share of 1 copies"] == ("91 / 88 % (86 / 82)", "80% (1 x 256^3)")
+    assert texts["cross-entropy, C = 4: share of 1 copies"] == ("94 / 92 % (86 / 82)", "80% (1 x 256^3)")
     assert texts["calibration bins, C = 2, 128^3, top label, 15 bins: time"][1] == "30 us (1 x 128^3)"
     assert texts["VLS, m = 4, C = 33: share of 3 copies"][1] == "-"

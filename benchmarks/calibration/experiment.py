@@ -39,15 +39,6 @@ TOLERANCE = 0.005
 """By how much the Dice of a setting may be below the reference's on the tuning cases."""
 
 
-@contextmanager
-def made_once(folder: Path) -> Iterator[None]:
-    """Hold the right to make a folder. Another process that asks for it waits until it is given back."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 class Tested(NamedTuple):
     """A contender with the setting that was chosen.
 
@@ -91,6 +82,15 @@ class Experiment:
 
     # ------------------------------------------------------------------------------------------------ training
 
+    @contextmanager
+    def _made_once(self, folder: Path) -> Iterator[None]:
+        """Hold the right to make a folder. Another process that asks for it waits until it is given back."""
+        locks = self.root / "locks"
+        locks.mkdir(exist_ok=True)
+        with open(locks / f"{folder.parent.name}-{folder.name}", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
     def config(self, method: str, settings: Settings, seed: int) -> TrainConfig:
         """Return the settings of a training run."""
         plan = self.plan
@@ -109,7 +109,7 @@ class Experiment:
         config = self.config(contender.method, settings, seed)
         stages = [words(settings), *(["first", words(contender.first_stage)] if contender.first_stage else [])]
         run = self.root / "runs" / "-".join([contender.method, *filter(None, stages), f"seed{seed}"])
-        with made_once(run):
+        with self._made_once(run):
             if not (run / "metrics.json").is_file():
                 print(f"{self.name}: {run.name}", flush=True)
                 soft_labels = None
@@ -140,7 +140,7 @@ class Experiment:
         out = self.root / "soft_labels" / f"{name}-{words({**of_estimate, 'temperature': temperature})}"
         training, _ = split_names(self.data["development"], config)
         for folder, settings, source in ((networks, shared, None), (out, config, networks)):
-            with made_once(folder):
+            with self._made_once(folder):
                 if not ((folder / SUMMARY).is_file() and "estimate" in read_json(folder / SUMMARY)):
                     resume = started(folder)
                     estimate(

@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import torch
 from contenders import CONTENDERS, REFERENCE
 from datasets import PLANS, prepare
 from experiment import Experiment
@@ -40,9 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=2, help="processes that train at once, with a thread each")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that train at once, each with a thread; 0: none but this")
     parser.add_argument("--quick", action="store_true", help="few cases, updates and settings: does it run?")
     given = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # as in the other processes, so that the last bits do not depend on --jobs
     plan = PLANS[given.name].quick() if given.quick else PLANS[given.name]
     root = given.out / f"{given.name}{'-quick' * given.quick}"
     prepare(given.data, root, plan)
