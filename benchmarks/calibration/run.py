@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=2, help="processes that train at once, each with a thread; 0: none but this")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that train at once; 0: this one does")
     parser.add_argument("--quick", action="store_true", help="few cases, updates and settings: does it run?")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)  # as in the other processes, so that the last bits do not depend on --jobs
