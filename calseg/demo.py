@@ -39,8 +39,6 @@ DEMO_JSON = "demo.json"
 DEMO_PNG = "demo.png"
 COMPARED = {"dice_cross_entropy": "Dice + CE", "calseg": "CALSeg"}
 """The methods that are compared, with their names in the picture."""
-FOLDS = 2
-"""Number of folds of the first stage. It is small, so that the demo takes no more than a minute or two."""
 
 
 def run_demo(
@@ -80,7 +78,6 @@ def run_demo(
                 patch_size=(32, 32, 32),
                 seed=config.seed,
                 val_fraction=0.5,
-                folds=FOLDS,
             )
             run = root / method
             metrics = train(

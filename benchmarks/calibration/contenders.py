@@ -77,7 +77,7 @@ CONTENDERS: dict[str, Contender] = {
     "calseg_prior": Contender("CALSeg, codes of the prior", "calseg", ({"estimator": "prior"},)),
     "calseg_network": Contender("CALSeg, plain networks", "calseg", ({"estimator": "network"},)),
     "calseg_whole": Contender("CALSeg, whole stage 1", "calseg", ({"first_stage_share": 1.0},)),
-    "calseg_two_folds": Contender("CALSeg, 2 folds", "calseg", ({"folds": 2},)),
+    "calseg_four_folds": Contender("CALSeg, 4 folds", "calseg", ({"folds": 4},)),
 }  # fmt: skip
 """All contenders by name. The reference is the first, because the choice of settings compares with it.
 

@@ -52,7 +52,7 @@ STYLES = {
     "calseg_prior": Style("#e69f00", "P"),
     "calseg_network": Style("#009e73", "*"),
     "calseg_whole": Style("#e69f00", "s"),
-    "calseg_two_folds": Style("#e69f00", "^"),
+    "calseg_four_folds": Style("#e69f00", "^"),
 }
 CURVES = {
     REFERENCE: "-",

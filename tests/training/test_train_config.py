@@ -68,7 +68,7 @@ def test_published_defaults() -> None:
         "dice_cross_entropy": {"dice_weight": 1.0},
         "ace_hard": {"alpha": 1.0},
         "ace_soft": {"alpha": 1.0},
-        "calseg": {"alpha": 0.4, "dice_weight": 0.5, "temperature": None, "num_samples": 8},
+        "calseg": {"alpha": 0.4, "dice_weight": 0.5, "temperature": None, "num_samples": 8, "folds": 2},
     }
     for method in METHODS:
         settings = TrainConfig(method=method)
