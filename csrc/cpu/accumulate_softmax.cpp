@@ -12,8 +12,6 @@ namespace {
 
 template <bool kBackward>
 struct AccumulateSoftmax : TiledForFirstCache<AccumulateArgs, 2, 1 << 15> {
-    static DType dtype(const Args& a) { return a.logits.dtype; }
-
     // In the forward kernel, `other` is the running total, to which the softmax is added. In the backward kernel, it is the
     // upstream gradient, which becomes the gradient of the logits.
     template <class T>

@@ -244,8 +244,6 @@ template <bool kBackward>
 struct AceMoments {
     using Args = AceArgs;
 
-    static DType dtype(const Args& a) { return a.logits.dtype; }
-
     template <class T>
     static Tiling tiling(const Args& a) {
         // The current tile and the next one fill a quarter of a second-level cache of 1 MiB.

@@ -12,8 +12,6 @@ namespace CALSEG_ISA {
 namespace {
 
 struct BlendSoftLabels : TiledForFirstCache<BlendArgs, 1, 1 << 16> {
-    static DType dtype(const Args& a) { return a.estimate.dtype; }
-
     template <class T>
     static void compute_chunk(const Args& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
         const int64_t C = a.shape.C;

@@ -384,8 +384,6 @@ void compute(const BinsArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scr
 struct CalibrationBins {
     using Args = BinsArgs;
 
-    static DType dtype(const Args& a) { return a.scores.dtype; }
-
     template <class T>
     static Tiling tiling(const Args& a) {
         // The current tile and the next one fill a quarter of a second-level cache of 1 MiB.

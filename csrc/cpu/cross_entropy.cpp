@@ -240,8 +240,6 @@ void choose(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scra
 struct CrossEntropy {
     using Args = LossArgs;
 
-    static DType dtype(const Args& a) { return a.tensors.logits.dtype; }
-
     template <class T>
     static Tiling tiling(const Args& a) {
         constexpr int64_t kElement = sizeof(T);

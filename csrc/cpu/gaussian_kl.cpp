@@ -10,8 +10,6 @@ namespace CALSEG_ISA {
 namespace {
 
 struct GaussianKL : TiledForFirstCache<LossArgs, 2, 1 << 15> {
-    static DType dtype(const Args& a) { return a.tensors.mu.dtype; }
-
     template <class T>
     static void compute_chunk(const Args& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
         LossTile<T> t(scratch, a.shape.C, tiles.length, nullptr);

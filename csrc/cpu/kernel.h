@@ -1,9 +1,7 @@
-// Template that makes the three functions of a kernel from the class of an operation, and chooses float or double
-// arithmetic.
+// Template that makes the three functions of a kernel from the class of an operation.
 //
 // The class of an operation has these members, where T is float or double:
 //   Args                                           type of the arguments of a call
-//   dtype(args)                                    dtype that decides the arithmetic: double for float64, else float
 //   tiling<T>(args)                                division of the call into chunks and tiles
 //   compute_chunk<T>(args, tiles, chunk, scratch)  work of a chunk. It first takes all of its scratch memory, and returns at
 //                                                  once if scratch.is_counting().
@@ -31,14 +29,14 @@ struct TiledForFirstCache {
     }
 };
 
+// Type of the arithmetic. The sources are compiled once for float and once for double, each time in another namespace.
+using Real = CALSEG_REAL;
+
 template <class Operation>
 struct OperationKernel {
     using Args = typename Operation::Args;
 
-    static int64_t num_chunks(const Args& args) {
-        return is_double(args) ? Operation::template tiling<double>(args).num_chunks()
-                               : Operation::template tiling<float>(args).num_chunks();
-    }
+    static int64_t num_chunks(const Args& args) { return Operation::template tiling<Real>(args).num_chunks(); }
 
     static int64_t scratch_bytes(const Args& args) {
         Scratch counted;
@@ -52,11 +50,8 @@ struct OperationKernel {
     }
 
  private:
-    static bool is_double(const Args& args) { return Operation::dtype(args) == DType::f64; }
-
     static void compute(const Args& args, int64_t chunk, Scratch& scratch) {
-        if (is_double(args)) Operation::template compute_chunk<double>(args, Operation::template tiling<double>(args), chunk, scratch);
-        else Operation::template compute_chunk<float>(args, Operation::template tiling<float>(args), chunk, scratch);
+        Operation::template compute_chunk<Real>(args, Operation::template tiling<Real>(args), chunk, scratch);
     }
 };
 

@@ -15,8 +15,6 @@ namespace {
 
 template <bool kBackward>
 struct SampleSoftLabels : TiledForFirstCache<SampleArgs, 3, 1 << 14> {
-    static DType dtype(const Args& a) { return a.tensors.mu.dtype; }
-
     // In the forward kernel, `soft` becomes the soft labels. In the backward kernel, it holds the upstream gradient, and mu
     // and logvar become their gradients.
     template <class T>

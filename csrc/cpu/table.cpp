@@ -1,4 +1,4 @@
-// Table of all kernels of one instruction set.
+// Table of all kernels of one instruction set, for one type of arithmetic.
 #include "cpu/table.h"
 
 namespace calseg {

@@ -1,4 +1,5 @@
-// Declarations of the kernels of one instruction set. Every operation defines its kernels in a source file of its own.
+// Declarations of the kernels of one instruction set, for one type of arithmetic. Every operation defines its kernels in a source file of
+// its own.
 #pragma once
 
 #include "host/arguments.h"

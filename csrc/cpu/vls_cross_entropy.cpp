@@ -170,8 +170,6 @@ void compute(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scr
 }
 
 struct VLSCrossEntropy : TiledForFirstCache<LossArgs, 3, 1 << 14> {
-    static DType dtype(const Args& a) { return a.tensors.logits.dtype; }
-
     template <class T>
     static void compute_chunk(const Args& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
         if (!a.gradients.mu && !a.gradients.logvar) return compute_with_kl<0, false, T>(a, tiles, chunk, scratch);

@@ -52,8 +52,6 @@ void compute(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scr
 }
 
 struct VLSElbo : TiledForFirstCache<LossArgs, 2, 1 << 14> {
-    static DType dtype(const Args& a) { return a.tensors.mu.dtype; }
-
     template <class T>
     static void compute_chunk(const Args& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
         const bool gradient = a.gradients.mu || a.gradients.logvar, with_kl = a.spec.sampling.beta != 0.0;

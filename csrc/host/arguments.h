@@ -1,4 +1,4 @@
-// Arguments of the CPU kernels, and the table of all kernels. Each instruction set has a table of its own.
+// Arguments of the CPU kernels, and the table of all kernels. Each instruction set has two tables of its own.
 //
 // The structures hold plain data only, because this header is compiled once per instruction set. Fields marked "out" are
 // written by the kernel. A tensor without data is absent.
@@ -122,6 +122,14 @@ struct ScanArgs {
     LabelSums* chunk_sums = nullptr;  // out: [chunks]
 };
 
+// Dtype of the scores that a call computes with. float64 is computed in double, every other dtype in float.
+inline DType scores_dtype(const LossArgs& args) { return (args.tensors.logits ? args.tensors.logits : args.tensors.mu).dtype; }
+inline DType scores_dtype(const SampleArgs& args) { return args.tensors.mu.dtype; }
+inline DType scores_dtype(const AccumulateArgs& args) { return args.logits.dtype; }
+inline DType scores_dtype(const BlendArgs& args) { return args.estimate.dtype; }
+inline DType scores_dtype(const BinsArgs& args) { return args.scores.dtype; }
+inline DType scores_dtype(const AceArgs& args) { return args.logits.dtype; }
+
 // Kernel, as three functions. The number of chunks depends on the arguments alone, so that no sum depends on the number of
 // threads.
 template <class Args>
@@ -154,14 +162,17 @@ struct KernelTable {
 #undef CALSEG_KERNEL
 };
 
-namespace baseline {
-extern const KernelTable kernels;
-}
-namespace avx2 {
-extern const KernelTable kernels;
-}
-namespace avx512 {
-extern const KernelTable kernels;
-}
+// The kernels of an instruction set: those that compute in float, and those that compute in double.
+#define CALSEG_TABLES(isa)                \
+    namespace isa {                       \
+    extern const KernelTable kernels;     \
+    }                                     \
+    namespace isa##_double {              \
+        extern const KernelTable kernels; \
+    }
+CALSEG_TABLES(baseline)
+CALSEG_TABLES(avx2)
+CALSEG_TABLES(avx512)
+#undef CALSEG_TABLES
 
 }  // namespace calseg

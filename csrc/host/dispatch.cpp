@@ -4,14 +4,14 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#if defined(CALSEG_X86_DISPATCH)
+#if defined(CALSEG_AVX512)
 #include <cpuid.h>
 #endif
 
 namespace calseg {
 namespace {
 
-#if defined(CALSEG_X86_DISPATCH)
+#if defined(CALSEG_AVX512)
 // Instruction sets that the processor has and the system supports.
 //
 // __builtin_cpu_supports() would say the same, but it needs the compiler's runtime library. It is always false with that of
@@ -39,17 +39,19 @@ const Processor& processor() {
 
 struct Isa {
     const char* name;
-    const KernelTable* kernels;
+    const KernelTable *in_float, *in_double;
     bool (*supported)();
 };
 
 // All instruction sets of this build, best first.
 const Isa isas[] = {
-#if defined(CALSEG_X86_DISPATCH)
-    {"avx512", &avx512::kernels, [] { return processor().avx512; }},
-    {"avx2", &avx2::kernels, [] { return processor().avx2; }},
+#if defined(CALSEG_AVX512)
+    {"avx512", &avx512::kernels, &avx512_double::kernels, [] { return processor().avx512; }},
 #endif
-    {"baseline", &baseline::kernels, [] { return true; }},
+#if defined(CALSEG_AVX2)
+    {"avx2", &avx2::kernels, &avx2_double::kernels, [] { return processor().avx2; }},
+#endif
+    {"baseline", &baseline::kernels, &baseline_double::kernels, [] { return true; }},
 };
 
 const Isa& find(const std::string& name) {
@@ -76,7 +78,10 @@ std::atomic<const Isa*>& chosen() {
 
 }  // namespace
 
-const KernelTable& kernels() { return *chosen().load()->kernels; }
+const KernelTable& kernels(DType scores) {
+    const Isa& isa = *chosen().load();
+    return scores == DType::f64 ? *isa.in_double : *isa.in_float;
+}
 const char* isa() { return chosen().load()->name; }
 
 std::vector<std::string> available_isas() {

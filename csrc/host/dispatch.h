@@ -8,9 +8,9 @@
 
 namespace calseg {
 
-// Returns the kernels in use. They are those of the best instruction set of the processor, unless the environment variable
-// CALSEG_ISA or set_isa() chose another one.
-const KernelTable& kernels();
+// Returns the kernels in use for scores of a dtype. They are those of the best instruction set of the processor, unless the
+// environment variable CALSEG_ISA or set_isa() chose another one.
+const KernelTable& kernels(DType scores);
 
 // Returns the name of the instruction set in use.
 const char* isa();

@@ -70,7 +70,7 @@ LabelSums scan(const Labels& labels, const Shape& shape, const double* weight, i
         return total;
     }
     ScanArgs args{shape, labels, labels.is_mask ? nullptr : weight, nullptr};
-    const Kernel<ScanArgs>& kernel = kernels().scan_labels;
+    const Kernel<ScanArgs>& kernel = kernels(DType::f32).scan_labels;
     std::vector<LabelSums> sums(static_cast<std::size_t>(kernel.num_chunks(args)));
     args.chunk_sums = sums.data();
     compute(kernel, args, num_threads);
@@ -186,36 +186,41 @@ LabelFault loss(const Kernel<LossArgs>& kernel, const LossArgs& args, int num_th
     if (args.divisor) *args.divisor = by.loss;
     if (args.reduced) {
         const double value = spec.scale * (total.loss / by.loss + (beta != 0.0 ? beta * total.kl / by.kl : 0.0));
-        if ((args.tensors.logits ? args.tensors.logits : args.tensors.mu).dtype == DType::f64) *static_cast<double*>(args.reduced) = value;
+        if (scores_dtype(args) == DType::f64) *static_cast<double*>(args.reduced) = value;
         else *static_cast<float*>(args.reduced) = static_cast<float>(value);
     }
     return {};
 }
 
 LabelFault loss_and_overlap(LossArgs& args, int num_threads) {
-    return loss(args.tensors.mu ? kernels().vls_cross_entropy : kernels().cross_entropy, args, num_threads);
+    const KernelTable& table = kernels(scores_dtype(args));
+    return loss(args.tensors.mu ? table.vls_cross_entropy : table.cross_entropy, args, num_threads);
 }
 
-LabelFault overlap_backward(LossArgs& args, int num_threads) { return loss(kernels().cross_entropy, args, num_threads); }
+LabelFault overlap_backward(LossArgs& args, int num_threads) { return loss(kernels(scores_dtype(args)).cross_entropy, args, num_threads); }
 
 LabelFault sample_soft_labels(SampleArgs& args, int num_threads) {
-    return compute_with_good_labels(kernels().sample_soft_labels, args, num_threads);
+    return compute_with_good_labels(kernels(scores_dtype(args)).sample_soft_labels, args, num_threads);
 }
 
-void sample_soft_labels_backward(SampleArgs& args, int num_threads) { compute(kernels().sample_soft_labels_backward, args, num_threads); }
+void sample_soft_labels_backward(SampleArgs& args, int num_threads) {
+    compute(kernels(scores_dtype(args)).sample_soft_labels_backward, args, num_threads);
+}
 
 LabelFault blend_soft_labels(BlendArgs& args, int num_threads) {
-    return compute_with_good_labels(kernels().blend_soft_labels, args, num_threads);
+    return compute_with_good_labels(kernels(scores_dtype(args)).blend_soft_labels, args, num_threads);
 }
 
-void accumulate_softmax(AccumulateArgs& args, int num_threads) { compute(kernels().accumulate_softmax, args, num_threads); }
+void accumulate_softmax(AccumulateArgs& args, int num_threads) {
+    compute(kernels(scores_dtype(args)).accumulate_softmax, args, num_threads);
+}
 
 void accumulate_softmax_backward(AccumulateArgs& args, int num_threads) {
-    compute(kernels().accumulate_softmax_backward, args, num_threads);
+    compute(kernels(scores_dtype(args)).accumulate_softmax_backward, args, num_threads);
 }
 
 BinsFault calibration_bins(BinsArgs& args, int num_threads) {
-    const auto& kernel = kernels().calibration_bins;
+    const auto& kernel = kernels(scores_dtype(args)).calibration_bins;
     std::vector<BinsFault> faults(static_cast<std::size_t>(kernel.num_chunks(args)));
     args.chunk_faults = faults.data();
     compute(kernel, args, num_threads);
@@ -226,8 +231,10 @@ BinsFault calibration_bins(BinsArgs& args, int num_threads) {
     return {};
 }
 
-LabelFault ace_moments(AceArgs& args, int num_threads) { return compute_with_good_labels(kernels().ace_moments, args, num_threads); }
+LabelFault ace_moments(AceArgs& args, int num_threads) {
+    return compute_with_good_labels(kernels(scores_dtype(args)).ace_moments, args, num_threads);
+}
 
-void ace_moments_backward(AceArgs& args, int num_threads) { compute(kernels().ace_moments_backward, args, num_threads); }
+void ace_moments_backward(AceArgs& args, int num_threads) { compute(kernels(scores_dtype(args)).ace_moments_backward, args, num_threads); }
 
 }  // namespace calseg

@@ -90,7 +90,7 @@ struct LossResult {
 
 template <Kernel<LossArgs> KernelTable::* kernel>
 LabelFault run_loss(LossArgs& args, int num_threads) {
-    return loss(kernels().*kernel, args, num_threads);
+    return loss(kernels(scores_dtype(args)).*kernel, args, num_threads);
 }
 
 void define_operations(py::module_& m) {
