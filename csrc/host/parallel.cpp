@@ -42,9 +42,17 @@ using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 std::atomic<bool> forked{false};
 [[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
+// Returns a function of the process, or of the libraries that PyTorch has brought along for itself: its OpenMP runtime is
+// one of these in the wheels for aarch64.
+void* find_symbol(const char* name) {
+    if (void* found = dlsym(RTLD_DEFAULT, name)) return found;
+    void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+    return torch ? dlsym(torch, name) : nullptr;
+}
+
 // Returns GOMP_parallel, or nullptr if it must not be used.
 Parallel openmp_parallel() {
-    static const Parallel parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    static const Parallel parallel = reinterpret_cast<Parallel>(find_symbol("GOMP_parallel"));
     return forked ? nullptr : parallel;
 }
 #endif
