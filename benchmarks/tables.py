@@ -182,6 +182,55 @@ def evidence_front() -> str:
     return made
 
 
+# ---- pairs of trainings in nnU-Net ----
+
+
+def nnunet_pairs() -> str:
+    """Return the scores of networks that nnU-Net has trained on labels and on soft labels, and how it did."""
+    content = load("nnunet_pairs.json")
+    rows = []
+    for start, group in content["starts"].items():
+        for targets in content["targets"]:
+            scores = [pair[targets] for pair in group["pairs"]]
+            means = [_figure(name, sum(each[name] for each in scores) / len(scores)) for name in content["scores"]]
+            rows.append([start, str(group["updates"]), targets, *means])
+    plan, soft, versions = content["plan"], content["soft_labels"], content["versions"]
+    return (
+        f"{markdown(['start', 'updates', 'trained on', *content['scores'].values()], rows)}\n\n"
+        f"Means over {content['seeds']} seeds. {content['dataset']}: {plan['training']} cases to train"
+        f" on, {plan['test']} others to score. The 2d network has {plan['features']} to {plan['most_features']}"
+        f" features, and is trained by AdamW with {plan['batch_size']} patches in an update. Share of the estimate in"
+        f" the soft labels: {soft['alpha']:g}; its temperature: {soft['temperature']:.2f}. Run on"
+        f" {content['date'][:10]} with nnU-Net {versions['nnunetv2']}, PyTorch {versions['torch']} and calseg"
+        f" {versions['calseg']}, on a CPU."
+    )
+
+
+def nnunet_differences() -> str:
+    """Return the differences within the pairs of networks, their spread, and in how many pairs they are gains."""
+    content = load("nnunet_pairs.json")
+    rows = []
+    for start, group in content["starts"].items():
+        for difference in group["differences"]:
+            cells = [
+                f"{_figure(name, difference[name]['mean'], sign=True)} ± {_figure(name, difference[name]['sd'])},"
+                f" {difference[name]['better']} of {len(group['pairs'])}"
+                for name in content["scores"]
+            ]
+            rows.append([start, f"{difference['of']} against {difference['from']}", *cells])
+    return markdown(["start", "difference", *content["scores"].values()], rows)
+
+
+def _figure(score: str, value: float, *, sign: bool = False) -> str:
+    """Return a score as the tables of the calibration experiment show it."""
+    experiment = _experiment()
+    made: str = experiment.short(value, experiment.digits_of(score), sign=sign)
+    return made
+
+
+# ---- counts, regions, and what was run ----
+
+
 def counts() -> str:
     """Return what several packages make of a calibration error that is known."""
     content = load("ecosystem.json")
