@@ -1,7 +1,9 @@
 """Instructions of the GPU kernels, counted in their machine code: ``python benchmarks/instructions.py [NAME ...]``.
 
-No GPU is needed. Triton compiles every configuration ahead of time for sm_90, and the instructions are counted along
-the path that a program takes: loops as often as they run, subroutines for rare values not at all. The counts are facts,
+No GPU is needed. Triton compiles every configuration ahead of time for sm_90, nvcc the kernel in CUDA C++, and the
+instructions are counted along the path that a program takes: loops as often as they run, subroutines for rare values
+not at all. In the kernel in CUDA C++, that path has labels of one byte, one item, a full tile and no ignored voxel, and
+lines for other calls are not counted. The counts are facts,
 and `tests/backends/test_instructions.py` bounds them. **The times that follow from them are predictions**, from a model
 with the constants below: nothing here was measured on a GPU.
 
@@ -18,14 +20,20 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
-TESTS = Path(__file__).parent.parent / "tests"
+ROOT = Path(__file__).parent.parent
+TESTS = ROOT / "tests"
+NVCC = shutil.which("nvcc")
 
 MULTIPROCESSORS, CLOCK = 132, 1.755e9  # of an H100 and an H200; in Hz
 COPY = {"H100": 3.0e12, "H200": 4.3e12}  # bytes read and written in a second
@@ -38,11 +46,13 @@ class Case(NamedTuple):
     """A configuration: a call of tests/backends/ahead_of_time.py, and how often its loops run.
 
     ``copies`` is the least memory traffic in copies of the logits. ``trips`` are the runs of loops by nesting depth.
+    With ``cuda``, the main kernel is the one in CUDA C++.
     """
 
     call: dict[str, Any]
     copies: float = 1.0
     trips: tuple[int, ...] = ()
+    cuda: bool = False
 
 
 def _cases() -> dict[str, Case]:
@@ -55,6 +65,8 @@ def _cases() -> dict[str, Case]:
         for C in classes[1:]:
             call = {"operation": "cross_entropy", "C": C, "dtype": dtype, "layout": "channels_last"}
             cases[f"cross_entropy C={C} {dtype} channels-last"] = Case(call)
+            if C != 4 and NVCC is not None:
+                cases[f"cross_entropy C={C} {dtype} channels-last, CUDA C++"] = Case(call, cuda=True)
     for C in classes:
         cases[f"dice C={C}"] = Case({"operation": "hard_overlap", "C": C}, 1.5)
     for C in classes:  # of 4 samples, two pairs; of up to 2 classes, all pairs at once
@@ -77,31 +89,60 @@ class Instruction(NamedTuple):
     name: str
     arguments: str
     always: bool  # without a predicate
+    unusual: bool = False  # from a line of the source that only other calls come to
 
 
-def disassemble(cubin: bytes) -> tuple[list[Instruction], dict[str, int]]:
-    """Return the instructions of a kernel, and where its labels are."""
+UNUSUAL = (
+    "blockIdx.x / launch.tiles_per_item", "to[rest] = from[rest]", "<const uint16_t*>", "<const uint32_t*>",
+    "<const uint64_t*>",
+)  # fmt: skip
+
+
+@cache
+def lines_of(path: str) -> list[str]:
+    """Return the lines of a file of the source."""
+    return Path(path).read_text(encoding="utf-8").splitlines()
+
+
+@cache
+def assembly(cubin: bytes) -> str:
+    """Return the disassembly of machine code, with the lines of the source if it names them."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, "-g", "-c", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def disassemble(cubin: bytes, kernel: str = "") -> tuple[list[Instruction], dict[str, int]]:
+    """Return the instructions of the kernel whose name contains ``kernel``, and where its labels are."""
+    text = assembly(cubin)
     code: list[Instruction] = []
     labels = {}
+    (text,) = (part for part in text.split(".section\t.text.")[1:] if kernel in part.split(",")[0])
+    unusual, is_new = False, True
     for line in text.splitlines():
-        if found := re.match(r"\s*(\.L_\S+):\s*$", line):
+        if found := re.match(r'\s*//## File "(.+?)", line (\d+)', line):
+            if is_new and kernel:  # the first of several is that of the innermost function
+                source = lines_of(found[1])[int(found[2]) - 1]
+                unusual, is_new = any(part in source for part in UNUSUAL), False
+        elif found := re.match(r"\s*(\.L_\S+):\s*$", line):
             labels[found[1]] = len(code)
         elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*(.*?);", line):
-            code.append(Instruction(found[2], found[3], found[1] is None))
+            code.append(Instruction(found[2], found[3], found[1] is None, unusual))
+            is_new = True
     return code, labels
 
 
-def runs(code: list[Instruction], labels: dict[str, int], trips: tuple[int, ...]) -> list[int]:
+def runs(
+    code: list[Instruction], labels: dict[str, int], trips: tuple[float, ...], in_order: bool = False
+) -> list[float]:  # fmt: skip
     """Return how often each instruction runs. Code that only a call reaches does not.
 
     Neither does what follows an addition to the counter of programs that are done, for only the last program does it.
+    With ``in_order``, there is a number for each loop, and none is in another one.
     """
     targets = {}
     counter = next((place for place, each in enumerate(code) if each.name.startswith(COUNTER)), len(code))
@@ -109,7 +150,8 @@ def runs(code: list[Instruction], labels: dict[str, int], trips: tuple[int, ...]
         found = re.search(r"\.L_\w+", each.arguments) if each.name.startswith("BRA") else None
         if found and found[0] in labels:
             targets[place] = labels[found[0]]
-    counts, pending = [0] * len(code), [0]
+    counts: list[float] = [0] * len(code)
+    pending = [0]
     while pending:
         place = pending.pop()
         while place < len(code) and not counts[place]:
@@ -122,12 +164,14 @@ def runs(code: list[Instruction], labels: dict[str, int], trips: tuple[int, ...]
             if each.always and (target is not None or each.name.split(".")[0] in ("EXIT", "RET")):
                 break
             place += 1
-    loops = {(target, place) for place, target in targets.items() if target < place and counts[place]}
-    for first, last in loops:
-        depth = sum(f <= first and last <= t for f, t in loops) - 1
+    loops = sorted((target, place) for place, target in targets.items() if target < place and counts[place])
+    if in_order and len(loops) != len(trips):
+        raise RuntimeError(f"got {len(loops)} loops, wanted {len(trips)}")
+    for number, (first, last) in enumerate(loops):
+        depth = number if in_order else sum(f <= first and last <= t for f, t in loops) - 1
         factor = trips[depth] if depth < len(trips) else 1
         counts[first : last + 1] = [count * factor for count in counts[first : last + 1]]
-    return counts
+    return [0 if each.unusual else count for each, count in zip(code, counts, strict=True)]
 
 
 def pipe(name: str) -> tuple[str, int]:
@@ -147,34 +191,40 @@ def pipe(name: str) -> tuple[str, int]:
 
 
 COUNTER = "ATOMG.E.ADD.STRONG.GPU"
+COPIES = "copies"  # stands for the registers of copies to shared memory
 WIDTH = {".128": 16, ".64": 8, ".U8": 1, ".S8": 1, ".U16": 2}
 
 
-def flight(code: list[Instruction], counts: list[int]) -> tuple[int, int]:
+def flight(code: list[Instruction], counts: list[float]) -> tuple[float, int]:
     """Return the most bytes of a thread's loads that are on their way at once, and how often it waits for loads.
 
-    The code is read from top to bottom. A load is on its way until its register is used.
+    The code is read from top to bottom. A load is on its way until its register is used, and a copy to shared memory
+    until the thread waits for it.
     """
-    waiting: list[tuple[int, set[str]]] = []
+    waiting: list[tuple[float, set[str]]] = []
     given: set[str] = set()  # registers that hold an argument
     most = phases = 0
     fresh = False
-    for (name, arguments, _), count in zip(code, counts, strict=True):
+    for (name, arguments, *_), count in zip(code, counts, strict=True):
         if not count:
             continue
+        if name.startswith("LDGSTS"):
+            waiting.append((16 * count, {COPIES}))
+            most, fresh = max(most, sum(size for size, _ in waiting)), True
+            continue
         written = re.match(r"R\d+", arguments)
-        if name.startswith("LDG") and re.search(r"\[(R\d+)\.64", arguments)[1] in given:
+        if name.startswith("LDG.") and re.search(r"\[(R\d+)\.64", arguments)[1] in given:
             continue
         if written:
             (given.add if name == "LDC.64" else given.discard)(written[0])
-        if name.startswith("LDG"):
+        if name.startswith("LDG."):
             size = next((width for end, width in WIDTH.items() if end in name), 4)
             first = re.match(r"R(\d+)", arguments)
             if first:
                 waiting.append((size, {f"R{int(first[1]) + i}" for i in range(max(1, size // 4))}))
                 most, fresh = max(most, sum(size for size, _ in waiting)), True
             continue
-        used = set(re.findall(r"\bR\d+\b", arguments))
+        used = {COPIES} if name.startswith("DEPBAR") else set(re.findall(r"\bR\d+\b", arguments))
         left = [load for load in waiting if not load[1] & used]
         if len(left) < len(waiting) and fresh:
             phases, fresh = phases + 1, False
@@ -183,12 +233,13 @@ def flight(code: list[Instruction], counts: list[int]) -> tuple[int, int]:
 
 
 def counted(
-    cubin: bytes, resources: dict[str, int], tile: int, num_warps: int, trips: tuple[int, ...]
-) -> dict[str, Any]:
+    cubin: bytes, resources: dict[str, int], tile: int, num_warps: int, trips: tuple[float, ...], kernel: str = "",
+    in_order: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Return the figures of a kernel, whose program takes ``tile`` voxels."""
-    code, labels = disassemble(cubin)
-    counts = runs(code, labels, trips)
-    instructions, cycles = 0, Counter()
+    code, labels = disassemble(cubin, kernel)
+    counts = runs(code, labels, trips, in_order)
+    instructions, cycles = 0.0, Counter()
     for each, count in zip(code, counts, strict=True):
         if each.name != "NOP":
             instructions += count
@@ -216,6 +267,67 @@ def seconds_per_voxel(row: dict[str, Any], num_bytes: float, copy: float) -> flo
     return max(num_bytes / copy, 1 / rate)
 
 
+# ---- the kernel in CUDA C++ ----
+
+
+@cache
+def cubin_of_rows() -> bytes:
+    """Return the machine code of kernels/cross_entropy_rows.cu."""
+    with tempfile.TemporaryDirectory() as folder:
+        to, specs = Path(folder) / "rows.cubin", [ROOT / "csrc/python/specs.py", ROOT / "calseg/operations.py"]
+        subprocess.run([sys.executable, *specs, Path(folder) / "specs.h"], check=True)
+        source = ROOT / "kernels/cross_entropy_rows.cu"
+        command = [
+            NVCC,
+            "-cubin",
+            "-lineinfo",
+            "-arch=sm_90",
+            "-std=c++17",
+            f"-I{ROOT / 'csrc'}",
+            f"-I{folder}",
+            source,
+            "-o",
+            to,
+        ]
+        subprocess.run(command, check=True, capture_output=True)
+        return to.read_bytes()
+
+
+def classes_at_once(C: int) -> int:
+    """Return how many classes a thread reads at once, as in csrc/cuda/plan.cpp."""
+    return 1 if C % 2 else 2 if C % 4 else 4
+
+
+def trips_of_rows(C: int, itemsize: int, voxels: int) -> tuple[float, ...]:
+    """Return how often a warp runs each loop of the kernel, for a full tile in which no voxel is ignored.
+
+    The loops are pairs: rounds of several steps, and what is left. They copy the tile in, walk along a row three times,
+    walk along that of an ignored voxel, and copy the tile out.
+    """
+    whole, warps = voxels * C * itemsize // 16, range(0, voxels, 32)
+    steps = [[-(-max(0, whole - warp - lane) // voxels) for lane in range(32)] for warp in warps]
+    rounds = sum(max(n // 4 for n in lanes) for lanes in steps) / len(warps)
+    rest = sum(max(n % 4 for n in lanes) for lanes in steps) / len(warps)
+    walk = C // 8, C % 8 // classes_at_once(C)
+    return (rounds, rest, *walk, *walk, *walk, 0, 0, rounds, rest)
+
+
+def row_of_rows(C: int, dtype: str, num_bytes: float) -> dict[str, Any]:
+    """Return the row of the kernel in a call without class weights and label smoothing."""
+    import ahead_of_time
+
+    from calseg.backends.cuda import ROW_VOXELS
+
+    itemsize, number = (4, "If") if dtype == "float32" else (2, "4BF16E")
+    name = f"{number}Li{classes_at_once(C)}ELb1E"
+    cubin, num_warps = cubin_of_rows(), ROW_VOXELS // 32
+    resources = ahead_of_time.resources(cubin, name)
+    resources["shared"] += ROW_VOXELS * C * itemsize + 4 * num_warps
+    row = counted(cubin, resources, ROW_VOXELS, num_warps, trips_of_rows(C, itemsize, ROW_VOXELS), name, in_order=True)
+    return {"kernel": "cross_entropy_rows", "tile": ROW_VOXELS, "num_warps": num_warps, **resources, **row,
+            "bytes": num_bytes}  # fmt: skip
+
+
 # ---- configurations ----
 
 
@@ -231,6 +343,9 @@ def rows_of(case: Case) -> list[dict[str, Any]]:
     import ahead_of_time
     import triton
     from calseg.kernels import launch
+
+    from calseg import native
+    from calseg.backends import cuda
 
     triton.runtime.driver.set_active(ahead_of_time.Driver(90))
     rows: list[dict[str, Any]] = []
@@ -249,8 +364,22 @@ def rows_of(case: Case) -> list[dict[str, Any]]:
              "bytes": bytes_moved(arguments, voxels)}
         )  # fmt: skip
 
+    def count_rows(given: Any, spec: Any, gradients: Any, grad_output: Any, *_: Any) -> None:
+        tensors = [tensor for tensor in (given.logits, gradients.logits, spec.labels.tensor) if tensor is not None]
+        voxels = spec.labels.tensor.numel()
+        moved = sum(tensor.nbytes for tensor in tensors) / voxels
+        rows.append(row_of_rows(given.logits.shape[1], case.call["dtype"], moved))
+
     launch.launch_kernel = count
-    ahead_of_time.call(**case.call)
+    extension = SimpleNamespace(
+        geometry=native.extension.geometry, CUDA_ARCHITECTURES=["90-real"] if case.cuda else [],
+        cuda_cross_entropy=count_rows,
+    )  # fmt: skip
+    with (
+        patch.object(native, "extension", extension), patch.object(cuda, "DEVICES", ("cpu",)),
+        patch.object(cuda, "_device_and_stream", lambda tensor: (0, 0)),
+    ):  # fmt: skip
+        ahead_of_time.call(**case.call)
     return rows
 
 

@@ -12,31 +12,24 @@
 // fall into the same bin. So the threads of a warp add up their voxels in two bins with warp instructions, and add only the
 // other voxels one by one.
 #include <cfloat>
-#include <stdexcept>
-#include <string>
 
+#include "cuda/caller.h"
 #include "cuda/device.h"
 #include "cuda/plan.h"
 #include "cuda/scalar.h"
+#include "cuda/thread.h"
 #include "voxel/calibration.h"
 
 namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kCountShift = 16;  // lowest bit of the count in ColumnBin::count_and_hits; the hits lie below
 constexpr int kWarpRounds = 2;   // number of bins that a warp adds up together, before it adds other voxels one by one
 
-CALSEG_INLINE float widened(float x) { return x; }
-CALSEG_INLINE float widened(BF16 x) { return float_of_bits(static_cast<uint32_t>(x.bits) << 16); }
-CALSEG_INLINE float widened(F16 x) { return widen_half(x.bits); }
 CALSEG_INLINE float minus_infinity(float) { return -INFINITY; }
 CALSEG_INLINE BF16 minus_infinity(BF16) { return {0xff80}; }
 CALSEG_INLINE F16 minus_infinity(F16) { return {0xfc00}; }
-
-CALSEG_INLINE int lane() { return static_cast<int>(threadIdx.x) % kCudaWarp; }
-CALSEG_INLINE int warp() { return static_cast<int>(threadIdx.x) / kCudaWarp; }
 
 // Returns the sum of the numbers of a warp in lane 0, and other numbers in the other lanes.
 CALSEG_INLINE unsigned long long sum_of_warp(unsigned long long x) {
@@ -216,25 +209,8 @@ CALSEG_INLINE int up_to(int64_t left) {
 CALSEG_INLINE int32_t load_class(const CalibrationLaunch& launch, int64_t n, int64_t s) {
     const TensorView& mask = launch.args.spec.mask;
     if (mask.data && !static_cast<const uint8_t*>(mask.data)[n * mask.stride_n + s * mask.stride_s]) return kSkipped;
-    const TensorView& labels = launch.args.spec.labels.tensor;
-    const int64_t at = n * labels.stride_n + s * labels.stride_s;
-    uint64_t bits = 0;
-    switch (launch.labels.bytes) {
-        case 1:
-            bits = static_cast<const uint8_t*>(labels.data)[at];
-            break;
-        case 2:
-            bits = static_cast<const uint16_t*>(labels.data)[at];
-            break;
-        case 4:
-            bits = static_cast<const uint32_t*>(labels.data)[at];
-            break;
-        default:
-            bits = static_cast<const uint64_t*>(labels.data)[at];
-    }
-    if (launch.labels.ignores && bits == launch.labels.ignored) return kSkipped;
-    if (bits >= launch.labels.classes) return kNoClass;
-    return bits == 0 && launch.args.spec.skip_background ? kSkipped : static_cast<int32_t>(bits);
+    const int32_t label = load_label(launch.args.spec.labels.tensor, launch.labels, n, s);
+    return label == 0 && launch.args.spec.skip_background ? kSkipped : label;
 }
 
 // Reads the scores of classes c to c + K for the voxels of a thread, which are s, s + kCudaThreads and so on. Places
@@ -456,56 +432,24 @@ Function kernel_of_dtype(const CalibrationLaunch& launch) {
     }
 }
 
-void check(cudaError_t error) {
-    if (error != cudaSuccess) throw std::runtime_error(std::string("calibration_bins on CUDA: ") + cudaGetErrorString(error));
-}
-
-// Guard that makes a device the current one during its lifetime.
-class OnDevice {
- public:
-    explicit OnDevice(int device) : device_(device) {
-        check(cudaGetDevice(&before_));
-        if (before_ != device_) check(cudaSetDevice(device_));
-    }
-    ~OnDevice() {
-        if (before_ != device_) cudaSetDevice(before_);
-    }
-    OnDevice(const OnDevice&) = delete;
-    OnDevice& operator=(const OnDevice&) = delete;
-
-    int64_t attribute(cudaDeviceAttr which) const {
-        int value = 0;
-        check(cudaDeviceGetAttribute(&value, which, device_));
-        return value;
-    }
-
- private:
-    int device_, before_ = 0;
-};
-
 }  // namespace
 }  // namespace CALSEG_ISA
 
 void cuda_calibration_bins(const BinsArgs& args, int64_t* faults, int device, void* stream) {
     using namespace CALSEG_ISA;
-    const OnDevice on(device);
-    const CudaLimits limits{on.attribute(cudaDevAttrMultiProcessorCount), on.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-                            on.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+    const Caller cuda("calibration_bins on CUDA", device);
+    const CudaLimits limits{cuda.attribute(cudaDevAttrMultiProcessorCount), cuda.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                            cuda.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
     CalibrationLaunch launch = calibration_launch(args, limits);
     launch.faults = faults;
     const auto kernel = kernel_of_dtype(launch);
     // Set the same value in every call, because the call of another thread may come between this line and the launch.
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limits.shared_per_block)));
+    cuda.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limits.shared_per_block)));
     int resident = 0;
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kCudaThreads, launch.shared_bytes));
+    cuda.check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kCudaThreads, launch.shared_bytes));
     set_blocks(launch, limits, resident);
     if (launch.blocks() == 0) return;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(launch.blocks()));
-    config.blockDim = dim3(kCudaThreads);
-    config.dynamicSmemBytes = launch.shared_bytes;
-    config.stream = static_cast<cudaStream_t>(stream);
-    check(cudaLaunchKernelEx(&config, kernel, launch));
+    cuda.launch(kernel, launch.blocks(), kCudaThreads, launch.shared_bytes, stream, launch);
 }
 
 }  // namespace calseg

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from calseg import native
 from calseg.checks import label_error, probabilities_at
-from calseg.operations import BinsSpec, Labels, num_kinds
-from calseg.tensors import as_integers, shape_of
+from calseg.operations import BinsSpec, Labels, LossSpec, LossTensors, num_kinds
+from calseg.tensors import as_integers, class_axis, shape_of
 
 DEVICES = ("cuda",)
 CAPABILITY = (8, 0)  # the lowest compute capability that CMakeLists.txt compiles for
@@ -69,6 +70,68 @@ def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
     if score_position != NO_FAULT:
         raise probabilities_at(score_position, scores)
     return sums.view(items, kinds, spec.n_bins, 3), totals.view(items, 6)
+
+
+# ---- cross-entropy of rows of classes: the main kernel of the Triton backend, which calls it ----
+
+ROW_VOXELS = 128  # of a block, as in csrc/cuda/plan.h
+MOST_ROW_BYTES = 64 * 1024  # of a tile, as in csrc/cuda/plan.h
+ROW_ALIGN = 16  # bytes that are copied at once
+FEWEST_BLOCKS = 256  # with fewer, a call is over before the next launch. Triton's kernel needs no launch beside it
+ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def takes_rows(spec: LossSpec, tensors: LossTensors, gradients: LossTensors) -> bool:
+    """Return whether the kernel may compute a loss, by all but the geometry: see :func:`are_rows`."""
+    logits, gradient = tensors.logits, gradients.logits
+    if spec.operation != "cross_entropy" or logits is None or tensors.soft_labels is not None or spec.labels is None:
+        return False
+    if logits.stride(class_axis(logits)) != 1 or logits.dtype not in ROW_DTYPES or logits.device.type not in DEVICES:
+        return False
+    label_dtype = spec.labels.tensor.dtype
+    if label_dtype.is_floating_point or label_dtype == torch.bool:
+        return False
+    if gradient is not None and (gradient.dtype != logits.dtype or gradient.data_ptr() % ROW_ALIGN):
+        return False
+    return logits.data_ptr() % ROW_ALIGN == 0 and error(logits) is None
+
+
+def are_rows(geometry: Any, itemsize: int) -> bool:
+    """Return whether the kernel should take tensors of this geometry (:class:`calseg.kernels.launch.Geometry`).
+
+    Each item must be rows of classes that follow one another, from a multiple of 16 bytes on.
+    """
+    N, C, S, scores, _ = geometry
+    if not _is_faster_in_rows(C) or C * ROW_VOXELS * itemsize > MOST_ROW_BYTES:
+        return False
+    if N * -(-S // ROW_VOXELS) < FEWEST_BLOCKS:
+        return False
+    return all(c == 1 and s == C and n * itemsize % ROW_ALIGN == 0 for n, c, s in scores)
+
+
+def _is_faster_in_rows(num_classes: int) -> bool:
+    """Return whether Triton's kernel takes more time by the count of benchmarks/instructions.py.
+
+    A multiple of 8 classes has conflicts of memory banks in rows, and is what Triton's kernel does best.
+    """
+    return num_classes > 2 and num_classes != 4 and num_classes % 8 != 0
+
+
+def cross_entropy_rows(blocks: int, spec: LossSpec, given: Any) -> None:
+    """Launch the kernel in place of that of ``calseg.kernels.cross_entropy``, with the same arguments.
+
+    Args:
+        blocks: the number of partial sums.
+        spec: the loss and its options.
+        given: the arguments, :class:`calseg.kernels.reductions.LossArguments`.
+    """
+    upstream, logits = given.upstream, given.tensors.logits.ptr
+    given_or_none = lambda view: None if view is None else view.ptr  # noqa: E731
+    native.extension.cuda_cross_entropy(
+        LossTensors(logits), spec._replace(scale=upstream.scale), LossTensors(given_or_none(given.gradients.logits)),
+        upstream.ptr, given_or_none(given.loss), None if upstream.factor is None else upstream.factor.float(),
+        upstream.sums, given.partials.ptr, blocks, *_device_and_stream(logits),
+    )  # fmt: skip
 
 
 def _device_and_stream(tensor: Tensor) -> tuple[int, int]:

@@ -3,6 +3,9 @@
 Only :func:`calibration_bins` makes the host wait for the GPU. In every other call, all numbers that depend on the data
 stay on the device: the divisor of the mean, the loss, the upstream factor, and a seed given as a tensor. So these calls
 can be captured into a CUDA graph.
+
+Where the extension has it, the main kernel of cross-entropy with one-hot labels is one in CUDA C++ if the classes of a
+voxel are adjacent. :func:`calseg.backends.cuda.takes_rows` and :func:`calseg.backends.cuda.are_rows` say when.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from calseg.kernels.scale_gradients import launch as launch_scale_gradients
 from torch import Tensor
 
 from calseg import checks, native
+from calseg.backends import cuda
 from calseg.operations import (
     AccumulateSpec,
     BinsSpec,
@@ -108,15 +112,21 @@ def _loss(
         per_voxel = native.empty_voxels(like, spec.dtype)
     upstream, factor = _upstream(spec, grad_output)
     label_tensor = None if spec.labels is None else spec.labels.tensor
-    call = _call(operation.tile_demands(spec, tensors), (*tensors, *gradients), (label_tensor, upstream, per_voxel))
+    call = _call(
+        operation.tile_demands(spec, tensors), (*tensors, *gradients), (label_tensor, upstream, per_voxel),
+        rows=cuda.takes_rows(spec, tensors, gradients),
+    )  # fmt: skip
     if call.programs == 0:
         value = math.nan if spec.reduction == "mean" else 0.0
         nothing = torch.full((), value, dtype=spec.dtype, device=like.device)
         return per_voxel if per_voxel is not None else nothing, None
     _check_labels(spec.labels, call.C)
     reduced = grad_output is None and per_voxel is None
-    given = _loss_arguments(call, spec, factor, reduced=reduced, at_once=at_once)
-    operation.launch(call, spec, given)
+    given = _loss_arguments(call, spec, factor, reduced=reduced, at_once=at_once and not call.rows)
+    if call.rows:
+        cuda.cross_entropy_rows(call.programs, spec, given)
+    else:
+        operation.launch(call, spec, given)
     if per_voxel is not None:
         return per_voxel, None
     partials = given.partials
@@ -388,14 +398,16 @@ _plans: dict[tuple[Any, ...], Plan] = {}
 
 
 def _call(
-    demands: TileDemands, scores: Sequence[Tensor | None], voxels: Sequence[Tensor | None] = (), items: bool = False
-) -> Call:
+    demands: TileDemands, scores: Sequence[Tensor | None], voxels: Sequence[Tensor | None] = (), items: bool = False,
+    rows: bool = False,
+) -> Call:  # fmt: skip
     """Return the call of a kernel on these tensors. With ``items``, batch items are never merged.
 
-    Its plan is kept for tensors of the same shapes, strides and dtypes.
+    With ``rows``, the kernel in CUDA C++ takes tensors that are rows of classes. The plan is kept for tensors of the
+    same shapes, strides and dtypes.
     """
     key = (
-        demands, items, len(scores),
+        demands, items, rows, len(scores),
         *[None if t is None else (t.shape, t.stride(), t.dtype) for t in (*scores, *voxels)],
     )  # fmt: skip
     kept = _plans.get(key)
@@ -403,7 +415,9 @@ def _call(
         if len(_plans) >= MAX_KEPT:
             _plans.clear()
         geometry = geometry_of_items(scores, voxels) if items else geometry_of(scores, voxels)
-        kept = _plans[key] = plan(demands, geometry, scores)
+        itemsize = max(t.element_size() for t in scores if t is not None)
+        row_voxels = cuda.ROW_VOXELS if rows and cuda.are_rows(geometry, itemsize) else None
+        kept = _plans[key] = plan(demands, geometry, scores, row_voxels)
     return Call(kept, scores, voxels)
 
 

@@ -7,6 +7,7 @@
 
 #include "cpu/loss_tile.h"
 #include "cpu/softmax.h"
+#include "voxel/cross_entropy.h"
 
 namespace calseg {
 namespace CALSEG_ISA {
@@ -56,21 +57,16 @@ CALSEG_INLINE void hard_exponentials(LossTile<T>& t, int block, T* logits, Ahead
 template <bool kPlain, class T>
 CALSEG_INLINE void hard_loss(LossTile<T>& t, int block, const Smoothing<T>& smoothing) {
     const int64_t at = block * kLanes;
-    const F<T> upstream = load<F<T>>(t.upstream + at), sum = load<F<T>>(t.sum + at), none = zero<T>();
-    const F<T> log_sum_exp = log_positive(sum);
-    F<T> loss = log_sum_exp - load<F<T>>(t.loss + at), on_label = broadcast<F<T>>(T(1)), mass = on_label;
+    const F<T> none = zero<T>();
+    HardSums<T> sums{load<F<T>>(t.sum + at), load<F<T>>(t.loss + at), none, none};
     if (!kPlain) {
-        // Without label smoothing, a class that is not the label does not count, even if its weight is infinite.
-        const F<T> spread = broadcast<F<T>>(smoothing.spread), weights = broadcast<F<T>>(smoothing.spread == T(0) ? T(0) : t.weight_sum);
-        on_label = broadcast<F<T>>(smoothing.keep) * load<F<T>>(t.label_weight + at);
-        loss = on_label * loss;
-        // If spread is 0, skip the term: weighted_d is -inf where a logit is, and 0 times -inf would be NaN.
-        if (smoothing.spread != T(0)) loss = loss + spread * (weights * log_sum_exp - load<F<T>>(t.weighted_d + at));
-        mass = on_label + spread * weights;
+        sums.label_weight = load<F<T>>(t.label_weight + at);
+        sums.weighted_d = load<F<T>>(t.weighted_d + at);
     }
-    store(t.loss + at, select(less(load<I<T>>(t.labels + at), broadcast<I<T>>(0)), none, loss));
-    store(t.sum + at, upstream * mass * reciprocal(sum));
-    store(t.label_weight + at, upstream * on_label);
+    const HardLoss<T> result = hard_loss<kPlain, T>(sums, load<F<T>>(t.upstream + at), smoothing, t.weight_sum);
+    store(t.loss + at, select(less(load<I<T>>(t.labels + at), broadcast<I<T>>(0)), none, result.loss));
+    store(t.sum + at, result.scale_e);
+    store(t.label_weight + at, result.scale_label);
 }
 
 // Step 3: function object that computes the gradient of the logits of one class, block by block.

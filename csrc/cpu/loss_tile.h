@@ -5,6 +5,8 @@
 
 #include "cpu/labels.h"
 #include "cpu/tile.h"
+#include "cpu/vector_math.h"
+#include "voxel/cross_entropy.h"
 
 namespace calseg {
 namespace CALSEG_ISA {
@@ -24,15 +26,6 @@ double sum_row(const T* row, int count) {
         for (int j = 0; j < width; ++j) part[j] += part[j + width];
     return part[0];
 }
-
-// Factors of uniform label smoothing, which turns Y into keep * Y + spread. They are computed once per chunk, because a
-// division in every block would cost time.
-template <class T>
-struct Smoothing {
-    T keep, spread;
-    Smoothing(double label_smoothing, int64_t C)
-        : keep(T(1) - static_cast<T>(label_smoothing)), spread(static_cast<T>(label_smoothing) / static_cast<T>(C)) {}
-};
 
 // Rows with one number for each voxel of a tile, the class weights, and the sums over the chunk.
 template <class T>

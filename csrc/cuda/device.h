@@ -1,6 +1,7 @@
 // Functions that need CUDA's own compiler. tests/cuda_on_host/cuda/device.h defines the same functions for a CPU.
 #pragma once
 
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -24,6 +25,32 @@ static __device__ __forceinline__ float exp2_flushed(float x) {
 
 static __device__ __forceinline__ float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 static __device__ __forceinline__ float widen_half(uint16_t bits) { return __half2float(__half_raw{bits}); }
+
+// Round to the nearest number of 16 bits, ties to even.
+static __device__ __forceinline__ uint16_t narrow_half(float x) { return __half_raw(__float2half_rn(x)).x; }
+static __device__ __forceinline__ uint16_t narrow_bfloat(float x) { return __nv_bfloat16_raw(__float2bfloat16_rn(x)).x; }
+
+// Round two numbers to the halves of a word.
+static __device__ __forceinline__ uint32_t narrow_halves(float low, float high) {
+    uint32_t word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+static __device__ __forceinline__ uint32_t narrow_bfloats(float low, float high) {
+    uint32_t word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+
+// Begins to copy 16 bytes from global to shared memory. Both addresses are multiples of 16.
+static __device__ __forceinline__ void copy_16_bytes(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                 :
+                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(to))), "l"(__cvta_generic_to_global(from))
+                 : "memory");
+}
+// Waits for the copies that this thread has begun. Other threads see them after a barrier.
+static __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 }  // namespace
 }  // namespace calseg

@@ -48,6 +48,15 @@ LabelRange label_range(const Labels& labels, int64_t C) {
     return r;
 }
 
+// Throws unless the voxels of each item are rows that follow one another, from a multiple of 16 bytes on.
+void check_rows(const TensorView& rows, DType dtype, const Shape& shape, int itemsize) {
+    const bool known = dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::f16;
+    const bool dense = rows.stride_c == 1 && (rows.stride_s == shape.C || shape.S == 1);
+    const bool aligned = reinterpret_cast<uintptr_t>(rows.data) % kCopyBytes == 0 && rows.stride_n * itemsize % kCopyBytes == 0;
+    if (!known || !dense || !aligned || rows.dtype != dtype)
+        throw std::invalid_argument("cross_entropy on CUDA: wanted dense rows of one dtype that begin at multiples of 16 bytes");
+}
+
 }  // namespace
 
 CalibrationLaunch calibration_launch(const BinsArgs& args, const CudaLimits& limits) {
@@ -89,6 +98,27 @@ void set_blocks(CalibrationLaunch& launch, const CudaLimits& limits, int64_t res
     const int64_t wave = (limits.multiprocessors * resident + launch.groups - 1) / launch.groups;
     const int64_t fewest = (launch.tiles_per_group + most_tiles - 1) / most_tiles;
     launch.blocks_per_group = std::min(std::max(wave, fewest), launch.tiles_per_group);
+}
+
+CrossEntropyLaunch cross_entropy_launch(const LossArgs& args) {
+    CrossEntropyLaunch launch;
+    launch.args = args;
+    LossArgs& a = launch.args;
+    TensorView* const views[] = {&a.tensors.logits, &a.gradients.logits, &a.spec.labels.tensor, &a.upstream.grad_output, &a.loss};
+    merge_items(a.shape, views, 5);
+    const int itemsize = a.tensors.logits.dtype == DType::f32 ? 4 : 2;
+    for (const Scores* rows : {&a.tensors.logits, &a.gradients.logits})
+        if (*rows) check_rows(*rows, a.tensors.logits.dtype, a.shape, itemsize);
+    const int64_t C = a.shape.C, row_bytes = C * kRowVoxels * itemsize;
+    if (row_bytes > kMostRowBytes) throw std::invalid_argument("cross_entropy on CUDA: wanted fewer classes");
+    launch.labels = label_range(a.spec.labels, C);
+    launch.plain = !a.spec.weight.data && a.spec.label_smoothing == 0.0 && !a.upstream.grad_output && !a.loss;
+    launch.vector = C % 2 ? 1 : C % 4 ? 2 : 4;
+    launch.tiles_per_item = static_cast<unsigned>((a.shape.S + kRowVoxels - 1) / kRowVoxels);
+    launch.rows_offset = kRowVoxels / kCudaWarp * static_cast<int>(sizeof(float));
+    launch.weights_offset = launch.rows_offset + static_cast<int>(row_bytes);
+    launch.shared_bytes = launch.weights_offset + (launch.plain ? 0 : static_cast<int>(C * sizeof(float)));
+    return launch;
 }
 
 }  // namespace calseg

@@ -1,4 +1,4 @@
-// Plan of a launch of calibration_bins on a GPU. The plan is made in plain C++, so tests check it without a GPU.
+// Plans of launches on a GPU. They are made in plain C++, so tests check them without a GPU.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,16 @@ namespace calseg {
 constexpr int kCudaWarp = 32, kCudaThreads = 256, kCudaWarps = kCudaThreads / kCudaWarp;
 constexpr int kCudaResident = 3;      // least number of blocks whose registers must fit a multiprocessor at once
 constexpr int64_t kMostVoxels = 127;  // most voxels of a thread: 32 bits hold the sum of that many numbers of up to 2^25
+
+// Numbers with which labels of any integer dtype are compared, after their bits are read as an unsigned number.
+struct LabelRange {
+    int bytes = 1;         // size of a label
+    uint64_t classes = 0;  // labels below this number are classes
+    uint64_t ignored = 0;  // label of ignored voxels
+    bool ignores = false;  // whether a label of the dtype can equal ignore_index
+};
+
+// ---- calibration_bins ----
 
 // Properties of a GPU.
 struct CudaLimits {
@@ -23,14 +33,6 @@ enum class BinsIn : int32_t {
     columns,  // shared memory, with one set of bins per thread, so that no two threads add to the same word
     shared,   // shared memory, with one set of bins for the block
     global,   // global memory, in the sums of the call
-};
-
-// Numbers with which labels of any integer dtype are compared, after their bits are read as an unsigned number.
-struct LabelRange {
-    int bytes = 1;         // size of a label
-    uint64_t classes = 0;  // labels below this number are classes
-    uint64_t ignored = 0;  // label of ignored voxels
-    bool ignores = false;  // whether a label of the dtype can equal ignore_index
 };
 
 struct CalibrationLaunch {
@@ -67,5 +69,36 @@ void set_blocks(CalibrationLaunch& launch, const CudaLimits& limits, int64_t res
 // CalibrationLaunch describes. All three are memory of the device. Returns once the kernel is queued on the stream. Throws
 // std::runtime_error with the message of CUDA.
 void cuda_calibration_bins(const BinsArgs& args, int64_t* faults, int device, void* stream);
+
+// ---- cross_entropy of rows ----
+
+constexpr int kRowVoxels = 128;                  // voxels of a block: each thread has one
+constexpr int64_t kMostRowBytes = 64 * 1024;     // most bytes of a tile
+constexpr int64_t kMostSharedBytes = 68 * 1024;  // of a block, with class weights: every GPU from compute capability 8.0 on has them
+constexpr int64_t kAlwaysShared = 48 * 1024;     // bytes of shared memory that a block may have without asking
+constexpr int kCopyBytes = 16;                   // bytes that a thread copies at once
+
+// Cross-entropy with one-hot labels, of logits whose classes are adjacent: each voxel is a row, and the next row follows.
+struct CrossEntropyLaunch {
+    LossArgs args;  // the arguments of the call, with batch items merged into one if possible
+    LabelRange labels;
+    // Numbers of the device. The factor multiplies loss and gradient, the divisor divides the gradient.
+    const float *factor = nullptr, *divisor = nullptr;  // each may be absent
+    float* partials = nullptr;                          // out, may be absent: [blocks] sums of the losses, without factor and divisor
+    bool plain = false;  // no class weights, no label smoothing, and no tensor with a number for each voxel but the labels
+    int vector = 1;      // number of classes that a thread reads at once: 1, 2 or 4
+    unsigned tiles_per_item = 0;
+    // Shared memory of a block, in bytes. It holds the sums of the warps, then the rows, then the class weights.
+    int rows_offset = 0, weights_offset = 0, shared_bytes = 0;
+
+    int64_t blocks() const { return args.shape.N * tiles_per_item; }
+};
+
+// Plans the launch. Throws std::invalid_argument if the tensors are no rows that the kernel can take.
+CrossEntropyLaunch cross_entropy_launch(const LossArgs& args);
+
+// Launches cross_entropy of rows, which needs `blocks` blocks, as many as there are partials. Returns once the kernel is
+// queued on the stream. Throws std::runtime_error with the message of CUDA.
+void cuda_cross_entropy(const CrossEntropyLaunch& launch, int device, void* stream);
 
 }  // namespace calseg

@@ -1,5 +1,5 @@
-// Vector of one voxel, for a thread of a GPU. It has those functions of cpu/simd.h and cpu/vector_math.h that
-// voxel/calibration.h needs.
+// Vector of one voxel, for a thread of a GPU. It has those functions of cpu/simd.h and cpu/vector_math.h that the headers
+// of voxel/ need.
 #pragma once
 
 #include <cmath>
@@ -61,6 +61,7 @@ CALSEG_INLINE void exp_nonpositive(float (&x)[K]) {
     for (auto& value : x) value = exp2_flushed(value * 1.44269504088896341f);
 }
 CALSEG_INLINE float log_positive(float x) { return logf(x); }
+CALSEG_INLINE float reciprocal(float x) { return 1.0f / x; }
 
 }  // namespace
 }  // namespace CALSEG_ISA

@@ -138,6 +138,32 @@ void cuda_calibration_bins(py::handle scores, py::handle spec, py::handle sums, 
     const py::gil_scoped_release release;
     cuda_calibration_bins(args, places, device, reinterpret_cast<void*>(stream));
 }
+
+// Launches cross_entropy of rows, whose caller gives memory for `blocks` partial sums of the losses, or none.
+void cuda_cross_entropy(py::handle tensors, py::handle spec, py::handle gradients, py::handle grad_output, py::handle loss,
+                        py::handle factor, py::handle divisor, py::handle partials, int64_t blocks, int device, uintptr_t stream) {
+    Reader reader(Device::cuda);
+    LossArgs args;
+    const void *of_factor = nullptr, *of_divisor = nullptr;
+    void* of_partials = nullptr;
+    reader.argument("tensors", tensors, args.tensors);
+    reader.argument("spec", spec, args.spec);
+    reader.result("gradients", gradients, args.gradients);
+    reader.argument("grad_output", grad_output, args.upstream.grad_output);
+    reader.result("loss", loss, args.loss);
+    reader.argument("factor", factor, of_factor);
+    reader.argument("divisor", divisor, of_divisor);
+    reader.argument("partials", partials, of_partials);
+    args.shape = reader.shape();
+    CrossEntropyLaunch launch = cross_entropy_launch(args);
+    if (launch.blocks() != blocks)
+        throw std::invalid_argument("cross_entropy on CUDA: wanted " + std::to_string(launch.blocks()) + " blocks");
+    launch.factor = static_cast<const float*>(of_factor);
+    launch.divisor = static_cast<const float*>(of_divisor);
+    launch.partials = static_cast<float*>(of_partials);
+    const py::gil_scoped_release release;
+    cuda_cross_entropy(launch, device, reinterpret_cast<void*>(stream));
+}
 #endif
 
 // Returns (N, C, S, strides of the scores, strides of the voxels), with items merged where one stride walks them all. The
@@ -188,6 +214,8 @@ PYBIND11_MODULE(_native, m) {
     m.attr("CUDA_ARCHITECTURES") = py::str(CALSEG_CUDA_ARCHITECTURES).attr("split")(" ");
     m.def("cuda_calibration_bins",
           static_cast<void (*)(py::handle, py::handle, py::handle, py::handle, py::handle, int, uintptr_t)>(&cuda_calibration_bins));
+    m.def("cuda_cross_entropy", static_cast<void (*)(py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle,
+                                                     py::handle, int64_t, int, uintptr_t)>(&cuda_cross_entropy));
 #else
     m.attr("CUDA_ARCHITECTURES") = py::list();
 #endif

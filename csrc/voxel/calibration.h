@@ -5,6 +5,7 @@
 #pragma once
 
 #include "host/arguments.h"
+#include "voxel/labels.h"
 #include "voxel/vectors.h"
 
 namespace calseg {
@@ -17,10 +18,6 @@ constexpr double kMaxNll = 0x1p25;  // a negative log-likelihood that is not bel
 // Sums over the voxels of an item. host/arguments.h describes them.
 enum Total { kNllWhole, kNllRest, kBrier, kVoxels, kNan, kInfinite, kTotals };
 static_assert(kTotals == kBinsTotals, "host/arguments.h gives the number");
-
-// Values that stand in place of a class.
-constexpr int32_t kSkipped = -1;  // the voxel does not count
-constexpr int32_t kNoClass = -2;  // the label is not a class
 
 // Converts x to fixed point: units of 2^-24, rounded to the nearest, ties to even.
 template <class T>

@@ -56,14 +56,16 @@ class Driver:
         return 0
 
 
-def resources(cubin: bytes) -> dict[str, int]:
+def resources(cubin: bytes, kernel: str = "") -> dict[str, int]:
+    """Return the resources of the kernel whose name contains ``kernel``."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         answer = subprocess.run(
             [TOOLS / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         )
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", answer.stdout)
+    name = rf"Function \S*{kernel}\S*:\s*"
+    found = re.search(name + r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", answer.stdout)
     assert found, answer.stdout
     return dict(zip(("registers", "stack", "shared", "local"), map(int, found.groups()), strict=True))
 

@@ -177,16 +177,15 @@ def write_specs(folder: Path) -> None:
     subprocess.run([sys.executable, str(generator), str(operations), str(folder / "specs.h")], check=True)
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> OnHost:
-    """Compile the kernels for the CPU, once for all files of tests."""
+def compiled_for_host(source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compile a file of tests/cuda_on_host to a library, once for all files of tests."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None or sys.platform != "linux":
         pytest.skip("needs g++ on Linux")
     folder = tmp_path_factory.getbasetemp() / "cuda_on_host"
-    built = folder / "calibration.so"
+    built = (folder / source).with_suffix(".so")
     if built.exists():
-        return OnHost(built)
+        return built
     folder.mkdir(exist_ok=True)
     write_specs(folder)
     # a library under AddressSanitizer loads only into a process that started with it
@@ -194,11 +193,16 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> OnHost:
     done = subprocess.run(
         [compiler, "-std=c++17", "-O1", "-g1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-Wall",
          "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared", f"-I{HERE / 'cuda_on_host'}",
-         f"-I{ROOT / 'csrc'}", f"-I{folder}", str(HERE / "cuda_on_host" / "calibration.cpp"), "-o", str(built)],
+         f"-I{ROOT / 'csrc'}", f"-I{folder}", str(HERE / "cuda_on_host" / source), "-o", str(built)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return OnHost(built)
+    return built
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> OnHost:
+    return OnHost(compiled_for_host("calibration.cpp", tmp_path_factory))
 
 
 def set_up(library: OnHost, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -559,10 +563,19 @@ if CUOBJDUMP is None and choice.TRITON_ERROR is None and (spec := find_spec("tri
 built = pytest.mark.skipif(not (native.extension and native.extension.CUDA_ARCHITECTURES), reason="built without CUDA")
 
 
+# the name of a kernel -> its instantiations, the threads of a block, the least number of blocks of a multiprocessor
+RESOURCES = {
+    "calibration_bins": (24, 256, 3),  # three dtypes, 4 and 16 classes, logits or probabilities, top label or classes
+    "cross_entropy_rows": (18, 128, 10),  # three dtypes, 1, 2 and 4 classes at once, plain or not
+}
+
+
 @built
 @pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump")
-def test_nothing_spills():
-    """No kernel uses stack, and all have few enough registers for three blocks per multiprocessor."""
+@pytest.mark.parametrize("kernel", RESOURCES)
+def test_nothing_spills(kernel):
+    """No kernel uses stack, and all have few enough registers for as many blocks as they say."""
+    instantiations, threads, blocks = RESOURCES[kernel]
 
     def dump(option: str) -> str:
         command = [CUOBJDUMP, option, native.extension.__file__]
@@ -570,14 +583,14 @@ def test_nothing_spills():
 
     architectures = {}
     for part in dump("--dump-resource-usage").split("arch = ")[1:]:
-        numbers = re.findall(r"Function \S*calibration_bins\S*:\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", part)
+        numbers = re.findall(rf"Function \S*{kernel}\S*:\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", part)
         architectures.setdefault(part.split()[0], []).extend(tuple(map(int, each)) for each in numbers)
     kernels = {name: rows for name, rows in architectures.items() if rows}
     assert kernels.keys() == {"sm_80", "sm_90"}
     for rows in kernels.values():
-        assert len(rows) == 24  # three dtypes, 4 and 16 classes, logits or probabilities, top label or classes
+        assert len(rows) == instantiations
         for registers, stack, shared, local in rows:
-            assert registers <= 65536 // (3 * 256) // 8 * 8
+            assert registers <= 65536 // (blocks * threads) // 8 * 8
             assert stack == local == 0
             assert shared <= 1024  # CUDA's own on sm_90; all that the kernel uses is dynamic
     assert "sm_90.ptx" in dump("--list-ptx")

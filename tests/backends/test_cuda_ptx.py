@@ -48,19 +48,23 @@ class OnPtx(OnHost):
         run(self.text, bytes(to[:size]), blocks, spans, name=entry, shared_bytes=plan.shared_bytes)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return the PTX of the CUDA kernels."""
+def ptx_of(name: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the PTX of a file of CUDA kernels."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("needs nvcc")
-    folder = tmp_path_factory.mktemp("calibration_ptx")
+    folder = tmp_path_factory.mktemp(name)
     write_specs(folder)
     command = [nvcc, "-ptx", "-arch=sm_90", "-std=c++17", f"-I{ROOT / 'csrc'}", f"-I{folder}"]
-    source, to = ROOT / "kernels" / "calibration_bins.cu", folder / "calibration_bins.ptx"
+    source, to = ROOT / "kernels" / f"{name}.cu", folder / f"{name}.ptx"
     done = subprocess.run([*command, str(source), "-o", str(to)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    text = to.read_text()
+    return to.read_text()
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> str:
+    text = ptx_of("calibration_bins", tmp_path_factory)
     assert len(names_of(text)) == 24  # three dtypes, 4 and 16 classes, logits or probabilities, top label or classes
     return text
 

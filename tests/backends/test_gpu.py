@@ -27,7 +27,7 @@ from cases import (
 
 import calseg
 from calseg import native
-from calseg.backends import choice, rng
+from calseg.backends import choice, cuda, rng
 from calseg.operations import BinsSpec, Labels
 
 pytestmark = [
@@ -155,6 +155,34 @@ HAS_CUDA = native.extension is not None and bool(native.extension.CUDA_ARCHITECT
 ENGINES = ["triton", "cuda"] if HAS_CUDA else ["triton"]
 needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason="built without CUDA")
 every_engine = pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=needs_cuda)])
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", ["cross_entropy", "weighted"])
+@pytest.mark.parametrize("dtype", cuda.ROW_DTYPES, ids=id_of)
+@pytest.mark.parametrize("C", [3, 12, 14, 33, 117])
+def test_rows(name, dtype, C, monkeypatch):
+    """The CUDA kernel takes channels-last logits, eagerly and as a graph, and gives the values of the reference."""
+    function, names = OPERATIONS[name]
+    tensors, target = inputs(names, (1, C, 35, 34, 33), dtype)
+    tensors = {"x": LAYOUTS["channels_last"](tensors["x"])}
+    wide = {"x": tensors["x"].double().cpu()}
+    launches, launch = [], cuda.cross_entropy_rows
+    monkeypatch.setattr(cuda, "cross_entropy_rows", lambda *given: (launches.append(given), launch(*given)))
+    for reduction in ("none", "mean"):
+        value, gradients = value_and_gradients(function, tensors, target, None, reduction=reduction)
+        truth, wanted = value_and_gradients(function, wide, target.cpu(), "reference", reduction=reduction)
+        assert_accurate(value.cpu(), truth, ulps=64, scale=2.0, what=reduction)
+        scale = 2.0 if value.dim() else 2.0 / target.numel()
+        assert_accurate(gradients["x"].cpu(), wanted["x"], ulps=64, scale=scale, what=f"gradient, {reduction}")
+    assert len(launches) >= 3
+    if name == "weighted":  # copies the weights from the CPU, which a graph cannot
+        return
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = function(tensors, target, None)
+    graph.replay()
+    assert torch.equal(captured, value)
 
 
 @every_engine

@@ -2,6 +2,7 @@
 #include "../../kernels/calibration_bins.cu"
 
 #include "../../csrc/cuda/plan.cpp"
+#include "views.h"
 
 namespace {
 
@@ -13,18 +14,12 @@ namespace {
 struct Call {
     const int64_t *shape, *scores, *labels, *mask, *numbers, *flags;
 
-    template <class View>
-    static void read(const int64_t* from, View& to) {
-        if (!from) return;
-        to.data = reinterpret_cast<void*>(from[0]), to.dtype = static_cast<calseg::DType>(from[1]);
-        to.stride_n = from[2], to.stride_c = from[3], to.stride_s = from[4];
-    }
     calseg::BinsArgs args() const {
         calseg::BinsArgs a;
         a.shape = {shape[0], shape[1], shape[2]};
-        read(scores, a.scores);
-        read(labels, a.spec.labels.tensor);
-        read(mask, a.spec.mask);
+        read_view(scores, a.scores);
+        read_view(labels, a.spec.labels.tensor);
+        read_view(mask, a.spec.mask);
         a.spec.n_bins = numbers[0], a.spec.first_class = numbers[1], a.spec.labels.ignore_index = numbers[2];
         a.spec.from_logits = flags[0], a.spec.class_wise = flags[1], a.spec.skip_background = flags[2], a.spec.per_item = flags[3];
         a.spec.right_closed = flags[4];

@@ -114,6 +114,36 @@ def _store(instruction: Instruction, kernel: Kernel) -> Step:
     return step
 
 
+# ---- copies that are done later ----
+
+COPY = np.dtype(np.uint32)  # of which a copy has four
+
+
+@opcode("cp")
+def _copy(instruction: Instruction, kernel: Kernel) -> Step:
+    """Begin to copy 16 bytes from global to shared memory, or wait: only then are the copies of the threads made."""
+    if instruction.modifiers == ("async", "wait_all"):
+        return _finish_copies
+    if instruction.modifiers != ("async", "cg", "shared", "global") or instruction.operands[2:] != ("16",):
+        raise PtxError("another copy")
+    to, source = (address_reader(kernel, operand) for operand in instruction.operands[:2])
+
+    def step(m: Machine, mask: Mask) -> None:
+        values = m.memory.load(_chosen(m, source(m), mask), COPY, 4)
+        m.copies.append((*_threads(m, mask), _chosen(m, to(m), mask), values))
+
+    return step
+
+
+def _finish_copies(m: Machine, mask: Mask) -> None:
+    here, begun, m.copies = m.everyone(mask), m.copies, []
+    for programs, threads, at, values in begun:
+        done = here[programs, threads]
+        m.shared.store(programs[done], threads[done], at[done], values[:, done])
+        if not done.all():
+            m.copies.append((programs[~done], threads[~done], at[~done], values[:, ~done]))
+
+
 # ---- atomic changes ----
 
 ATOMICS: dict[str, np.ufunc] = {

@@ -92,6 +92,7 @@ class Machine:
         registers: the value of every register that was written.
         place: the index of the instruction that is executed.
         exited: the threads that have ended.
+        copies: the copies to shared memory that were begun: programs, threads, addresses there, and the numbers.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Machine:
         self.place = 0
         self.exited: np.ndarray = NOBODY
         self.random = np.random.default_rng(0)
+        self.copies: list[tuple[np.ndarray, ...]] = []
         self._waiting: dict[int, Mask] = {}
         thread = np.arange(threads, dtype=np.uint32)[None]
         zero, one = np.uint32([[0]]), np.uint32([[1]])

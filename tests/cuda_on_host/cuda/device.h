@@ -192,8 +192,11 @@ T __shfl_sync(unsigned mask, T value, int from) {
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned by) {
     const unsigned from = threadIdx.x % on_host::kWarp + by;
-    const uint64_t* values = on_host::meet_warp(mask, "__shfl_down_sync", static_cast<uint64_t>(value));
-    return from < on_host::kWarp ? static_cast<T>(values[from]) : value;
+    uint64_t bits = 0;
+    std::memcpy(&bits, &value, sizeof value);
+    const uint64_t* values = on_host::meet_warp(mask, "__shfl_down_sync", bits);
+    if (from < on_host::kWarp) std::memcpy(&value, values + from, sizeof value);
+    return value;
 }
 inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
     const uint64_t* values = on_host::meet_warp(mask, "__reduce_add_sync", value);
@@ -215,6 +218,14 @@ T atomicMin(T* to, T value) {
     *to = std::min(before, value);
     return before;
 }
+// Copies that a thread has begun. They are done when it waits for them, so that a kernel which does not wait fails.
+struct Copy {
+    unsigned thread;
+    void* to;
+    const void* from;
+};
+static std::vector<Copy> copies;
+
 // Converts as the GPU's instructions: a number beyond int32 becomes the nearest int32, and NaN becomes 0.
 inline int to_int_saturated(float x) { return x != x ? 0 : x >= 0x1p31f ? INT_MAX : x < -0x1p31f ? INT_MIN : static_cast<int>(x); }
 inline int __float2int_rn(float x) { return to_int_saturated(std::nearbyint(x)); }
@@ -239,6 +250,43 @@ inline float widen_half(uint16_t bits) {
                             : exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
                                             : std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
     return bits >> 15 ? -magnitude : magnitude;
+}
+inline uint32_t bits_of_float(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+inline uint16_t narrow_bfloat(float x) {
+    const uint32_t bits = bits_of_float(x);
+    if (x != x) return 0x7fff;
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline uint16_t narrow_half(float x) {
+    const uint16_t sign = static_cast<uint16_t>(bits_of_float(x) >> 16 & 0x8000);
+    if (x != x) return 0x7fff;
+    const float magnitude = std::fabs(x);
+    if (magnitude == 0.0f) return sign;
+    if (magnitude >= 65520.0f) return sign | 0x7c00;
+    int exponent = 0;
+    std::frexp(magnitude, &exponent);
+    const int lowest = std::max(exponent - 11, -24);  // exponent of the last bit
+    const float steps = std::nearbyint(std::ldexp(magnitude, -lowest));
+    // Where the steps are rounded up to 2^11, the sum carries into the exponent.
+    const int first = lowest == -24 ? 0 : lowest + 24;
+    return static_cast<uint16_t>(sign | ((first << 10) + static_cast<int>(steps)));
+}
+inline uint32_t narrow_halves(float low, float high) { return narrow_half(low) | static_cast<uint32_t>(narrow_half(high)) << 16; }
+inline uint32_t narrow_bfloats(float low, float high) { return narrow_bfloat(low) | static_cast<uint32_t>(narrow_bfloat(high)) << 16; }
+
+inline void copy_16_bytes(void* to, const void* from) {
+    if (reinterpret_cast<uintptr_t>(from) % 16 || (static_cast<unsigned char*>(to) - shared_memory()) % 16)
+        on_host::fail("a misaligned copy");
+    copies.push_back({threadIdx.x, to, from});
+}
+inline void wait_for_copies() {
+    const auto mine = std::stable_partition(copies.begin(), copies.end(), [](const Copy& each) { return each.thread != threadIdx.x; });
+    for (auto each = mine; each != copies.end(); ++each) std::memcpy(each->to, each->from, 16);
+    copies.erase(mine, copies.end());
 }
 
 }  // namespace

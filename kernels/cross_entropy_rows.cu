@@ -1,0 +1,295 @@
+// CUDA kernel of cross_entropy with one-hot labels, for logits whose classes are adjacent: each voxel is a row.
+//
+// It computes the loss and the gradient in one pass. csrc/voxel/cross_entropy.h has the mathematics, which the CPU kernel
+// uses too. In Triton, a row lies over many lanes, and each sum over classes takes shuffles between them.
+//
+// Least memory traffic: one read of the logits and of the labels, and one write of the gradient.
+//
+// A block copies the rows of its tile to shared memory, 16 bytes a thread at once. Then each thread has a voxel: it walks
+// along its row three times, and leaves the gradient there. At last the block copies the rows to the gradient. In one step
+// of the walk, a thread reads 1, 2 or 4 classes, so that the number of its steps is odd unless C is a multiple of 8. Then no
+// two threads that read at the same time use the same memory bank.
+#include <type_traits>
+
+#include "cuda/caller.h"
+#include "cuda/device.h"
+#include "cuda/plan.h"
+#include "cuda/scalar.h"
+#include "cuda/thread.h"
+#include "voxel/cross_entropy.h"
+
+namespace calseg {
+namespace CALSEG_ISA {
+namespace {
+
+constexpr int kRowWarps = kRowVoxels / kCudaWarp;
+constexpr int kRowBlocks = 10;     // least number of blocks whose registers must fit a multiprocessor at once
+constexpr int kCopiesAtOnce = 4;   // of a thread
+constexpr int kClassesAtOnce = 8;  // that the walk along a row has in one round of its loop
+
+CALSEG_INLINE void narrow(float x, float& to) { to = x; }
+CALSEG_INLINE void narrow(float x, BF16& to) { to.bits = narrow_bfloat(x); }
+CALSEG_INLINE void narrow(float x, F16& to) { to.bits = narrow_half(x); }
+
+// The two numbers of a word, and the word of two numbers.
+CALSEG_INLINE float lower(BF16, uint32_t word) { return float_of_bits(word << 16); }
+CALSEG_INLINE float upper(BF16, uint32_t word) { return float_of_bits(word & 0xffff0000u); }
+CALSEG_INLINE float lower(F16, uint32_t word) { return widen_half(static_cast<uint16_t>(word)); }
+CALSEG_INLINE float upper(F16, uint32_t word) { return widen_half(static_cast<uint16_t>(word >> 16)); }
+CALSEG_INLINE uint32_t pair(BF16, float low, float high) { return narrow_bfloats(low, high); }
+CALSEG_INLINE uint32_t pair(F16, float low, float high) { return narrow_halves(low, high); }
+
+// V adjacent classes of a row, as memory holds them.
+template <class From, int V>
+struct alignas(sizeof(From) * V) Adjacent {
+    static constexpr bool kPairs = sizeof(From) == 2 && V > 1;  // whether two numbers are in one word
+    std::conditional_t<kPairs, uint32_t, From> words[kPairs ? V / 2 : V];
+
+    CALSEG_MEMBER void read(float (&x)[V]) const {
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            if constexpr (kPairs) x[j] = j % 2 ? upper(From(), words[j / 2]) : lower(From(), words[j / 2]);
+            else x[j] = widened(words[j]);
+        }
+    }
+    CALSEG_MEMBER void write(const float (&x)[V]) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            if constexpr (!kPairs) narrow(x[j], words[j]);
+            else if (j % 2) words[j / 2] = pair(From(), x[j - 1], x[j]);
+        }
+    }
+};
+
+// Row of a voxel in shared memory.
+template <class From, int V>
+class Row {
+ public:
+    CALSEG_MEMBER Row(unsigned char* rows, int C) : data_(reinterpret_cast<From*>(rows) + static_cast<int>(threadIdx.x) * C), C_(C) {}
+
+    CALSEG_MEMBER float operator[](int32_t c) const { return widened(data_[c]); }
+    CALSEG_MEMBER void set(int32_t c, float x) const { narrow(x, data_[c]); }
+
+    // Calls body(c, x) for every class, where x is its number. If kWrite, the number becomes what body makes of x.
+    template <bool kWrite, class Body>
+    CALSEG_MEMBER void walk(const Body& body) const {
+        From* place = data_;
+        int c = 0;
+#pragma unroll 1
+        for (; c + kClassesAtOnce <= C_; c += kClassesAtOnce) {
+#pragma unroll
+            for (int j = 0; j < kClassesAtOnce; j += V) step<kWrite>(c + j, place + j, body);
+            place += kClassesAtOnce;
+        }
+#pragma unroll 1
+        for (; c < C_; c += V) {
+            step<kWrite>(c, place, body);
+            place += V;
+        }
+    }
+
+ private:
+    template <bool kWrite, class Body>
+    static CALSEG_MEMBER void step(int c, From* place, const Body& body) {
+        auto* const adjacent = reinterpret_cast<Adjacent<From, V>*>(place);
+        Adjacent<From, V> numbers = *adjacent;
+        float x[V];
+        numbers.read(x);
+#pragma unroll
+        for (int j = 0; j < V; ++j) body(c + j, x[j]);
+        if (kWrite) {
+            numbers.write(x);
+            *adjacent = numbers;
+        }
+    }
+
+    From* const data_;
+    const int C_;
+};
+
+// Reads or writes a number of a voxel, of any floating-point type.
+CALSEG_INLINE float load_number(const TensorView& from, int64_t n, int64_t s) {
+    const int64_t at = n * from.stride_n + s * from.stride_s;
+    switch (from.dtype) {
+        case DType::f64:
+            return static_cast<float>(static_cast<const double*>(from.data)[at]);
+        case DType::bf16:
+            return widened(static_cast<const BF16*>(from.data)[at]);
+        case DType::f16:
+            return widened(static_cast<const F16*>(from.data)[at]);
+        default:
+            return static_cast<const float*>(from.data)[at];
+    }
+}
+CALSEG_INLINE void store_number(const TensorView& to, int64_t n, int64_t s, float x) {
+    const int64_t at = n * to.stride_n + s * to.stride_s;
+    switch (to.dtype) {
+        case DType::f64:
+            static_cast<double*>(to.data)[at] = static_cast<double>(x);
+            break;
+        case DType::bf16:
+            narrow(x, static_cast<BF16*>(to.data)[at]);
+            break;
+        case DType::f16:
+            narrow(x, static_cast<F16*>(to.data)[at]);
+            break;
+        default:
+            static_cast<float*>(to.data)[at] = x;
+    }
+}
+
+// Copies the rows of a tile, `count` numbers, by copy(to, from) for 16 bytes each. Both begin at multiples of 16 bytes.
+template <class From, class Copy>
+CALSEG_INLINE void copy_rows(From* to, const From* from, int count, const Copy& copy) {
+    struct alignas(kCopyBytes) Whole {
+        uint32_t words[4];
+    };
+    constexpr int kNumbers = kCopyBytes / sizeof(From);
+    const int thread = static_cast<int>(threadIdx.x), whole = count / kNumbers, rest = whole * kNumbers + thread;
+    const Whole* place = reinterpret_cast<const Whole*>(from) + thread;
+    Whole* target = reinterpret_cast<Whole*>(to) + thread;
+    int left = whole - thread;
+#pragma unroll 1
+    for (; left > (kCopiesAtOnce - 1) * kRowVoxels; left -= kCopiesAtOnce * kRowVoxels) {
+#pragma unroll
+        for (int j = 0; j < kCopiesAtOnce; ++j) copy(target + j * kRowVoxels, place + j * kRowVoxels);
+        place += kCopiesAtOnce * kRowVoxels;
+        target += kCopiesAtOnce * kRowVoxels;
+    }
+#pragma unroll 1
+    for (; left > 0; left -= kRowVoxels) {
+        copy(target, place);
+        place += kRowVoxels;
+        target += kRowVoxels;
+    }
+    if (rest >= count) return;
+    to[rest] = from[rest];
+}
+
+// Computes the loss of a voxel whose logits are in its row, given the upstream gradient. If `gradient`, the row becomes that
+// of the logits. A voxel whose label is not a class gets NaN. `weights` are the class weights, in shared memory.
+template <class From, int V, bool kPlain>
+CALSEG_INLINE float row_loss(const Row<From, V>& row, int32_t label, float upstream, const LossSpec& spec, int C, const float* weights,
+                             bool gradient) {
+    constexpr bool kKeep = sizeof(From) == sizeof(float);  // whether the row can hold e
+    float top = -INFINITY;
+    row.template walk<false>([&](int, float x) { top = fmaxf(x, top); });  // where x is NaN, so is the sum below
+    HardSums<float> sums{label < 0 ? NAN : 0.0f, label < 0 ? 0.0f : row[label] - top, 0.0f, 0.0f};
+    float weight_sum = 0.0f;
+    if (!kPlain && label >= 0) sums.label_weight = weights[label];
+    row.template walk<kKeep>([&](int c, float& x) {
+        float e[1] = {x - top};
+        if (!kPlain) {
+            weight_sum += weights[c];
+            sums.weighted_d += weights[c] * e[0];
+        }
+        exp_nonpositive(e);
+        sums.sum += e[0];
+        if (kKeep) x = e[0];
+    });
+    const Smoothing<float> smoothing(kPlain ? 0.0 : spec.label_smoothing, C);
+    const HardLoss<float> result = hard_loss<kPlain, float>(sums, upstream, smoothing, weight_sum);
+    if (!gradient) return result.loss;
+    const float spread = smoothing.spread == 0.0f ? 0.0f : smoothing.spread * upstream;
+    const auto slope = [&](int c, float x) {
+        float e[1] = {kKeep ? x : x - top};
+        if (!kKeep) exp_nonpositive(e);
+        float g = e[0] * result.scale_e;
+        if (!kPlain && spread != 0.0f) g -= spread * weights[c];
+        return g;
+    };
+    const float of_label = label < 0 ? 0.0f : slope(label, row[label]) - result.scale_label;
+    row.template walk<true>([&](int c, float& x) { x = slope(c, x); });
+    if (label >= 0) row.set(label, of_label);
+    return result.loss;
+}
+
+// Returns the batch item of the block.
+CALSEG_INLINE unsigned item_of_block(const CrossEntropyLaunch& launch) {
+    if (launch.args.shape.N == 1) return 0;
+    return blockIdx.x / launch.tiles_per_item;
+}
+
+// Kernel whose threads read V classes at once. From is the type in which the logits are stored. kPlain says that there are
+// no class weights, no label smoothing, and no tensor with a number for each voxel but the labels.
+template <class From, int V, bool kPlain>
+__global__ void __launch_bounds__(kRowVoxels, kRowBlocks) cross_entropy_rows(const CrossEntropyLaunch launch) {
+    const LossArgs& a = launch.args;
+    const int thread = static_cast<int>(threadIdx.x), C = static_cast<int>(a.shape.C);
+    const unsigned n = item_of_block(launch);
+    const int64_t first = static_cast<int64_t>(blockIdx.x - n * launch.tiles_per_item) * kRowVoxels, left = a.shape.S - first;
+    const int voxels = left < kRowVoxels ? static_cast<int>(left) : kRowVoxels;
+    float* const of_warps = reinterpret_cast<float*>(shared_memory());  // [kRowWarps]
+    unsigned char* const rows = shared_memory() + launch.rows_offset;
+    float* const weights = reinterpret_cast<float*>(shared_memory() + launch.weights_offset);  // [C], unless kPlain
+
+    const auto row_of = [&](const Scores& tensor) { return static_cast<From*>(tensor.data) + (n * tensor.stride_n + first * C); };
+    copy_rows(reinterpret_cast<From*>(rows), row_of(a.tensors.logits), voxels * C, [](auto* to, auto* from) { copy_16_bytes(to, from); });
+    if (!kPlain)
+        for (int c = thread; c < C; c += kRowVoxels) weights[c] = a.spec.weight.data ? static_cast<float>(a.spec.weight.data[c]) : 1.0f;
+    const bool inside = thread < voxels;
+    const int32_t label = inside ? load_label(a.spec.labels.tensor, launch.labels, n, first + thread) : kSkipped;
+    const float factor = static_cast<float>(a.spec.scale) * (launch.factor ? *launch.factor : 1.0f);
+    float upstream = launch.divisor ? factor / *launch.divisor : factor;
+    if (!kPlain && a.upstream.grad_output.data && inside) upstream *= load_number(a.upstream.grad_output, n, first + thread);
+    wait_for_copies();
+    __syncthreads();
+
+    const Row<From, V> row(rows, C);
+    float loss = 0.0f;
+    if (label != kSkipped) loss = row_loss<From, V, kPlain>(row, label, upstream, a.spec, C, weights, a.gradients.logits.data);
+    else if (inside) row.template walk<true>([](int, float& x) { x = 0.0f; });
+    if (!kPlain && a.loss.data && inside) store_number(a.loss, n, first + thread, factor * loss);
+
+    for (int step = kCudaWarp / 2; step > 0; step /= 2) loss += __shfl_down_sync(kAllLanes, loss, step);
+    if (lane() == 0) of_warps[warp()] = loss;
+    __syncthreads();
+    if (thread == 0 && launch.partials) {
+        float sum = 0.0f;
+        for (int w = 0; w < kRowWarps; ++w) sum += of_warps[w];
+        launch.partials[blockIdx.x] = sum;
+    }
+    if (a.gradients.logits.data)
+        copy_rows(row_of(a.gradients.logits), reinterpret_cast<const From*>(rows), voxels * C, [](auto* to, auto* from) { *to = *from; });
+}
+
+// ---- launch, on the host ----
+
+using Function = void (*)(CrossEntropyLaunch);
+
+template <class From, int V>
+Function kernel_of(const CrossEntropyLaunch& launch) {
+    return launch.plain ? cross_entropy_rows<From, V, true> : cross_entropy_rows<From, V, false>;
+}
+
+template <class From>
+Function kernel_of_rows(const CrossEntropyLaunch& launch) {
+    return launch.vector == 1 ? kernel_of<From, 1>(launch) : launch.vector == 2 ? kernel_of<From, 2>(launch) : kernel_of<From, 4>(launch);
+}
+
+Function kernel_of_launch(const CrossEntropyLaunch& launch) {
+    switch (launch.args.tensors.logits.dtype) {
+        case DType::bf16:
+            return kernel_of_rows<BF16>(launch);
+        case DType::f16:
+            return kernel_of_rows<F16>(launch);
+        default:
+            return kernel_of_rows<float>(launch);
+    }
+}
+
+}  // namespace
+}  // namespace CALSEG_ISA
+
+void cuda_cross_entropy(const CrossEntropyLaunch& launch, int device, void* stream) {
+    using namespace CALSEG_ISA;
+    const Caller cuda("cross_entropy on CUDA", device);
+    const auto kernel = kernel_of_launch(launch);
+    if (launch.blocks() == 0) return;
+    // Ask for the most in every call, because the call of another thread may come between this line and the launch.
+    if (launch.shared_bytes > kAlwaysShared)
+        cuda.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMostSharedBytes)));
+    cuda.launch(kernel, launch.blocks(), kRowVoxels, launch.shared_bytes, stream, launch);
+}
+
+}  // namespace calseg

@@ -1,0 +1,386 @@
+"""The CUDA kernel of cross-entropy of rows without a GPU: its source on the CPU, and what nvcc makes of it in the
+interpreter of PTX. Triton's kernels before and after it run in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+
+import pytest
+import torch
+from cases import INTEGERS, LAYOUTS, REDUCTIONS, assert_accurate, assert_matches, class_weights, id_of, labels, scores
+from ptx.execution import run, span_of
+from ptx.parser import PtxError, names_of
+from test_cross_entropy import EXTREMES, pair
+from test_cuda import DTYPES, compiled_for_host, sparse, view_of
+from test_cuda_ptx import TYPES, ptx_of
+
+import calseg
+from calseg import native, tensors
+from calseg.backends import choice, cuda
+from calseg.operations import Labels, LossSpec, LossTensors
+
+pytestmark = [
+    pytest.mark.skipif(choice.TRITON_ERROR is not None, reason=str(choice.TRITON_ERROR)),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU"),
+    pytest.mark.timeout(300),
+]
+
+if choice.TRITON_ERROR is None:
+    from calseg.kernels.launch import Geometry
+
+    from calseg.backends import triton as engine
+
+Pointer = ctypes.POINTER(ctypes.c_int64)
+last = LAYOUTS["channels_last"]
+
+
+class Call(ctypes.Structure):
+    _fields_ = [
+        *((name, Pointer) for name in ("shape", "logits", "gradient", "labels", "grad_output", "loss")),
+        *((name, ctypes.c_void_p) for name in ("weight", "factor", "divisor", "partials")),
+        ("ignore_index", ctypes.c_int64), ("scale", ctypes.c_double), ("label_smoothing", ctypes.c_double),
+    ]  # fmt: skip
+
+
+class Machine:
+    """Stand-in for :mod:`calseg._native`, whose kernel of rows runs on the CPU. The rest is the extension's.
+
+    ``launches`` has the blocks of every launch.
+    """
+
+    CUDA_ARCHITECTURES = ("on a CPU",)
+
+    def __init__(self, extension: object, library: ctypes.CDLL) -> None:
+        self.extension, self.library, self.launches = extension, library, []
+        library.cross_entropy.restype = ctypes.c_char_p
+        library.launch_bytes.restype = ctypes.c_int64
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.extension, name)
+
+    def cuda_cross_entropy(
+        self, given, spec, gradients, grad_output, loss, factor, divisor, partials, blocks, device, stream
+    ):
+        assert (device, stream) == (0, 0)
+        weight = None if spec.weight is None else spec.weight.double().contiguous()
+        views = [(given.logits, True), (gradients.logits, True), (spec.labels.tensor, False), (grad_output, False),
+                 (loss, False)]  # fmt: skip
+        arrays = [tensors.shape_of(given.logits), *(view_of(tensor, channels) for tensor, channels in views)]
+        pointers = [None if values is None else (ctypes.c_int64 * len(values))(*values) for values in arrays]
+        for numbers in (factor, divisor, partials):
+            assert numbers is None or (numbers.dtype == torch.float32 and numbers.is_contiguous())
+        places = [None if tensor is None else tensor.data_ptr() for tensor in (weight, factor, divisor, partials)]
+        call = Call(
+            *(ctypes.cast(pointer, Pointer) for pointer in pointers), *places, spec.labels.ignore_index, spec.scale,
+            spec.label_smoothing,
+        )  # fmt: skip
+        used = [tensor for tensor, _ in views] + [weight, factor, divisor, partials]
+        self.launches.append(blocks)
+        self.launch(call, given.logits.dtype, blocks, [tensor for tensor in used if tensor is not None])
+
+    def launch(self, call: Call, dtype: torch.dtype, blocks: int, used: list[torch.Tensor]) -> None:
+        problem = self.library.cross_entropy(ctypes.byref(call))
+        if problem is not None:
+            raise RuntimeError(problem.decode())
+
+
+class OnPtx(Machine):
+    """Does the same with the PTX of the kernel."""
+
+    text = ""
+
+    def launch(self, call: Call, dtype: torch.dtype, blocks: int, used: list[torch.Tensor]) -> None:
+        to, plan = (ctypes.c_ubyte * 4096)(), (ctypes.c_int64 * 4)()
+        size = self.library.launch_bytes(ctypes.byref(call), plan, to)
+        planned, shared_bytes, vector, plain = plan
+        assert planned == blocks
+        name = rf"I{TYPES[dtype]}Li{vector}ELb{plain}EE"
+        (entry,) = (entry for entry in names_of(self.text) if re.search(name, entry))
+        run(self.text, bytes(to[:size]), blocks, list(map(span_of, used)), name=entry, shared_bytes=shared_bytes)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return ctypes.CDLL(str(compiled_for_host("cross_entropy.cpp", tmp_path_factory)))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> str:
+    text = ptx_of("cross_entropy_rows", tmp_path_factory)
+    assert len(names_of(text)) == 18  # three dtypes, 1, 2 and 4 classes at once, with and without weights and smoothing
+    return text
+
+
+def set_up(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Let the Triton backend launch the kernel for CPU tensors, in calls of any size."""
+    monkeypatch.setattr(native, "extension", machine)
+    monkeypatch.setattr(cuda, "DEVICES", ("cpu",))
+    monkeypatch.setattr(cuda, "FEWEST_BLOCKS", 1)
+    monkeypatch.setattr(cuda, "_device_and_stream", lambda tensor: (0, 0))
+    monkeypatch.setattr(engine, "_plans", {})
+    return machine
+
+
+@pytest.fixture
+def on_host(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return set_up(Machine(native.extension, library), monkeypatch)
+
+
+@pytest.fixture
+def on_ptx(library: ctypes.CDLL, compiled: str, monkeypatch: pytest.MonkeyPatch) -> OnPtx:
+    machine = OnPtx(native.extension, library)
+    machine.text = compiled
+    return set_up(machine, monkeypatch)
+
+
+@pytest.fixture(params=["host", "ptx"])
+def machine(request: pytest.FixtureRequest) -> Machine:
+    return request.getfixturevalue(f"on_{request.param}")
+
+
+def rows(*shape: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    return {"input": last(scores(*shape, dtype=dtype))}
+
+
+# ---- values and gradients ----
+
+
+@pytest.mark.parametrize("dtype", cuda.ROW_DTYPES, ids=id_of)
+@pytest.mark.parametrize("C", [3, 5, 12, 14, 33, 36, 117])
+def test_classes(machine, C, dtype):
+    """Rows of 1, 2 and 4 classes at once, with a full tile and an incomplete one, some labels ignored."""
+    shape = (1, C, 150)
+    target = labels(shape, ignore_index=-100)
+    assert_matches(*pair(target, "triton", reduction="none"), rows(*shape, dtype=dtype), ulps=8 + C / 4)
+    assert machine.launches == [2, 2]  # forward and backward
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 31, 33, 127, 128, 129, 257])
+def test_sizes(machine, size):
+    """The last tile may be of any size, and its last bytes fewer than 16. Items that lie apart have their own tiles."""
+    for shape in ((1, 7, size), (3, 6, size)):
+        x = rows(*shape)
+        if shape[0] == 3:
+            x = {"input": torch.full((3, size + 2, 6), torch.nan)[:, :size].movedim(-1, 1).copy_(x["input"])}
+        assert_matches(*pair(labels(shape, ignore_index=2), "triton", ignore_index=2), x)
+    assert machine.launches == [-(-size // 128)] + [3 * -(-size // 128)] * (size % 2 == 0)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", cuda.ROW_DTYPES, ids=id_of)
+def test_options(machine, dtype, reduction):
+    """Class weights, label smoothing, a factor, a weight that is infinite, and a loss in each dtype."""
+    for C, weighted, label_smoothing in ((5, True, 0.0), (6, False, 0.3), (12, True, 0.1)):
+        shape = (2, C, 7, 11)
+        target, weight = labels(shape, ignore_index=255), class_weights(C, torch.float64) if weighted else None
+        options = {"weight": weight, "label_smoothing": label_smoothing, "ignore_index": 255, "reduction": reduction}
+        assert_matches(*pair(target, "triton", **options), rows(*shape, dtype=dtype))
+    x, infinite = rows(2, 5, 9, dtype=dtype), torch.tensor([1.0, torch.inf, 2.0, 0.5, 1.0])
+    target = labels((2, 5, 9)).clamp(min=2)
+    assert_matches(*pair(target, "triton", weight=infinite, reduction="sum"), x)
+    scaled, wanted = (
+        calseg.vls_cross_entropy(x["input"], target, reduction=reduction, scale=scale, backend="triton")
+        for scale in (torch.tensor(0.25), 0.25)
+    )
+    torch.testing.assert_close(scaled, wanted, rtol=0, atol=0)
+    assert len(machine.launches) >= 6
+
+
+@pytest.mark.parametrize("label_dtype", INTEGERS, ids=id_of)
+def test_labels(machine, label_dtype):
+    shape, ignore_index = (2, 5, 4, 3), 100 if label_dtype == torch.int8 else 200
+    target = labels(shape, ignore_index=ignore_index, dtype=label_dtype)
+    transposed = target.long().transpose(1, 2).contiguous().to(label_dtype).transpose(1, 2)
+    for given in (target, transposed, target[:1].expand(2, -1, -1)):
+        flat = given.long()
+        assert_matches(
+            lambda input, given=given: calseg.vls_cross_entropy(
+                input, given, ignore_index=ignore_index, backend="triton"
+            ),
+            pair(flat, None, ignore_index=ignore_index)[1], rows(*shape),
+        )  # fmt: skip
+    assert len(machine.launches) == 3
+
+
+@pytest.mark.parametrize("dtype", cuda.ROW_DTYPES, ids=id_of)
+def test_extremes(machine, dtype):
+    """Logits of -inf, inf and NaN give what F.cross_entropy gives. Where a voxel is ignored, they do not matter."""
+    x = torch.tensor(EXTREMES, dtype=torch.float64).to(dtype).repeat(3, 1)
+    target = torch.arange(3).repeat_interleave(len(EXTREMES))
+    for weight in (None, class_weights(3).to(dtype)):
+        assert_matches(*pair(target, "triton", reduction="none", weight=weight), {"input": x}, grad_scale=2.0)
+    target[~x.isfinite().all(1)] = -100
+    assert_matches(
+        lambda input: calseg.vls_cross_entropy(input, target, backend="triton"),
+        lambda input: pair(target, None)[1](input.nan_to_num(0, 0, 0)), {"input": x},
+    )  # fmt: skip
+    assert len(machine.launches) >= 5
+
+
+def test_a_label_that_is_no_class(machine):
+    """Its voxel, and the sum, become NaN. Other gradients do not."""
+    shape = (1, 5, 140)
+    x, target = rows(*shape)["input"].requires_grad_(), labels(shape, dtype=torch.int32)
+    target[0, 3], target[0, 135] = 5, -7
+    loss = calseg.vls_cross_entropy(x, target, reduction="none", backend="triton")
+    (gradient,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
+    for nans in (loss.isnan(), gradient.isnan().all(1), gradient.isnan().any(1)):
+        assert nans.nonzero().tolist() == [[0, 3], [0, 135]]
+    assert calseg.vls_cross_entropy(x, target, backend="triton").isnan()
+    assert len(machine.launches) == 3
+
+
+def test_gradient_in_place_of_the_logits(machine):
+    shape = (2, 6, 13, 11)
+    target, x = labels(shape, ignore_index=-100), rows(*shape)["input"].requires_grad_()
+    logits = (x * 1).clone(memory_format=torch.preserve_format)
+    calseg.vls_cross_entropy(logits, target, reuse_logits=True, backend="triton").backward()
+    wanted = torch.autograd.grad(pair(target, None)[1](x.double()), x)[0]
+    assert_accurate(x.grad, wanted, ulps=8)
+    assert machine.launches == [3, 3]
+
+
+def test_the_sum_is_the_same_every_time(machine):
+    x, target = rows(1, 5, 700)["input"], labels((1, 5, 700))
+    first, second = (calseg.vls_cross_entropy(x, target, reduction="sum", backend="triton") for _ in range(2))
+    assert torch.equal(first, second)
+    assert machine.launches == [6, 6]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=id_of)
+def test_strides_past_two_to_the_31(on_host, dtype):
+    """Offsets of all tensors have 64 bits."""
+    shape, strides = (2, 5, 3), (2**31 + 2**30, 1, 5)
+    extent = strides[0] + 15
+    x, gradient = (sparse(dtype, extent).as_strided(shape, strides) for _ in range(2))
+    x.copy_(scores(*shape))
+    target = sparse(torch.uint8, 2**31 + 2**32 + 6).as_strided((2, 3), (2**31 + 5, 2**31)).copy_(labels(shape))
+    upstream = sparse(torch.float32, 2**32 + 6).as_strided((2, 3), (2**31, 2**30)).copy_(torch.arange(6.0).view(2, 3))
+    spec = LossSpec("cross_entropy", Labels(target, -100), None, "none", torch.float32)
+    engine.loss(spec, LossTensors(x), LossTensors(gradient), upstream)
+    leaf = x.double().contiguous().requires_grad_()
+    wanted = torch.autograd.grad(pair(target.long(), None, reduction="none")[1](leaf), leaf, upstream.double())[0]
+    assert_accurate(gradient, wanted, ulps=8)
+    assert on_host.launches == [2]
+
+
+def test_more_than_two_to_the_31_logits(on_host):
+    """The last block of a large item takes its last voxels."""
+    size = 2**29 + 77
+    x, gradient = (sparse(torch.bfloat16, 5 * size).view(1, size, 5).movedim(-1, 1) for _ in range(2))
+    target = sparse(torch.uint8, size).view(1, size)
+    x[..., -77:] = scores(1, 5, 77).to(torch.bfloat16)
+    spec = LossSpec("cross_entropy", Labels(target, -100), None, "sum", torch.float32)
+    blocks = -(-size // 128)
+    partials = sparse(torch.float32, blocks)
+    on_host.library.set_blocks(blocks - 1, 2**32 - 1)
+    try:
+        on_host.cuda_cross_entropy(
+            LossTensors(x), spec, LossTensors(gradient), None, None, None, None, partials, blocks, 0, 0
+        )
+    finally:
+        on_host.library.set_blocks(0, 2**32 - 1)
+    leaf = x[..., -77:].double().requires_grad_()
+    loss = pair(torch.zeros(1, 77, dtype=torch.int64), None, reduction="sum")[1](leaf)
+    assert_accurate(partials[-1:], loss[None], ulps=8)
+    assert_accurate(gradient[..., -77:], torch.autograd.grad(loss, leaf)[0], ulps=8)
+
+
+# ---- when it runs ----
+
+
+def test_what_the_kernel_takes(on_host, monkeypatch):
+    """Triton's kernel takes what is no row, begins in the wrong place, or is faster there. The result is the same."""
+    x, target = rows(2, 5, 6, 7)["input"], labels((2, 5, 6, 7))
+    wanted = calseg.vls_cross_entropy(x, target, backend="reference")
+
+    def launches(input: torch.Tensor, target: torch.Tensor = target, **options: object) -> int:
+        before = len(on_host.launches)
+        got = calseg.vls_cross_entropy(input, target, backend="triton", **options)
+        torch.testing.assert_close(got, calseg.vls_cross_entropy(input, target, backend="reference", **options))
+        return len(on_host.launches) - before
+
+    apart = torch.full((2, 8, 7, 5), torch.nan)[:, :6].movedim(-1, 1).copy_(x)
+    assert launches(x) == launches(apart) == launches(x[0].flatten(1).T, target[0].flatten()) == 1
+    moved = torch.cat([x.new_zeros(1), x.movedim(1, -1).flatten()])[1:].view(2, 6, 7, 5).movedim(-1, 1)
+    for other in (x.contiguous(), moved, LAYOUTS["sliced_channels_last"](x), x.double()):
+        assert launches(other) == 0
+    few = rows(2, 4, 6, 7)["input"], target.clamp(max=3)
+    assert launches(x, target.float()) == launches(x, x.softmax(1)) == launches(*few) == 0
+    monkeypatch.setattr(cuda, "FEWEST_BLOCKS", 2)
+    monkeypatch.setattr(engine, "_plans", {})
+    assert launches(x) == 0
+    monkeypatch.setattr(cuda, "FEWEST_BLOCKS", 1)
+    monkeypatch.setattr(engine, "_plans", {})
+    monkeypatch.setattr(on_host, "CUDA_ARCHITECTURES", [], raising=False)
+    assert launches(x) == 0
+    torch.testing.assert_close(calseg.vls_cross_entropy(x, target, backend="triton"), wanted)
+
+
+@pytest.mark.parametrize(
+    ("C", "itemsize", "wanted"),
+    [(2, 4, False), (3, 4, True), (4, 4, False), (8, 4, False), (9, 4, True), (117, 4, True), (127, 4, True),
+     (129, 4, False), (129, 2, True), (255, 2, True), (257, 2, False)],
+)  # fmt: skip
+def test_classes_that_rows_take(C, itemsize, wanted):
+    row = (0, 1, C)
+    assert cuda.are_rows(Geometry(1, C, 2**20, [row, row], []), itemsize) == wanted
+    assert not cuda.are_rows(Geometry(1, C, 2**20, [row, (0, 1, C + 1)], []), itemsize)
+    assert not cuda.are_rows(Geometry(2, C, 2**20, [row, (2**20 * C + 1, 1, C)], []), itemsize)
+
+
+def test_wrong_calls(on_host):
+    """The plan refuses what the kernel cannot take."""
+    x, target = rows(1, 5, 9)["input"], labels((1, 5, 9))
+    spec = LossSpec("cross_entropy", Labels(target, -100), None, "sum", torch.float32)
+    call = lambda x, g: on_host.cuda_cross_entropy(  # noqa: E731
+        LossTensors(x), spec, LossTensors(g), None, None, None, None, torch.empty(1), 1, 0, 0
+    )
+    call(x, x.clone())
+    moved = torch.zeros(46)[1:].view(1, 9, 5).movedim(-1, 1)
+    for logits, gradient in ((x.contiguous(), None), (x.double(), None), (x, x.bfloat16()), (x, moved)):
+        with pytest.raises(RuntimeError, match="wanted dense rows of one dtype that begin at multiples of 16 bytes"):
+            call(logits, gradient)
+
+
+# ---- faults ----
+
+
+def test_a_missing_barrier(on_ptx):
+    """Without the barriers of the block there is a race, or numbers that are not there yet."""
+    x, target = rows(1, 5, 140)["input"], labels((1, 5, 140))
+    call = lambda: calseg.vls_cross_entropy(x, target, reduction="sum", backend="triton")  # noqa: E731
+    right, text = call(), on_ptx.text
+    on_ptx.text = re.sub(r"bar\.sync\s*0;", ";", text)
+    with pytest.raises(PtxError, match="race in shared memory"):
+        call()
+    on_ptx.text = text.replace("cp.async.wait_all;", ";")
+    assert not torch.allclose(call(), right)
+
+
+def test_a_missing_mask(on_ptx, monkeypatch):
+    """One voxel too many in the last tile is an access past the end."""
+    x, target = rows(1, 5, 140)["input"], labels((1, 5, 140))
+    monkeypatch.setattr(tensors, "shape_of", lambda scores: (1, 5, 141))
+    spec = LossSpec("cross_entropy", Labels(target, -100), None, "sum", torch.float32)
+    with pytest.raises(PtxError, match="past the end of a tensor"):
+        on_ptx.cuda_cross_entropy(
+            LossTensors(x), spec, LossTensors(), None, None, None, None, torch.empty(2), 2, 0, 0
+        )  # fmt: skip
+
+
+def test_dtypes_of_voxels(machine):
+    """The upstream gradient and the loss of every voxel may have any floating-point dtype."""
+    x, target = rows(1, 5, 9)["input"], labels((1, 5, 9))
+    spec = LossSpec("cross_entropy", Labels(target, -100), None, "none", torch.float32)
+    for dtype in DTYPES[:4]:
+        upstream, loss, gradient = scores(1, 9).to(dtype), torch.empty(1, 9, dtype=dtype), torch.empty_like(x)
+        machine.cuda_cross_entropy(
+            LossTensors(x), spec, LossTensors(gradient), upstream, loss, None, None, None, 1, 0, 0
+        )  # fmt: skip
+        leaf = x.double().requires_grad_()
+        wanted = pair(target, None, reduction="none")[1](leaf)
+        assert_accurate(loss.float() if dtype == torch.float64 else loss, wanted, ulps=8)
+        assert_accurate(gradient, torch.autograd.grad(wanted, leaf, upstream.double())[0], ulps=8)
