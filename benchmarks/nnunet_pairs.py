@@ -81,13 +81,13 @@ class Plan:
 
     training: int = 20
     test: int = 20
-    fold_updates: int = 200
-    updates: int = 400
-    further: int = 120
+    fold_updates: int = 600
+    updates: int = 600
+    further: int = 200
     batch_size: int = 6
     features: int = 8
     most_features: int = 64
-    rate: float = 5e-3
+    rate: float = 2e-3
     mirroring: bool = False
 
     def quick(self) -> Plan:

@@ -288,6 +288,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "counts": counts,
     "integrations": integrations,
     "methods": methods,
+    "nnunet-differences": nnunet_differences,
+    "nnunet-pairs": nnunet_pairs,
     "regions": regions,
     "evidence": evidence_front,
     **{f"evidence-{dataset}": partial(evidence, dataset) for dataset in DATASETS},

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -104,6 +105,37 @@ def test_a_row_has_the_figures_of_its_result(tables: ModuleType) -> None:
     exact = [1e3 * row["seconds"]["calseg"]["median"], *(row["metrics"][name] for name in ("copy", "eager", "compile")),
              *(row["memory"][name] for name in ("calseg", "eager"))]  # fmt: skip
     assert shown == pytest.approx(exact, rel=0.05)
+
+
+def test_the_tables_of_pairs_have_their_figures(tables: ModuleType) -> None:
+    """Means, differences and their spread, computed anew from the scores of every pair."""
+    content = json.loads((tables.RESULTS / "nnunet_pairs.json").read_text())
+    means, differences = (
+        [
+            [cell.strip() for cell in line.split("|")[1:-1]]
+            for line in tables.TABLES[name]().splitlines()[2:]
+            if line.startswith("|")
+        ]
+        for name in ("nnunet-pairs", "nnunet-differences")
+    )
+    groups = content["starts"]
+    assert [row[0] for row in means] == [row[0] for row in differences] == [start for start in groups for _ in range(3)]
+    assert [row[2] for row in means] == len(groups) * content["targets"]
+    for start, updates, targets, *cells in means:
+        pairs = groups[start]["pairs"]
+        assert int(updates) == groups[start]["updates"]
+        for score, cell in zip(content["scores"], cells, strict=True):
+            wanted = statistics.mean(pair[targets][score] for pair in pairs)
+            assert float(cell) == pytest.approx(wanted, abs=6e-4 if score == "dice" else 6e-5)
+    for start, title, *cells in differences:
+        one, other = title.split(" against ")
+        for score, cell in zip(content["scores"], cells, strict=True):
+            values = [pair[one][score] - pair[other][score] for pair in groups[start]["pairs"]]
+            numbers = [float(number) for number in re.findall(r"[-+]?\.?\d[.\d]*", cell)]
+            exact = [statistics.mean(values), statistics.stdev(values)]
+            assert numbers[:2] == pytest.approx(exact, abs=6e-4 if score == "dice" else 6e-5)
+            gains = sum(value > 0 if score == "dice" else value < 0 for value in values)
+            assert numbers[2:] == [gains, len(values)]
 
 
 def test_names_of_tables_are_checked(tables: ModuleType) -> None:

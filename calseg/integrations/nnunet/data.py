@@ -78,9 +78,8 @@ class BlendSoftLabels(BasicTransform):
     """Append soft labels ``(1 - alpha) onehot(label) + alpha estimate`` to the labels, for every level.
 
     What the estimate lacks to a sum of 1, as outside of the image, goes to the class of the label. A level with a lower
-    resolution gets the soft labels of the voxels whose labels nnU-Net gives it. Means over the volumes of its voxels
-    did no better: in 4 pairs of trainings (hippocampus, 2d), the Dice was lower, and NLL and ECE near the foreground
-    were higher, in 3 of them each.
+    resolution gets the soft labels of the voxels whose labels nnU-Net gives it. ``benchmarks/nnunet_pairs.py`` compares
+    this with means over the volumes of its voxels.
 
     The entry ``segmentation`` becomes a list: the labels of all levels, int16 ``[1, *S]``, then the soft labels of all
     levels, uint16 ``[C, *S]`` in steps of 1 / 65535.
