@@ -81,7 +81,7 @@ FEWEST_BLOCKS = 256  # with fewer, a call is over before the next launch. Triton
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def takes_rows(spec: LossSpec, tensors: LossTensors, gradients: LossTensors) -> bool:
+def takes_rows(tensors: LossTensors, gradients: LossTensors, spec: LossSpec) -> bool:
     """Return whether the kernel may compute a loss, by all but the geometry: see :func:`are_rows`."""
     logits, gradient = tensors.logits, gradients.logits
     if spec.operation != "cross_entropy" or logits is None or tensors.soft_labels is not None or spec.labels is None:

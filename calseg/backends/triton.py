@@ -114,7 +114,7 @@ def _loss(
     label_tensor = None if spec.labels is None else spec.labels.tensor
     call = _call(
         operation.tile_demands(spec, tensors), (*tensors, *gradients), (label_tensor, upstream, per_voxel),
-        rows=cuda.takes_rows(spec, tensors, gradients),
+        rows=cuda.takes_rows(tensors, gradients, spec),
     )  # fmt: skip
     if call.programs == 0:
         value = math.nan if spec.reduction == "mean" else 0.0
