@@ -5,8 +5,8 @@
 The data may lie in the Decathlon's layout or in nnU-Net's raw layout. nnU-Net plans and preprocesses some of the cases,
 and trains a small 2d network on them, whose sizes the plan below has. The soft labels are made once, by what ``calseg
 nnunet-soft-labels`` calls, from the predictions of five folds. Then each seed trains a network on each of three
-targets: labels, soft labels, and soft labels whose lower levels of deep supervision are means over the volumes of their
-voxels. The three have the same first weights, cases, patches and augmentation. The same is done from one pretrained
+targets: labels, soft labels, and soft labels whose lower levels of deep supervision are those of the nearest voxels
+instead of means over the volumes of theirs. The three have the same first weights, cases, patches and augmentation. The same is done from one pretrained
 network, the first that was trained on labels; as with nnU-Net's option ``-pretrained_weights``, its heads are not taken
 over. All networks are scored on cases that none has seen. These are very short trainings, on one core of a CPU.
 
@@ -98,40 +98,36 @@ class Plan:
 # ------------------------------------------------------------------------------------------------- targets
 
 
-class MeansOfSoftLabels(BasicTransform):
-    """Replace the soft labels of lower levels, after those of the first, by means over the volumes of their voxels.
-
-    Voxels without a label have no share in a mean.
-    """
+class NearestSoftLabels(BasicTransform):
+    """Replace the soft labels of lower levels by those of the first, at the voxels from which nnU-Net takes labels."""
 
     def apply(self, data_dict: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Replace the second half of the entry ``segmentation``, soft labels uint16 ``[C, *S]`` of every level."""
         levels = data_dict["segmentation"]
         first = levels[len(levels) // 2].float()
         for number in range(len(levels) // 2 + 1, len(levels)):
-            means = F.interpolate(first[None], levels[number].shape[1:], mode="area")[0]
-            means = means / means.sum(0).clamp(min=1)
-            levels[number] = (65535 * means).round().to(torch.uint16)
+            nearest = F.interpolate(first[None], levels[number].shape[1:], mode="nearest-exact")[0]
+            levels[number] = nearest.to(torch.uint16)
         return data_dict
 
 
-class nnUNetTrainerSoftLabelMeans(nnUNetTrainerSoftLabels):  # noqa: N801  # nnU-Net's way of naming
-    """CALSeg's second stage with means of the soft labels in the lower levels of deep supervision."""
+class nnUNetTrainerNearestSoftLabels(nnUNetTrainerSoftLabels):  # noqa: N801  # nnU-Net's way of naming
+    """CALSeg's second stage with soft labels of nearest voxels in the lower levels of deep supervision."""
 
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
-        """Return the transforms of the second stage, and the one that makes the means."""
-        return ComposeTransforms([super().get_training_transforms(*args, **kwargs), MeansOfSoftLabels()])
+        """Return the transforms of the second stage, and the one that takes nearest voxels."""
+        return ComposeTransforms([super().get_training_transforms(*args, **kwargs), NearestSoftLabels()])
 
 
 TARGETS: Mapping[str, type] = {
     "labels": nnUNetTrainerCalseg,  # nnU-Net's own loss, with the same values and gradients
     "soft labels": nnUNetTrainerSoftLabels,
-    "soft labels, means": nnUNetTrainerSoftLabelMeans,
+    "soft labels, nearest": nnUNetTrainerNearestSoftLabels,
 }
 STARTS = ("random", "pretrained")
 FIRST = ("labels", 0, "random")
 """Targets, seed and start of the network that the pretrained ones start from."""
-DIFFERENCES = (("soft labels", "labels"), ("soft labels, means", "labels"), ("soft labels, means", "soft labels"))
+DIFFERENCES = (("soft labels", "labels"), ("soft labels, nearest", "labels"), ("soft labels", "soft labels, nearest"))
 """The pairs that are compared: the first minus the second."""
 
 

@@ -94,8 +94,17 @@ def test_mirroring_and_cropping_keep_every_voxel(
     for labels, soft in batches(folder, configuration, rotate=False):
         assert labels[0].dtype == torch.int16
         assert labels[0].any()
-        for label, level in zip(labels, soft, strict=True):
-            assert torch.equal(shares(level), data_onehot(label))
+        onehot = data_onehot(labels[0])
+        assert torch.equal(shares(soft[0]), onehot)
+        for level in soft[1:]:
+            torch.testing.assert_close(shares(level), means(onehot, level.shape[2:]), rtol=0, atol=1e-5)
+
+
+def means(values: Tensor, size: torch.Size) -> Tensor:
+    """Means over the voxels of a lower resolution, each of which has a whole number of voxels along each axis."""
+    for axis, count in enumerate(size, start=2):
+        values = values.unflatten(axis, (count, -1)).mean(axis + 1)
+    return values
 
 
 def data_onehot(label: Tensor) -> Tensor:
@@ -144,21 +153,31 @@ def test_resampling_interpolates_as_that_of_the_label(
 
 
 def test_blended_labels() -> None:
-    """Shares of the label and of the estimate; what the estimate lacks is the label's; ignored voxels are not it."""
+    """Shares of the label and of the estimate; what the estimate lacks is the label's; ignored voxels have none."""
     label = torch.tensor([[0, 1, 1, 2]], dtype=torch.int16)
     estimate = torch.tensor([[0.9, 0.2, 0.0, 0.4], [0.1, 0.3, 0.0, 0.6]])
     soft = BlendSoftLabels(0.5).blended(label, estimate)
-    torch.testing.assert_close(soft, torch.tensor([[0.95, 0.1, 0.0, 0.2], [0.05, 0.9, 1.0, 0.3]]))
+    torch.testing.assert_close(soft, torch.tensor([[0.95, 0.1, 0.0, 0.0], [0.05, 0.9, 1.0, 0.0]]))
     assert torch.equal(BlendSoftLabels(0.0).blended(label, estimate)[:, :3], torch.eye(2)[label[0, :3].long()].T)
 
 
-def test_lower_levels_take_the_voxels_of_the_label() -> None:
-    label = torch.tensor([[0, 1, 1, 1, 0, 1]], dtype=torch.int16)
-    small = DownsampleSegForDSTransform([[1 / 2]])(segmentation=label)["segmentation"][0]
-    estimate = torch.eye(2)[label[0].long()].T
-    result = BlendSoftLabels(0.5).apply({"segmentation": [label, small], "regression_target": estimate})
-    labels, soft = result["segmentation"][:2], result["segmentation"][2:]
-    assert labels[0] is label
-    assert labels[1] is small
-    assert [level.dtype for level in soft] == [torch.uint16] * 2
-    assert torch.equal(soft[1].int().argmax(0), small[0].long())
+@pytest.mark.parametrize("shape", [(8, 12), (4, 8, 12)], ids=str)
+def test_lower_levels_are_means_over_the_voxels_that_have_a_label(shape: tuple[int, ...]) -> None:
+    """Their labels are nnU-Net's. Where none of the voxels has a label, soft labels are 0."""
+    generator = torch.Generator().manual_seed(0)
+    label = torch.randint(0, 4, (1, *shape), generator=generator).to(torch.int16)  # 3: no class, as an ignored voxel
+    label[..., :4] = 3
+    scales = [[1.0, 1.0], [0.5, 0.5], [0.5, 0.25]] if len(shape) == 2 else [[1.0] * 3, [0.5] * 3, [0.5, 0.25, 0.5]]
+    labels = DownsampleSegForDSTransform(scales)(segmentation=label)["segmentation"]
+    estimate = torch.rand(3, *shape, generator=generator).softmax(0)
+    result = BlendSoftLabels(0.4).apply({"segmentation": list(labels), "regression_target": estimate})["segmentation"]
+    assert [mine is theirs for mine, theirs in zip(result[:3], labels, strict=True)] == [True] * 3
+    assert [level.dtype for level in result[3:]] == [torch.uint16] * 3
+    kept = label[0] != 3
+    blended = (0.4 * estimate + 0.6 * torch.eye(4)[label[0].long()].movedim(-1, 0)[:3]).double() * kept
+    for level in result[3:]:
+        total = means(kept[None, None].double(), level.shape[1:])[0]
+        wanted = torch.where(total > 0, means(blended[None], level.shape[1:])[0] / total, 0.0)
+        torch.testing.assert_close(shares(level), wanted, rtol=0, atol=1e-5)
+        assert not level[..., 0].any()
+        torch.testing.assert_close(shares(level).sum(0), (total[0] > 0).double(), rtol=0, atol=3e-5)

@@ -81,7 +81,7 @@ def test_the_result(finished: Path) -> None:
         assert all(set(pair[targets]) == set(SCORES) for pair in pairs for targets in content["targets"])
         assert all(
             pair["labels"] != pair["soft labels"] for pair in pairs
-        )  # means: this small network has no such level
+        )  # nearest: this small network has no such level
         for difference in group["differences"]:
             for name in SCORES:
                 values = [pair[difference["of"]][name] - pair[difference["from"]][name] for pair in pairs]
@@ -113,7 +113,7 @@ def test_wrong_arguments(finished: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_pairs_differ_in_the_targets_alone(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights, images and labels are the same. Soft labels are too at the first level, and the next has their means."""
+    """Weights, images and labels are the same. Soft labels are too at the first level, and the next have their means or nearest."""
     for name in ("raw", "preprocessed", "results"):
         monkeypatch.setenv(f"nnUNet_{name}", str(finished / "out" / name))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
@@ -126,29 +126,22 @@ def test_pairs_differ_in_the_targets_alone(finished: Path, monkeypatch: pytest.M
             batches.append(next(trainer.dataloader_train))  # before another trainer seeds the generators
         for network in networks[1:]:
             assert all(torch.equal(value, network[name]) for name, value in networks[0].items())
-        labels, soft, means = batches
+        labels, soft, nearest = batches
         count = len(labels["target"])
-        assert len(soft["target"]) == len(means["target"]) == 2 * count > 2
-        for batch in (soft, means):
+        assert len(soft["target"]) == len(nearest["target"]) == 2 * count > 2
+        for batch in (soft, nearest):
             torch.testing.assert_close(batch["data"], labels["data"], rtol=1e-4, atol=1e-4)
             for mine, theirs in zip(batch["target"], labels["target"], strict=False):
                 assert torch.equal(mine, theirs)
-        assert torch.equal(soft["target"][count], means["target"][count])
-        for nearest, mean in zip(soft["target"][count + 1 :], means["target"][count + 1 :], strict=True):
-            wanted = F.interpolate(means["target"][count].float(), mean.shape[2:], mode="area")
-            torch.testing.assert_close(mean.float(), wanted, rtol=0, atol=2)
-            assert not torch.equal(mean, nearest)
-
-
-def test_voxels_without_a_label_have_no_share_in_a_mean() -> None:
-    first = torch.tensor([[0, 65535, 0, 0], [0, 0, 13107, 0], [0, 0, 52428, 0]], dtype=torch.uint16)
-    levels = [torch.zeros(1, 4), torch.zeros(1, 2), torch.zeros(1, 1), first, first[:, :2], first[:, :1]]
-    targets = benchmark.MeansOfSoftLabels().apply({"segmentation": levels})["segmentation"]
-    assert targets[3] is first
-    assert targets[4].tolist() == [[65535, 0], [0, 13107], [0, 52428]]
-    assert targets[5].tolist() == [[32768], [6554], [26214]]
-    empty = [torch.zeros(1, 2), torch.zeros(1, 1), torch.zeros_like(first[:, :2]), first[:, :1]]
-    assert not benchmark.MeansOfSoftLabels().apply({"segmentation": empty})["segmentation"][3].any()
+        first = soft["target"][count]
+        assert torch.equal(first, nearest["target"][count])
+        for mean, taken in zip(soft["target"][count + 1 :], nearest["target"][count + 1 :], strict=True):
+            averages, voxels = (
+                F.interpolate(first.float(), mean.shape[2:], mode=mode) for mode in ("area", "nearest-exact")
+            )
+            torch.testing.assert_close(mean.float(), averages, rtol=0, atol=2)
+            assert torch.equal(taken.float(), voxels)
+            assert not torch.equal(mean, taken)
 
 
 def test_raw_data_of_several_channels(tmp_path: Path) -> None:

@@ -77,9 +77,9 @@ class SplitSoftLabels(BasicTransform):
 class BlendSoftLabels(BasicTransform):
     """Append soft labels ``(1 - alpha) onehot(label) + alpha estimate`` to the labels, for every level.
 
-    What the estimate lacks to a sum of 1, as outside of the image, goes to the class of the label. A level with a lower
-    resolution gets the soft labels of the voxels whose labels nnU-Net gives it. ``benchmarks/nnunet_pairs.py`` compares
-    this with means over the volumes of its voxels.
+    What the estimate lacks to a sum of 1, as outside of the image, goes to the class of the label. Voxels whose label is
+    no class get 0. A level with a lower resolution gets the mean over each of its voxels, in which voxels whose label
+    is no class have no share. ``benchmarks/nnunet_pairs.py`` compares this with nearest voxels.
 
     The entry ``segmentation`` becomes a list: the labels of all levels, int16 ``[1, *S]``, then the soft labels of all
     levels, uint16 ``[C, *S]`` in steps of 1 / 65535.
@@ -97,20 +97,22 @@ class BlendSoftLabels(BasicTransform):
         labels, estimate = data_dict["segmentation"], data_dict.pop("regression_target")
         labels = labels if isinstance(labels, list) else [labels]
         soft = self.blended(labels[0], estimate)
-        levels = [soft if soft.shape[1:] == label.shape[1:] else _reduced(soft, label) for label in labels]
+        levels = (soft if soft.shape[1:] == label.shape[1:] else _means(soft, label.shape[1:]) for label in labels)
         data_dict["segmentation"] = [*labels, *map(_in_16_bits, levels)]
         return data_dict
 
     def blended(self, label: Tensor, estimate: Tensor) -> Tensor:
-        """Return the soft labels ``[C, *S]``. Where the label is no class, its share is 0."""
+        """Return the soft labels ``[C, *S]``."""
         onehot = label == torch.arange(len(estimate)).view(-1, *(1,) * (label.dim() - 1))
         rest = (1 - estimate.sum(0)).clamp(min=0)
-        return self.alpha * estimate + (1 - self.alpha + self.alpha * rest) * onehot
+        soft = self.alpha * estimate + (1 - self.alpha + self.alpha * rest) * onehot
+        return soft * onehot.any(0)
 
 
-def _reduced(soft: Tensor, like: Tensor) -> Tensor:
-    """Return soft labels at the voxels from which nnU-Net takes the label ``like``, which has a lower resolution."""
-    return F.interpolate(soft[None], like.shape[1:], mode="nearest-exact")[0]
+def _means(soft: Tensor, size: torch.Size) -> Tensor:
+    """Return the mean of the soft labels over each voxel of a grid of lower resolution, without voxels that are 0."""
+    means = F.interpolate(soft[None], size, mode="area")[0]
+    return means / means.sum(0).clamp(min=torch.finfo(means.dtype).tiny)
 
 
 def _in_16_bits(soft: Tensor) -> Tensor:
