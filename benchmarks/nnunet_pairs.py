@@ -6,9 +6,10 @@ The data may lie in the Decathlon's layout or in nnU-Net's raw layout. nnU-Net p
 and trains a small 2d network on them, whose sizes the plan below has. The soft labels are made once, by what ``calseg
 nnunet-soft-labels`` calls, from the predictions of five folds. Then each seed trains a network on each of three
 targets: labels, soft labels, and soft labels whose lower levels of deep supervision are those of the nearest voxels
-instead of means over the volumes of theirs. The three have the same first weights, cases, patches and augmentation. The same is done from one pretrained
-network, the first that was trained on labels; as with nnU-Net's option ``-pretrained_weights``, its heads are not taken
-over. All networks are scored on cases that none has seen. These are very short trainings, on one core of a CPU.
+instead of means over the volumes of their voxels. The three have the same first weights, cases, patches and
+augmentation. The same is done from one pretrained network, the first that was trained on labels; as with nnU-Net's
+option ``-pretrained_weights``, its heads are not taken over. All networks are scored on cases that none has seen. These
+are very short trainings, on one core of a CPU.
 
 What is finished is kept in RUNS, so an interrupted call continues where it stopped. The result is
 benchmarks/results/nnunet_pairs.json, or with --quick RUNS/nnunet_pairs.json.

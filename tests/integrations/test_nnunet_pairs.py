@@ -113,7 +113,7 @@ def test_wrong_arguments(finished: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_pairs_differ_in_the_targets_alone(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights, images and labels are the same. Soft labels are too at the first level, and the next have their means or nearest."""
+    """Weights, images and labels are the same, and soft labels at the first level. The next have means or nearest."""
     for name in ("raw", "preprocessed", "results"):
         monkeypatch.setenv(f"nnUNet_{name}", str(finished / "out" / name))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")

@@ -77,9 +77,9 @@ class SplitSoftLabels(BasicTransform):
 class BlendSoftLabels(BasicTransform):
     """Append soft labels ``(1 - alpha) onehot(label) + alpha estimate`` to the labels, for every level.
 
-    What the estimate lacks to a sum of 1, as outside of the image, goes to the class of the label. Voxels whose label is
-    no class get 0. A level with a lower resolution gets the mean over each of its voxels, in which voxels whose label
-    is no class have no share. ``benchmarks/nnunet_pairs.py`` compares this with nearest voxels.
+    What the estimate lacks to a sum of 1, as outside of the image, goes to the class of the label. Where the label is
+    no class, soft labels are 0. A level with a lower resolution gets their mean over each of its voxels, without those
+    that are 0. ``benchmarks/nnunet_pairs.py`` compares this with nearest voxels.
 
     The entry ``segmentation`` becomes a list: the labels of all levels, int16 ``[1, *S]``, then the soft labels of all
     levels, uint16 ``[C, *S]`` in steps of 1 / 65535.
