@@ -144,6 +144,9 @@ def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     results = json.loads((tmp_path / "demo" / "demo.json").read_text())["results"]
     row = [f"{results[method]['raters']['all']['ece']:.4f}" for method in ("dice_cross_entropy", "calseg")]
     assert re.search(rf"ECE.*other raters.*{row[0]}.*{row[1]}", out)
+    plain, both = (results[method]["seconds"] for method in ("dice_cross_entropy", "calseg"))
+    seconds = [f"{plain['train']:.0f}", f"{both['stage1'] + both['train']:.0f}"]
+    assert re.search(rf"training.*all stages.* {seconds[0]} .* {seconds[1]} ", out)
     assert (tmp_path / "demo" / "data" / "truth" / "demo_000.nii.gz").is_file()
 
 
