@@ -22,7 +22,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 TIMES = "cpu-epyc-2-cores.json"
-DATASETS = ("hippocampus-20", "synthetic", "multirater")
+DATASETS = ("hippocampus-20", "hippocampus-60", "synthetic", "multirater")
 """The data sets of the calibration experiment whose results lie in benchmarks/results."""
 PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 OPERATIONS = {
