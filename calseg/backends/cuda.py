@@ -133,7 +133,7 @@ def block_voxels(kernel: str, geometry: Any, itemsize: int, label_itemsize: int)
     if kernel == "few" and _are_vectors(geometry, itemsize, label_itemsize):
         enough = N * S >= FEWEST_ROWS if C == 3 and scores[0][1] == 1 else N * S > AT_ONCE_VOXELS
         return FEW_THREADS * ALIGN // itemsize if enough else None
-    if not _is_faster_in_rows(C) or C * ROW_VOXELS * itemsize > MOST_ROW_BYTES or N * S < FEWEST_ROWS:
+    if not _is_faster_in_rows(C, itemsize) or C * ROW_VOXELS * itemsize > MOST_ROW_BYTES or N * S < FEWEST_ROWS:
         return None
     return ROW_VOXELS if _are_rows(geometry, itemsize) else None
 
@@ -153,12 +153,9 @@ def _are_vectors(geometry: Any, itemsize: int, label_itemsize: int) -> bool:
     return in_planes or _are_rows(geometry, itemsize)
 
 
-def _is_faster_in_rows(num_classes: int) -> bool:
-    """Return whether Triton's kernel takes more time by the count of benchmarks/instructions.py.
-
-    A multiple of 8 classes has conflicts of memory banks in rows, and is what Triton's kernel does best.
-    """
-    return num_classes > 2 and num_classes != 4 and num_classes % 8 != 0
+def _is_faster_in_rows(num_classes: int, itemsize: int) -> bool:
+    """Return whether Triton's kernel takes more time by the count of benchmarks/instructions.py."""
+    return num_classes > 2 and num_classes != 4 and (num_classes != 8 or itemsize == 4)
 
 
 def cross_entropy(blocks: int, spec: LossSpec, given: Any) -> None:

@@ -79,10 +79,12 @@ void plan_few(CrossEntropyLaunch& launch, int itemsize) {
 void plan_rows(CrossEntropyLaunch& launch, int itemsize) {
     const int64_t C = launch.args.shape.C, row_bytes = C * kRowVoxels * itemsize;
     if (row_bytes > kMostRowBytes) throw std::invalid_argument("cross_entropy on CUDA: wanted fewer classes");
-    launch.vector = C % 2 ? 1 : C % 4 ? 2 : 4;
+    launch.vector = C % 2 ? 1 : C % 4 ? 2 : C % 8 ? 4 : 8;
     launch.tile = kRowVoxels;
+    const auto parts = static_cast<uint32_t>(C * itemsize / kCopyBytes);
+    if (launch.vector == 8) launch.per_row = quick_divisor(parts), launch.row_gap = parts % 2 == 0;
     launch.rows_offset = kRowVoxels / kCudaWarp * static_cast<int>(sizeof(float));
-    launch.weights_offset = launch.rows_offset + static_cast<int>(row_bytes);
+    launch.weights_offset = launch.rows_offset + static_cast<int>(row_bytes) + kRowVoxels * launch.row_gap * kCopyBytes;
     launch.shared_bytes = launch.weights_offset + (launch.plain ? 0 : static_cast<int>(C * sizeof(float)));
 }
 

@@ -105,7 +105,7 @@ struct CrossEntropyLaunch {
     bool few = false;                                   // whether the kernel is that of few classes, else that of rows
     bool in_rows = false;                               // whether the classes of a voxel are adjacent
     bool plain = false;  // no class weights, no label smoothing, and no tensor with a number for each voxel but the labels
-    int vector = 1;      // number of classes that a thread reads at once, 1, 2 or 4. Of few classes: its number of voxels
+    int vector = 1;      // classes that a thread reads at once, 1, 2, 4 or 8. Of few classes: its number of voxels
     float scale = 1.0f;  // of the loss, a part of the factor
     int tile = 0;        // voxels of a block
     unsigned tiles_per_item = 0;
@@ -113,6 +113,9 @@ struct CrossEntropyLaunch {
     // Shared memory of a block, in bytes. It holds the sums of the warps, then the rows if there are any, then the class
     // weights.
     int rows_offset = 0, weights_offset = 0, shared_bytes = 0;
+    // If `vector` is 8: a row has a number of parts of kCopyBytes, and `row_gap` parts are left free after it.
+    QuickDivisor per_row;  // by that number
+    int row_gap = 0;
 
     int64_t blocks() const { return args.shape.N * tiles_per_item; }
 };

@@ -39,7 +39,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> str:
     text = ptx_of("cross_entropy_rows", tmp_path_factory)
-    assert len(names_of(text)) == 18  # three dtypes, 1, 2 and 4 classes at once, with and without weights and smoothing
+    assert len(names_of(text)) == 24  # three dtypes, 1, 2, 4 and 8 classes at once, with weights and smoothing or not
     return text
 
 
@@ -68,9 +68,9 @@ def rows(*shape: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Ten
 
 
 @pytest.mark.parametrize("dtype", cuda.LOSS_DTYPES, ids=id_of)
-@pytest.mark.parametrize("C", [3, 5, 12, 14, 33, 36, 117])
+@pytest.mark.parametrize("C", [3, 5, 12, 14, 16, 24, 33, 36, 117])
 def test_classes(machine, C, dtype):
-    """Rows of 1, 2 and 4 classes at once, with a full tile and an incomplete one, some labels ignored."""
+    """Rows of 1, 2, 4 and 8 classes at once, with a full tile and an incomplete one, some labels ignored."""
     shape = (1, C, 150)
     target = labels(shape, ignore_index=-100)
     assert_matches(*pair(target, "triton", reduction="none"), rows(*shape, dtype=dtype), ulps=8 + C / 4)
@@ -80,19 +80,30 @@ def test_classes(machine, C, dtype):
 @pytest.mark.parametrize("size", [1, 2, 3, 31, 33, 127, 128, 129, 257])
 def test_sizes(machine, size):
     """The last tile may be of any size, and its last bytes fewer than 16. Items that lie apart have their own tiles."""
-    for shape in ((1, 7, size), (3, 6, size)):
+    for shape in ((1, 7, size), (3, 6, size), (3, 8, size)):
         x = rows(*shape)
         if shape[0] == 3:
-            x = {"input": torch.full((3, size + 2, 6), torch.nan)[:, :size].movedim(-1, 1).copy_(x["input"])}
+            apart = torch.full((3, size + 2, shape[1]), torch.nan)[:, :size].movedim(-1, 1)
+            x = {"input": apart.copy_(x["input"])}
         assert_matches(*pair(labels(shape, ignore_index=2), "triton", ignore_index=2), x)
-    assert machine.launches == [-(-size // 128)] + [3 * -(-size // 128)] * (size % 2 == 0)
+    taken = (size > 1) + (size % 2 == 0)  # of the items that lie apart
+    assert machine.launches == [-(-size // 128)] + [3 * -(-size // 128)] * taken
+
+
+@pytest.mark.parametrize(("C", "dtype"), [(128, torch.float32), (256, torch.bfloat16)], ids=id_of)
+def test_most_classes(machine, C, dtype):
+    """The largest tile, with gaps and class weights, has as much shared memory as every GPU has."""
+    shape, weight = (1, C, 131), class_weights(C, torch.float64)
+    target = labels(shape, ignore_index=-100)
+    assert_matches(*pair(target, "triton", weight=weight), rows(*shape, dtype=dtype), ulps=8 + C / 4)
+    assert machine.launches == [2]
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", cuda.LOSS_DTYPES, ids=id_of)
 def test_options(machine, dtype, reduction):
     """Class weights, label smoothing, a factor, a weight that is infinite, and a loss in each dtype."""
-    for C, weighted, label_smoothing in ((5, True, 0.0), (6, False, 0.3), (12, True, 0.1)):
+    for C, weighted, label_smoothing in ((5, True, 0.0), (6, False, 0.3), (12, True, 0.1), (16, True, 0.1)):
         shape = (2, C, 7, 11)
         target, weight = labels(shape, ignore_index=255), class_weights(C, torch.float64) if weighted else None
         options = {"weight": weight, "label_smoothing": label_smoothing, "ignore_index": 255, "reduction": reduction}
@@ -227,8 +238,8 @@ def test_what_the_kernel_takes(on_host, monkeypatch):
     moved = torch.cat([x.new_zeros(1), x.movedim(1, -1).flatten()])[1:].view(2, 6, 7, 5).movedim(-1, 1)
     for other in (x.contiguous(), moved, LAYOUTS["sliced_channels_last"](x), x.double()):
         assert launches(other) == 0
-    eight = rows(2, 8, 6, 7)["input"]
-    assert launches(x, target.float()) == launches(x, x.softmax(1)) == launches(eight) == 0
+    four = rows(2, 4, 5, 7)["input"], labels((2, 4, 5, 7))
+    assert launches(x, target.float()) == launches(x, x.softmax(1)) == launches(*four) == 0
     monkeypatch.setattr(cuda, "FEWEST_ROWS", 85)
     monkeypatch.setattr(engine, "_plans", {})
     assert launches(x) == 0
@@ -241,8 +252,8 @@ def test_what_the_kernel_takes(on_host, monkeypatch):
 
 @pytest.mark.parametrize(
     ("C", "itemsize", "wanted"),
-    [(2, 4, False), (3, 4, True), (4, 4, False), (8, 4, False), (9, 4, True), (117, 4, True), (127, 4, True),
-     (129, 4, False), (129, 2, True), (255, 2, True), (257, 2, False)],
+    [(2, 4, False), (3, 4, True), (4, 4, False), (8, 4, True), (8, 2, False), (9, 4, True), (16, 2, True),
+     (117, 4, True), (128, 4, True), (129, 4, False), (129, 2, True), (256, 2, True), (257, 2, False)],
 )  # fmt: skip
 def test_classes_that_rows_take(C, itemsize, wanted):
     row = (0, 1, C)
