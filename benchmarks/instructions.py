@@ -1,11 +1,11 @@
 """Instructions of the GPU kernels, counted in their machine code: ``python benchmarks/instructions.py [NAME ...]``.
 
-No GPU is needed. Triton compiles every configuration ahead of time for sm_90, nvcc the kernel in CUDA C++, and the
+No GPU is needed. Triton compiles every configuration ahead of time for sm_90, nvcc the kernels in CUDA C++, and the
 instructions are counted along the path that a program takes: loops as often as they run, subroutines for rare values
-not at all. In the kernel in CUDA C++, that path has labels of one byte, one item, a full tile and no ignored voxel, and
-lines for other calls are not counted. The counts are facts,
-and `tests/backends/test_instructions.py` bounds them. **The times that follow from them are predictions**, from a model
-with the constants below: nothing here was measured on a GPU.
+not at all. In the kernels in CUDA C++, that path has labels of one byte, a full tile and no ignored voxel, and lines
+for other calls are not counted. The counts are facts, and `tests/backends/test_instructions.py` bounds them. **The
+times that follow from them are predictions**, from a model with the constants below: nothing here was measured on a
+GPU.
 
 A program waits for memory once per phase, and its multiprocessor issues the instructions of all programs that it holds.
 So programs pass at the rate ``held / (phases * LATENCY + held * issue)``, and the memory bounds the rate too. A phase
@@ -46,7 +46,7 @@ class Case(NamedTuple):
     """A configuration: a call of tests/backends/ahead_of_time.py, and how often its loops run.
 
     ``copies`` is the least memory traffic in copies of the logits. ``trips`` are the runs of loops by nesting depth.
-    With ``cuda``, the main kernel is the one in CUDA C++.
+    With ``cuda``, the main kernel is one in CUDA C++.
     """
 
     call: dict[str, Any]
@@ -60,12 +60,15 @@ def _cases() -> dict[str, Case]:
     classes = (2, 4, 14, 33, 117)
     for dtype in ("float32", "bfloat16"):
         for C in classes:
-            cases[f"cross_entropy C={C} {dtype}"] = Case({"operation": "cross_entropy", "C": C, "dtype": dtype})
+            call = {"operation": "cross_entropy", "C": C, "dtype": dtype}
+            cases[f"cross_entropy C={C} {dtype}"] = Case(call)
+            if C <= 4 and NVCC is not None:
+                cases[f"cross_entropy C={C} {dtype}, CUDA C++"] = Case(call, cuda=True)
     for dtype in ("float32", "bfloat16"):
-        for C in classes[1:]:
+        for C in (2, 4, 14, 32, 33, 117):
             call = {"operation": "cross_entropy", "C": C, "dtype": dtype, "layout": "channels_last"}
             cases[f"cross_entropy C={C} {dtype} channels-last"] = Case(call)
-            if C != 4 and NVCC is not None:
+            if NVCC is not None:
                 cases[f"cross_entropy C={C} {dtype} channels-last, CUDA C++"] = Case(call, cuda=True)
     for C in classes:
         cases[f"dice C={C}"] = Case({"operation": "hard_overlap", "C": C}, 1.5)
@@ -93,8 +96,8 @@ class Instruction(NamedTuple):
 
 
 UNUSUAL = (
-    "blockIdx.x / launch.tiles_per_item", "to[rest] = from[rest]", "<const uint16_t*>", "<const uint32_t*>",
-    "<const uint64_t*>",
+    "<const uint16_t*>", "<const uint32_t*>", "<const uint64_t*>", "to[rest] = from[rest]", "read<2>", "read<4>",
+    "read<8>", "set_any(", "replace(",
 )  # fmt: skip
 
 
@@ -113,7 +116,7 @@ def assembly(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, "-g", "-c", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, "-gi", "-c", file.name], capture_output=True, text=True, check=True).stdout
 
 
 def disassemble(cubin: bytes, kernel: str = "") -> tuple[list[Instruction], dict[str, int]]:
@@ -125,9 +128,9 @@ def disassemble(cubin: bytes, kernel: str = "") -> tuple[list[Instruction], dict
     unusual, is_new = False, True
     for line in text.splitlines():
         if found := re.match(r'\s*//## File "(.+?)", line (\d+)', line):
-            if is_new and kernel:  # the first of several is that of the innermost function
+            if kernel:  # several are those of a function and of its callers
                 source = lines_of(found[1])[int(found[2]) - 1]
-                unusual, is_new = any(part in source for part in UNUSUAL), False
+                unusual, is_new = any(part in source for part in UNUSUAL) or (unusual and not is_new), False
         elif found := re.match(r"\s*(\.L_\S+):\s*$", line):
             labels[found[1]] = len(code)
         elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*(.*?);", line):
@@ -267,44 +270,35 @@ def seconds_per_voxel(row: dict[str, Any], num_bytes: float, copy: float) -> flo
     return max(num_bytes / copy, 1 / rate)
 
 
-# ---- the kernel in CUDA C++ ----
+# ---- the kernels in CUDA C++ ----
 
 
 @cache
-def cubin_of_rows() -> bytes:
-    """Return the machine code of kernels/cross_entropy_rows.cu."""
+def cubin_of(name: str) -> bytes:
+    """Return the machine code of a file of CUDA kernels."""
     with tempfile.TemporaryDirectory() as folder:
-        to, specs = Path(folder) / "rows.cubin", [ROOT / "csrc/python/specs.py", ROOT / "calseg/operations.py"]
+        to, specs = Path(folder) / "kernels.cubin", [ROOT / "csrc/python/specs.py", ROOT / "calseg/operations.py"]
         subprocess.run([sys.executable, *specs, Path(folder) / "specs.h"], check=True)
-        source = ROOT / "kernels/cross_entropy_rows.cu"
-        command = [
-            NVCC,
-            "-cubin",
-            "-lineinfo",
-            "-arch=sm_90",
-            "-std=c++17",
-            f"-I{ROOT / 'csrc'}",
-            f"-I{folder}",
-            source,
-            "-o",
-            to,
-        ]
-        subprocess.run(command, check=True, capture_output=True)
+        command = [NVCC, "-cubin", "-lineinfo", "-arch=sm_90", "-std=c++17", f"-I{ROOT / 'csrc'}", f"-I{folder}"]
+        source = ROOT / f"kernels/{name}.cu"
+        subprocess.run([*command, source, "-o", to], check=True, capture_output=True)
         return to.read_bytes()
 
 
 def classes_at_once(C: int) -> int:
     """Return how many classes a thread reads at once, as in csrc/cuda/plan.cpp."""
-    return 1 if C % 2 else 2 if C % 4 else 4
+    return next(at_once for at_once in (8, 4, 2, 1) if C % at_once == 0)
 
 
 def trips_of_rows(C: int, itemsize: int, voxels: int) -> tuple[float, ...]:
     """Return how often a warp runs each loop of the kernel, for a full tile in which no voxel is ignored.
 
-    The loops are pairs: rounds of several steps, and what is left. They copy the tile in, walk along a row three times,
-    walk along that of an ignored voxel, and copy the tile out.
+    The loops copy the tile in, walk along a row three times, walk along that of an ignored voxel, and copy the tile
+    out. They are pairs: rounds of several steps, and what is left. With a multiple of 8 classes nothing is left.
     """
     whole, warps = voxels * C * itemsize // 16, range(0, voxels, 32)
+    if classes_at_once(C) == 8:
+        return (whole // voxels, C // 8, C // 8, C // 8, 0, whole // voxels)
     steps = [[-(-max(0, whole - warp - lane) // voxels) for lane in range(32)] for warp in warps]
     rounds = sum(max(n // 4 for n in lanes) for lanes in steps) / len(warps)
     rest = sum(max(n % 4 for n in lanes) for lanes in steps) / len(warps)
@@ -312,20 +306,24 @@ def trips_of_rows(C: int, itemsize: int, voxels: int) -> tuple[float, ...]:
     return (rounds, rest, *walk, *walk, *walk, 0, 0, rounds, rest)
 
 
-def row_of_rows(C: int, dtype: str, num_bytes: float) -> dict[str, Any]:
-    """Return the row of the kernel in a call without class weights and label smoothing."""
+def row_of_cuda(C: int, dtype: str, in_rows: bool, num_bytes: float) -> dict[str, Any]:
+    """Return the row of the kernel of few classes or of rows, in a call without class weights and label smoothing."""
     import ahead_of_time
 
-    from calseg.backends.cuda import ROW_VOXELS
+    from calseg.backends.cuda import ALIGN, FEW_CLASSES, FEW_THREADS, ROW_VOXELS
 
     itemsize, number = (4, "If") if dtype == "float32" else (2, "4BF16E")
-    name = f"{number}Li{classes_at_once(C)}ELb1E"
-    cubin, num_warps = cubin_of_rows(), ROW_VOXELS // 32
-    resources = ahead_of_time.resources(cubin, name)
-    resources["shared"] += ROW_VOXELS * C * itemsize + 4 * num_warps
-    row = counted(cubin, resources, ROW_VOXELS, num_warps, trips_of_rows(C, itemsize, ROW_VOXELS), name, in_order=True)
-    return {"kernel": "cross_entropy_rows", "tile": ROW_VOXELS, "num_warps": num_warps, **resources, **row,
-            "bytes": num_bytes}  # fmt: skip
+    if C in FEW_CLASSES:
+        kernel, instance, threads = "cross_entropy_few", f"{number}Li{C}ELb{in_rows:d}E", FEW_THREADS
+        tile, trips = FEW_THREADS * ALIGN // itemsize, ()
+    else:
+        kernel, instance, threads = "cross_entropy_rows", f"{number}Li{classes_at_once(C)}ELb1E", ROW_VOXELS
+        tile, trips = ROW_VOXELS, trips_of_rows(C, itemsize, ROW_VOXELS)
+    cubin, num_warps = cubin_of(kernel), threads // 32
+    resources = ahead_of_time.resources(cubin, instance)
+    resources["shared"] += 4 * num_warps + (tile * C * itemsize if in_rows else 0)
+    row = counted(cubin, resources, tile, num_warps, trips, instance, in_order=True)
+    return {"kernel": kernel, "tile": tile, "num_warps": num_warps, **resources, **row, "bytes": num_bytes}
 
 
 # ---- configurations ----
@@ -364,16 +362,17 @@ def rows_of(case: Case) -> list[dict[str, Any]]:
              "bytes": bytes_moved(arguments, voxels)}
         )  # fmt: skip
 
-    def count_rows(given: Any, spec: Any, gradients: Any, grad_output: Any, *_: Any) -> None:
+    def count_in_cuda(given: Any, spec: Any, gradients: Any, grad_output: Any, *_: Any) -> None:
         tensors = [tensor for tensor in (given.logits, gradients.logits, spec.labels.tensor) if tensor is not None]
         voxels = spec.labels.tensor.numel()
         moved = sum(tensor.nbytes for tensor in tensors) / voxels
-        rows.append(row_of_rows(given.logits.shape[1], case.call["dtype"], moved))
+        in_rows = given.logits.stride(1) == 1
+        rows.append(row_of_cuda(given.logits.shape[1], case.call["dtype"], in_rows, moved))
 
     launch.launch_kernel = count
     extension = SimpleNamespace(
         geometry=native.extension.geometry, CUDA_ARCHITECTURES=["90-real"] if case.cuda else [],
-        cuda_cross_entropy=count_rows,
+        cuda_cross_entropy=count_in_cuda,
     )  # fmt: skip
     with (
         patch.object(native, "extension", extension), patch.object(cuda, "DEVICES", ("cpu",)),

@@ -17,6 +17,7 @@
 #include "cuda/device.h"
 #include "cuda/plan.h"
 #include "cuda/scalar.h"
+#include "cuda/numbers.h"
 #include "cuda/thread.h"
 #include "voxel/calibration.h"
 

@@ -7,12 +7,13 @@
 //
 // A block copies the rows of its tile to shared memory, 16 bytes a thread at once. Then each thread has a voxel: it walks
 // along its row three times, and leaves the gradient there. At last the block copies the rows to the gradient. In one step
-// of the walk, a thread reads 1, 2 or 4 classes, so that the number of its steps is odd unless C is a multiple of 8. Then no
-// two threads that read at the same time use the same memory bank.
-#include <type_traits>
-
+// of the walk, a thread reads 1, 2 or 4 classes, so that the number of its steps is odd. Then no two threads that read at the
+// same time use the same memory bank. If C is a multiple of 8, it reads 16 bytes, and rows have a gap of 16 bytes where the
+// number of their steps is even.
 #include "cuda/caller.h"
+#include "cuda/cross_entropy.h"
 #include "cuda/device.h"
+#include "cuda/numbers.h"
 #include "cuda/plan.h"
 #include "cuda/scalar.h"
 #include "cuda/thread.h"
@@ -22,50 +23,16 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-constexpr int kRowWarps = kRowVoxels / kCudaWarp;
 constexpr int kRowBlocks = 10;     // least number of blocks whose registers must fit a multiprocessor at once
 constexpr int kCopiesAtOnce = 4;   // of a thread
 constexpr int kClassesAtOnce = 8;  // that the walk along a row has in one round of its loop
 
-CALSEG_INLINE void narrow(float x, float& to) { to = x; }
-CALSEG_INLINE void narrow(float x, BF16& to) { to.bits = narrow_bfloat(x); }
-CALSEG_INLINE void narrow(float x, F16& to) { to.bits = narrow_half(x); }
-
-// The two numbers of a word, and the word of two numbers.
-CALSEG_INLINE float lower(BF16, uint32_t word) { return float_of_bits(word << 16); }
-CALSEG_INLINE float upper(BF16, uint32_t word) { return float_of_bits(word & 0xffff0000u); }
-CALSEG_INLINE float lower(F16, uint32_t word) { return widen_half(static_cast<uint16_t>(word)); }
-CALSEG_INLINE float upper(F16, uint32_t word) { return widen_half(static_cast<uint16_t>(word >> 16)); }
-CALSEG_INLINE uint32_t pair(BF16, float low, float high) { return narrow_bfloats(low, high); }
-CALSEG_INLINE uint32_t pair(F16, float low, float high) { return narrow_halves(low, high); }
-
-// V adjacent classes of a row, as memory holds them.
-template <class From, int V>
-struct alignas(sizeof(From) * V) Adjacent {
-    static constexpr bool kPairs = sizeof(From) == 2 && V > 1;  // whether two numbers are in one word
-    std::conditional_t<kPairs, uint32_t, From> words[kPairs ? V / 2 : V];
-
-    CALSEG_MEMBER void read(float (&x)[V]) const {
-#pragma unroll
-        for (int j = 0; j < V; ++j) {
-            if constexpr (kPairs) x[j] = j % 2 ? upper(From(), words[j / 2]) : lower(From(), words[j / 2]);
-            else x[j] = widened(words[j]);
-        }
-    }
-    CALSEG_MEMBER void write(const float (&x)[V]) {
-#pragma unroll
-        for (int j = 0; j < V; ++j) {
-            if constexpr (!kPairs) narrow(x[j], words[j]);
-            else if (j % 2) words[j / 2] = pair(From(), x[j - 1], x[j]);
-        }
-    }
-};
-
-// Row of a voxel in shared memory.
+// Row of a voxel in shared memory. A thread reads V classes at once, or 16 bytes if that is less.
 template <class From, int V>
 class Row {
  public:
-    CALSEG_MEMBER Row(unsigned char* rows, int C) : data_(reinterpret_cast<From*>(rows) + static_cast<int>(threadIdx.x) * C), C_(C) {}
+    CALSEG_MEMBER Row(unsigned char* rows, int stride, int C)
+        : data_(reinterpret_cast<From*>(rows) + static_cast<int>(threadIdx.x) * stride), C_(C) {}
 
     CALSEG_MEMBER float operator[](int32_t c) const { return widened(data_[c]); }
     CALSEG_MEMBER void set(int32_t c, float x) const { narrow(x, data_[c]); }
@@ -78,25 +45,27 @@ class Row {
 #pragma unroll 1
         for (; c + kClassesAtOnce <= C_; c += kClassesAtOnce) {
 #pragma unroll
-            for (int j = 0; j < kClassesAtOnce; j += V) step<kWrite>(c + j, place + j, body);
+            for (int j = 0; j < kClassesAtOnce; j += kStep) step<kWrite>(c + j, place + j, body);
             place += kClassesAtOnce;
         }
 #pragma unroll 1
-        for (; c < C_; c += V) {
+        for (; V < kClassesAtOnce && c < C_; c += V) {
             step<kWrite>(c, place, body);
             place += V;
         }
     }
 
  private:
+    static constexpr int kMost = kCopyBytes / sizeof(From), kStep = V < kMost ? V : kMost;
+
     template <bool kWrite, class Body>
     static CALSEG_MEMBER void step(int c, From* place, const Body& body) {
-        auto* const adjacent = reinterpret_cast<Adjacent<From, V>*>(place);
-        Adjacent<From, V> numbers = *adjacent;
-        float x[V];
+        auto* const adjacent = reinterpret_cast<Adjacent<From, kStep>*>(place);
+        Adjacent<From, kStep> numbers = *adjacent;
+        float x[kStep];
         numbers.read(x);
 #pragma unroll
-        for (int j = 0; j < V; ++j) body(c + j, x[j]);
+        for (int j = 0; j < kStep; ++j) body(c + j, x[j]);
         if (kWrite) {
             numbers.write(x);
             *adjacent = numbers;
@@ -138,12 +107,13 @@ CALSEG_INLINE void store_number(const TensorView& to, int64_t n, int64_t s, floa
     }
 }
 
+struct alignas(kCopyBytes) Whole {
+    uint32_t words[4];
+};
+
 // Copies the rows of a tile, `count` numbers, by copy(to, from) for 16 bytes each. Both begin at multiples of 16 bytes.
 template <class From, class Copy>
 CALSEG_INLINE void copy_rows(From* to, const From* from, int count, const Copy& copy) {
-    struct alignas(kCopyBytes) Whole {
-        uint32_t words[4];
-    };
     constexpr int kNumbers = kCopyBytes / sizeof(From);
     const int thread = static_cast<int>(threadIdx.x), whole = count / kNumbers, rest = whole * kNumbers + thread;
     const Whole* place = reinterpret_cast<const Whole*>(from) + thread;
@@ -164,6 +134,16 @@ CALSEG_INLINE void copy_rows(From* to, const From* from, int count, const Copy& 
     }
     if (rest >= count) return;
     to[rest] = from[rest];
+}
+
+// Copies the rows of a tile by copy(row, dense) for 16 bytes each, where there may be a gap after each row.
+template <class Copy>
+CALSEG_INLINE void copy_apart(const CrossEntropyLaunch& launch, unsigned char* rows, void* dense, int bytes, const Copy& copy) {
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < bytes / kCopyBytes; i += kRowVoxels) {
+        const int row = static_cast<int>(static_cast<uint32_t>(i) / launch.per_row);
+        copy(reinterpret_cast<Whole*>(rows) + (i + row * launch.row_gap), static_cast<Whole*>(dense) + i);
+    }
 }
 
 // Computes the loss of a voxel whose logits are in its row, given the upstream gradient. If `gradient`, the row becomes that
@@ -204,87 +184,83 @@ CALSEG_INLINE float row_loss(const Row<From, V>& row, int32_t label, float upstr
     return result.loss;
 }
 
-// Returns the batch item of the block.
-CALSEG_INLINE unsigned item_of_block(const CrossEntropyLaunch& launch) {
-    if (launch.args.shape.N == 1) return 0;
-    return blockIdx.x / launch.tiles_per_item;
-}
-
-// Kernel whose threads read V classes at once. From is the type in which the logits are stored. kPlain says that there are
-// no class weights, no label smoothing, and no tensor with a number for each voxel but the labels.
+// Kernel whose threads read V classes at once. With 8, there may be gaps between rows. From is the type in which the logits are stored.
+// kPlain says that there are no class weights, no label smoothing, and no tensor with a number for each voxel but the labels.
 template <class From, int V, bool kPlain>
 __global__ void __launch_bounds__(kRowVoxels, kRowBlocks) cross_entropy_rows(const CrossEntropyLaunch launch) {
     const LossArgs& a = launch.args;
     const int thread = static_cast<int>(threadIdx.x), C = static_cast<int>(a.shape.C);
-    const unsigned n = item_of_block(launch);
-    const int64_t first = static_cast<int64_t>(blockIdx.x - n * launch.tiles_per_item) * kRowVoxels, left = a.shape.S - first;
+    const BlockTile tile(launch);
+    const unsigned n = tile.n;
+    const int64_t first = tile.first, left = a.shape.S - first;
     const int voxels = left < kRowVoxels ? static_cast<int>(left) : kRowVoxels;
-    float* const of_warps = reinterpret_cast<float*>(shared_memory());  // [kRowWarps]
+    float* const of_warps = reinterpret_cast<float*>(shared_memory());  // [warps]
     unsigned char* const rows = shared_memory() + launch.rows_offset;
     float* const weights = reinterpret_cast<float*>(shared_memory() + launch.weights_offset);  // [C], unless kPlain
 
     const auto row_of = [&](const Scores& tensor) { return static_cast<From*>(tensor.data) + (n * tensor.stride_n + first * C); };
-    copy_rows(reinterpret_cast<From*>(rows), row_of(a.tensors.logits), voxels * C, [](auto* to, auto* from) { copy_16_bytes(to, from); });
+    From* const logits = row_of(a.tensors.logits);
+    const int bytes = voxels * C * static_cast<int>(sizeof(From));
+    if (V == kClassesAtOnce) copy_apart(launch, rows, logits, bytes, [](auto* row, auto* dense) { copy_16_bytes(row, dense); });
+    else copy_rows(reinterpret_cast<From*>(rows), logits, voxels * C, [](auto* to, auto* from) { copy_16_bytes(to, from); });
     if (!kPlain)
         for (int c = thread; c < C; c += kRowVoxels) weights[c] = a.spec.weight.data ? static_cast<float>(a.spec.weight.data[c]) : 1.0f;
     const bool inside = thread < voxels;
     const int32_t label = inside ? load_label(a.spec.labels.tensor, launch.labels, n, first + thread) : kSkipped;
-    const float factor = static_cast<float>(a.spec.scale) * (launch.factor ? *launch.factor : 1.0f);
-    float upstream = launch.divisor ? factor / *launch.divisor : factor;
+    const Factors factors(launch);
+    float upstream = factors.upstream;
     if (!kPlain && a.upstream.grad_output.data && inside) upstream *= load_number(a.upstream.grad_output, n, first + thread);
     wait_for_copies();
     __syncthreads();
 
-    const Row<From, V> row(rows, C);
+    const Row<From, V> row(rows, V == kClassesAtOnce ? C + launch.row_gap * static_cast<int>(kCopyBytes / sizeof(From)) : C, C);
     float loss = 0.0f;
     if (label != kSkipped) loss = row_loss<From, V, kPlain>(row, label, upstream, a.spec, C, weights, a.gradients.logits.data);
     else if (inside) row.template walk<true>([](int, float& x) { x = 0.0f; });
-    if (!kPlain && a.loss.data && inside) store_number(a.loss, n, first + thread, factor * loss);
+    if (!kPlain && a.loss.data && inside) store_number(a.loss, n, first + thread, factors.of_loss * loss);
 
-    for (int step = kCudaWarp / 2; step > 0; step /= 2) loss += __shfl_down_sync(kAllLanes, loss, step);
-    if (lane() == 0) of_warps[warp()] = loss;
-    __syncthreads();
-    if (thread == 0 && launch.partials) {
-        float sum = 0.0f;
-        for (int w = 0; w < kRowWarps; ++w) sum += of_warps[w];
-        launch.partials[blockIdx.x] = sum;
-    }
-    if (a.gradients.logits.data)
-        copy_rows(row_of(a.gradients.logits), reinterpret_cast<const From*>(rows), voxels * C, [](auto* to, auto* from) { *to = *from; });
+    store_partial<kRowVoxels>(launch, loss, of_warps);  // after it, all rows are those of the gradient
+    if (!a.gradients.logits.data) return;
+    From* const gradient = row_of(a.gradients.logits);
+    if (V == kClassesAtOnce) copy_apart(launch, rows, gradient, bytes, [](auto* row, auto* dense) { *dense = *row; });
+    else copy_rows(gradient, reinterpret_cast<const From*>(rows), voxels * C, [](auto* to, auto* from) { *to = *from; });
 }
 
 // ---- launch, on the host ----
 
-using Function = void (*)(CrossEntropyLaunch);
+using RowKernel = void (*)(CrossEntropyLaunch);
 
 template <class From, int V>
-Function kernel_of(const CrossEntropyLaunch& launch) {
+RowKernel row_kernel(const CrossEntropyLaunch& launch) {
     return launch.plain ? cross_entropy_rows<From, V, true> : cross_entropy_rows<From, V, false>;
 }
 
 template <class From>
-Function kernel_of_rows(const CrossEntropyLaunch& launch) {
-    return launch.vector == 1 ? kernel_of<From, 1>(launch) : launch.vector == 2 ? kernel_of<From, 2>(launch) : kernel_of<From, 4>(launch);
+RowKernel row_kernel(const CrossEntropyLaunch& launch) {
+    return launch.vector == 1   ? row_kernel<From, 1>(launch)
+           : launch.vector == 2 ? row_kernel<From, 2>(launch)
+           : launch.vector == 4 ? row_kernel<From, 4>(launch)
+                                : row_kernel<From, 8>(launch);
 }
 
-Function kernel_of_launch(const CrossEntropyLaunch& launch) {
+RowKernel row_kernel(const CrossEntropyLaunch& launch) {
     switch (launch.args.tensors.logits.dtype) {
         case DType::bf16:
-            return kernel_of_rows<BF16>(launch);
+            return row_kernel<BF16>(launch);
         case DType::f16:
-            return kernel_of_rows<F16>(launch);
+            return row_kernel<F16>(launch);
         default:
-            return kernel_of_rows<float>(launch);
+            return row_kernel<float>(launch);
     }
 }
 
 }  // namespace
 }  // namespace CALSEG_ISA
 
-void cuda_cross_entropy(const CrossEntropyLaunch& launch, int device, void* stream) {
+void cuda_cross_entropy_rows(const CrossEntropyLaunch& launch, int device, void* stream) {
     using namespace CALSEG_ISA;
     const Caller cuda("cross_entropy on CUDA", device);
-    const auto kernel = kernel_of_launch(launch);
+    const RowKernel kernel = row_kernel(launch);
     if (launch.blocks() == 0) return;
     // Ask for the most in every call, because the call of another thread may come between this line and the launch.
     if (launch.shared_bytes > kAlwaysShared)

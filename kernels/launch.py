@@ -136,36 +136,36 @@ def num_programs(geometry: Geometry, tile: Tile) -> int:
 class Plan(NamedTuple):
     """What the shapes, the strides and the dtypes of a call say of its launches.
 
-    ``rows`` says that the main kernel is one in CUDA C++, for rows of classes. A program is a block of its threads.
+    ``in_cuda`` says that the main kernel is one in CUDA C++. A program is a block of its threads.
     """
 
     geometry: Geometry
     tile: Tile
     num_warps: int
     programs: int
-    rows: bool = False
+    in_cuda: bool = False
 
 
 def plan(
-    demands: TileDemands, geometry: Geometry, scores: Sequence[Tensor | None], row_voxels: int | None = None
+    demands: TileDemands, geometry: Geometry, scores: Sequence[Tensor | None], block_voxels: int | None = None
 ) -> Plan:
     """Return the plan of a call with these tensors with a class axis. An absent one is None.
 
-    ``row_voxels`` is the number of voxels of a block of the kernel for rows, if that one is to run.
+    ``block_voxels`` is the number of voxels of a block of the kernel in CUDA C++, if that one is to run.
 
     Raises:
         ValueError: there are more voxels than programs can take.
     """
     present = [tensor for tensor in scores if tensor is not None]
-    if row_voxels is not None:
-        tile, num_warps = Tile(power_of_two(geometry.C), row_voxels), row_voxels // WARP
+    if block_voxels is not None:
+        tile, num_warps = Tile(power_of_two(geometry.C), block_voxels), 4
     else:
         tile, num_warps = choose_tile(demands, geometry, min(tensor.element_size() for tensor in present))
     programs = num_programs(geometry, tile)
     if programs > MAX_PROGRAMS:
         voxels, most = geometry.N * geometry.S, MAX_PROGRAMS * tile.TILE
         raise ValueError(f"{tuple(present[0].shape)}: got {voxels} voxels, wanted up to {most} on a GPU")
-    return Plan(geometry, tile, num_warps, programs, row_voxels is not None)
+    return Plan(geometry, tile, num_warps, programs, block_voxels is not None)
 
 
 class Call:
@@ -177,10 +177,10 @@ class Call:
         voxels: the tensors without a class axis. An absent one is None.
     """
 
-    __slots__ = ("C", "S", "geometry", "like", "num_warps", "programs", "rows", "scores", "tile", "voxels")
+    __slots__ = ("C", "S", "geometry", "in_cuda", "like", "num_warps", "programs", "scores", "tile", "voxels")
 
     def __init__(self, plan: Plan, scores: Sequence[Tensor | None], voxels: Sequence[Tensor | None] = ()) -> None:
-        self.geometry, self.tile, self.num_warps, self.programs, self.rows = plan
+        self.geometry, self.tile, self.num_warps, self.programs, self.in_cuda = plan
         _, self.C, self.S, of_scores, of_voxels = plan.geometry
         self.like = next(tensor for tensor in scores if tensor is not None)
         self.scores, self.voxels = _views(scores, of_scores), _views(voxels, of_voxels)

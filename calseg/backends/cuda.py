@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -72,53 +73,93 @@ def calibration_bins(spec: BinsSpec, scores: Tensor) -> tuple[Tensor, Tensor]:
     return sums.view(items, kinds, spec.n_bins, 3), totals.view(items, 6)
 
 
-# ---- cross-entropy of rows of classes: the main kernel of the Triton backend, which calls it ----
+# ---- cross-entropy: main kernels of the Triton backend, which calls them ----
 
+LOSS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ALIGN = 16  # bytes that a thread reads or copies at once
+
+# of rows: the classes of a voxel are adjacent, and each voxel is a row
 ROW_VOXELS = 128  # of a block, as in csrc/cuda/plan.h
 MOST_ROW_BYTES = 64 * 1024  # of a tile, as in csrc/cuda/plan.h
-ROW_ALIGN = 16  # bytes that are copied at once
-FEWEST_BLOCKS = 256  # with fewer, a call is over before the next launch. Triton's kernel needs no launch beside it
-ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FEWEST_ROWS = 2**15  # with fewer, a call is over before the next launch. Triton's kernel needs no launch beside it
+
+# of few classes, in rows or with the voxels of a class adjacent
+FEW_THREADS = 128  # of a block, as in csrc/cuda/plan.h
+FEW_CLASSES = (2, 3, 4)
+AT_ONCE_VOXELS = 2**21  # up to as many, Triton's kernel adds up the loss without another launch
 
 
-def takes_rows(tensors: LossTensors, gradients: LossTensors, spec: LossSpec) -> bool:
-    """Return whether the kernel may compute a loss, by all but the geometry: see :func:`are_rows`."""
+def kernel_of(
+    spec: LossSpec, tensors: LossTensors, gradients: LossTensors, voxels: Sequence[Tensor | None] = ()
+) -> str | None:
+    """Return the kernel that may compute a loss, "few" or "rows", by all but the geometry: see :func:`block_voxels`.
+
+    Args:
+        spec: the loss and its options.
+        tensors: the tensors of the loss.
+        gradients: the tensors that receive the gradients.
+        voxels: the tensors with a number for each voxel but the labels. An absent one is None.
+
+    Returns:
+        None if no kernel can compute it.
+    """
     logits, gradient = tensors.logits, gradients.logits
     if spec.operation != "cross_entropy" or logits is None or tensors.soft_labels is not None or spec.labels is None:
-        return False
-    if logits.stride(class_axis(logits)) != 1 or logits.dtype not in ROW_DTYPES or logits.device.type not in DEVICES:
-        return False
-    label_dtype = spec.labels.tensor.dtype
-    if label_dtype.is_floating_point or label_dtype == torch.bool:
-        return False
-    if gradient is not None and (gradient.dtype != logits.dtype or gradient.data_ptr() % ROW_ALIGN):
-        return False
-    return logits.data_ptr() % ROW_ALIGN == 0 and error(logits) is None
+        return None
+    if logits.dtype not in LOSS_DTYPES or logits.device.type not in DEVICES or logits.data_ptr() % ALIGN:
+        return None
+    if gradient is not None and (gradient.dtype != logits.dtype or gradient.data_ptr() % ALIGN):
+        return None
+    labels = spec.labels.tensor
+    if labels.dtype.is_floating_point or labels.dtype == torch.bool or error(logits) is not None:
+        return None
+    axis = class_axis(logits)
+    is_plain = spec.weight is None and not spec.label_smoothing and all(each is None for each in voxels)
+    if is_plain and logits.shape[axis] in FEW_CLASSES and labels.data_ptr() % ALIGN == 0:
+        return "few"
+    return "rows" if logits.stride(axis) == 1 else None
 
 
-def are_rows(geometry: Any, itemsize: int) -> bool:
-    """Return whether the kernel should take tensors of this geometry (:class:`calseg.kernels.launch.Geometry`).
+def block_voxels(kernel: str, geometry: Any, itemsize: int, label_itemsize: int) -> int | None:
+    """Return the number of voxels of a block, or None if the kernel should not take tensors of this geometry.
 
-    Each item must be rows of classes that follow one another, from a multiple of 16 bytes on.
+    Args:
+        kernel: a result of :func:`kernel_of`.
+        geometry: the shape and the strides, :class:`calseg.kernels.launch.Geometry`.
+        itemsize: the bytes of a logit.
+        label_itemsize: the bytes of a label.
     """
     N, C, S, scores, _ = geometry
-    if not _is_faster_in_rows(C) or C * ROW_VOXELS * itemsize > MOST_ROW_BYTES:
+    if kernel == "few" and _are_vectors(geometry, itemsize, label_itemsize):
+        enough = N * S >= FEWEST_ROWS if C == 3 and scores[0][1] == 1 else N * S > AT_ONCE_VOXELS
+        return FEW_THREADS * ALIGN // itemsize if enough else None
+    if not _is_faster_in_rows(C, itemsize) or C * ROW_VOXELS * itemsize > MOST_ROW_BYTES or N * S < FEWEST_ROWS:
+        return None
+    return ROW_VOXELS if _are_rows(geometry, itemsize) else None
+
+
+def _are_rows(geometry: Any, itemsize: int) -> bool:
+    """Return whether each item is rows of classes that follow one another, from a multiple of 16 bytes on."""
+    _, C, _, scores, _ = geometry
+    return all(c == 1 and s == C and n * itemsize % ALIGN == 0 for n, c, s in scores)
+
+
+def _are_vectors(geometry: Any, itemsize: int, label_itemsize: int) -> bool:
+    """Return whether a thread can have 16 bytes of each class, from a multiple of 16 bytes on, and labels likewise."""
+    _, _, S, scores, ((n, _, s), *_) = geometry
+    if S % (ALIGN // itemsize) or s != 1 or n * label_itemsize % ALIGN:
         return False
-    if N * -(-S // ROW_VOXELS) < FEWEST_BLOCKS:
-        return False
-    return all(c == 1 and s == C and n * itemsize % ROW_ALIGN == 0 for n, c, s in scores)
+    in_planes = all(s == 1 and n * itemsize % ALIGN == c * itemsize % ALIGN == 0 for n, c, s in scores)
+    return in_planes or _are_rows(geometry, itemsize)
 
 
-def _is_faster_in_rows(num_classes: int) -> bool:
-    """Return whether Triton's kernel takes more time by the count of benchmarks/instructions.py.
-
-    A multiple of 8 classes has conflicts of memory banks in rows, and is what Triton's kernel does best.
-    """
-    return num_classes > 2 and num_classes != 4 and num_classes % 8 != 0
+def _is_faster_in_rows(num_classes: int, itemsize: int) -> bool:
+    """Return whether Triton's kernel takes more time by the count of benchmarks/instructions.py."""
+    return num_classes > 2 and num_classes != 4 and (num_classes != 8 or itemsize == 4)
 
 
-def cross_entropy_rows(blocks: int, spec: LossSpec, given: Any) -> None:
-    """Launch the kernel in place of that of ``calseg.kernels.cross_entropy``, with the same arguments.
+def cross_entropy(blocks: int, spec: LossSpec, given: Any) -> None:
+    """Launch a kernel in place of that of ``calseg.kernels.cross_entropy``, with the same arguments.
 
     Args:
         blocks: the number of partial sums.

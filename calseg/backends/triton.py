@@ -4,8 +4,9 @@ Only :func:`calibration_bins` makes the host wait for the GPU. In every other ca
 stay on the device: the divisor of the mean, the loss, the upstream factor, and a seed given as a tensor. So these calls
 can be captured into a CUDA graph.
 
-Where the extension has it, the main kernel of cross-entropy with one-hot labels is one in CUDA C++ if the classes of a
-voxel are adjacent. :func:`calseg.backends.cuda.takes_rows` and :func:`calseg.backends.cuda.are_rows` say when.
+Where the extension has it, the main kernel of cross-entropy with one-hot labels is one in CUDA C++, if the classes are
+few, or those of a voxel adjacent: see :func:`calseg.backends.cuda.kernel_of` and
+:func:`calseg.backends.cuda.block_voxels`.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def _loss(
     label_tensor = None if spec.labels is None else spec.labels.tensor
     call = _call(
         operation.tile_demands(spec, tensors), (*tensors, *gradients), (label_tensor, upstream, per_voxel),
-        rows=cuda.takes_rows(tensors, gradients, spec),
+        cuda.kernel_of(spec, tensors, gradients, (upstream, per_voxel)),
     )  # fmt: skip
     if call.programs == 0:
         value = math.nan if spec.reduction == "mean" else 0.0
@@ -122,9 +123,9 @@ def _loss(
         return per_voxel if per_voxel is not None else nothing, None
     _check_labels(spec.labels, call.C)
     reduced = grad_output is None and per_voxel is None
-    given = _loss_arguments(call, spec, factor, reduced=reduced, at_once=at_once and not call.rows)
-    if call.rows:
-        cuda.cross_entropy_rows(call.programs, spec, given)
+    given = _loss_arguments(call, spec, factor, reduced=reduced, at_once=at_once and not call.in_cuda)
+    if call.in_cuda:
+        cuda.cross_entropy(call.programs, spec, given)
     else:
         operation.launch(call, spec, given)
     if per_voxel is not None:
@@ -398,16 +399,16 @@ _plans: dict[tuple[Any, ...], Plan] = {}
 
 
 def _call(
-    demands: TileDemands, scores: Sequence[Tensor | None], voxels: Sequence[Tensor | None] = (), items: bool = False,
-    rows: bool = False,
+    demands: TileDemands, scores: Sequence[Tensor | None], voxels: Sequence[Tensor | None] = (),
+    kernel: str | None = None, *, items: bool = False,
 ) -> Call:  # fmt: skip
     """Return the call of a kernel on these tensors. With ``items``, batch items are never merged.
 
-    With ``rows``, the kernel in CUDA C++ takes tensors that are rows of classes. The plan is kept for tensors of the
-    same shapes, strides and dtypes.
+    ``kernel`` is one in CUDA C++, which takes the tensors if their geometry suits it: see
+    :func:`calseg.backends.cuda.block_voxels`. The plan is kept for tensors of the same shapes, strides and dtypes.
     """
     key = (
-        demands, items, rows, len(scores),
+        demands, items, kernel, len(scores),
         *[None if t is None else (t.shape, t.stride(), t.dtype) for t in (*scores, *voxels)],
     )  # fmt: skip
     kept = _plans.get(key)
@@ -416,8 +417,11 @@ def _call(
             _plans.clear()
         geometry = geometry_of_items(scores, voxels) if items else geometry_of(scores, voxels)
         itemsize = max(t.element_size() for t in scores if t is not None)
-        row_voxels = cuda.ROW_VOXELS if rows and cuda.are_rows(geometry, itemsize) else None
-        kept = _plans[key] = plan(demands, geometry, scores, row_voxels)
+        block_voxels = None
+        if kernel is not None:
+            label_itemsize = next(t.element_size() for t in voxels if t is not None)  # the labels come first
+            block_voxels = cuda.block_voxels(kernel, geometry, itemsize, label_itemsize)
+        kept = _plans[key] = plan(demands, geometry, scores, block_voxels)
     return Call(kept, scores, voxels)
 
 

@@ -23,6 +23,13 @@ static __device__ __forceinline__ float exp2_flushed(float x) {
     return y;
 }
 
+// Computes 1 / x with an error of up to 1 ulp. Numbers below the smallest normal number count as 0, in x and in the result.
+static __device__ __forceinline__ float reciprocal_flushed(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 static __device__ __forceinline__ float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 static __device__ __forceinline__ float widen_half(uint16_t bits) { return __half2float(__half_raw{bits}); }
 

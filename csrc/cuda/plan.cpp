@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <string>
 
 #include "host/geometry.h"
 
@@ -45,16 +46,46 @@ LabelRange label_range(const Labels& labels, int64_t C) {
     r.classes = static_cast<uint64_t>(C) <= highest ? static_cast<uint64_t>(C) : highest + 1;
     r.ignored = static_cast<uint64_t>(ignored) & all;
     r.ignores = ignored >= 0 ? static_cast<uint64_t>(ignored) <= highest : is_signed && static_cast<uint64_t>(-(ignored + 1)) <= highest;
+    r.ignores_class = r.ignores && r.ignored < r.classes;
     return r;
 }
 
-// Throws unless the voxels of each item are rows that follow one another, from a multiple of 16 bytes on.
-void check_rows(const TensorView& rows, DType dtype, const Shape& shape, int itemsize) {
-    const bool known = dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::f16;
-    const bool dense = rows.stride_c == 1 && (rows.stride_s == shape.C || shape.S == 1);
-    const bool aligned = reinterpret_cast<uintptr_t>(rows.data) % kCopyBytes == 0 && rows.stride_n * itemsize % kCopyBytes == 0;
-    if (!known || !dense || !aligned || rows.dtype != dtype)
-        throw std::invalid_argument("cross_entropy on CUDA: wanted dense rows of one dtype that begin at multiples of 16 bytes");
+// Returns whether a tensor and its items begin at multiples of 16 bytes.
+bool is_aligned(const TensorView& tensor, int itemsize) {
+    return reinterpret_cast<uintptr_t>(tensor.data) % kCopyBytes == 0 && tensor.stride_n * itemsize % kCopyBytes == 0;
+}
+
+// Returns whether the voxels of each item are rows that follow one another, from a multiple of 16 bytes on.
+bool is_in_rows(const TensorView& scores, const Shape& shape, int itemsize) {
+    return scores.stride_c == 1 && (scores.stride_s == shape.C || shape.S == 1) && is_aligned(scores, itemsize);
+}
+
+// Returns whether each class of each item is dense, from a multiple of 16 bytes on.
+bool is_in_planes(const TensorView& scores, int itemsize) {
+    return scores.stride_s == 1 && scores.stride_c * itemsize % kCopyBytes == 0 && is_aligned(scores, itemsize);
+}
+
+// Plans the kernel of few classes.
+void plan_few(CrossEntropyLaunch& launch, int itemsize) {
+    launch.vector = kCopyBytes / itemsize;
+    launch.tile = kFewThreads * launch.vector;
+    launch.rows_offset = std::max(kCopyBytes, kFewThreads / kCudaWarp * static_cast<int>(sizeof(float)));
+    const int slots[] = {kFewSlots<2>, kFewSlots<3>, kFewSlots<4>};
+    const int of_rows = launch.in_rows ? slots[launch.args.shape.C - kFewLeast] * kFewThreads / kCudaWarp : 0;
+    launch.shared_bytes = launch.rows_offset + of_rows * kCopyBytes;
+}
+
+// Plans the kernel of rows.
+void plan_rows(CrossEntropyLaunch& launch, int itemsize) {
+    const int64_t C = launch.args.shape.C, row_bytes = C * kRowVoxels * itemsize;
+    if (row_bytes > kMostRowBytes) throw std::invalid_argument("cross_entropy on CUDA: wanted fewer classes");
+    launch.vector = C % 2 ? 1 : C % 4 ? 2 : C % 8 ? 4 : 8;
+    launch.tile = kRowVoxels;
+    const auto parts = static_cast<uint32_t>(C * itemsize / kCopyBytes);
+    if (launch.vector == 8) launch.per_row = quick_divisor(parts), launch.row_gap = parts % 2 == 0;
+    launch.rows_offset = kRowVoxels / kCudaWarp * static_cast<int>(sizeof(float));
+    launch.weights_offset = launch.rows_offset + static_cast<int>(row_bytes) + kRowVoxels * launch.row_gap * kCopyBytes;
+    launch.shared_bytes = launch.weights_offset + (launch.plain ? 0 : static_cast<int>(C * sizeof(float)));
 }
 
 }  // namespace
@@ -100,24 +131,42 @@ void set_blocks(CalibrationLaunch& launch, const CudaLimits& limits, int64_t res
     launch.blocks_per_group = std::min(std::max(wave, fewest), launch.tiles_per_group);
 }
 
+QuickDivisor quick_divisor(uint32_t divisor) {
+    QuickDivisor d;
+    while (uint64_t{1} << d.shift < divisor) ++d.shift;
+    d.multiplier = static_cast<uint32_t>((uint64_t{1} << 31 << d.shift) / divisor + 1);
+    return d;
+}
+
 CrossEntropyLaunch cross_entropy_launch(const LossArgs& args) {
     CrossEntropyLaunch launch;
     launch.args = args;
     LossArgs& a = launch.args;
     TensorView* const views[] = {&a.tensors.logits, &a.gradients.logits, &a.spec.labels.tensor, &a.upstream.grad_output, &a.loss};
     merge_items(a.shape, views, 5);
-    const int itemsize = a.tensors.logits.dtype == DType::f32 ? 4 : 2;
-    for (const Scores* rows : {&a.tensors.logits, &a.gradients.logits})
-        if (*rows) check_rows(*rows, a.tensors.logits.dtype, a.shape, itemsize);
-    const int64_t C = a.shape.C, row_bytes = C * kRowVoxels * itemsize;
-    if (row_bytes > kMostRowBytes) throw std::invalid_argument("cross_entropy on CUDA: wanted fewer classes");
+    const DType dtype = a.tensors.logits.dtype;
+    if ((dtype != DType::f32 && dtype != DType::bf16 && dtype != DType::f16) || (a.gradients.logits && a.gradients.logits.dtype != dtype))
+        throw std::invalid_argument("cross_entropy on CUDA: wanted logits and gradients of one dtype that the kernels have");
+    const int itemsize = dtype == DType::f32 ? 4 : 2;
+    const int64_t C = a.shape.C;
     launch.labels = label_range(a.spec.labels, C);
     launch.plain = !a.spec.weight.data && a.spec.label_smoothing == 0.0 && !a.upstream.grad_output && !a.loss;
-    launch.vector = C % 2 ? 1 : C % 4 ? 2 : 4;
-    launch.tiles_per_item = static_cast<unsigned>((a.shape.S + kRowVoxels - 1) / kRowVoxels);
-    launch.rows_offset = kRowVoxels / kCudaWarp * static_cast<int>(sizeof(float));
-    launch.weights_offset = launch.rows_offset + static_cast<int>(row_bytes);
-    launch.shared_bytes = launch.weights_offset + (launch.plain ? 0 : static_cast<int>(C * sizeof(float)));
+    launch.scale = static_cast<float>(a.spec.scale);
+    bool in_planes = true;
+    launch.in_rows = true;
+    for (const Scores* scores : {&a.tensors.logits, &a.gradients.logits}) {
+        if (!*scores) continue;
+        launch.in_rows = launch.in_rows && is_in_rows(*scores, a.shape, itemsize);
+        in_planes = in_planes && is_in_planes(*scores, itemsize);
+    }
+    const TensorView& labels = a.spec.labels.tensor;
+    const bool in_vectors = a.shape.S % (kCopyBytes / itemsize) == 0 && labels.stride_s == 1 && is_aligned(labels, launch.labels.bytes);
+    launch.few = launch.plain && C >= kFewLeast && C <= kFewMost && in_vectors && (launch.in_rows || in_planes);
+    if (!launch.few && !launch.in_rows)
+        throw std::invalid_argument("cross_entropy on CUDA: wanted dense rows that begin at multiples of 16 bytes, or few classes");
+    (launch.few ? plan_few : plan_rows)(launch, itemsize);
+    launch.tiles_per_item = static_cast<unsigned>((a.shape.S + launch.tile - 1) / launch.tile);
+    launch.per_item = quick_divisor(std::max(launch.tiles_per_item, 1u));
     return launch;
 }
 

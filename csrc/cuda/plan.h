@@ -13,10 +13,11 @@ constexpr int64_t kMostVoxels = 127;  // most voxels of a thread: 32 bits hold t
 
 // Numbers with which labels of any integer dtype are compared, after their bits are read as an unsigned number.
 struct LabelRange {
-    int bytes = 1;         // size of a label
-    uint64_t classes = 0;  // labels below this number are classes
-    uint64_t ignored = 0;  // label of ignored voxels
-    bool ignores = false;  // whether a label of the dtype can equal ignore_index
+    int bytes = 1;               // size of a label
+    uint64_t classes = 0;        // labels below this number are classes
+    uint64_t ignored = 0;        // label of ignored voxels
+    bool ignores = false;        // whether a label of the dtype can equal ignore_index
+    bool ignores_class = false;  // whether that label is below `classes`
 };
 
 // ---- calibration_bins ----
@@ -70,35 +71,61 @@ void set_blocks(CalibrationLaunch& launch, const CudaLimits& limits, int64_t res
 // std::runtime_error with the message of CUDA.
 void cuda_calibration_bins(const BinsArgs& args, int64_t* faults, int device, void* stream);
 
-// ---- cross_entropy of rows ----
+// ---- cross_entropy ----
 
+constexpr int kCopyBytes = 16;  // bytes that a thread reads, copies and writes at once
+
+// Of rows:
 constexpr int kRowVoxels = 128;                  // voxels of a block: each thread has one
 constexpr int64_t kMostRowBytes = 64 * 1024;     // most bytes of a tile
 constexpr int64_t kMostSharedBytes = 68 * 1024;  // of a block, with class weights: every GPU from compute capability 8.0 on has them
 constexpr int64_t kAlwaysShared = 48 * 1024;     // bytes of shared memory that a block may have without asking
-constexpr int kCopyBytes = 16;                   // bytes that a thread copies at once
 
-// Cross-entropy with one-hot labels, of logits whose classes are adjacent: each voxel is a row, and the next row follows.
+// Of few classes:
+constexpr int kFewThreads = 128;  // threads of a block: each has kCopyBytes of every class
+constexpr int kFewLeast = 2, kFewMost = 4;
+template <int C>
+constexpr int kFewSlots = kCudaWarp * C * (C % 2 ? 8 : 9) / 8;  // vectors of kCopyBytes that a warp has room for, of rows
+
+// Numbers that make a division of a number below 2^31 a multiplication: number * multiplier >> 31 >> shift.
+struct QuickDivisor {
+    uint32_t multiplier = 0;
+    int shift = 0;
+};
+QuickDivisor quick_divisor(uint32_t divisor);
+
+// Cross-entropy with one-hot labels. Either the classes of a voxel are adjacent: each voxel is a row, and the next row
+// follows. Or the voxels of a class are adjacent.
 struct CrossEntropyLaunch {
     LossArgs args;  // the arguments of the call, with batch items merged into one if possible
     LabelRange labels;
     // Numbers of the device. The factor multiplies loss and gradient, the divisor divides the gradient.
     const float *factor = nullptr, *divisor = nullptr;  // each may be absent
     float* partials = nullptr;                          // out, may be absent: [blocks] sums of the losses, without factor and divisor
+    bool few = false;                                   // whether the kernel is that of few classes, else that of rows
+    bool in_rows = false;                               // whether the classes of a voxel are adjacent
     bool plain = false;  // no class weights, no label smoothing, and no tensor with a number for each voxel but the labels
-    int vector = 1;      // number of classes that a thread reads at once: 1, 2 or 4
+    int vector = 1;      // classes that a thread reads at once, 1, 2, 4 or 8. Of few classes: its number of voxels
+    float scale = 1.0f;  // of the loss, a part of the factor
+    int tile = 0;        // voxels of a block
     unsigned tiles_per_item = 0;
-    // Shared memory of a block, in bytes. It holds the sums of the warps, then the rows, then the class weights.
+    QuickDivisor per_item;  // of the number of a block, by tiles_per_item
+    // Shared memory of a block, in bytes. It holds the sums of the warps, then the rows if there are any, then the class
+    // weights.
     int rows_offset = 0, weights_offset = 0, shared_bytes = 0;
+    // If `vector` is 8: a row has a number of parts of kCopyBytes, and `row_gap` parts are left free after it.
+    QuickDivisor per_row;  // by that number
+    int row_gap = 0;
 
     int64_t blocks() const { return args.shape.N * tiles_per_item; }
 };
 
-// Plans the launch. Throws std::invalid_argument if the tensors are no rows that the kernel can take.
+// Plans the launch. It takes the kernel of few classes if that can do it. Throws std::invalid_argument if no kernel can.
 CrossEntropyLaunch cross_entropy_launch(const LossArgs& args);
 
-// Launches cross_entropy of rows, which needs `blocks` blocks, as many as there are partials. Returns once the kernel is
-// queued on the stream. Throws std::runtime_error with the message of CUDA.
-void cuda_cross_entropy(const CrossEntropyLaunch& launch, int device, void* stream);
+// Launch one of the kernels, with as many blocks as there are partials. They return once it is queued on the stream. They
+// throw std::runtime_error with the message of CUDA.
+void cuda_cross_entropy_few(const CrossEntropyLaunch& launch, int device, void* stream);
+void cuda_cross_entropy_rows(const CrossEntropyLaunch& launch, int device, void* stream);
 
 }  // namespace calseg

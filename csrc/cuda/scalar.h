@@ -61,7 +61,7 @@ CALSEG_INLINE void exp_nonpositive(float (&x)[K]) {
     for (auto& value : x) value = exp2_flushed(value * 1.44269504088896341f);
 }
 CALSEG_INLINE float log_positive(float x) { return logf(x); }
-CALSEG_INLINE float reciprocal(float x) { return 1.0f / x; }
+CALSEG_INLINE float reciprocal(float x) { return reciprocal_flushed(x); }
 
 }  // namespace
 }  // namespace CALSEG_ISA

@@ -1,4 +1,4 @@
-// What a thread of a GPU does in every kernel: it finds its place, and reads numbers and labels.
+// What a thread of a GPU does in every kernel: it finds its place, and reads labels.
 #pragma once
 
 #include "cuda/device.h"
@@ -13,12 +13,14 @@ namespace {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-CALSEG_INLINE int lane() { return static_cast<int>(threadIdx.x) % kCudaWarp; }
-CALSEG_INLINE int warp() { return static_cast<int>(threadIdx.x) / kCudaWarp; }
+CALSEG_INLINE int lane() { return static_cast<int>(threadIdx.x % kCudaWarp); }
+CALSEG_INLINE int warp() { return static_cast<int>(threadIdx.x / kCudaWarp); }
 
-CALSEG_INLINE float widened(float x) { return x; }
-CALSEG_INLINE float widened(BF16 x) { return float_of_bits(static_cast<uint32_t>(x.bits) << 16); }
-CALSEG_INLINE float widened(F16 x) { return widen_half(x.bits); }
+// Returns the class of a label, kSkipped or kNoClass, given its bits.
+CALSEG_INLINE int32_t class_of(uint64_t bits, const LabelRange& range) {
+    if (range.ignores && bits == range.ignored) return kSkipped;
+    return bits >= range.classes ? kNoClass : static_cast<int32_t>(bits);
+}
 
 // Reads the label of a voxel. Returns its class, kSkipped or kNoClass.
 CALSEG_INLINE int32_t load_label(const TensorView& labels, const LabelRange& range, int64_t n, int64_t s) {
@@ -37,8 +39,7 @@ CALSEG_INLINE int32_t load_label(const TensorView& labels, const LabelRange& ran
         default:
             bits = static_cast<const uint64_t*>(labels.data)[at];
     }
-    if (range.ignores && bits == range.ignored) return kSkipped;
-    return bits >= range.classes ? kNoClass : static_cast<int32_t>(bits);
+    return class_of(bits, range);
 }
 
 }  // namespace

@@ -139,7 +139,7 @@ void cuda_calibration_bins(py::handle scores, py::handle spec, py::handle sums, 
     cuda_calibration_bins(args, places, device, reinterpret_cast<void*>(stream));
 }
 
-// Launches cross_entropy of rows, whose caller gives memory for `blocks` partial sums of the losses, or none.
+// Launches cross_entropy, whose caller gives memory for `blocks` partial sums of the losses, or none.
 void cuda_cross_entropy(py::handle tensors, py::handle spec, py::handle gradients, py::handle grad_output, py::handle loss,
                         py::handle factor, py::handle divisor, py::handle partials, int64_t blocks, int device, uintptr_t stream) {
     Reader reader(Device::cuda);
@@ -162,7 +162,7 @@ void cuda_cross_entropy(py::handle tensors, py::handle spec, py::handle gradient
     launch.divisor = static_cast<const float*>(of_divisor);
     launch.partials = static_cast<float*>(of_partials);
     const py::gil_scoped_release release;
-    cuda_cross_entropy(launch, device, reinterpret_cast<void*>(stream));
+    (launch.few ? cuda_cross_entropy_few : cuda_cross_entropy_rows)(launch, device, reinterpret_cast<void*>(stream));
 }
 #endif
 

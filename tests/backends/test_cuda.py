@@ -566,7 +566,8 @@ built = pytest.mark.skipif(not (native.extension and native.extension.CUDA_ARCHI
 # the name of a kernel -> its instantiations, the threads of a block, the least number of blocks of a multiprocessor
 RESOURCES = {
     "calibration_bins": (24, 256, 3),  # three dtypes, 4 and 16 classes, logits or probabilities, top label or classes
-    "cross_entropy_rows": (18, 128, 10),  # three dtypes, 1, 2 and 4 classes at once, plain or not
+    "cross_entropy_few": (18, 128, 7),  # three dtypes; 2, 3 and 4 classes, adjacent or not
+    "cross_entropy_rows": (24, 128, 10),  # three dtypes, 1, 2, 4 and 8 classes at once, plain or not
 }
 
 

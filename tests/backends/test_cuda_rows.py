@@ -10,117 +10,37 @@ import re
 import pytest
 import torch
 from cases import INTEGERS, LAYOUTS, REDUCTIONS, assert_accurate, assert_matches, class_weights, id_of, labels, scores
-from ptx.execution import run, span_of
+from cuda_cross_entropy import MARKS, Machine, OnPtx, library_of, set_up
 from ptx.parser import PtxError, names_of
 from test_cross_entropy import EXTREMES, pair
-from test_cuda import DTYPES, compiled_for_host, sparse, view_of
-from test_cuda_ptx import TYPES, ptx_of
+from test_cuda import DTYPES, sparse
+from test_cuda_ptx import ptx_of
 
 import calseg
 from calseg import native, tensors
 from calseg.backends import choice, cuda
 from calseg.operations import Labels, LossSpec, LossTensors
 
-pytestmark = [
-    pytest.mark.skipif(choice.TRITON_ERROR is not None, reason=str(choice.TRITON_ERROR)),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU"),
-    pytest.mark.timeout(300),
-]
+pytestmark = MARKS
 
 if choice.TRITON_ERROR is None:
     from calseg.kernels.launch import Geometry
 
     from calseg.backends import triton as engine
 
-Pointer = ctypes.POINTER(ctypes.c_int64)
 last = LAYOUTS["channels_last"]
-
-
-class Call(ctypes.Structure):
-    _fields_ = [
-        *((name, Pointer) for name in ("shape", "logits", "gradient", "labels", "grad_output", "loss")),
-        *((name, ctypes.c_void_p) for name in ("weight", "factor", "divisor", "partials")),
-        ("ignore_index", ctypes.c_int64), ("scale", ctypes.c_double), ("label_smoothing", ctypes.c_double),
-    ]  # fmt: skip
-
-
-class Machine:
-    """Stand-in for :mod:`calseg._native`, whose kernel of rows runs on the CPU. The rest is the extension's.
-
-    ``launches`` has the blocks of every launch.
-    """
-
-    CUDA_ARCHITECTURES = ("on a CPU",)
-
-    def __init__(self, extension: object, library: ctypes.CDLL) -> None:
-        self.extension, self.library, self.launches = extension, library, []
-        library.cross_entropy.restype = ctypes.c_char_p
-        library.launch_bytes.restype = ctypes.c_int64
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.extension, name)
-
-    def cuda_cross_entropy(
-        self, given, spec, gradients, grad_output, loss, factor, divisor, partials, blocks, device, stream
-    ):
-        assert (device, stream) == (0, 0)
-        weight = None if spec.weight is None else spec.weight.double().contiguous()
-        views = [(given.logits, True), (gradients.logits, True), (spec.labels.tensor, False), (grad_output, False),
-                 (loss, False)]  # fmt: skip
-        arrays = [tensors.shape_of(given.logits), *(view_of(tensor, channels) for tensor, channels in views)]
-        pointers = [None if values is None else (ctypes.c_int64 * len(values))(*values) for values in arrays]
-        for numbers in (factor, divisor, partials):
-            assert numbers is None or (numbers.dtype == torch.float32 and numbers.is_contiguous())
-        places = [None if tensor is None else tensor.data_ptr() for tensor in (weight, factor, divisor, partials)]
-        call = Call(
-            *(ctypes.cast(pointer, Pointer) for pointer in pointers), *places, spec.labels.ignore_index, spec.scale,
-            spec.label_smoothing,
-        )  # fmt: skip
-        used = [tensor for tensor, _ in views] + [weight, factor, divisor, partials]
-        self.launches.append(blocks)
-        self.launch(call, given.logits.dtype, blocks, [tensor for tensor in used if tensor is not None])
-
-    def launch(self, call: Call, dtype: torch.dtype, blocks: int, used: list[torch.Tensor]) -> None:
-        problem = self.library.cross_entropy(ctypes.byref(call))
-        if problem is not None:
-            raise RuntimeError(problem.decode())
-
-
-class OnPtx(Machine):
-    """Does the same with the PTX of the kernel."""
-
-    text = ""
-
-    def launch(self, call: Call, dtype: torch.dtype, blocks: int, used: list[torch.Tensor]) -> None:
-        to, plan = (ctypes.c_ubyte * 4096)(), (ctypes.c_int64 * 4)()
-        size = self.library.launch_bytes(ctypes.byref(call), plan, to)
-        planned, shared_bytes, vector, plain = plan
-        assert planned == blocks
-        name = rf"I{TYPES[dtype]}Li{vector}ELb{plain}EE"
-        (entry,) = (entry for entry in names_of(self.text) if re.search(name, entry))
-        run(self.text, bytes(to[:size]), blocks, list(map(span_of, used)), name=entry, shared_bytes=shared_bytes)
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return ctypes.CDLL(str(compiled_for_host("cross_entropy.cpp", tmp_path_factory)))
+    return library_of(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> str:
     text = ptx_of("cross_entropy_rows", tmp_path_factory)
-    assert len(names_of(text)) == 18  # three dtypes, 1, 2 and 4 classes at once, with and without weights and smoothing
+    assert len(names_of(text)) == 24  # three dtypes, 1, 2, 4 and 8 classes at once, with weights and smoothing or not
     return text
-
-
-def set_up(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """Let the Triton backend launch the kernel for CPU tensors, in calls of any size."""
-    monkeypatch.setattr(native, "extension", machine)
-    monkeypatch.setattr(cuda, "DEVICES", ("cpu",))
-    monkeypatch.setattr(cuda, "FEWEST_BLOCKS", 1)
-    monkeypatch.setattr(cuda, "_device_and_stream", lambda tensor: (0, 0))
-    monkeypatch.setattr(engine, "_plans", {})
-    return machine
 
 
 @pytest.fixture
@@ -147,10 +67,10 @@ def rows(*shape: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Ten
 # ---- values and gradients ----
 
 
-@pytest.mark.parametrize("dtype", cuda.ROW_DTYPES, ids=id_of)
-@pytest.mark.parametrize("C", [3, 5, 12, 14, 33, 36, 117])
+@pytest.mark.parametrize("dtype", cuda.LOSS_DTYPES, ids=id_of)
+@pytest.mark.parametrize("C", [3, 5, 12, 14, 16, 24, 33, 36, 117])
 def test_classes(machine, C, dtype):
-    """Rows of 1, 2 and 4 classes at once, with a full tile and an incomplete one, some labels ignored."""
+    """Rows of 1, 2, 4 and 8 classes at once, with a full tile and an incomplete one, some labels ignored."""
     shape = (1, C, 150)
     target = labels(shape, ignore_index=-100)
     assert_matches(*pair(target, "triton", reduction="none"), rows(*shape, dtype=dtype), ulps=8 + C / 4)
@@ -160,19 +80,30 @@ def test_classes(machine, C, dtype):
 @pytest.mark.parametrize("size", [1, 2, 3, 31, 33, 127, 128, 129, 257])
 def test_sizes(machine, size):
     """The last tile may be of any size, and its last bytes fewer than 16. Items that lie apart have their own tiles."""
-    for shape in ((1, 7, size), (3, 6, size)):
+    for shape in ((1, 7, size), (3, 6, size), (3, 8, size)):
         x = rows(*shape)
         if shape[0] == 3:
-            x = {"input": torch.full((3, size + 2, 6), torch.nan)[:, :size].movedim(-1, 1).copy_(x["input"])}
+            apart = torch.full((3, size + 2, shape[1]), torch.nan)[:, :size].movedim(-1, 1)
+            x = {"input": apart.copy_(x["input"])}
         assert_matches(*pair(labels(shape, ignore_index=2), "triton", ignore_index=2), x)
-    assert machine.launches == [-(-size // 128)] + [3 * -(-size // 128)] * (size % 2 == 0)
+    taken = (size > 1) + (size % 2 == 0)  # of the items that lie apart
+    assert machine.launches == [-(-size // 128)] + [3 * -(-size // 128)] * taken
+
+
+@pytest.mark.parametrize(("C", "dtype"), [(128, torch.float32), (256, torch.bfloat16)], ids=id_of)
+def test_most_classes(machine, C, dtype):
+    """The largest tile, with gaps and class weights, has as much shared memory as every GPU has."""
+    shape, weight = (1, C, 131), class_weights(C, torch.float64)
+    target = labels(shape, ignore_index=-100)
+    assert_matches(*pair(target, "triton", weight=weight), rows(*shape, dtype=dtype), ulps=8 + C / 4)
+    assert machine.launches == [2]
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("dtype", cuda.ROW_DTYPES, ids=id_of)
+@pytest.mark.parametrize("dtype", cuda.LOSS_DTYPES, ids=id_of)
 def test_options(machine, dtype, reduction):
     """Class weights, label smoothing, a factor, a weight that is infinite, and a loss in each dtype."""
-    for C, weighted, label_smoothing in ((5, True, 0.0), (6, False, 0.3), (12, True, 0.1)):
+    for C, weighted, label_smoothing in ((5, True, 0.0), (6, False, 0.3), (12, True, 0.1), (16, True, 0.1)):
         shape = (2, C, 7, 11)
         target, weight = labels(shape, ignore_index=255), class_weights(C, torch.float64) if weighted else None
         options = {"weight": weight, "label_smoothing": label_smoothing, "ignore_index": 255, "reduction": reduction}
@@ -204,7 +135,7 @@ def test_labels(machine, label_dtype):
     assert len(machine.launches) == 3
 
 
-@pytest.mark.parametrize("dtype", cuda.ROW_DTYPES, ids=id_of)
+@pytest.mark.parametrize("dtype", cuda.LOSS_DTYPES, ids=id_of)
 def test_extremes(machine, dtype):
     """Logits of -inf, inf and NaN give what F.cross_entropy gives. Where a voxel is ignored, they do not matter."""
     x = torch.tensor(EXTREMES, dtype=torch.float64).to(dtype).repeat(3, 1)
@@ -307,12 +238,12 @@ def test_what_the_kernel_takes(on_host, monkeypatch):
     moved = torch.cat([x.new_zeros(1), x.movedim(1, -1).flatten()])[1:].view(2, 6, 7, 5).movedim(-1, 1)
     for other in (x.contiguous(), moved, LAYOUTS["sliced_channels_last"](x), x.double()):
         assert launches(other) == 0
-    few = rows(2, 4, 6, 7)["input"], target.clamp(max=3)
-    assert launches(x, target.float()) == launches(x, x.softmax(1)) == launches(*few) == 0
-    monkeypatch.setattr(cuda, "FEWEST_BLOCKS", 2)
+    four = rows(2, 4, 5, 7)["input"], labels((2, 4, 5, 7))
+    assert launches(x, target.float()) == launches(x, x.softmax(1)) == launches(*four) == 0
+    monkeypatch.setattr(cuda, "FEWEST_ROWS", 85)
     monkeypatch.setattr(engine, "_plans", {})
     assert launches(x) == 0
-    monkeypatch.setattr(cuda, "FEWEST_BLOCKS", 1)
+    monkeypatch.setattr(cuda, "FEWEST_ROWS", 84)
     monkeypatch.setattr(engine, "_plans", {})
     monkeypatch.setattr(on_host, "CUDA_ARCHITECTURES", [], raising=False)
     assert launches(x) == 0
@@ -321,14 +252,15 @@ def test_what_the_kernel_takes(on_host, monkeypatch):
 
 @pytest.mark.parametrize(
     ("C", "itemsize", "wanted"),
-    [(2, 4, False), (3, 4, True), (4, 4, False), (8, 4, False), (9, 4, True), (117, 4, True), (127, 4, True),
-     (129, 4, False), (129, 2, True), (255, 2, True), (257, 2, False)],
+    [(2, 4, False), (3, 4, True), (4, 4, False), (8, 4, True), (8, 2, False), (9, 4, True), (16, 2, True),
+     (117, 4, True), (128, 4, True), (129, 4, False), (129, 2, True), (256, 2, True), (257, 2, False)],
 )  # fmt: skip
 def test_classes_that_rows_take(C, itemsize, wanted):
     row = (0, 1, C)
-    assert cuda.are_rows(Geometry(1, C, 2**20, [row, row], []), itemsize) == wanted
-    assert not cuda.are_rows(Geometry(1, C, 2**20, [row, (0, 1, C + 1)], []), itemsize)
-    assert not cuda.are_rows(Geometry(2, C, 2**20, [row, (2**20 * C + 1, 1, C)], []), itemsize)
+    voxels = lambda N, *scores: cuda.block_voxels("rows", Geometry(N, C, 2**20, scores, []), itemsize, 1)  # noqa: E731
+    assert voxels(1, row, row) == (cuda.ROW_VOXELS if wanted else None)
+    assert voxels(1, row, (0, 1, C + 1)) is None
+    assert voxels(2, row, (2**20 * C + 1, 1, C)) is None
 
 
 def test_wrong_calls(on_host):
@@ -340,8 +272,11 @@ def test_wrong_calls(on_host):
     )
     call(x, x.clone())
     moved = torch.zeros(46)[1:].view(1, 9, 5).movedim(-1, 1)
-    for logits, gradient in ((x.contiguous(), None), (x.double(), None), (x, x.bfloat16()), (x, moved)):
-        with pytest.raises(RuntimeError, match="wanted dense rows of one dtype that begin at multiples of 16 bytes"):
+    for logits, gradient in ((x.double(), None), (x, x.bfloat16())):
+        with pytest.raises(RuntimeError, match="wanted logits and gradients of one dtype"):
+            call(logits, gradient)
+    for logits, gradient in ((x.contiguous(), None), (x, x.contiguous()), (x, moved)):
+        with pytest.raises(RuntimeError, match="wanted dense rows that begin at multiples of 16 bytes, or few classes"):
             call(logits, gradient)
 
 

@@ -159,7 +159,7 @@ every_engine = pytest.mark.parametrize("backend", ["triton", pytest.param("cuda"
 
 @needs_cuda
 @pytest.mark.parametrize("name", ["cross_entropy", "weighted"])
-@pytest.mark.parametrize("dtype", cuda.ROW_DTYPES, ids=id_of)
+@pytest.mark.parametrize("dtype", cuda.LOSS_DTYPES, ids=id_of)
 @pytest.mark.parametrize("C", [3, 12, 14, 33, 117])
 def test_rows(name, dtype, C, monkeypatch):
     """The CUDA kernel takes channels-last logits, eagerly and as a graph, and gives the values of the reference."""
@@ -167,8 +167,8 @@ def test_rows(name, dtype, C, monkeypatch):
     tensors, target = inputs(names, (1, C, 35, 34, 33), dtype)
     tensors = {"x": LAYOUTS["channels_last"](tensors["x"])}
     wide = {"x": tensors["x"].double().cpu()}
-    launches, launch = [], cuda.cross_entropy_rows
-    monkeypatch.setattr(cuda, "cross_entropy_rows", lambda *given: (launches.append(given), launch(*given)))
+    launches, launch = [], cuda.cross_entropy
+    monkeypatch.setattr(cuda, "cross_entropy", lambda *given: (launches.append(given), launch(*given)))
     for reduction in ("none", "mean"):
         value, gradients = value_and_gradients(function, tensors, target, None, reduction=reduction)
         truth, wanted = value_and_gradients(function, wide, target.cpu(), "reference", reduction=reduction)
@@ -183,6 +183,30 @@ def test_rows(name, dtype, C, monkeypatch):
         captured = function(tensors, target, None)
     graph.replay()
     assert torch.equal(captured, value)
+
+
+@needs_cuda
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", cuda.LOSS_DTYPES, ids=id_of)
+@pytest.mark.parametrize("C", cuda.FEW_CLASSES)
+def test_few_classes(C, dtype, layout, monkeypatch):
+    """The CUDA kernel takes large logits, eagerly and as a graph, and gives the values of the reference."""
+    function, names = OPERATIONS["cross_entropy"]
+    tensors, target = inputs(names, (1, C, 129, 128, 128), dtype)
+    tensors = {"x": LAYOUTS[layout](tensors["x"])}
+    wide = {"x": tensors["x"].double().cpu()}
+    launches, launch = [], cuda.cross_entropy
+    monkeypatch.setattr(cuda, "cross_entropy", lambda *given: (launches.append(given), launch(*given)))
+    value, gradients = value_and_gradients(function, tensors, target, None, reduction="mean")
+    truth, wanted = value_and_gradients(function, wide, target.cpu(), "reference", reduction="mean")
+    assert_accurate(value.cpu(), truth, ulps=64, scale=2.0)
+    assert_accurate(gradients["x"].cpu(), wanted["x"], ulps=64, scale=2.0 / target.numel(), what="gradient")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = function(tensors, target, None)
+    graph.replay()
+    assert torch.equal(captured, value)
+    assert len(launches) >= 2
 
 
 @every_engine

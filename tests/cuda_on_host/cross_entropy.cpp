@@ -1,4 +1,5 @@
-// Interface of kernels/cross_entropy_rows.cu on a CPU for tests/backends/test_cuda_rows.py: functions of plain numbers.
+// Interface of the kernels of cross-entropy on a CPU for tests/backends/cuda_cross_entropy.py: functions of plain numbers.
+#include "../../kernels/cross_entropy_few.cu"
 #include "../../kernels/cross_entropy_rows.cu"
 
 #include "../../csrc/cuda/plan.cpp"
@@ -42,7 +43,8 @@ extern "C" {
 // Returns null, or the error.
 const char* cross_entropy(const Call* call) {
     try {
-        calseg::cuda_cross_entropy(call->launch(), 0, nullptr);
+        const calseg::CrossEntropyLaunch launch = call->launch();
+        (launch.few ? calseg::cuda_cross_entropy_few : calseg::cuda_cross_entropy_rows)(launch, 0, nullptr);
         return nullptr;
     } catch (const std::exception& e) {
         error = e.what();
@@ -53,13 +55,17 @@ const char* cross_entropy(const Call* call) {
 // Chooses the blocks of a grid that are run.
 void set_blocks(unsigned first, unsigned last) { on_host::device.first_block = first, on_host::device.last_block = last; }
 
-// Writes the bytes of the structure that the kernel takes, and the plan: blocks, bytes of shared memory, classes at once,
-// and whether the call is plain. Returns the number of bytes.
+// Returns number / divisor as the kernels compute it.
+uint32_t quotient(uint32_t number, uint32_t divisor) { return calseg::CALSEG_ISA::operator/(number, calseg::quick_divisor(divisor)); }
+
+// Writes the bytes of the structure that the kernel takes, and the plan: blocks, bytes of shared memory, numbers at once,
+// whether the call is plain, of few classes, and of rows. Returns the number of bytes.
 int64_t launch_bytes(const Call* call, int64_t* plan, unsigned char* to) {
     const calseg::CrossEntropyLaunch launch = call->launch();
     static_assert(std::is_trivially_copyable_v<calseg::CrossEntropyLaunch>);
     std::memcpy(to, &launch, sizeof launch);
     plan[0] = launch.blocks(), plan[1] = launch.shared_bytes, plan[2] = launch.vector, plan[3] = launch.plain;
+    plan[4] = launch.few, plan[5] = launch.in_rows;
     return sizeof launch;
 }
 

@@ -89,7 +89,8 @@ def _load_parameter(instruction: Instruction, kernel: Kernel) -> Step:
     dtype = _stored(type_name)
 
     def step(m: Machine, mask: Mask) -> None:
-        at = np.unique(address(m))
+        addresses = address(m)
+        at = np.unique(addresses if addresses.size == 1 else _chosen(m, addresses, mask))
         if len(at) != 1:
             raise PtxError("threads read different parameters")
         for i, write in enumerate(writes):

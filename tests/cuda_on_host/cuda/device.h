@@ -239,6 +239,8 @@ inline float exp2_flushed(float x) {
     const float y = std::exp2(x);
     return y < std::numeric_limits<float>::min() ? 0.0f : y;
 }
+inline float flushed(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x; }
+inline float reciprocal_flushed(float x) { return flushed(static_cast<float>(1.0 / static_cast<double>(flushed(x)))); }
 inline float float_of_bits(uint32_t bits) {
     float x;
     std::memcpy(&x, &bits, sizeof x);
