@@ -90,14 +90,14 @@ AT_ONCE_VOXELS = 2**21  # up to as many, Triton's kernel adds up the loss withou
 
 
 def kernel_of(
-    spec: LossSpec, tensors: LossTensors, gradients: LossTensors, voxels: Sequence[Tensor | None] = ()
+    tensors: LossTensors, gradients: LossTensors, spec: LossSpec, voxels: Sequence[Tensor | None] = ()
 ) -> str | None:
     """Return the kernel that may compute a loss, "few" or "rows", by all but the geometry: see :func:`block_voxels`.
 
     Args:
-        spec: the loss and its options.
         tensors: the tensors of the loss.
         gradients: the tensors that receive the gradients.
+        spec: the loss and its options. It is no first argument, as that is how operations of a backend are known.
         voxels: the tensors with a number for each voxel but the labels. An absent one is None.
 
     Returns:

@@ -115,7 +115,7 @@ def _loss(
     label_tensor = None if spec.labels is None else spec.labels.tensor
     call = _call(
         operation.tile_demands(spec, tensors), (*tensors, *gradients), (label_tensor, upstream, per_voxel),
-        cuda.kernel_of(spec, tensors, gradients, (upstream, per_voxel)),
+        cuda.kernel_of(tensors, gradients, spec, (upstream, per_voxel)),
     )  # fmt: skip
     if call.programs == 0:
         value = math.nan if spec.reduction == "mean" else 0.0
