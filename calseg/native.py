@@ -1,27 +1,21 @@
-"""The compiled extension, or the reason for its absence, and the memory of results."""
+"""The compiled extension as PyTorch uses it, and the memory of results."""
 
 from __future__ import annotations
 
 import warnings
-from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from calseg.installation import NATIVE_ERROR
+from calseg.installation import extension as extension
 from calseg.tensors import PLAIN_TYPES, layout_like, voxel_shape
 
-extension: Any = None
-ERROR: str | None = None
-Unreadable: type[ValueError] = ValueError
-try:
-    extension = import_module("calseg._native")
-    Unreadable = extension.Unreadable
-except ImportError as error:
-    ERROR = str(error).splitlines()[0]
+Unreadable: type[ValueError] = ValueError if extension is None else extension.Unreadable
+if extension is None:
     warnings.warn(
-        f"calseg: no native CPU engine for this platform ({ERROR}); the slow reference backend is used. "
+        f"calseg: no native CPU engine for this platform ({NATIVE_ERROR}); the slow reference backend is used. "
         "Reinstall with a C++17 compiler at hand: pip install --force-reinstall --no-binary calseg calseg",
         RuntimeWarning,
         stacklevel=2,

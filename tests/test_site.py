@@ -33,7 +33,7 @@ def public_names() -> dict[str, list[str]]:
         parts = path.relative_to(ROOT).with_suffix("").parts
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-                names[".".join(parts).removesuffix(".__init__")] = ast.literal_eval(node.value)
+                names[".".join(parts).removesuffix(".__init__").removesuffix(".api")] = ast.literal_eval(node.value)
     return names
 
 

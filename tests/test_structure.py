@@ -13,10 +13,11 @@ import pytest
 # A part -> the other parts of calseg that it may import. Parts without an entry may import any.
 BASE = ("operations", "tensors", "checks")
 ALLOWED = {
-    "operations": (), "tensors": (), "checks": ("errors", "operations", "tensors"), "native": ("tensors",),
+    "operations": (), "tensors": (), "checks": ("errors", "operations", "tensors"),
+    "installation": ("_version",), "native": ("installation", "tensors"), "cli.info": ("installation", "environment"),
     "kernels": (),
     "packing": ("operations",),
-    "backends": (*BASE, "native", "kernels"),
+    "backends": (*BASE, "installation", "native", "kernels"),
     "autograd": (*BASE, "native", "packing", "backends"),
     "functional": (*BASE, "native", "autograd", "backends.choice"),
     "regions": ("tensors", "checks"), "calibration": (*BASE, "backends.choice", "regions"),

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from contextlib import suppress
 from functools import cache
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,13 +15,13 @@ from torch.autograd import forward_ad
 from calseg import native
 from calseg.backends import cuda
 from calseg.checks import shown
+from calseg.installation import NATIVE_ERROR, TRITON_ERROR
 from calseg.tensors import PLAIN_TYPES
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 NOT_ON_GPU = ("ace_loss",)  # operations that no GPU backend has
 IN_CUDA = ("calibration_bins",)  # operations that have a kernel in CUDA C++
 
-MIN_TRITON = (3, 6)  # the oldest version that the kernels are tested with
 TRITON_DEVICES = ("cuda", "xpu")  # "cuda" includes ROCm
 
 
@@ -69,28 +68,7 @@ def is_traced(*tensors: Tensor | None) -> bool:
     return False
 
 
-# ---- the availability of Triton ----
-
-
-def triton_version() -> str | None:
-    """Return the version of Triton, which packages of several names contain, or None."""
-    for name in ("triton", "triton-rocm", "pytorch-triton-rocm", "triton-xpu", "pytorch-triton-xpu", "triton-windows"):
-        with suppress(metadata.PackageNotFoundError):
-            return metadata.version(name)
-    return None
-
-
-def _triton_error() -> str | None:
-    """Return the reason why the Triton backend cannot run, or None. Triton itself is not imported here."""
-    version = triton_version()
-    if version is None:
-        return "Triton is not installed: pip install triton"
-    if tuple(map(int, version.split(".")[:2])) < MIN_TRITON:
-        return f"Triton {version} is too old: pip install 'triton>={'.'.join(map(str, MIN_TRITON))}'"
-    return None
-
-
-TRITON_ERROR = _triton_error()
+# ---- the choice ----
 
 
 def is_interpreted(scores: Tensor) -> bool:
@@ -106,9 +84,6 @@ def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=4)
-
-
-# ---- the choice ----
 
 
 def choose(scores: Tensor, backend: str | None, operation: str = "") -> str:
@@ -144,7 +119,7 @@ def _asked_for(scores: Tensor, backend: str, operation: str) -> str:
         raise ValueError(f"backend: got {shown(backend)}, wanted None or one of {', '.join(map(repr, BACKENDS))}")
     if backend == "cpu":
         if native.extension is None:
-            raise RuntimeError(f"backend='cpu': the native engine is not available ({native.ERROR})")
+            raise RuntimeError(f"backend='cpu': the native engine is not available ({NATIVE_ERROR})")
         if device != "cpu":
             raise ValueError(f"backend='cpu': got a tensor on {scores.device}, wanted one on the CPU")
     if backend == "triton":

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from calseg import native
 from calseg.checks import label_error, probabilities_at
+from calseg.installation import NATIVE_ERROR
 from calseg.operations import BinsSpec, Labels, LossSpec, LossTensors, num_kinds
 from calseg.tensors import as_integers, class_axis, shape_of
 
@@ -22,7 +23,7 @@ NO_FAULT = 2**63 - 1
 def error(scores: Tensor) -> str | None:
     """Return the reason why this backend cannot run on the device of a tensor, or None if it can."""
     if native.extension is None:
-        return f"the native engine is not available ({native.ERROR})"
+        return f"the native engine is not available ({NATIVE_ERROR})"
     if not native.extension.CUDA_ARCHITECTURES:
         return "calseg was built without CUDA: reinstall with nvcc at hand, pip install --no-binary calseg calseg"
     if torch.version.hip is not None:

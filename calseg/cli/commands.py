@@ -48,11 +48,14 @@ class TrainingOptions:
 
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    runtime: Annotated[
+        bool, typer.Option("--runtime", help="Also show backends, threads and GPU, as PyTorch sees them, in seconds.")
+    ] = False,
 ) -> None:
-    """Show versions, the backends that work here, and the processor's instruction sets."""
-    from calseg.cli.tables import print_info
+    """Show what is installed: versions, the processor's instruction sets, and what is missing."""
+    from calseg.cli.info import print_info
 
-    print_info(as_json=as_json)
+    print_info(as_json=as_json, runtime=runtime)
 
 
 def train(

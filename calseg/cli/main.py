@@ -40,10 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _run(arguments: Sequence[str], command: str) -> int:
     """Run the command and return its exit code; every failure that the user can mend becomes one line."""
-    if arguments in (["info"], ["info", "--json"]):  # as fast as can be, and without the extra
-        from calseg.cli.tables import print_info
+    if arguments[0] == "info" and {*arguments[1:]} <= {"--json", "--runtime"}:  # fast, and without the extra
+        from calseg.cli.info import print_info
 
-        print_info(as_json="--json" in arguments)
+        print_info(as_json="--json" in arguments, runtime="--runtime" in arguments)
         return 0
     try:
         return _run_typer(arguments, command)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import calseg
 from calseg.regions import NEAR_RADIUS, REGIONS
 from calseg.scores import MAIN_STATISTICS, N_BINS, STATISTICS, TRUTH_STATISTICS
 
@@ -16,28 +14,6 @@ ABOUT_REGIONS = f"""\
 near: voxels within {NEAR_RADIUS:g} voxels of the label's foreground, where both outcomes occur
 foreground: voxels whose label is not 0, as in many papers; the outcome itself chooses this region, so that even the
   true probabilities have a calibration error there"""
-
-
-def print_info(*, as_json: bool) -> None:
-    """Print what :func:`calseg.info` returns, as JSON or one line per entry."""
-    content = calseg.info()
-    if as_json:
-        print(json.dumps(content, indent=2, default=str))
-        return
-    rows = list(_flatten(content))
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"{name:{width}}  {value}")
-
-
-def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, (list, tuple)):
-            yield f"{prefix}{key}", ", ".join(str(item) for item in value) or "-"
-        else:
-            yield f"{prefix}{key}", "-" if value is None else str(value)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ for package in ("typer", "rich", "monai", "nibabel"):
 from command_line import run  # noqa: E402
 
 import calseg  # noqa: E402
+from calseg import installation  # noqa: E402
 from calseg.simulation import DemoConfig, make_dataset  # noqa: E402
 from calseg.training import loop  # noqa: E402
 
@@ -31,7 +32,12 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(rf"^calseg +{re.escape(calseg.info()['calseg'])}$", out, re.MULTILINE)
     code, out, _ = run(capsys, "info", "--json")
     assert code == 0
-    assert json.loads(out).keys() == calseg.info().keys()
+    assert json.loads(out) == installation.installed()
+    code, out, _ = run(capsys, "info", "--json", "--runtime")
+    assert code == 0
+    everything = calseg.info()
+    assert json.loads(out) == everything
+    assert everything.items() >= installation.installed().items()
 
 
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

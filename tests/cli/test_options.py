@@ -71,7 +71,7 @@ def test_every_help_text_is_a_sentence(command: str) -> None:
 def test_options_of_old_still_work() -> None:
     """The option names of earlier versions."""
     names = {
-        "info": "--json",
+        "info": "--json --runtime",
         "train": "--out --method --loss --iterations --batch-size --patch-size --learning-rate --seed --val-fraction"
         " --split-seed --foreground --flip-axis --dice-weight --alpha --sigma --gamma --margin"
         " --temperature --num-samples --beta --latent-size --reconstruction --folds --first-stage-share --estimator"
@@ -131,10 +131,15 @@ def modules_after(*arguments: str) -> set[str]:
     return set(result.stdout.splitlines())
 
 
-def test_info_imports_nothing_of_the_extra() -> None:
-    loaded = modules_after("info")
-    assert "calseg.cli.tables" in loaded
-    assert not loaded & {"monai", "nibabel", "typer", "rich", "matplotlib", "torchmetrics"}
+def test_info_imports_little() -> None:
+    extra = {"monai", "nibabel", "typer", "rich", "matplotlib", "torchmetrics"}
+    for arguments in ((), ("--json",)):
+        loaded = modules_after("info", *arguments)
+        assert "calseg.cli.info" in loaded
+        assert not loaded & {"torch", "numpy", "triton", *extra}
+    loaded = modules_after("info", "--runtime")
+    assert "torch" in loaded
+    assert not loaded & extra
     assert not {name for name in loaded if name.startswith(("calseg.training", "calseg.volumes", "calseg.evaluate"))}
 
 
