@@ -54,31 +54,10 @@ class FewClasses {
 
     // Computes what is wanted of the first `count` voxels. kIgnored says that some of them may be ignored.
     template <bool kIgnored>
-    CALSEG_MEMBER void compute(int count, OverlapSums<T>& overlap) const {
-        const FewClasses self = *this;  // a copy, as the members of a referenced object would be read again after every store
+    void compute(int count, OverlapSums<T>& overlap) const {
         const int whole = count / kLine * kLine;
-        Block block;
-        Sums sums;
-        for (int c = 0; c < C; ++c) {
-            sums.mass[c] = sums.other[c] = zero<T>();
-            sums.hits[c] = 0;
-        }
-        if (whole > 0) self.template begin<kIgnored>(0, kLanes, block);
-        int at = 0;
-        for (; at + kLine < whole; at += kLine) self.template line<kIgnored, true>(at, block, sums);
-        for (; at < whole; at += kLine) self.template line<kIgnored, false>(at, block, sums);
-        for (; at < count; at += kLanes) {
-            const int rest = static_cast<int>(smaller(count - at, kLanes));
-            alignas(64) T gradient[C][kLine];
-            self.template begin<true>(at, rest, block);
-            self.template finish<true>(at, rest, block, gradient, 0, sums);
-            if (kGradient)
-                for (int c = 0; c < C; ++c)
-                    for (int i = 0; i < rest; ++i) narrow(gradients_[c][at + i], gradient[c][i]);
-        }
-        for (int c = 0; kWanted == Wanted::overlap && c < C; ++c)
-            if (kSoft) overlap.add_sums(c, sums.mass[c], sums.other[c]);
-            else overlap.add_hard_sums(c, sums.mass[c], sums.other[c], sums.hits[c]);
+        if (whole > 0) lines<kIgnored>(whole, overlap);
+        if (whole < count) rest(whole, count - whole, overlap);
     }
 
  private:
@@ -112,31 +91,82 @@ class FewClasses {
         int hits[C];
     };
 
-    // Computes the voxels of one line, whose first block has been begun. If kMore, it also begins the first block of the
-    // next line.
-    template <bool kIgnored, bool kMore>
-    CALSEG_MEMBER void line(int from, Block& block, Sums& sums) const {
+    // Computes the first `count` voxels, a multiple of kLine.
+    template <bool kIgnored>
+    CALSEG_ONCE void lines(int count, OverlapSums<T>& overlap) const {
+        const FewClasses self = *this;  // a copy, as the members of a referenced object would be read again after every store
+        Block block;
+        Sums sums;
+        for (int c = 0; c < C; ++c) {
+            sums.mass[c] = sums.other[c] = zero<T>();
+            sums.hits[c] = 0;
+        }
+        self.template begin<kIgnored>(0, block);
+        for (int at = 0, next; at < count; at = next) {
+            next = at + kLine;
+            self.template line<kIgnored>(at, next < count ? next : at, block, sums);
+        }
+        for (int c = 0; kWanted == Wanted::overlap && c < C; ++c)
+            if (kSoft) overlap.add_sums(c, sums.mass[c], sums.other[c]);
+            else overlap.add_hard_sums(c, sums.mass[c], sums.other[c], sums.hits[c]);
+    }
+
+    // Computes the last `count` voxels, fewer than a line: in copies, which ignored voxels fill up to a line.
+    CALSEG_ONCE void rest(int from, int count, OverlapSums<T>& overlap) const {
+        alignas(64) D logits[C][kLine] = {}, soft[C][kLine] = {}, gradient[C][kLine] = {};
+        alignas(64) T upstream[kLine] = {}, loss[kLine] = {};
+        alignas(64) int32_t labels[kLine];
+        const size_t bytes = count * sizeof(D);
+        FewClasses line = *this;
+        for (int c = 0; c < C; ++c) {
+            std::memcpy(logits[c], logits_[c] + from, bytes);
+            if (kSoft) std::memcpy(soft[c], soft_[c] + from, bytes);
+            line.logits_[c] = logits[c];
+            line.soft_[c] = soft[c];
+            line.gradients_[c] = gradient[c];
+        }
+        for (int i = 0; i < kLine; ++i) labels[i] = i < count ? labels_[from + i] : -1;
+        for (int i = 0; i < count; ++i) upstream[i] = upstream_[from + i];
+        line.labels_ = labels;
+        line.labels_ahead_ = LabelsAhead();
+        line.upstream_ = upstream;
+        line.loss_ = loss;
+        line.stream_ = false;
+        line.template lines<true>(kLine, overlap);
+        for (int c = 0; kGradient && c < C; ++c) std::memcpy(gradients_[c] + from, gradient[c], bytes);
+        for (int i = 0; kWanted != Wanted::gradient_with_overlap && i < count; ++i) loss_[from + i] = loss[i];
+    }
+
+    // Computes the voxels of one line, whose first block has been begun, and begins the first block of the line at `next`.
+    // After the last line that is a line for nothing, which takes less time than the compiler would for a loop without.
+    template <bool kIgnored>
+    CALSEG_MEMBER void line(int from, int next, Block& block, Sums& sums) const {
         alignas(64) T gradient[C][kLine];
-        for (int within = 0; within < kLine; within += kLanes) {
-            const int at = from + within;
-            const bool more = kMore || within + kLanes < kLine;
-            Block next;
-            if (more) begin<kIgnored>(at + kLanes, kLanes, next);
-            finish<kIgnored>(at, kLanes, block, gradient, within, sums);
-            if (more) block.become(next);
+        for (int within = 0; within < kLine; within += 2 * kLanes) {
+            step<kIgnored>(from, within, next, block, gradient, sums);
+            if (kLine > kLanes) step<kIgnored>(from, within + kLanes, next, block, gradient, sums);
         }
         if (kGradient)
             for (int c = 0; c < C; ++c) write(gradients_[c] + from, gradient[c]);
     }
 
-    // Computes the exponentials of a block of `count` voxels, and their sum.
+    // Computes the block at place `within` of the line, which has been begun, and begins the block after it.
     template <bool kIgnored>
-    CALSEG_MEMBER void begin(int at, int count, Block& block) const {
+    CALSEG_MEMBER void step(int from, int within, int next, Block& block, T (&gradient)[C][kLine], Sums& sums) const {
+        Block begun;
+        begin<kIgnored>(within + kLanes < kLine ? from + within + kLanes : next, begun);
+        finish<kIgnored>(from + within, block, gradient, within, sums);
+        block.become(begun);
+    }
+
+    // Computes the exponentials of a block, and their sum.
+    template <bool kIgnored>
+    CALSEG_MEMBER void begin(int at, Block& block) const {
         labels_ahead_.prefetch(at / kLanes);
         block.labels = load<I<T>>(labels_ + at);
         F<T>(&x)[C] = block.e, top = zero<T>();
         for (int c = 0; c < C; ++c) {
-            x[c] = load_widened<T>(logits_[c] + at, count);
+            x[c] = load_widened<T>(logits_[c] + at, kLanes);
             if (kIgnored) x[c] = select(less(block.labels, broadcast<I<T>>(0)), zero<T>(), x[c]);
             top = c == 0 ? x[0] : larger(x[c], top);
         }
@@ -147,7 +177,7 @@ class FewClasses {
         if constexpr (kSoft) {
             block.label_mass = block.label_d = zero<T>();
             for (int c = 0; c < C; ++c) {
-                const F<T> y = soft_label<kIgnored>(c, at, count, block.labels);
+                const F<T> y = soft_label<kIgnored>(c, at, block.labels);
                 block.label_mass = block.label_mass + y;
                 // Where Y is 0, so is the product, even if the logit is -inf.
                 block.label_d = block.label_d + select(equal(y, zero<T>()), y, y * x[c]);
@@ -160,18 +190,18 @@ class FewClasses {
 
     // Loads the soft labels of class c.
     template <bool kIgnored>
-    CALSEG_MEMBER F<T> soft_label(int c, int at, int count, I<T> labels) const {
-        const F<T> y = load_widened<T>(soft_[c] + at, count);
+    CALSEG_MEMBER F<T> soft_label(int c, int at, I<T> labels) const {
+        const F<T> y = load_widened<T>(soft_[c] + at, kLanes);
         return kIgnored ? select(less(labels, broadcast<I<T>>(0)), zero<T>(), y) : y;
     }
 
-    // Computes what is wanted of a block of `count` voxels. Gradients are written to place `within` of the line.
+    // Computes what is wanted of a block. Gradients are written to place `within` of the line.
     template <bool kIgnored>
-    CALSEG_MEMBER void finish(int at, int count, const Block& block, T (&gradient)[C][kLine], int within, Sums& sums) const {
+    CALSEG_MEMBER void finish(int at, const Block& block, T (&gradient)[C][kLine], int within, Sums& sums) const {
         const F<T> none = zero<T>();
         const auto ignored = less(block.labels, broadcast<I<T>>(0));
         const auto hit = [&](int c) { return equal(block.labels, broadcast<I<T>>(c)); };
-        const auto soft = [&](int c) { return soft_label<kIgnored>(c, at, count, block.labels); };
+        const auto soft = [&](int c) { return soft_label<kIgnored>(c, at, block.labels); };
         if (kWanted != Wanted::gradient_with_overlap) {
             const F<T> log_sum = log_positive(block.sum), loss = (kSoft ? block.label_mass * log_sum : log_sum) - block.label_d;
             store(loss_ + at, kIgnored ? select(ignored, none, loss) : loss);

@@ -38,20 +38,15 @@ struct OperationKernel {
 
     static int64_t num_chunks(const Args& args) { return Operation::template tiling<Real>(args).num_chunks(); }
 
-    static int64_t scratch_bytes(const Args& args) {
-        Scratch counted;
-        compute(args, 0, counted);
-        return counted.bytes_taken();
-    }
-
-    static void compute_chunk(const Args& args, int64_t chunk, void* memory) {
-        Scratch scratch(memory);
-        compute(args, chunk, scratch);
-    }
+    static int64_t scratch_bytes(const Args& args) { return compute(args, 0, nullptr); }
+    static void compute_chunk(const Args& args, int64_t chunk, void* memory) { compute(args, chunk, memory); }
 
  private:
-    static void compute(const Args& args, int64_t chunk, Scratch& scratch) {
+    // Computes a chunk, or only counts if there is no memory. Returns how many bytes of it the chunk takes.
+    CALSEG_ONCE static int64_t compute(const Args& args, int64_t chunk, void* memory) {
+        Scratch scratch(memory);
         Operation::template compute_chunk<Real>(args, Operation::template tiling<Real>(args), chunk, scratch);
+        return scratch.bytes_taken();
     }
 };
 

@@ -15,7 +15,7 @@ namespace {
 // Returns the sum of a row, added in double and in a fixed order. There are so many partial sums that no addition waits for
 // the result of another one.
 template <class T>
-double sum_row(const T* row, int count) {
+CALSEG_ONCE double sum_row(const T* row, int count) {
     constexpr int kPartial = 32;
     double part[kPartial] = {};
     int i = 0;
@@ -44,7 +44,7 @@ struct LossTile {
     LossSums sums;                       // sums over the tiles of the chunk so far
     LabelsAhead labels_ahead;
 
-    LossTile(Scratch& scratch, int64_t num_classes, int length, const double* class_weight) : C(num_classes) {
+    CALSEG_ONCE LossTile(Scratch& scratch, int64_t num_classes, int length, const double* class_weight) : C(num_classes) {
         labels = scratch.take<int32_t>(length);
         loss = scratch.take<T>(length);
         kl = scratch.take<T>(length);
@@ -61,7 +61,7 @@ struct LossTile {
         }
     }
 
-    void load(const Labels& from, const Upstream& up, const Span& span, const Span& next) {
+    CALSEG_ONCE void load(const Labels& from, const Upstream& up, const Span& span, const Span& next) {
         labels_ahead = LabelsAhead(from, next);
         count = span.count;
         counted = load_labels(labels, from, span, C);
@@ -73,7 +73,7 @@ struct LossTile {
 
     // Adds the tile's losses and KL terms to the sums, and stores scale * (loss + beta * kl) if the call wants it.
     template <bool kKL>
-    void finish_tile(const LossArgs& a, const Span& span) {
+    CALSEG_ONCE void finish_tile(const LossArgs& a, const Span& span) {
         sums.loss += sum_row(loss, count);
         if (kKL) sums.kl += sum_row(kl, count);
         if (!a.loss) return;

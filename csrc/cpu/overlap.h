@@ -30,7 +30,7 @@ CALSEG_INLINE F<T> per_sum_where_counted(I<T> labels, F<T> sum) {
 template <class T>
 class OverlapSums {
  public:
-    OverlapSums(Scratch& scratch, int64_t C, bool wanted) : C_(wanted ? C : 0) {
+    CALSEG_ONCE OverlapSums(Scratch& scratch, int64_t C, bool wanted) : C_(wanted ? C : 0) {
         lanes_ = scratch.take<T>(C_ * kOverlapSums * kLanes);
         sums_ = scratch.take<double>(C_ * kOverlapSums);
         if (scratch.is_counting()) return;
@@ -85,13 +85,13 @@ class OverlapSums {
         if (voxels_ >= kMaxTile) flush();
     }
 
-    void finish_chunk(double* chunk_overlap, int64_t chunk) {
+    CALSEG_ONCE void finish_chunk(double* chunk_overlap, int64_t chunk) {
         flush();
         for (int64_t i = 0; i < C_ * kOverlapSums; ++i) chunk_overlap[chunk * C_ * kOverlapSums + i] = sums_[i];
     }
 
  private:
-    void flush() {
+    CALSEG_ONCE void flush() {
         for (int64_t i = 0; i < C_ * kOverlapSums; ++i) sums_[i] += sum_row(lanes_ + i * kLanes, kLanes);
         fill(lanes_, lanes_ + C_ * kOverlapSums * kLanes, T(0));
         voxels_ = 0;
@@ -109,7 +109,7 @@ struct OverlapSlopes {
     T *above, *below;  // [C]
 
     // `slopes` is [N][C][kOverlapSums] or null. A chunk lies in one item.
-    OverlapSlopes(Scratch& scratch, int64_t C, const double* slopes, const Tiling& tiles, int64_t chunk) {
+    CALSEG_ONCE OverlapSlopes(Scratch& scratch, int64_t C, const double* slopes, const Tiling& tiles, int64_t chunk) {
         const int64_t wanted = slopes ? C : 0;
         above = scratch.take<T>(wanted);
         below = scratch.take<T>(wanted);

@@ -27,7 +27,7 @@ class ReadAhead {
     T* block(int b) { return tiles_[0] + b * C_ * kLanes; }
 
     // Makes the tile of `span` the current one. From then on, read_line() reads the tile of `next`.
-    void begin(const Span& span, const Span& next) {
+    CALSEG_ONCE void begin(const Span& span, const Span& next) {
         if (class_ == C_) {  // the tile has been read while the one before it was computed
             T* read = tiles_[1];
             tiles_[1] = tiles_[0];
@@ -59,7 +59,7 @@ class ReadAhead {
     }
 
     // Reads the lines of the next tile that are left.
-    void end() {
+    CALSEG_ONCE void end() {
         while (class_ < C_) read_line();
     }
 
@@ -77,7 +77,7 @@ class ReadAhead {
         else prefetched_ = address<From>(view_, next_, ahead - C_ < C_ ? ahead - C_ : 0) + next_.count;
     }
 
-    void end_row() {
+    CALSEG_ONCE void end_row() {
         if (const int rest = next_.count % kLanes) store(to_, load_widened<T>(from_, rest));
         if (++class_ < C_) begin_row();
     }

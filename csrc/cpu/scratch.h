@@ -9,11 +9,10 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-// Allocator of the rows. Made without memory, it only counts the bytes of the rows taken. Such rows must not be read or
+// Allocator of the rows. Without memory (null), it only counts the bytes of the rows taken. Such rows must not be read or
 // written. The same code thus says how much memory it needs and takes that memory.
 class Scratch {
  public:
-    Scratch() = default;  // counts only
     explicit Scratch(void* memory) : first_(reinterpret_cast<uintptr_t>(memory)) {}
 
     template <class T>

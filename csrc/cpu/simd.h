@@ -23,12 +23,16 @@
 #define CALSEG_NATIVE_FLOAT
 #endif
 
+// Functions that are compiled into each place that calls them, alone or in a class, and those that are compiled once: what is
+// called once per tile or chunk would be compiled into each of some hundred kernels.
 #if defined(_MSC_VER)
 #define CALSEG_INLINE static __forceinline
 #define CALSEG_MEMBER __forceinline
+#define CALSEG_ONCE __declspec(noinline)
 #else
 #define CALSEG_INLINE static inline __attribute__((always_inline))
 #define CALSEG_MEMBER inline __attribute__((always_inline))
+#define CALSEG_ONCE __attribute__((noinline))
 #endif
 
 namespace calseg {

@@ -4,14 +4,14 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#if defined(CALSEG_AVX512)
+#if defined(CALSEG_X86)
 #include <cpuid.h>
 #endif
 
 namespace calseg {
 namespace {
 
-#if defined(CALSEG_AVX512)
+#if defined(CALSEG_X86)
 // Instruction sets that the processor has and the system supports.
 //
 // __builtin_cpu_supports() would say the same, but it needs the compiler's runtime library. It is always false with that of
@@ -45,10 +45,8 @@ struct Isa {
 
 // All instruction sets of this build, best first.
 const Isa isas[] = {
-#if defined(CALSEG_AVX512)
+#if defined(CALSEG_X86)
     {"avx512", &avx512::kernels, &avx512_double::kernels, [] { return processor().avx512; }},
-#endif
-#if defined(CALSEG_AVX2)
     {"avx2", &avx2::kernels, &avx2_double::kernels, [] { return processor().avx2; }},
 #endif
     {"baseline", &baseline::kernels, &baseline_double::kernels, [] { return true; }},
