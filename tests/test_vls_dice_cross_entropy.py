@@ -246,7 +246,6 @@ def test_two_processes_are_one_batch(tmp_path: Path) -> None:
         ({"scale": math.inf}, "scale: got inf"),
         ({"scale": torch.ones(2)}, "scale: got a float32 tensor"),
     ],
-    ids=str,
 )
 def test_bad_options(options, message):
     with pytest.raises((TypeError, ValueError), match=message):

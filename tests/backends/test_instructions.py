@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from calseg.backends import choice
+from calseg.installation import TRITON_ERROR, triton_version
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "instructions.py"
 COUNTED_WITH = "3.9"  # the version of Triton, on which counts depend
@@ -21,7 +21,7 @@ MARGIN = 1.03
 pytestmark = [
     pytest.mark.skipif(not SCRIPT.is_file(), reason="needs the checkout's benchmarks"),
     pytest.mark.skipif(
-        choice.TRITON_ERROR is not None or not (choice.triton_version() or "").startswith(COUNTED_WITH + "."),
+        TRITON_ERROR is not None or not (triton_version() or "").startswith(COUNTED_WITH + "."),
         reason=f"the counts are those of Triton {COUNTED_WITH}",
     ),
     pytest.mark.timeout(900),

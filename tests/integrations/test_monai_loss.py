@@ -204,7 +204,6 @@ def test_oddities():
         ({"weight": "12"}, "weight: got '12'"),
         ({"alfa": 0.2}, "unknown option 'alfa', wanted some of ignore_index, alpha"),
     ],
-    ids=str,
 )
 def test_arguments_that_cannot_be_honoured(options, message):
     with pytest.raises((TypeError, ValueError), match=message):
