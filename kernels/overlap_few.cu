@@ -7,8 +7,8 @@
 //
 // Least memory traffic: in each pass one read of the logits and of the labels, and in the second one write of the gradient.
 //
-// The first pass reads 8 to 17 bytes a voxel of float32, and half as many of 16 bits, which takes as long as 35 to 120
-// instructions. So a thread has several groups of voxels, that it adds up before it adds anything with other threads.
+// The first pass reads 5 to 17 bytes a voxel, which takes a GPU as long as 35 to 120 instructions. So a thread has several
+// groups of voxels, and adds them up before it hands anything to other threads.
 #include "cuda/few_classes.h"
 
 namespace calseg {

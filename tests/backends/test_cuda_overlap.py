@@ -292,6 +292,7 @@ def test_what_the_kernels_take(on_host, monkeypatch):
     last = LAYOUTS["channels_last"](x)
     for taken in (x, x[:1], LAYOUTS["sliced_channels"](x), LAYOUTS["batch_inside"](x), x.flatten(2), last):
         assert launches(taken, target[: len(taken)].view(len(taken), *taken.shape[2:])) == 2
+    assert launches(last.movedim(1, -1).reshape(-1, 3), target.flatten()) == 2
     assert launches(target=torch.cat([target[:1], target]).byte()[1:]) == 2
     assert launches(target=target[:1].expand(2, 8, 12)) == 2
     for name in ("every_second", "odd_offset", "sliced_channels_last"):
