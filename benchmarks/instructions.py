@@ -26,6 +26,7 @@ import sys
 import tempfile
 from collections import Counter
 from functools import cache
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -72,6 +73,14 @@ def _cases() -> dict[str, Case]:
                 cases[f"cross_entropy C={C} {dtype} channels-last, CUDA C++"] = Case(call, cuda=True)
     for C in classes:
         cases[f"dice C={C}"] = Case({"operation": "hard_overlap", "C": C}, 1.5)
+    for C in (2, 3, 4):
+        for dtype, layout in product(("float32", "bfloat16"), ("channel_first", "channels_last")):
+            name = f"dice C={C} {dtype}{' channels-last' if layout == 'channels_last' else ''}"
+            call = {"operation": "hard_overlap", "C": C, "dtype": dtype, "layout": layout}
+            if C != 3 and (dtype, layout) != ("float32", "channel_first"):
+                cases[name] = Case(call, 1.5)
+            if NVCC is not None:
+                cases[name + ", CUDA C++"] = Case(call, 1.5, cuda=True)
     for C in classes:  # of 4 samples, two pairs; of up to 2 classes, all pairs at once
         trips = (1, 2) if C == 2 else (2, 2)
         cases[f"vls C={C}"] = Case({"operation": "vls_cross_entropy", "C": C}, 3.0, trips)
@@ -120,11 +129,11 @@ def assembly(cubin: bytes) -> str:
 
 
 def disassemble(cubin: bytes, kernel: str = "") -> tuple[list[Instruction], dict[str, int]]:
-    """Return the instructions of the kernel whose name contains ``kernel``, and where its labels are."""
+    """Return the instructions of the kernel in whose name ``kernel`` is found, and where its labels are."""
     text = assembly(cubin)
     code: list[Instruction] = []
     labels = {}
-    (text,) = (part for part in text.split(".section\t.text.")[1:] if kernel in part.split(",")[0])
+    (text,) = (part for part in text.split(".section\t.text.")[1:] if re.search(kernel, part.split(",")[0]))
     unusual, is_new = False, True
     for line in text.splitlines():
         if found := re.match(r'\s*//## File "(.+?)", line (\d+)', line):
@@ -167,7 +176,8 @@ def runs(
             if each.always and (target is not None or each.name.split(".")[0] in ("EXIT", "RET")):
                 break
             place += 1
-    loops = sorted((target, place) for place, target in targets.items() if target < place and counts[place])
+    usual = {place for place, each in enumerate(code) if counts[place] and not each.unusual}
+    loops = sorted((target, place) for place, target in targets.items() if target < place and place in usual)
     if in_order and len(loops) != len(trips):
         raise RuntimeError(f"got {len(loops)} loops, wanted {len(trips)}")
     for number, (first, last) in enumerate(loops):
@@ -306,22 +316,25 @@ def trips_of_rows(C: int, itemsize: int, voxels: int) -> tuple[float, ...]:
     return (rounds, rest, *walk, *walk, *walk, 0, 0, rounds, rest)
 
 
-def row_of_cuda(C: int, dtype: str, in_rows: bool, num_bytes: float) -> dict[str, Any]:
-    """Return the row of the kernel of few classes or of rows, in a call without class weights and label smoothing."""
+def row_of_cuda(kernel: str, C: int, dtype: str, in_rows: bool, num_bytes: float) -> dict[str, Any]:
+    """Return the row of a kernel, in a call without class weights and label smoothing."""
     import ahead_of_time
 
-    from calseg.backends.cuda import ALIGN, FEW_CLASSES, FEW_THREADS, ROW_VOXELS
+    from calseg.backends.cuda import ALIGN, FEW_GROUPS, FEW_THREADS, ROW_VOXELS
 
-    itemsize, number = (4, "If") if dtype == "float32" else (2, "4BF16E")
-    if C in FEW_CLASSES:
-        kernel, instance, threads = "cross_entropy_few", f"{number}Li{C}ELb{in_rows:d}E", FEW_THREADS
-        tile, trips = FEW_THREADS * ALIGN // itemsize, ()
-    else:
-        kernel, instance, threads = "cross_entropy_rows", f"{number}Li{classes_at_once(C)}ELb1E", ROW_VOXELS
+    itemsize, number = (4, "If") if dtype == "float32" else (2, r"INS\w*4BF16E")
+    if kernel == "cross_entropy_rows":
+        instance, threads = f"Li{classes_at_once(C)}ELb1E", ROW_VOXELS
         tile, trips = ROW_VOXELS, trips_of_rows(C, itemsize, ROW_VOXELS)
-    cubin, num_warps = cubin_of(kernel), threads // 32
+    else:
+        instance, threads = f"Li{C}ELb{in_rows:d}E", FEW_THREADS
+        tile, trips = FEW_THREADS * ALIGN // itemsize * (FEW_GROUPS[C] if kernel == "overlap_few" else 1), ()
+    cubin, num_warps = cubin_of(kernel.replace("_gradient", "")), threads // 32
+    instance = rf"\d{kernel}{number}{instance}"
     resources = ahead_of_time.resources(cubin, instance)
-    resources["shared"] += 4 * num_warps + (tile * C * itemsize if in_rows else 0)
+    sums = {"overlap_few": 10, "overlap_gradient_few": 2}.get(kernel, 1)
+    has_rows = in_rows and kernel != "overlap_few"
+    resources["shared"] += 4 * num_warps * sums + (tile * C * itemsize if has_rows else 0)
     row = counted(cubin, resources, tile, num_warps, trips, instance, in_order=True)
     return {"kernel": kernel, "tile": tile, "num_warps": num_warps, **resources, **row, "bytes": num_bytes}
 
@@ -362,12 +375,15 @@ def rows_of(case: Case) -> list[dict[str, Any]]:
              "bytes": bytes_moved(arguments, voxels)}
         )  # fmt: skip
 
-    def count_in_cuda(given: Any, spec: Any, gradients: Any, grad_output: Any, *_: Any) -> None:
+    def count_in_cuda(given: Any, spec: Any, gradients: Any, *rest: Any) -> None:
         tensors = [tensor for tensor in (given.logits, gradients.logits, spec.labels.tensor) if tensor is not None]
-        voxels = spec.labels.tensor.numel()
+        voxels, C = spec.labels.tensor.numel(), given.logits.shape[1]
         moved = sum(tensor.nbytes for tensor in tensors) / voxels
-        in_rows = given.logits.stride(1) == 1
-        rows.append(row_of_cuda(given.logits.shape[1], case.call["dtype"], in_rows, moved))
+        *_, overlap, slopes, _, _, _ = rest
+        kernel = "cross_entropy_few" if C in cuda.FEW_CLASSES else "cross_entropy_rows"
+        if overlap is not None or slopes is not None:
+            kernel = "overlap_gradient_few" if overlap is None else "overlap_few"
+        rows.append(row_of_cuda(kernel, C, case.call["dtype"], given.logits.stride(1) == 1, moved))
 
     launch.launch_kernel = count
     extension = SimpleNamespace(

@@ -192,8 +192,8 @@ __global__ void __launch_bounds__(kRowVoxels, kRowBlocks) cross_entropy_rows(con
     const int thread = static_cast<int>(threadIdx.x), C = static_cast<int>(a.shape.C);
     const BlockTile tile(launch);
     const unsigned n = tile.n;
-    const int64_t first = tile.first, left = a.shape.S - first;
-    const int voxels = left < kRowVoxels ? static_cast<int>(left) : kRowVoxels;
+    const int64_t first = tile.first;
+    const int voxels = tile.voxels;
     float* const of_warps = reinterpret_cast<float*>(shared_memory());  // [warps]
     unsigned char* const rows = shared_memory() + launch.rows_offset;
     float* const weights = reinterpret_cast<float*>(shared_memory() + launch.weights_offset);  // [C], unless kPlain

@@ -87,7 +87,8 @@ FEWEST_ROWS = 2**15  # with fewer, a call is over before the next launch. Triton
 # of few classes, in rows or with the voxels of a class adjacent
 FEW_THREADS = 128  # of a block, as in csrc/cuda/plan.h
 FEW_CLASSES = (2, 3, 4)
-AT_ONCE_VOXELS = 2**21  # up to as many, Triton's kernel adds up the loss without another launch
+FEW_GROUPS = {2: 4, 3: 3, 4: 2}  # of ALIGN bytes of each class, that a thread adds up, as in csrc/cuda/plan.h
+AT_ONCE_VOXELS = 2**21  # up to as many, Triton's kernels need a launch less
 
 
 def kernel_of(
@@ -121,19 +122,29 @@ def kernel_of(
     return "rows" if logits.stride(axis) == 1 else None
 
 
+def overlap_kernel_of(tensors: LossTensors, gradients: LossTensors, spec: LossSpec) -> str | None:
+    """Do as :func:`kernel_of` for a pass of a loss with an overlap: "overlap", or "overlap_gradient" to write one."""
+    if kernel_of(tensors, gradients, spec) != "few":
+        return None
+    return "overlap" if gradients.logits is None else "overlap_gradient"
+
+
 def block_voxels(kernel: str, geometry: Any, itemsize: int, label_itemsize: int) -> int | None:
     """Return the number of voxels of a block, or None if the kernel should not take tensors of this geometry.
 
     Args:
-        kernel: a result of :func:`kernel_of`.
+        kernel: a result of :func:`kernel_of` or :func:`overlap_kernel_of`.
         geometry: the shape and the strides, :class:`calseg.kernels.launch.Geometry`.
         itemsize: the bytes of a logit.
         label_itemsize: the bytes of a label.
     """
     N, C, S, scores, _ = geometry
-    if kernel == "few" and _are_vectors(geometry, itemsize, label_itemsize):
+    if kernel != "rows" and _are_vectors(geometry, itemsize, label_itemsize):
         enough = N * S >= FEWEST_ROWS if C == 3 and scores[0][1] == 1 else N * S > AT_ONCE_VOXELS
-        return FEW_THREADS * ALIGN // itemsize if enough else None
+        groups = FEW_GROUPS[C] if kernel == "overlap" else 1
+        return FEW_THREADS * ALIGN // itemsize * groups if enough else None
+    if kernel not in ("few", "rows"):
+        return None
     if not _is_faster_in_rows(C, itemsize) or C * ROW_VOXELS * itemsize > MOST_ROW_BYTES or N * S < FEWEST_ROWS:
         return None
     return ROW_VOXELS if _are_rows(geometry, itemsize) else None
@@ -167,12 +178,13 @@ def cross_entropy(blocks: int, spec: LossSpec, given: Any) -> None:
         spec: the loss and its options.
         given: the arguments, :class:`calseg.kernels.reductions.LossArguments`.
     """
-    upstream, logits = given.upstream, given.tensors.logits.ptr
+    upstream, partials, logits = given.upstream, given.partials, given.tensors.logits.ptr
     given_or_none = lambda view: None if view is None else view.ptr  # noqa: E731
     native.extension.cuda_cross_entropy(
         LossTensors(logits), spec._replace(scale=upstream.scale), LossTensors(given_or_none(given.gradients.logits)),
         upstream.ptr, given_or_none(given.loss), None if upstream.factor is None else upstream.factor.float(),
-        upstream.sums, given.partials.ptr, blocks, *_device_and_stream(logits),
+        upstream.sums, partials.ptr, None if partials.voxels is None else partials.ptr[blocks : 2 * blocks],
+        given.overlap, given.grad_overlap, blocks, *_device_and_stream(logits),
     )  # fmt: skip
 
 

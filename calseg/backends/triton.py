@@ -6,7 +6,7 @@ can be captured into a CUDA graph.
 
 Where the extension has it, the main kernel of cross-entropy with one-hot labels is one in CUDA C++, if the classes are
 few, or those of a voxel adjacent: see :func:`calseg.backends.cuda.kernel_of` and
-:func:`calseg.backends.cuda.block_voxels`.
+:func:`calseg.backends.cuda.block_voxels`. With few classes, so are those of Dice beside it.
 """
 
 from __future__ import annotations
@@ -124,10 +124,7 @@ def _loss(
     _check_labels(spec.labels, call.C)
     reduced = grad_output is None and per_voxel is None
     given = _loss_arguments(call, spec, factor, reduced=reduced, at_once=at_once and not call.in_cuda)
-    if call.in_cuda:
-        cuda.cross_entropy(call.programs, spec, given)
-    else:
-        operation.launch(call, spec, given)
+    _launch(operation, call, spec, given)
     if per_voxel is not None:
         return per_voxel, None
     partials = given.partials
@@ -136,6 +133,14 @@ def _loss(
     if partials.counter is None:
         launch_finish_loss(call, spec, given)
     return partials.loss, None if partials.voxels is None else partials.ptr
+
+
+def _launch(operation: Any, call: Call, spec: LossSpec, given: LossArguments) -> None:
+    """Launch the main kernel of a loss."""
+    if call.in_cuda:
+        cuda.cross_entropy(call.programs, spec, given)
+    else:
+        operation.launch(call, spec, given)
 
 
 def loss_and_overlap(spec: LossSpec, tensors: LossTensors, made: LossTensors) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,13 +157,18 @@ def loss_and_overlap(spec: LossSpec, tensors: LossTensors, made: LossTensors) ->
         nothing = like.new_zeros((N, C, 2), dtype=torch.float64)
         return like.new_full((), math.nan, dtype=spec.dtype), nothing, nothing.sum()
     label_tensor = None if spec.labels is None else spec.labels.tensor
-    call = _call(overlap_demands(tensors), (*tensors, *made), (label_tensor, None, None), items=True)
+    call = _call(
+        overlap_demands(tensors), (*tensors, *made), (label_tensor, None, None),
+        cuda.overlap_kernel_of(tensors, made, spec), items=True,
+    )  # fmt: skip
     _check_labels(spec.labels, C)
-    given = _loss_arguments(call, spec, _factor(spec), reduced=True, at_once=False)
+    given = _loss_arguments(call, spec, _factor(spec), reduced=True, at_once=False, counted=call.in_cuda)
     given = given._replace(overlap=empty_overlap(call))
-    operation.launch(call, spec, given)
+    _launch(operation, call, spec, given)
     launch_finish_loss(call, spec, given)
-    if given.upstream.sums is None:
+    if given.partials.voxels is not None:
+        divisor = given.partials.ptr[call.programs : 2 * call.programs].sum(dtype=torch.float64)
+    elif given.upstream.sums is None:
         divisor = like.new_full((), 1 if spec.reduction == "sum" else N * S, dtype=torch.float64)
     else:
         divisor = given.upstream.sums[0].sum(dtype=torch.float64)
@@ -176,11 +186,14 @@ def overlap_backward(spec: LossSpec, tensors: LossTensors, gradients: LossTensor
     if tensors.like().numel() == 0:
         return
     label_tensor = None if spec.labels is None else spec.labels.tensor
-    call = _call(overlap_demands(tensors), (*tensors, *gradients), (label_tensor, None, None), items=True)
+    call = _call(
+        overlap_demands(tensors), (*tensors, *gradients), (label_tensor, None, None),
+        cuda.overlap_kernel_of(tensors, gradients, spec), items=True,
+    )  # fmt: skip
     grad_overlap = None if gradients.logits is None else grad_sums
     given = _loss_arguments(call, spec, _factor(spec), reduced=False, at_once=False)
     given = given._replace(grad_overlap=grad_overlap)
-    operation.launch(call, spec, given)
+    _launch(operation, call, spec, given)
 
 
 def _factor(spec: LossSpec) -> Tensor | None:
@@ -208,12 +221,13 @@ def _takes_correction(call: Call) -> bool:
 
 
 def _loss_arguments(
-    call: Call, spec: LossSpec, factor: Tensor | None, *, reduced: bool, at_once: bool
-) -> LossArguments:  # fmt: skip
+    call: Call, spec: LossSpec, factor: Tensor | None, *, reduced: bool, at_once: bool, counted: bool = False
+) -> LossArguments:
     """Return the arguments of the launch of any loss.
 
     ``factor`` multiplies loss and gradients. ``reduced`` says whether the sum over voxels is wanted, and ``at_once``
-    whether the main kernel may compute it, if there are few programs.
+    whether the main kernel may compute it, if there are few programs. ``counted`` says that the kernel counts the
+    voxels of the mean beside the loss, as it computes no gradient that needs them first.
 
     If the divisors of the mean depend on the labels, and are needed before the main kernel is done, a kernel that sums
     them is launched first.
@@ -227,7 +241,7 @@ def _loss_arguments(
     scale = 1.0 if isinstance(spec.scale, Tensor) else spec.scale
     if spec.reduction == "mean":
         weight = None if spec.labels is None or spec.labels.is_mask else spec.weight
-        if at_once and labels.ignore is not None and weight is None and _takes_correction(call):
+        if (at_once or counted) and labels.ignore is not None and weight is None and _takes_correction(call):
             voxels = float(call.geometry.N * call.S)
         if voxels is not None or spec.labels is None or (labels.ignore is None and weight is None):
             scale /= call.geometry.N * call.S
@@ -430,7 +444,7 @@ def geometry_of_items(scores: Sequence[Tensor | None], voxels: Sequence[Tensor |
     first = lambda t: None if t is None else t[:1]  # noqa: E731
     stride = lambda tensors: [t.stride(0) for t in tensors if t is not None]  # noqa: E731
     like = next(t for t in scores if t is not None)
-    if like.dim() < 3:  # there is a single item
+    if like.dim() < 3 or len(like) == 1:  # there is a single item, whose stride may be any
         return geometry_of(scores, voxels)
     _, C, S, of_scores, of_voxels = geometry_of(list(map(first, scores)), list(map(first, voxels)))
     return Geometry(

@@ -15,10 +15,13 @@ CALSEG_INLINE uint32_t operator/(uint32_t number, QuickDivisor by) {
 struct BlockTile {
     unsigned n;     // batch item
     int64_t first;  // first voxel
+    int voxels;     // number of voxels
 
-    explicit CALSEG_MEMBER BlockTile(const CrossEntropyLaunch& launch)
-        : n(static_cast<uint32_t>(blockIdx.x) / launch.per_item),
-          first(static_cast<int64_t>(blockIdx.x - n * launch.tiles_per_item) * launch.tile) {}
+    explicit CALSEG_MEMBER BlockTile(const CrossEntropyLaunch& launch) : n(static_cast<uint32_t>(blockIdx.x) / launch.per_item) {
+        const unsigned of_item = blockIdx.x - n * launch.tiles_per_item;
+        first = static_cast<int64_t>(of_item) * launch.tile;
+        voxels = of_item + 1 == launch.tiles_per_item ? launch.last_tile : launch.tile;
+    }
 };
 
 // Factor of the loss, and the upstream gradient of every voxel.

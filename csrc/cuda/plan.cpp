@@ -67,11 +67,13 @@ bool is_in_planes(const TensorView& scores, int itemsize) {
 
 // Plans the kernel of few classes.
 void plan_few(CrossEntropyLaunch& launch, int itemsize) {
+    const int slots[] = {kFewSlots<2>, kFewSlots<3>, kFewSlots<4>}, groups[] = {kFewGroups<2>, kFewGroups<3>, kFewGroups<4>};
+    const int64_t of_classes = launch.args.shape.C - kFewLeast;
     launch.vector = kCopyBytes / itemsize;
-    launch.tile = kFewThreads * launch.vector;
-    launch.rows_offset = std::max(kCopyBytes, kFewThreads / kCudaWarp * static_cast<int>(sizeof(float)));
-    const int slots[] = {kFewSlots<2>, kFewSlots<3>, kFewSlots<4>};
-    const int of_rows = launch.in_rows ? slots[launch.args.shape.C - kFewLeast] * kFewThreads / kCudaWarp : 0;
+    launch.tile = kFewThreads * launch.vector * (launch.pass == Pass::overlap ? groups[of_classes] : 1);
+    const int sums = launch.pass == Pass::loss ? 1 : launch.pass == Pass::overlap ? kOverlapSums * kFewMost + 2 : kOverlapSums;
+    launch.rows_offset = sums * std::max(kCopyBytes, kFewThreads / kCudaWarp * static_cast<int>(sizeof(float)));
+    const int of_rows = launch.in_rows && launch.pass != Pass::overlap ? slots[of_classes] * kFewThreads / kCudaWarp : 0;
     launch.shared_bytes = launch.rows_offset + of_rows * kCopyBytes;
 }
 
@@ -138,12 +140,12 @@ QuickDivisor quick_divisor(uint32_t divisor) {
     return d;
 }
 
-CrossEntropyLaunch cross_entropy_launch(const LossArgs& args) {
+CrossEntropyLaunch cross_entropy_launch(const LossArgs& args, Pass pass) {
     CrossEntropyLaunch launch;
-    launch.args = args;
+    launch.args = args, launch.pass = pass;
     LossArgs& a = launch.args;
     TensorView* const views[] = {&a.tensors.logits, &a.gradients.logits, &a.spec.labels.tensor, &a.upstream.grad_output, &a.loss};
-    merge_items(a.shape, views, 5);
+    if (pass == Pass::loss || a.shape.N == 1) merge_items(a.shape, views, 5);
     const DType dtype = a.tensors.logits.dtype;
     if ((dtype != DType::f32 && dtype != DType::bf16 && dtype != DType::f16) || (a.gradients.logits && a.gradients.logits.dtype != dtype))
         throw std::invalid_argument("cross_entropy on CUDA: wanted logits and gradients of one dtype that the kernels have");
@@ -162,10 +164,12 @@ CrossEntropyLaunch cross_entropy_launch(const LossArgs& args) {
     const TensorView& labels = a.spec.labels.tensor;
     const bool in_vectors = a.shape.S % (kCopyBytes / itemsize) == 0 && labels.stride_s == 1 && is_aligned(labels, launch.labels.bytes);
     launch.few = launch.plain && C >= kFewLeast && C <= kFewMost && in_vectors && (launch.in_rows || in_planes);
+    if (pass != Pass::loss && !launch.few) throw std::invalid_argument("cross_entropy on CUDA: wanted few classes beside an overlap");
     if (!launch.few && !launch.in_rows)
         throw std::invalid_argument("cross_entropy on CUDA: wanted dense rows that begin at multiples of 16 bytes, or few classes");
     (launch.few ? plan_few : plan_rows)(launch, itemsize);
     launch.tiles_per_item = static_cast<unsigned>((a.shape.S + launch.tile - 1) / launch.tile);
+    launch.last_tile = static_cast<int>(a.shape.S - (int64_t{launch.tiles_per_item} - 1) * launch.tile);
     launch.per_item = quick_divisor(std::max(launch.tiles_per_item, 1u));
     return launch;
 }

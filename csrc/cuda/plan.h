@@ -85,6 +85,8 @@ constexpr int64_t kAlwaysShared = 48 * 1024;     // bytes of shared memory that 
 constexpr int kFewThreads = 128;  // threads of a block: each has kCopyBytes of every class
 constexpr int kFewLeast = 2, kFewMost = 4;
 template <int C>
+constexpr int kFewGroups = 6 - C;  // times kCopyBytes of every class that a thread has, where only sums are wanted
+template <int C>
 constexpr int kFewSlots = kCudaWarp * C * (C % 2 ? 8 : 9) / 8;  // vectors of kCopyBytes that a warp has room for, of rows
 
 // Numbers that make a division of a number below 2^31 a multiplication: number * multiplier >> 31 >> shift.
@@ -94,24 +96,35 @@ struct QuickDivisor {
 };
 QuickDivisor quick_divisor(uint32_t divisor);
 
+// What a launch computes.
+enum class Pass : int32_t {
+    loss,              // the losses, and their gradient
+    overlap,           // the losses, and the sums of the overlap
+    overlap_gradient,  // the gradient of losses and overlap
+};
+
 // Cross-entropy with one-hot labels. Either the classes of a voxel are adjacent: each voxel is a row, and the next row
 // follows. Or the voxels of a class are adjacent.
 struct CrossEntropyLaunch {
-    LossArgs args;  // the arguments of the call, with batch items merged into one if possible
+    LossArgs args;  // the arguments of the call, with batch items merged into one if possible, unless there is an overlap
+    Pass pass = Pass::loss;
     LabelRange labels;
     // Numbers of the device. The factor multiplies loss and gradient, the divisor divides the gradient.
     const float *factor = nullptr, *divisor = nullptr;  // each may be absent
     float* partials = nullptr;                          // out, may be absent: [blocks] sums of the losses, without factor and divisor
+    float* counts = nullptr;                            // out, may be absent: [blocks] numbers of voxels that are not ignored
+    float* overlap = nullptr;                           // out, of that pass: [blocks][C][kOverlapSums]
     bool few = false;                                   // whether the kernel is that of few classes, else that of rows
     bool in_rows = false;                               // whether the classes of a voxel are adjacent
     bool plain = false;  // no class weights, no label smoothing, and no tensor with a number for each voxel but the labels
     int vector = 1;      // classes that a thread reads at once, 1, 2, 4 or 8. Of few classes: its number of voxels
     float scale = 1.0f;  // of the loss, a part of the factor
     int tile = 0;        // voxels of a block
+    int last_tile = 0;   // voxels of the last block of an item
     unsigned tiles_per_item = 0;
     QuickDivisor per_item;  // of the number of a block, by tiles_per_item
-    // Shared memory of a block, in bytes. It holds the sums of the warps, then the rows if there are any, then the class
-    // weights.
+    // Shared memory of a block, in bytes. It holds the sums of the warps or the slopes of the overlap, then the rows if there
+    // are any, then the class weights.
     int rows_offset = 0, weights_offset = 0, shared_bytes = 0;
     // If `vector` is 8: a row has a number of parts of kCopyBytes, and `row_gap` parts are left free after it.
     QuickDivisor per_row;  // by that number
@@ -120,12 +133,19 @@ struct CrossEntropyLaunch {
     int64_t blocks() const { return args.shape.N * tiles_per_item; }
 };
 
-// Plans the launch. It takes the kernel of few classes if that can do it. Throws std::invalid_argument if no kernel can.
-CrossEntropyLaunch cross_entropy_launch(const LossArgs& args);
+// Plans the launch. It takes the kernel of few classes if that can do it. Throws std::invalid_argument if no kernel can. The
+// overlap is for few classes only.
+CrossEntropyLaunch cross_entropy_launch(const LossArgs& args, Pass pass);
 
 // Launch one of the kernels, with as many blocks as there are partials. They return once it is queued on the stream. They
 // throw std::runtime_error with the message of CUDA.
 void cuda_cross_entropy_few(const CrossEntropyLaunch& launch, int device, void* stream);
 void cuda_cross_entropy_rows(const CrossEntropyLaunch& launch, int device, void* stream);
+void cuda_overlap_few(const CrossEntropyLaunch& launch, int device, void* stream);
+
+// Launches the one that the plan takes.
+inline void cuda_cross_entropy(const CrossEntropyLaunch& launch, int device, void* stream) {
+    (launch.pass != Pass::loss ? cuda_overlap_few : launch.few ? cuda_cross_entropy_few : cuda_cross_entropy_rows)(launch, device, stream);
+}
 
 }  // namespace calseg

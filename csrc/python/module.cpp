@@ -139,13 +139,15 @@ void cuda_calibration_bins(py::handle scores, py::handle spec, py::handle sums, 
     cuda_calibration_bins(args, places, device, reinterpret_cast<void*>(stream));
 }
 
-// Launches cross_entropy, whose caller gives memory for `blocks` partial sums of the losses, or none.
+// Launches cross_entropy, whose caller gives memory for `blocks` partial sums of the losses and counts of voxels, or none. With
+// `overlap`, it computes the sums of the overlap too, and with `slopes`, their gradient and that of the losses.
 void cuda_cross_entropy(py::handle tensors, py::handle spec, py::handle gradients, py::handle grad_output, py::handle loss,
-                        py::handle factor, py::handle divisor, py::handle partials, int64_t blocks, int device, uintptr_t stream) {
+                        py::handle factor, py::handle divisor, py::handle partials, py::handle counts, py::handle overlap,
+                        py::handle slopes, int64_t blocks, int device, uintptr_t stream) {
     Reader reader(Device::cuda);
     LossArgs args;
     const void *of_factor = nullptr, *of_divisor = nullptr;
-    void* of_partials = nullptr;
+    void *of_partials = nullptr, *of_counts = nullptr, *of_overlap = nullptr;
     reader.argument("tensors", tensors, args.tensors);
     reader.argument("spec", spec, args.spec);
     reader.result("gradients", gradients, args.gradients);
@@ -154,15 +156,21 @@ void cuda_cross_entropy(py::handle tensors, py::handle spec, py::handle gradient
     reader.argument("factor", factor, of_factor);
     reader.argument("divisor", divisor, of_divisor);
     reader.argument("partials", partials, of_partials);
+    reader.argument("counts", counts, of_counts);
+    reader.argument("overlap", overlap, of_overlap);
+    reader.argument("slopes", slopes, args.overlap_slopes);
     args.shape = reader.shape();
-    CrossEntropyLaunch launch = cross_entropy_launch(args);
+    const Pass pass = of_overlap ? Pass::overlap : args.overlap_slopes ? Pass::overlap_gradient : Pass::loss;
+    CrossEntropyLaunch launch = cross_entropy_launch(args, pass);
     if (launch.blocks() != blocks)
         throw std::invalid_argument("cross_entropy on CUDA: wanted " + std::to_string(launch.blocks()) + " blocks");
     launch.factor = static_cast<const float*>(of_factor);
     launch.divisor = static_cast<const float*>(of_divisor);
     launch.partials = static_cast<float*>(of_partials);
+    launch.counts = static_cast<float*>(of_counts);
+    launch.overlap = static_cast<float*>(of_overlap);
     const py::gil_scoped_release release;
-    (launch.few ? cuda_cross_entropy_few : cuda_cross_entropy_rows)(launch, device, reinterpret_cast<void*>(stream));
+    cuda_cross_entropy(launch, device, reinterpret_cast<void*>(stream));
 }
 #endif
 
@@ -214,8 +222,9 @@ PYBIND11_MODULE(_native, m) {
     m.attr("CUDA_ARCHITECTURES") = py::str(CALSEG_CUDA_ARCHITECTURES).attr("split")(" ");
     m.def("cuda_calibration_bins",
           static_cast<void (*)(py::handle, py::handle, py::handle, py::handle, py::handle, int, uintptr_t)>(&cuda_calibration_bins));
-    m.def("cuda_cross_entropy", static_cast<void (*)(py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle,
-                                                     py::handle, int64_t, int, uintptr_t)>(&cuda_cross_entropy));
+    m.def("cuda_cross_entropy",
+          static_cast<void (*)(py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle,
+                               py::handle, py::handle, int64_t, int, uintptr_t)>(&cuda_cross_entropy));
 #else
     m.attr("CUDA_ARCHITECTURES") = py::list();
 #endif

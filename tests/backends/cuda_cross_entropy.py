@@ -30,7 +30,8 @@ Pointer = ctypes.POINTER(ctypes.c_int64)
 class Call(ctypes.Structure):
     _fields_ = [
         *((name, Pointer) for name in ("shape", "logits", "gradient", "labels", "grad_output", "loss")),
-        *((name, ctypes.c_void_p) for name in ("weight", "factor", "divisor", "partials")),
+        *((name, ctypes.c_void_p) for name in ("weight", "factor", "divisor")),
+        *((name, ctypes.c_void_p) for name in ("partials", "counts", "overlap", "slopes")),
         ("ignore_index", ctypes.c_int64), ("scale", ctypes.c_double), ("label_smoothing", ctypes.c_double),
     ]  # fmt: skip
 
@@ -52,22 +53,24 @@ class Machine:
         return getattr(self.extension, name)
 
     def cuda_cross_entropy(
-        self, given, spec, gradients, grad_output, loss, factor, divisor, partials, blocks, device, stream
-    ):
+        self, given, spec, gradients, grad_output, loss, factor, divisor, partials, counts, overlap, slopes, blocks,
+        device, stream,
+    ):  # fmt: skip
         assert (device, stream) == (0, 0)
         weight = None if spec.weight is None else spec.weight.double().contiguous()
         views = [(given.logits, True), (gradients.logits, True), (spec.labels.tensor, False), (grad_output, False),
                  (loss, False)]  # fmt: skip
         arrays = [tensors.shape_of(given.logits), *(view_of(tensor, channels) for tensor, channels in views)]
         pointers = [None if values is None else (ctypes.c_int64 * len(values))(*values) for values in arrays]
-        for numbers in (factor, divisor, partials):
-            assert numbers is None or (numbers.dtype == torch.float32 and numbers.is_contiguous())
-        places = [None if tensor is None else tensor.data_ptr() for tensor in (weight, factor, divisor, partials)]
+        numbers = [weight, factor, divisor, partials, counts, overlap, slopes]
+        for tensor, dtype in zip(numbers, [torch.float64, *[torch.float32] * 5, torch.float64], strict=True):
+            assert tensor is None or (tensor.dtype == dtype and tensor.is_contiguous())
+        places = [None if tensor is None else tensor.data_ptr() for tensor in numbers]
         call = Call(
             *(ctypes.cast(pointer, Pointer) for pointer in pointers), *places, spec.labels.ignore_index, spec.scale,
             spec.label_smoothing,
         )  # fmt: skip
-        used = [tensor for tensor, _ in views] + [weight, factor, divisor, partials]
+        used = [tensor for tensor, _ in views] + numbers
         self.launches.append(blocks)
         self.launch(call, given.logits.dtype, blocks, [tensor for tensor in used if tensor is not None])
 
@@ -83,12 +86,13 @@ class OnPtx(Machine):
     text = ""
 
     def launch(self, call: Call, dtype: torch.dtype, blocks: int, used: list[torch.Tensor]) -> None:
-        to, plan = (ctypes.c_ubyte * 4096)(), (ctypes.c_int64 * 6)()
+        to, plan = (ctypes.c_ubyte * 4096)(), (ctypes.c_int64 * 7)()
         size = self.library.launch_bytes(ctypes.byref(call), plan, to)
-        planned, shared_bytes, vector, plain, few, in_rows = plan
+        planned, shared_bytes, vector, plain, few, in_rows, of_pass = plan
         assert planned == blocks
-        kernel, numbers = ("few", (call.shape[1], in_rows)) if few else ("rows", (vector, plain))
-        name = rf"{kernel}I{TYPES[dtype]}Li{numbers[0]}ELb{numbers[1]}EE"
+        kernel = ["cross_entropy_few" if few else "cross_entropy_rows", "overlap_few", "overlap_gradient_few"][of_pass]
+        numbers = (call.shape[1], in_rows) if few else (vector, plain)
+        name = rf"\d{kernel}I{TYPES[dtype]}Li{numbers[0]}ELb{numbers[1]}EE"
         (entry,) = (entry for entry in names_of(self.text) if re.search(name, entry))
         run(self.text, bytes(to[:size]), blocks, list(map(span_of, used)), name=entry, shared_bytes=shared_bytes)
 

@@ -239,8 +239,9 @@ def test_more_than_two_to_the_31_voxels(on_host):
     on_host.library.set_blocks(blocks - 1, 2**32 - 1)
     try:
         on_host.cuda_cross_entropy(
-            LossTensors(x), spec, LossTensors(gradient), None, None, None, None, partials, blocks, 0, 0
-        )
+            LossTensors(x), spec, LossTensors(gradient), None, None, None, None, partials, None, None, None, blocks,
+            0, 0,
+        )  # fmt: skip
     finally:
         on_host.library.set_blocks(0, 2**32 - 1)
     leaf = x[..., -80:].double().requires_grad_()
@@ -338,7 +339,7 @@ def test_wrong_calls(on_host):
     def call(x: torch.Tensor, g: torch.Tensor | None = None, target: torch.Tensor = target, **options: object) -> None:
         spec = LossSpec("cross_entropy", Labels(target, -100), None, "sum", torch.float32)._replace(**options)
         on_host.cuda_cross_entropy(
-            LossTensors(x), spec, LossTensors(g), None, None, None, None, torch.empty(1), 1, 0, 0
+            LossTensors(x), spec, LossTensors(g), None, None, None, None, torch.empty(1), None, None, None, 1, 0, 0
         )  # fmt: skip
 
     call(x, x.clone())
@@ -391,7 +392,8 @@ def test_a_missing_mask(on_ptx, monkeypatch, layout):
             patch.setattr(tensors, "shape_of", lambda scores: (1, 2, 1048))
             with pytest.raises(PtxError, match="past the end of a tensor"):
                 on_ptx.cuda_cross_entropy(
-                    LossTensors(x), spec, LossTensors(), None, None, None, None, torch.empty(blocks), blocks, 0, 0
+                    LossTensors(x), spec, LossTensors(), None, None, None, None, torch.empty(blocks), None, None, None,
+                    blocks, 0, 0,
                 )  # fmt: skip
 
 

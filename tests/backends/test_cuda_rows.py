@@ -209,8 +209,9 @@ def test_more_than_two_to_the_31_logits(on_host):
     on_host.library.set_blocks(blocks - 1, 2**32 - 1)
     try:
         on_host.cuda_cross_entropy(
-            LossTensors(x), spec, LossTensors(gradient), None, None, None, None, partials, blocks, 0, 0
-        )
+            LossTensors(x), spec, LossTensors(gradient), None, None, None, None, partials, None, None, None, blocks,
+            0, 0,
+        )  # fmt: skip
     finally:
         on_host.library.set_blocks(0, 2**32 - 1)
     leaf = x[..., -77:].double().requires_grad_()
@@ -268,8 +269,8 @@ def test_wrong_calls(on_host):
     x, target = rows(1, 5, 9)["input"], labels((1, 5, 9))
     spec = LossSpec("cross_entropy", Labels(target, -100), None, "sum", torch.float32)
     call = lambda x, g: on_host.cuda_cross_entropy(  # noqa: E731
-        LossTensors(x), spec, LossTensors(g), None, None, None, None, torch.empty(1), 1, 0, 0
-    )
+        LossTensors(x), spec, LossTensors(g), None, None, None, None, torch.empty(1), None, None, None, 1, 0, 0
+    )  # fmt: skip
     call(x, x.clone())
     moved = torch.zeros(46)[1:].view(1, 9, 5).movedim(-1, 1)
     for logits, gradient in ((x.double(), None), (x, x.bfloat16())):
@@ -302,7 +303,7 @@ def test_a_missing_mask(on_ptx, monkeypatch):
     spec = LossSpec("cross_entropy", Labels(target, -100), None, "sum", torch.float32)
     with pytest.raises(PtxError, match="past the end of a tensor"):
         on_ptx.cuda_cross_entropy(
-            LossTensors(x), spec, LossTensors(), None, None, None, None, torch.empty(2), 2, 0, 0
+            LossTensors(x), spec, LossTensors(), None, None, None, None, torch.empty(2), None, None, None, 2, 0, 0
         )  # fmt: skip
 
 
@@ -313,7 +314,7 @@ def test_dtypes_of_voxels(machine):
     for dtype in DTYPES[:4]:
         upstream, loss, gradient = scores(1, 9).to(dtype), torch.empty(1, 9, dtype=dtype), torch.empty_like(x)
         machine.cuda_cross_entropy(
-            LossTensors(x), spec, LossTensors(gradient), upstream, loss, None, None, None, 1, 0, 0
+            LossTensors(x), spec, LossTensors(gradient), upstream, loss, None, None, None, None, None, None, 1, 0, 0
         )  # fmt: skip
         leaf = x.double().requires_grad_()
         wanted = pair(target, None, reduction="none")[1](leaf)

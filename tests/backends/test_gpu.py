@@ -189,9 +189,10 @@ def test_rows(name, dtype, C, monkeypatch):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", cuda.LOSS_DTYPES, ids=id_of)
 @pytest.mark.parametrize("C", cuda.FEW_CLASSES)
-def test_few_classes(C, dtype, layout, monkeypatch):
-    """The CUDA kernel takes large logits, eagerly and as a graph, and gives the values of the reference."""
-    function, names = OPERATIONS["cross_entropy"]
+@pytest.mark.parametrize("name", ["cross_entropy", "dice"])
+def test_few_classes(name, C, dtype, layout, monkeypatch):
+    """The CUDA kernels take large logits, eagerly and as a graph, and give the values of the reference."""
+    function, names = OPERATIONS[name]
     tensors, target = inputs(names, (1, C, 129, 128, 128), dtype)
     tensors = {"x": LAYOUTS[layout](tensors["x"])}
     wide = {"x": tensors["x"].double().cpu()}

@@ -72,6 +72,24 @@ INSTRUCTIONS = {
     "dice C=14": 825,
     "dice C=33": 3366,
     "dice C=117": 8372,
+    "dice C=2 float32, CUDA C++": 81,
+    "dice C=2 float32 channels-last": 195,
+    "dice C=2 float32 channels-last, CUDA C++": 91,
+    "dice C=2 bfloat16": 140,
+    "dice C=2 bfloat16, CUDA C++": 66,
+    "dice C=2 bfloat16 channels-last": 197,
+    "dice C=2 bfloat16 channels-last, CUDA C++": 71,
+    "dice C=3 float32, CUDA C++": 125,
+    "dice C=3 float32 channels-last, CUDA C++": 131,
+    "dice C=3 bfloat16, CUDA C++": 105,
+    "dice C=3 bfloat16 channels-last, CUDA C++": 106,
+    "dice C=4 float32, CUDA C++": 157,
+    "dice C=4 float32 channels-last": 307,
+    "dice C=4 float32 channels-last, CUDA C++": 165,
+    "dice C=4 bfloat16": 227,
+    "dice C=4 bfloat16, CUDA C++": 134,
+    "dice C=4 bfloat16 channels-last": 319,
+    "dice C=4 bfloat16 channels-last, CUDA C++": 137,
     "vls C=2": 537,
     "vls C=4": 887,
     "vls C=14": 2903,
@@ -111,7 +129,10 @@ def test_instructions(counted, name):
         assert row["stack"] == 0, row["kernel"]
 
 
-@pytest.mark.parametrize("name", [name for name in INSTRUCTIONS if "CUDA C++" in name])
+IN_CUDA = [name for name in INSTRUCTIONS if "CUDA C++" in name]
+
+
+@pytest.mark.parametrize("name", [name for name in IN_CUDA if name.startswith("cross_entropy")])
 def test_loops_run_as_often_as_assumed(counted, name):
     """A thread computes an exponential for each class, twice where memory cannot hold it, and little beside them."""
     if name not in counted:
@@ -121,3 +142,15 @@ def test_loops_run_as_often_as_assumed(counted, name):
     (row,) = (row for row in counted[name]["rows"] if row["kernel"] == kernel)
     beside = row["xu"] / 8 - C * (2 if C > 4 and "bfloat16" in name else 1)
     assert 2 <= beside <= 5 if C > 4 else 1 <= beside <= 1.25
+
+
+@pytest.mark.parametrize("name", [name for name in IN_CUDA if name.startswith("dice")])
+def test_passes_of_dice_compute_what_is_assumed(counted, name):
+    """A thread computes an exponential for each class and a reciprocal, and with three and more the label's again."""
+    if name not in counted:
+        pytest.skip("needs nvcc")
+    C, rows = int(re.search(r"C=(\d+)", name)[1]), {row["kernel"]: row for row in counted[name]["rows"]}
+    assert rows.keys() == {"overlap_few", "overlap_gradient_few"}  # and no scan of the labels
+    for kernel, most in (("overlap_few", 0.1), ("overlap_gradient_few", 0.8)):
+        beside = rows[kernel]["xu"] / 8 - C - 1 - (C > 2 and kernel == "overlap_few")
+        assert 0 <= beside <= most

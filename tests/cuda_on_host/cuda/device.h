@@ -190,13 +190,20 @@ T __shfl_sync(unsigned mask, T value, int from) {
     return static_cast<T>(on_host::meet_warp(mask, "__shfl_sync", static_cast<uint64_t>(value))[from]);
 }
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned by) {
-    const unsigned from = threadIdx.x % on_host::kWarp + by;
+T shuffled(unsigned mask, const char* what, T value, unsigned from) {
     uint64_t bits = 0;
     std::memcpy(&bits, &value, sizeof value);
-    const uint64_t* values = on_host::meet_warp(mask, "__shfl_down_sync", bits);
+    const uint64_t* values = on_host::meet_warp(mask, what, bits);
     if (from < on_host::kWarp) std::memcpy(&value, values + from, sizeof value);
     return value;
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned by) {
+    return shuffled(mask, "__shfl_down_sync", value, threadIdx.x % on_host::kWarp + by);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, unsigned by) {
+    return shuffled(mask, "__shfl_xor_sync", value, threadIdx.x % on_host::kWarp ^ by);
 }
 inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
     const uint64_t* values = on_host::meet_warp(mask, "__reduce_add_sync", value);
