@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import time
 from pathlib import Path
 
 import numpy as np
@@ -151,9 +150,7 @@ def test_the_report_has_a_map_of_many_classes(tmp_path: Path) -> None:
     options = {"n_bins": 15, "per_item": True}
     bins = {region: calseg.calibration_bins(x, x.argmax(1), **options) for region in ("near", "all", "foreground")}
     bins["all_classes"] = calseg.calibration_bins(x, x.argmax(1), class_wise=True, **options)
-    begun = time.perf_counter()
     draw_diagrams(tmp_path, bins, [str(number) for number in range(40)])
-    assert time.perf_counter() - begun < 10
     assert len(list(tmp_path.iterdir())) == 8
     width, height = plt.imread(tmp_path / "reliability_classes.png").shape[1::-1]
     assert (width, height) == (1600, round(200 * (1.7 + 0.16 * 40)))

@@ -44,7 +44,7 @@ from test_vls_cross_entropy import gaussian, vls
 from test_vls_elbo import elbo
 
 import calseg
-from calseg import checks
+from calseg import checks, installation
 from calseg.backends import choice, rng
 from calseg.operations import UNIT, Labels, LossSpec, LossTensors, Sampling
 
@@ -1132,8 +1132,8 @@ def test_float64_takes_the_reference():
 
 
 def test_an_old_triton_is_none(monkeypatch):
-    monkeypatch.setattr(choice.metadata, "version", lambda _: "3.1.0+git")
-    assert "Triton 3.1.0+git is too old: pip install 'triton>=3.6'" in str(choice._triton_error())
+    monkeypatch.setattr(installation.metadata, "version", lambda _: "3.1.0+git")
+    assert "Triton 3.1.0+git is too old: pip install 'triton>=3.6'" in str(installation._triton_error())
 
 
 # ---- launches ----

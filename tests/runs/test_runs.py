@@ -470,7 +470,7 @@ def test_messages_stay_short() -> None:
 
 
 def test_it_imports_nothing_else() -> None:
-    code = "import sys; import calseg; before = set(sys.modules); import calseg.runs, calseg.settings"
+    code = "import sys; import calseg.errors; before = set(sys.modules); import calseg.runs, calseg.settings"
     code += "; print(sorted(name for name in set(sys.modules) - before if name.startswith(('calseg', 'monai'))))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "['calseg.files', 'calseg.runs', 'calseg.settings']"
