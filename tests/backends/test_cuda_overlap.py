@@ -300,7 +300,7 @@ def test_what_the_kernels_take(on_host, monkeypatch):
     odd = torch.cat([target.new_zeros(1), target.flatten()])[1:].view(target.shape)
     for other in (odd, target.float(), target.repeat_interleave(2, -1)[..., ::2]):
         assert launches(target=other) == 0
-    assert launches(x.double()) == launches(soft_labels=x.softmax(1)) == 0
+    assert launches(x.double()) == launches(soft_labels=x.roll(1, 1).softmax(1)) == 0
     small = x[..., :7, :5], target[..., :7, :5]
     assert launches(small[0].contiguous(), small[1]) == launches(LAYOUTS["channels_last"](small[0]), small[1]) == 0
     five = torch.cat([x, x[:, :2]], 1)
