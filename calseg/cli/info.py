@@ -9,11 +9,12 @@ from calseg.installation import installed
 
 def print_info(*, as_json: bool, runtime: bool) -> None:
     """Print what is installed, or all that :func:`calseg.info` returns, as JSON or one line per entry."""
-    content = installed()
     if runtime:
         from calseg.environment import info
 
         content = info()
+    else:
+        content = installed()
     if as_json:
         print(json.dumps(content, indent=2))
         return
