@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 
+import eager
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from recorder import driver
 
 ROUNDS, CALLS, WARM_UP = 400, 5, 25
-PEER = "F.cross_entropy"
+PEER, PEER_OF_DICE = "F.cross_entropy", "nnU-Net's Dice + CE"
 Step = Callable[[], None]
 
 
@@ -54,6 +55,7 @@ def steps() -> dict[str, Step]:
     gaussian = lambda x, mu, logvar: calseg.vls_cross_entropy(x, target, mu=mu, logvar=logvar, backend="triton")  # noqa: E731
     return {
         PEER: step_of(lambda x: F.cross_entropy(x, few_target), few),
+        PEER_OF_DICE: step_of(lambda x: eager.dice_cross_entropy(x, few_target), few.clone()),
         "cross-entropy": step_of(lambda x: calseg.vls_cross_entropy(x, target, backend="triton"), x.clone()),
         "soft cross-entropy": step_of(lambda x: calseg.soft_cross_entropy(x, soft, backend="triton"), x.clone()),
         "VLS, 4 samples": step_of(gaussian, x.clone(), mu, logvar),

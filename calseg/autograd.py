@@ -22,6 +22,7 @@ from torch.library import custom_op
 from calseg import native
 from calseg.backends import cpu, reference, rng
 from calseg.backends.choice import TRITON_DEVICES, engine, is_traced
+from calseg.dice import DiceOptions, dice_cross_entropy, over_processes
 from calseg.operations import (
     AccumulateSpec,
     AceSpec,
@@ -69,21 +70,6 @@ class _OnceDifferentiable(Function):
         raise RuntimeError(
             "calseg: the fused kernels have no second derivative (double backward); pass backend='reference'"
         )
-
-
-class SumOverProcesses(Function):
-    """The sum of a tensor over the processes of a group. The gradient is that of the sum of the processes' losses."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        total = tensor.clone(memory_format=torch.contiguous_format)
-        torch.distributed.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return SumOverProcesses.apply(gradients[0], ctx.group), None
 
 
 def _guarded(gradients: Sequence[Tensor | None], *inputs: Tensor | None) -> Sequence[Tensor | None]:
@@ -318,17 +304,27 @@ def _as_labels(memory: Tensor) -> Tensor:
     return memory.view(torch.uint16) if memory.element_size() == 2 else memory
 
 
-def _run_overlap(
-    backend: str, spec: LossSpec, tensors: LossTensors, made: LossTensors, traced: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss, the sums of the overlap and the divisor of the loss, and write what ``made`` has memory for."""
-    if traced:
-        value, sums, divisor = overlap_operator(backend, *pack(spec, tensors), list(NONE_NEEDED))
-        return value, sums, divisor
-    if made.logits is not None:
-        made = made._replace(logits=_as_labels(made.logits))
-    result: tuple[Tensor, Tensor, Tensor] = engine(backend).loss_and_overlap(spec, tensors, made)
-    return result
+def _with_labels_made(made: LossTensors) -> LossTensors:
+    """Return what the forward pass makes, with the memory of the gradient of the logits as that of soft labels."""
+    return made if made.logits is None else made._replace(logits=_as_labels(made.logits))
+
+
+def _backward_of(
+    spec: LossSpec, tensors: LossTensors, made: LossTensors, of_voxel: Tensor
+) -> tuple[LossSpec, LossTensors]:  # fmt: skip
+    """Return spec and tensors of the backward pass, with the labels that the forward pass made in place of ``mu``.
+
+    ``of_voxel`` is the slope of the sum of all voxels' losses.
+    """
+    spec = spec._replace(operation="cross_entropy", reduction="sum", scale=of_voxel)
+    return spec, LossTensors(tensors.logits, tensors.soft_labels, made.logits)
+
+
+def _with_labels(tensors: LossTensors) -> LossTensors:
+    """Return logits and soft labels, where a gradient's memory may hold the soft labels in place of ``mu``."""
+    if tensors.mu is None:
+        return tensors
+    return LossTensors(tensors.logits, _as_labels(tensors.mu))
 
 
 @custom_op("calseg::loss_and_overlap", mutates_args=())
@@ -336,10 +332,11 @@ def overlap_operator(
     backend: str, tensors: list[Tensor | None], integers: list[int], numbers: list[float], words: str,
     making: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """Compute :func:`_run_overlap` of a packed :class:`LossSpec` and its tensors, and return what it made last."""
+    """Compute the loss, the sums of the overlap and the divisor of the loss, and what is made beside them."""
     spec, inputs = unpack((LossSpec, LossTensors), Packed(tensors, integers, numbers, words))
     made = LossTensors(*_empty_if(making, inputs))
-    return [*_run_overlap(backend, spec, inputs, made), *(each for each in made if each is not None)]
+    results = engine(backend).loss_and_overlap(spec, inputs, _with_labels_made(made))
+    return [*results, *(each for each in made if each is not None)]
 
 
 @overlap_operator.register_fake
@@ -369,97 +366,105 @@ def _(backend, tensors, integers, numbers, words, needed, grad_sums):  # type: i
     return _fake_if(needed, inputs)
 
 
-def _with_labels(tensors: LossTensors) -> LossTensors:
-    """Return logits and soft labels, where a gradient's memory may hold the soft labels in place of ``mu``."""
-    if tensors.mu is None:
-        return tensors
-    return LossTensors(tensors.logits, _as_labels(tensors.mu))
+class DiceLoss(Function):
+    """``(backend, spec, options, *tensors) -> loss`` in eager code: Dice plus cross-entropy."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, spec: LossSpec, options: DiceOptions, *given: Tensor | None) -> Tensor:
+        tensors = LossTensors(*given)
+        # What is made is not saved by autograd, which would copy it.
+        ctx.made = LossTensors(*_empty_if(_overlap_made(tensors, ctx.needs_input_grad[3:]), tensors))
+        value: Tensor
+        value, slopes = engine(backend).dice_loss(spec, options, tensors, _with_labels_made(ctx.made))
+        labels = None if spec.labels is None else spec.labels.tensor  # saved, so that a change of them is an error
+        ctx.save_for_backward(slopes, labels, spec.weight, *given)
+        ctx.call = backend, spec, options
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        slopes, _, _, *given = ctx.saved_tensors
+        (backend, spec, options), needed, tensors = ctx.call, ctx.needs_input_grad[3:], LossTensors(*given)
+        if _is_batched(grad_output):
+            again = lambda *t: reference.dice_loss(spec, options, LossTensors(*t))  # noqa: E731
+            gradients = reference.gradients(again, tensors, needed, grad_output)
+            return None, None, None, *_guarded(gradients, grad_output, *tensors)
+        kept, made = _graph_is_kept(), ctx.made
+        if not kept:
+            ctx.made = None
+        slopes = slopes * grad_output.detach()
+        of_sums, of_loss, of_voxel = slopes[:-2], slopes[-2], slopes[-1]
+        if options.process_group is not None:
+            torch.distributed.all_reduce(of_sums, group=options.process_group)
+        over = needed[0] and made.logits is not None and not kept  # write the gradient over the labels in its memory
+        if needed[0] or needed[1]:
+            grad_logits, grad_soft = _empty_if((needed[0] and not over, needed[1]), tensors[:2])
+            to = LossTensors(made.logits if over else grad_logits, grad_soft)
+            of_logits, inputs = _backward_of(spec, tensors, made, of_voxel)
+            engine(backend).overlap_backward(of_logits, _with_labels(inputs), to, of_sums)
+        else:
+            to = NO_GRADIENTS
+        gradients = [*to[:2], *_gradients_of_gaussian(backend, spec, tensors, made, of_loss, needed, kept)]
+        return None, None, None, *_guarded(gradients, grad_output, *tensors)
+
+
+def _gradients_of_gaussian(
+    backend: str, spec: LossSpec, tensors: LossTensors, made: LossTensors, of_loss: Tensor, needed: Sequence[bool],
+    kept: bool,
+) -> Sequence[Tensor | None]:  # fmt: skip
+    """Return the gradients of mu and logvar: those that the forward pass made, or new ones for float16."""
+    if True in needed[2:] and _is_float16(tensors):
+        upstream = of_loss.expand(voxel_shape(tensors.like()))
+        return _run_loss(backend, spec, tensors, (False, False, *needed[2:]), is_traced(*tensors), upstream)[1][2:]
+    if kept:
+        return [None if g is None else g * of_loss for g in made[2:]]
+    if made.mu is not None or made.logvar is not None:
+        engine(backend).scale_gradients(made[2:], of_loss, None)
+    return made[2:]
 
 
 class LossAndOverlap(Function):
-    """``(backend, spec, traced, *tensors) -> (loss, sums of the overlap)``."""
+    """``(backend, spec, *tensors) -> (loss, sums of the overlap)`` in traced code, by operators."""
 
     @staticmethod
-    def forward(ctx: Any, backend: str, spec: LossSpec, traced: bool, *given: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, backend: str, spec: LossSpec, *given: Tensor | None) -> tuple[Tensor, Tensor]:
         tensors = LossTensors(*given)
-        making = _overlap_made(tensors, ctx.needs_input_grad[3:])
-        if traced:
-            value, sums, divisor, *rest = overlap_operator(backend, *pack(spec, tensors), making)
-            made = LossTensors(*_placed(making, rest))
-        else:  # what is made is not saved by autograd, which would copy it
-            made = LossTensors(*_empty_if(making, tensors))
-            value, sums, divisor = _run_overlap(backend, spec, tensors, made)
-            ctx.made, made = made, NO_GRADIENTS
-        _save(ctx, spec, tensors, LossTensors(divisor), made)
-        ctx.backend, ctx.traced = backend, traced
+        making = _overlap_made(tensors, ctx.needs_input_grad[2:])
+        value, sums, divisor, *rest = overlap_operator(backend, *pack(spec, tensors), making)
+        _save(ctx, spec, tensors, LossTensors(divisor), LossTensors(*_placed(making, rest)))
+        ctx.backend = backend
         return value, sums
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         grad_loss, grad_sums = grad_outputs
         spec, tensors, (divisor, *_), made = _saved(ctx)
-        needed = ctx.needs_input_grad[3:]
-        if not ctx.traced and (_is_batched(grad_loss) or _is_batched(grad_sums)):
-            again = lambda *t: reference.loss_and_overlap(spec, LossTensors(*t))  # noqa: E731
-            gradients = reference.gradients(again, tensors, needed, grad_outputs)
-            return None, None, None, *_guarded(gradients, *grad_outputs, *tensors)
-        kept = ctx.traced or _graph_is_kept()
-        if not ctx.traced:
-            made = ctx.made
-        if not kept:
-            ctx.made = None
-        gradients = [
-            *_gradients_of_overlap(ctx, spec, tensors, made, grad_loss / divisor, grad_sums, kept),
-            *_gradients_of_gaussian(ctx, spec, tensors, made, grad_loss, kept),
-        ]
-        return None, None, None, *_guarded(gradients, *grad_outputs, *tensors)
+        needed = ctx.needs_input_grad[2:]
+        gradients: list[Tensor | None] = [None, None]
+        if needed[0] or needed[1]:
+            packed = pack(*_backward_of(spec, tensors, made, (grad_loss / divisor).detach()))
+            of_sums = grad_sums.detach().contiguous()
+            present = overlap_backward_operator(ctx.backend, *packed, [*needed[:2], False, False], of_sums)
+            gradients = _placed(needed[:2], present)
+        gradients += _gradients_of_gaussian(ctx.backend, spec, tensors, made, grad_loss, needed, kept=True)
+        return None, None, *_guarded(gradients, *grad_outputs, *tensors)
 
 
-def _gradients_of_overlap(
-    ctx: Any, spec: LossSpec, tensors: LossTensors, made: LossTensors, factor: Tensor, grad_sums: Tensor, kept: bool
-) -> Sequence[Tensor | None]:
-    """Return the gradients of logits and soft labels. ``factor`` multiplies the sum of the losses of all voxels."""
-    needed = ctx.needs_input_grad[3:5]
-    if True not in needed:
-        return [None, None]
-    spec = spec._replace(operation="cross_entropy", reduction="sum", scale=factor.detach())
-    given = LossTensors(tensors.logits, tensors.soft_labels, made.logits)
-    grad_sums = grad_sums.detach().contiguous()
-    if ctx.traced:
-        present = overlap_backward_operator(ctx.backend, *pack(spec, given), [*needed, False, False], grad_sums)
-        return _placed(needed, present)
-    over = made.logits is not None and not kept  # write the gradient over the labels that wait in its memory
-    empty_logits, grad_soft = _empty_if((needed[0] and not over, needed[1]), tensors[:2])
-    grad_logits = made.logits if over else empty_logits
-    engine(ctx.backend).overlap_backward(spec, _with_labels(given), LossTensors(grad_logits, grad_soft), grad_sums)
-    return [grad_logits, grad_soft]
-
-
-def _gradients_of_gaussian(
-    ctx: Any, spec: LossSpec, tensors: LossTensors, made: LossTensors, grad_loss: Tensor, kept: bool
-) -> Sequence[Tensor | None]:
-    """Return the gradients of mu and logvar: those that the forward pass made, or new ones for float16."""
-    needed = ctx.needs_input_grad[5:]
-    if True in needed and _is_float16(tensors):
-        upstream = grad_loss.expand(voxel_shape(tensors.like()))
-        return _run_loss(ctx.backend, spec, tensors, (False, False, *needed), ctx.traced, upstream)[1][2:]
-    if kept:
-        return [None if g is None else g * grad_loss for g in made[2:]]
-    engine(ctx.backend).scale_gradients(made[2:], grad_loss, None)
-    return made[2:]
-
-
-def loss_and_overlap(backend: str, spec: LossSpec, tensors: LossTensors) -> tuple[Tensor, Tensor]:
-    """Compute the loss, and the sums of :func:`calseg.backends.reference.loss_and_overlap`, attached to the graph."""
+def dice_loss(backend: str, spec: LossSpec, options: DiceOptions, tensors: LossTensors) -> Tensor:
+    """Compute Dice plus cross-entropy by a backend, attached to autograd's graph if needed."""
     if backend == "reference":
-        return reference.loss_and_overlap(spec, tensors)
-    traced = is_traced(*tensors)
-    result: tuple[Tensor, Tensor]
-    if needs_gradient(*tensors):
-        result = LossAndOverlap.apply(backend, spec, traced, *tensors)
+        return reference.dice_loss(spec, options, tensors)
+    traced, needed = is_traced(*tensors), needs_gradient(*tensors)
+    if needed and not traced:
+        value: Tensor = DiceLoss.apply(backend, spec, options, *tensors)
+        return value
+    if needed:
+        loss, sums = LossAndOverlap.apply(backend, spec, *tensors)
+    elif traced:
+        loss, sums, _ = overlap_operator(backend, *pack(spec, tensors), list(NONE_NEEDED))
     else:
-        result = _run_overlap(backend, spec, tensors, NO_GRADIENTS, traced)[:2]
-    return result
+        loss, sums, _ = engine(backend).loss_and_overlap(spec, tensors, NO_GRADIENTS)
+    return dice_cross_entropy(options, loss, sums, over_processes(options, sums))
 
 
 # ---- soft labels ----

@@ -15,6 +15,7 @@ from torch.overrides import has_torch_function_variadic
 from calseg import autograd, native
 from calseg import checks as check
 from calseg.backends.choice import choose, is_plain
+from calseg.dice import DiceOptions
 from calseg.operations import (
     AccumulateSpec,
     AceSpec,
@@ -374,7 +375,7 @@ def vls_dice_cross_entropy(
         mu, logvar, soft_labels = map(plain, (mu, logvar, soft_labels))
     for name, value in (("dice_weight", dice_weight), ("ce_weight", ce_weight)):
         check.check_finite(name, value)
-    smooth_numerator, smooth_denominator = check.check_pair("smooth", smooth)
+    smooth_pair = check.check_pair("smooth", smooth)
     check.check_weight(dice_class_weight, input, "dice_class_weight")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: got {check.describe(reduction)}, wanted 'mean' or 'sum'")
@@ -389,37 +390,12 @@ def vls_dice_cross_entropy(
     )  # fmt: skip
     if not include_background and shape_of(input)[1] == 1:
         raise ValueError(f"include_background: got False for one class ({check.describe(input)}), wanted 2 or more")
+    options = DiceOptions(
+        dice_weight, ce_weight, include_background, batch_dice, smooth_pair, dice_class_weight, reduction, spec.scale,
+        spec.dtype, process_group,
+    )  # fmt: skip
     spec = spec._replace(dtype=compute_dtype(input.dtype), scale=1.0)
-    loss, sums = autograd.loss_and_overlap(chosen, spec, tensors)
-    ratio = _dice_from_sums(sums, batch_dice, smooth_numerator, smooth_denominator, process_group)
-    ratio = ratio[:, 0 if include_background else 1 :]
-    if dice_class_weight is not None:
-        ratio = ratio * dice_class_weight.to(ratio.dtype)[-ratio.shape[1] :]
-    total = dice_weight * ratio.sum() / (max(ratio.numel(), 1) if reduction == "mean" else 1)
-    if ce_weight:
-        nothing_counts = sums.detach()[..., 0].sum() == 0
-        total = total + ce_weight * torch.where(nothing_counts, 0.0, loss)
-    return (scale * total).to(_loss_dtype(input))
-
-
-def _dice_from_sums(
-    sums: Tensor, batch_dice: bool, smooth_numerator: float, smooth_denominator: float, process_group: Any
-) -> Tensor:
-    """Return ``1 - (S - D + smooth) / (S + smooth)`` of items and classes, ``[N, C]``, from S and D ``[N, C, 2]``.
-
-    It is computed as ``D / (S + smooth)``. A class without any mass has loss 0 if both smoothing numbers are the same.
-    """
-    if batch_dice:
-        sums = sums.sum(0, keepdim=True)
-    if process_group is not None:
-        sums = autograd.SumOverProcesses.apply(sums, process_group)
-    mass, difference = sums.unbind(2)
-    if smooth_numerator != smooth_denominator:
-        nothing_counts = mass.detach().sum() == 0
-        shifted = difference + (smooth_denominator - smooth_numerator)
-        difference = torch.where(nothing_counts, difference, shifted)
-    denominator = mass + smooth_denominator
-    return torch.where(denominator == 0, 0.0, difference / torch.where(denominator == 0, 1.0, denominator))
+    return autograd.dice_loss(chosen, spec, options, tensors)
 
 
 def soft_cross_entropy(

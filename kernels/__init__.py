@@ -6,7 +6,8 @@ of a loss also has a function ``tile_demands``, which says what its tiles must b
 module calls.
 
 The other files are shared by the operations: ``launch`` cuts work into tiles, and ``tile``, ``labels``, ``softmax``,
-``noise``, ``gaussian``, ``reductions`` and ``sample_statistics`` hold functions and small kernels.
+``noise``, ``gaussian``, ``reductions``, ``overlap``, ``dice`` and ``sample_statistics`` hold functions and small
+kernels.
 
 :mod:`calseg.backends.triton` calls the launches. The files import PyTorch, Triton and each other, and nothing else of
 calseg. They receive the specs of :mod:`calseg.operations` as they are.

@@ -225,27 +225,36 @@ def _added(partials, row: tl.constexpr, num_programs, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def added_loss(
+    partials, upstream, beta, num_programs, WITH_KL: tl.constexpr, NUM_SUMS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Return the reduced loss, and the divisor of its mean if that was computed on the device, else 1."""
+    num_programs = tl.cast(num_programs, tl.int64)
+    factor = load_factor(upstream)
+    value, kl, divisor = _added(partials, 0, num_programs, BLOCK) * factor, 0.0, 1.0
+    if WITH_KL:
+        kl = _added(partials, 1, num_programs, BLOCK) * factor
+    if upstream.sums is not None:
+        divisor, kl_divisor = divisors(upstream.sums, NUM_SUMS)
+        value, kl = value / divisor, kl / kl_divisor
+    if WITH_KL:
+        value += beta * kl
+    if partials.voxels is not None:
+        divisor = _added(partials, 2 if WITH_KL else 1, num_programs, BLOCK)
+        value *= partials.voxels / divisor
+    return value, divisor
+
+
+@triton.jit
 def _store_reduced(
     partials, upstream, beta, num_programs, WITH_KL: tl.constexpr, NUM_SUMS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Store the reduced loss, and the correction of the gradients if voxels were counted."""
-    num_programs = tl.cast(num_programs, tl.int64)
-    factor = load_factor(upstream)
-    value, kl = _added(partials, 0, num_programs, BLOCK) * factor, 0.0
-    if WITH_KL:
-        kl = _added(partials, 1, num_programs, BLOCK) * factor
-    if upstream.sums is not None:
-        loss_divisor, kl_divisor = divisors(upstream.sums, NUM_SUMS)
-        value, kl = value / loss_divisor, kl / kl_divisor
-    if WITH_KL:
-        value += beta * kl
+    value, count = added_loss(partials, upstream, beta, num_programs, WITH_KL, NUM_SUMS, BLOCK)
     if partials.voxels is not None:
-        COUNTS: tl.constexpr = 2 if WITH_KL else 1
-        count = _added(partials, COUNTS, num_programs, BLOCK)
-        correction = partials.voxels / count
-        value *= correction
+        rows = tl.cast(num_programs, tl.int64) * (3 if WITH_KL else 2)
         # Where no voxel counts, the gradients are 0 already, and must not become NaN.
-        tl.store(partials.ptr + (COUNTS + 1) * num_programs, tl.where(count == 0.0, 1.0, correction))
+        tl.store(partials.ptr + rows, tl.where(count == 0.0, 1.0, partials.voxels / count))
     tl.store(partials.loss, value.to(partials.loss.dtype.element_ty))
 
 
@@ -276,11 +285,15 @@ def finish_loss(
     _store_reduced(partials, upstream, beta, num_partials, WITH_KL, NUM_SUMS, BLOCK)
 
 
+def finish_block(call: Call) -> int:
+    """Return how many programs' sums are added at once."""
+    return min(FINISH_BLOCK, host.power_of_two(call.programs))
+
+
 def launch_finish_loss(call: Call, spec: Any, given: LossArguments) -> None:
     """Launch the kernel that computes the reduced loss from the partial sums."""
-    block = min(FINISH_BLOCK, host.power_of_two(call.programs))
     beta = spec.sampling.beta if given.with_kl else 0.0
-    arguments = (given.partials, given.upstream, call.programs, beta, given.with_kl, given.num_sums, block)
+    arguments = (given.partials, given.upstream, call.programs, beta, given.with_kl, given.num_sums, finish_block(call))
     host.launch_kernel(finish_loss, 1, call.like, arguments, 8)
 
 

@@ -89,8 +89,9 @@ def test_soft_labels_are_its_minimum(backend):
 def test_class_weights_of_dice(backend, reduction, include_background):
     """They are factors of the dice of the classes, whatever the weights of the cross-entropy, and divide nothing."""
     logits, target = scores(*SHAPE), labels(SHAPE)
+    factors = torch.tensor([0.5, 7.0, 0.0, 7.0, 2.0, 7.0, 3.0, 7.0])[::2]
     options = {
-        "dice_class_weight": torch.tensor([0.5, 0.0, 2.0, 3.0]), "weight": torch.tensor([1.0, 2.0, 0.25, 1.0]).double(),
+        "dice_class_weight": factors, "weight": torch.tensor([1.0, 2.0, 0.25, 1.0]).double(),
         "reduction": reduction, "include_background": include_background, "smooth": (0.5, 0.25), "ignore_index": -100,
     }  # fmt: skip
     got = evaluate(
@@ -111,6 +112,24 @@ def test_where_nothing_counts_the_loss_is_0(backend):
         )
         assert float(got.value) == 0.0
         assert all(torch.count_nonzero(gradient) == 0 for gradient in got.gradients.values())
+
+
+@pytest.mark.parametrize("batch_dice", [False, True])
+def test_many_items(backend, batch_dice):
+    """More ratios than a step of a kernel takes, with a scale that a tensor holds, and expanded class weights."""
+    shape = (700, 3, 5)
+    target, options = labels(shape), {"batch_dice": batch_dice, "dice_class_weight": torch.tensor([0.5]).expand(3)}
+    got = evaluate(
+        lambda input: calseg.vls_dice_cross_entropy(
+            input, target, scale=torch.tensor(0.25), backend=backend, **options
+        ),
+        {"input": scores(*shape)},
+    )  # fmt: skip
+    wanted = evaluate(
+        lambda input: 0.25 * naive.vls_dice_cross_entropy(input, target, **options), {"input": scores(*shape)}
+    )
+    assert_accurate(got.value, wanted.value, ulps=16)
+    assert_accurate(got.gradients["input"], wanted.gradients["input"], ulps=32)
 
 
 def test_a_class_that_nobody_has_adds_nothing(backend):

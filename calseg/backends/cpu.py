@@ -9,6 +9,7 @@ from torch import Tensor
 
 from calseg import native
 from calseg.checks import label_error, probability_error
+from calseg.dice import DiceOptions, dice_and_slopes
 from calseg.operations import (
     AccumulateSpec,
     AceSpec,
@@ -75,6 +76,14 @@ def loss_and_overlap(spec: LossSpec, tensors: LossTensors, made: LossTensors) ->
     if fault is not None:
         raise _fault(fault, spec.labels)
     return loss.to(spec.dtype), sums, divisor
+
+
+def dice_loss(spec: LossSpec, options: DiceOptions, tensors: LossTensors, made: LossTensors) -> tuple[Tensor, Tensor]:
+    """Return Dice plus cross-entropy, and the slopes of :func:`calseg.dice.dice_and_slopes`.
+
+    ``made`` is that of :func:`loss_and_overlap`.
+    """
+    return dice_and_slopes(options, *loss_and_overlap(spec, tensors, made))
 
 
 def overlap_backward(spec: LossSpec, tensors: LossTensors, gradients: LossTensors, grad_sums: Tensor) -> None:

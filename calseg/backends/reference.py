@@ -17,6 +17,7 @@ from torch import Tensor
 from calseg.backends.choice import is_transformed
 from calseg.backends.rng import standard_normal
 from calseg.checks import check_classes, check_probabilities, probability_error
+from calseg.dice import DiceOptions, dice_cross_entropy, over_processes
 from calseg.operations import (
     UNIT,
     AccumulateSpec,
@@ -154,6 +155,12 @@ def loss_and_overlap(spec: LossSpec, tensors: LossTensors) -> tuple[Tensor, Tens
     sums = torch.stack([(p + distribution).sum(2, dtype=torch.float64),
                         (p - distribution).abs().sum(2, dtype=torch.float64)], 2)  # fmt: skip
     return loss(spec, tensors), sums
+
+
+def dice_loss(spec: LossSpec, options: DiceOptions, tensors: LossTensors) -> Tensor:
+    """Return Dice plus cross-entropy. Autograd can compute its gradients, to any order."""
+    value, sums = loss_and_overlap(spec, tensors)
+    return dice_cross_entropy(options, value, sums, over_processes(options, sums))
 
 
 def label_distribution(spec: LossSpec, tensors: LossTensors, labels: Tensor | None, ok: Tensor) -> Tensor:

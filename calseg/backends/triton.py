@@ -22,6 +22,7 @@ from calseg.kernels.accumulate_softmax import launch as launch_accumulate_softma
 from calseg.kernels.blend_soft_labels import launch as launch_blend_soft_labels
 from calseg.kernels.calibration_bins import NO_FAULT
 from calseg.kernels.calibration_bins import launch as launch_calibration_bins
+from calseg.kernels.dice import launch as launch_finish_dice
 from calseg.kernels.labels import labels_argument
 from calseg.kernels.launch import BINS, MAX_KEPT, SAMPLED, SOFT, TOP_LABEL, Call, Geometry, Plan, TileDemands, plan
 from calseg.kernels.overlap import empty_overlap, finished_overlap
@@ -41,6 +42,7 @@ from torch import Tensor
 
 from calseg import checks, native
 from calseg.backends import cuda
+from calseg.dice import DiceOptions, dice_and_slopes, over_processes
 from calseg.operations import (
     AccumulateSpec,
     BinsSpec,
@@ -149,30 +151,51 @@ def loss_and_overlap(spec: LossSpec, tensors: LossTensors, made: LossTensors) ->
     The sums are those of :func:`calseg.backends.reference.loss_and_overlap`. ``made`` has memory for what is made
     beside them: the sampled labels, in place of the logits, and the gradients of mu and logvar.
     """
+    N, C, S = shape_of(tensors.like())
+    if N * S == 0:
+        nothing = tensors.like().new_zeros((N, C, 2), dtype=torch.float64)
+        return nothing.new_full((), math.nan, dtype=spec.dtype), nothing, nothing.sum()
+    call, given = _launch_overlap(spec, tensors, made)
+    launch_finish_loss(call, spec, given)
+    if given.partials.voxels is not None:
+        divisor = given.partials.ptr[call.programs : 2 * call.programs].sum(dtype=torch.float64)
+    elif given.upstream.sums is None:
+        divisor = given.overlap.new_full((), 1 if spec.reduction == "sum" else N * S, dtype=torch.float64)
+    else:
+        divisor = given.upstream.sums[0].sum(dtype=torch.float64)
+    return given.partials.loss, finished_overlap(call, given.overlap), divisor
+
+
+def dice_loss(spec: LossSpec, options: DiceOptions, tensors: LossTensors, made: LossTensors) -> tuple[Tensor, Tensor]:
+    """Return Dice plus cross-entropy, and the slopes of :func:`calseg.dice.dice_and_slopes`.
+
+    ``made`` is that of :func:`loss_and_overlap`.
+    """
+    N, _, S = shape_of(tensors.like())
+    if N * S == 0:
+        return dice_and_slopes(options, *loss_and_overlap(spec, tensors, made))
+    call, given = _launch_overlap(spec, tensors, made)
+    sums = finished_overlap(call, given.overlap)
+    result: tuple[Tensor, Tensor]
+    result = launch_finish_dice(call, spec, options, given, sums, over_processes(options, sums))
+    return result
+
+
+def _launch_overlap(spec: LossSpec, tensors: LossTensors, made: LossTensors) -> tuple[Call, LossArguments]:
+    """Launch the main kernel of a loss with an overlap, and return the call and its arguments."""
     operation = _operation(spec.operation)
     spec, tensors = _readable_loss(spec, tensors)
-    like = tensors.like()
-    N, C, S = shape_of(like)
-    if N * S == 0:
-        nothing = like.new_zeros((N, C, 2), dtype=torch.float64)
-        return like.new_full((), math.nan, dtype=spec.dtype), nothing, nothing.sum()
     label_tensor = None if spec.labels is None else spec.labels.tensor
     call = _call(
         overlap_demands(tensors), (*tensors, *made), (label_tensor, None, None),
         cuda.overlap_kernel_of(tensors, made, spec), items=True,
     )  # fmt: skip
-    _check_labels(spec.labels, C)
-    given = _loss_arguments(call, spec, _factor(spec), reduced=True, at_once=False, counted=call.in_cuda)
+    _check_labels(spec.labels, call.C)
+    without_gradients = made.mu is made.logvar is None
+    given = _loss_arguments(call, spec, _factor(spec), reduced=True, at_once=False, counted=without_gradients)
     given = given._replace(overlap=empty_overlap(call))
     _launch(operation, call, spec, given)
-    launch_finish_loss(call, spec, given)
-    if given.partials.voxels is not None:
-        divisor = given.partials.ptr[call.programs : 2 * call.programs].sum(dtype=torch.float64)
-    elif given.upstream.sums is None:
-        divisor = like.new_full((), 1 if spec.reduction == "sum" else N * S, dtype=torch.float64)
-    else:
-        divisor = given.upstream.sums[0].sum(dtype=torch.float64)
-    return given.partials.loss, finished_overlap(call, given.overlap), divisor
+    return call, given
 
 
 def overlap_backward(spec: LossSpec, tensors: LossTensors, gradients: LossTensors, grad_sums: Tensor) -> None:

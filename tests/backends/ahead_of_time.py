@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 
 from calseg.backends import triton as engine
 from calseg.checks import probability_tolerance
+from calseg.dice import DiceOptions
 from calseg.operations import (
     AccumulateSpec,
     BinsSpec,
@@ -165,14 +166,15 @@ def overlap(operation: str, x: torch.Tensor, spec: LossSpec, sampling: Sampling)
     forward = spec._replace(operation="cross_entropy")
     backward = forward._replace(reduction="sum", scale=torch.empty((), dtype=torch.float64))
     grad_sums = torch.empty(*x.shape[:2], 2, dtype=torch.float64)
+    options = DiceOptions(1.0, 1.0, False, False, (1e-5, 1e-5), None, "mean", 1.0, x.dtype, None)
     if operation == "sampled_overlap":
         forward = spec._replace(operation="vls_cross_entropy", alpha=0.1, sampling=sampling)
         labels = x.view(torch.uint16) if x.element_size() == 2 else x
-        engine.loss_and_overlap(forward, LossTensors(x, mu=x, logvar=x), LossTensors(labels, mu=x, logvar=x))
+        engine.dice_loss(forward, options, LossTensors(x, mu=x, logvar=x), LossTensors(labels, mu=x, logvar=x))
         engine.overlap_backward(backward, LossTensors(x, labels), LossTensors(x), grad_sums)
     else:
         tensors = LossTensors(x, x if operation == "soft_overlap" else None)
-        engine.loss_and_overlap(forward, tensors, LossTensors())
+        engine.dice_loss(forward, options, tensors, LossTensors())
         engine.overlap_backward(backward, tensors, tensors, grad_sums)
 
 

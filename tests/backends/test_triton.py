@@ -606,7 +606,9 @@ def test_overlap_and_the_sum_of_the_losses(kind):
 
 @pytest.mark.parametrize("name", OVERLAPS)
 def test_overlap_launches_few_kernels(name, monkeypatch):
-    """One pass forward and one backward; two calls give the same bits."""
+    """One pass forward and one backward, and the labels are scanned for the class weights; two calls give the same
+    bits.
+    """
     launched, launch_kernel = [], launch.launch_kernel
 
     def recorded(kernel, *arguments):
@@ -622,7 +624,7 @@ def test_overlap_launches_few_kernels(name, monkeypatch):
     forward = {"hard_overlap": "hard", "soft_overlap": "soft", "sampled_overlap": "vls"}[name] + "_cross_entropy"
     backward = "hard_cross_entropy" if name == "hard_overlap" else "soft_cross_entropy"
     scaled = ["scale_gradients"] if name == "sampled_overlap" else []
-    assert launched == ["scan_labels", forward, "finish_loss", backward, *scaled] * 2
+    assert launched == ["scan_labels", forward, "finish_dice", backward, *scaled] * 2
 
 
 def test_sums_of_programs_are_added_in_float64():
