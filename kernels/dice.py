@@ -17,8 +17,8 @@ from calseg.kernels.launch import Call
 from calseg.kernels.reductions import LossArguments, added_loss, finish_block
 from torch import Tensor
 
-MOST_RATIOS = 1024  # that a step of the kernel takes
-WARPS = 8
+MOST_RATIOS = 256  # that a step of the kernel takes
+WARPS = 4
 
 
 @triton.jit

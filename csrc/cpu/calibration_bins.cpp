@@ -352,9 +352,12 @@ auto choose_add_tile(const BinsArgs& a) {
     if (a.spec.class_wise) return a.spec.from_logits ? add_tile<true, true, T, From> : add_tile<true, false, T, From>;
     if (!a.spec.from_logits) return add_tile<false, false, T, From>;
     if (a.scores.stride_s == 1) {
-        if (a.shape.C == 2) return add_tile_of_few<2, T, From>;
-        if (a.shape.C == 3) return add_tile_of_few<3, T, From>;
-        if (a.shape.C == 4) return add_tile_of_few<4, T, From>;
+        if constexpr (kMostFewClasses >= 2)
+            if (a.shape.C == 2) return add_tile_of_few<2, T, From>;
+        if constexpr (kMostFewClasses >= 3)
+            if (a.shape.C == 3) return add_tile_of_few<3, T, From>;
+        if constexpr (kMostFewClasses >= 4)
+            if (a.shape.C == 4) return add_tile_of_few<4, T, From>;
     }
     return add_tile<false, true, T, From>;
 }

@@ -216,9 +216,12 @@ bool compute_few(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch&
 template <Wanted kWanted, bool kSoft, class D, class T>
 bool try_few(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
     if (a.spec.weight.data || a.spec.label_smoothing != 0.0 || a.gradients.soft_labels) return false;
-    if (a.shape.C == 2) return compute_few<2, kWanted, kSoft, D, T>(a, tiles, chunk, scratch);
-    if (a.shape.C == 3) return compute_few<3, kWanted, kSoft, D, T>(a, tiles, chunk, scratch);
-    if (a.shape.C == 4) return compute_few<4, kWanted, kSoft, D, T>(a, tiles, chunk, scratch);
+    if constexpr (kMostFewClasses >= 2)
+        if (a.shape.C == 2) return compute_few<2, kWanted, kSoft, D, T>(a, tiles, chunk, scratch);
+    if constexpr (kMostFewClasses >= 3)
+        if (a.shape.C == 3) return compute_few<3, kWanted, kSoft, D, T>(a, tiles, chunk, scratch);
+    if constexpr (kMostFewClasses >= 4)
+        if (a.shape.C == 4) return compute_few<4, kWanted, kSoft, D, T>(a, tiles, chunk, scratch);
     return false;
 }
 
@@ -228,11 +231,11 @@ void choose(const LossArgs& a, const Tiling& tiles, int64_t chunk, Scratch& scra
     // Other types have no code of their own for few classes where that would take long to compile.
     constexpr bool kAlone = kWanted == Wanted::loss || kWanted == Wanted::gradient, kIsFloat = std::is_same<D, float>::value;
     if (a.tensors.soft_labels) {
-        if constexpr (kFewClasses && kIsFloat)
+        if constexpr (kIsFloat)
             if (try_few<kWanted, true, D, T>(a, tiles, chunk, scratch)) return;
         return compute_soft<T>(a, tiles, chunk, scratch);
     }
-    if constexpr (kFewClasses && (kIsFloat || (kAlone && std::is_same<T, float>::value)))
+    if constexpr (kIsFloat || (kAlone && std::is_same<T, float>::value))
         if (try_few<kWanted, false, D, T>(a, tiles, chunk, scratch)) return;
     compute_many<kWanted, D, T>(a, tiles, chunk, scratch);
 }

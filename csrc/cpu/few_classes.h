@@ -14,13 +14,6 @@ namespace calseg {
 namespace CALSEG_ISA {
 namespace {
 
-// Whether cross_entropy uses this code. It takes most of the time to compile, so a build may leave it out of an instruction set.
-#if defined(CALSEG_NO_FEW_CLASSES)
-constexpr bool kFewClasses = false;
-#else
-constexpr bool kFewClasses = true;
-#endif
-
 // Results of a pass over the logits: the losses, the losses with their gradient or with the sums of the overlap, or the
 // gradient of losses and overlap.
 enum class Wanted { loss, gradient, overlap, gradient_with_overlap };

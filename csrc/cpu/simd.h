@@ -35,9 +35,16 @@
 #define CALSEG_ONCE __attribute__((noinline))
 #endif
 
+// The most classes that kernels have code of their own for. It takes most of the time to compile, so a build may limit it.
+#if !defined(CALSEG_MOST_FEW_CLASSES)
+#define CALSEG_MOST_FEW_CLASSES 4
+#endif
+
 namespace calseg {
 namespace CALSEG_ISA {
 namespace {
+
+constexpr int kMostFewClasses = CALSEG_MOST_FEW_CLASSES;
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;

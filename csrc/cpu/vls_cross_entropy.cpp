@@ -174,8 +174,10 @@ struct VLSCrossEntropy : TiledForFirstCache<LossArgs, 3, 1 << 14> {
     static void compute_chunk(const Args& a, const Tiling& tiles, int64_t chunk, Scratch& scratch) {
         if (!a.gradients.mu && !a.gradients.logvar) return compute_with_kl<0, false, T>(a, tiles, chunk, scratch);
         if constexpr (std::is_same<T, float>::value) {  // for few classes, constants let the compiler unroll the loops
-            if (a.shape.C == 2) return compute_with_kl<2, true, T>(a, tiles, chunk, scratch);
-            if (a.shape.C == 4) return compute_with_kl<4, true, T>(a, tiles, chunk, scratch);
+            if constexpr (kMostFewClasses >= 2)
+                if (a.shape.C == 2) return compute_with_kl<2, true, T>(a, tiles, chunk, scratch);
+            if constexpr (kMostFewClasses >= 4)
+                if (a.shape.C == 4) return compute_with_kl<4, true, T>(a, tiles, chunk, scratch);
         }
         compute_with_kl<0, true, T>(a, tiles, chunk, scratch);
     }

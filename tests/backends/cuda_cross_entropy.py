@@ -108,6 +108,27 @@ def set_up(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
     return machine
 
 
-def library_of(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+# ---- fixtures, which a file of tests imports. It has one of its own: ``compiled``, the PTX of its kernel ----
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """Return the kernels, compiled for the CPU."""
     return ctypes.CDLL(str(compiled_for_host("cross_entropy.cpp", tmp_path_factory)))
+
+
+@pytest.fixture
+def on_host(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return set_up(Machine(native.extension, library), monkeypatch)
+
+
+@pytest.fixture
+def on_ptx(library: ctypes.CDLL, compiled: str, monkeypatch: pytest.MonkeyPatch) -> OnPtx:
+    machine = OnPtx(native.extension, library)
+    machine.text = compiled
+    return set_up(machine, monkeypatch)
+
+
+@pytest.fixture(params=["host", "ptx"])
+def machine(request: pytest.FixtureRequest) -> Machine:
+    return request.getfixturevalue(f"on_{request.param}")

@@ -4,7 +4,6 @@ the interpreter of PTX. Triton's kernels before and after it run in Triton's int
 
 from __future__ import annotations
 
-import ctypes
 import random
 import re
 
@@ -12,14 +11,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import INTEGERS, LAYOUTS, assert_accurate, assert_matches, class_weights, id_of, labels, scores
-from cuda_cross_entropy import MARKS, Machine, OnPtx, library_of, set_up
+from cuda_cross_entropy import MARKS
+from cuda_cross_entropy import library as library  # the fixtures
+from cuda_cross_entropy import machine as machine
+from cuda_cross_entropy import on_host as on_host
+from cuda_cross_entropy import on_ptx as on_ptx
 from ptx.parser import PtxError, names_of
 from test_cross_entropy import EXTREMES, pair
 from test_cuda import sparse
 from test_cuda_ptx import ptx_of
 
 import calseg
-from calseg import native, tensors
+from calseg import tensors
 from calseg.backends import choice, cuda
 from calseg.operations import Labels, LossSpec, LossTensors
 
@@ -32,32 +35,10 @@ if choice.TRITON_ERROR is None:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return library_of(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> str:
     text = ptx_of("cross_entropy_few", tmp_path_factory)
     assert len(names_of(text)) == 18  # three dtypes; 2, 3 and 4 classes, adjacent or not
     return text
-
-
-@pytest.fixture
-def on_host(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return set_up(Machine(native.extension, library), monkeypatch)
-
-
-@pytest.fixture
-def on_ptx(library: ctypes.CDLL, compiled: str, monkeypatch: pytest.MonkeyPatch) -> OnPtx:
-    machine = OnPtx(native.extension, library)
-    machine.text = compiled
-    return set_up(machine, monkeypatch)
-
-
-@pytest.fixture(params=["host", "ptx"])
-def machine(request: pytest.FixtureRequest) -> Machine:
-    return request.getfixturevalue(f"on_{request.param}")
 
 
 every_dtype = pytest.mark.parametrize("dtype", cuda.LOSS_DTYPES, ids=id_of)

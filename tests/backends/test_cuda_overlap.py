@@ -4,14 +4,17 @@ of it in the interpreter of PTX. Triton's kernels beside them run in Triton's in
 
 from __future__ import annotations
 
-import ctypes
 import re
 from collections.abc import Callable
 
 import pytest
 import torch
 from cases import INTEGERS, LAYOUTS, assert_accurate, assert_matches, class_weights, evaluate, id_of, labels, scores
-from cuda_cross_entropy import MARKS, Machine, OnPtx, library_of, set_up
+from cuda_cross_entropy import MARKS
+from cuda_cross_entropy import library as library  # the fixtures
+from cuda_cross_entropy import machine as machine
+from cuda_cross_entropy import on_host as on_host
+from cuda_cross_entropy import on_ptx as on_ptx
 from ptx.parser import PtxError, names_of
 from test_cross_entropy import EXTREMES
 from test_cuda import sparse
@@ -19,7 +22,7 @@ from test_cuda_few import every_dtype, every_layout, every_number, few
 from test_cuda_ptx import ptx_of
 
 import calseg
-from calseg import native, tensors
+from calseg import tensors
 from calseg.backends import choice, cuda
 from calseg.operations import Labels, LossSpec, LossTensors
 
@@ -33,32 +36,10 @@ if choice.TRITON_ERROR is None:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return library_of(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> str:
     text = ptx_of("overlap_few", tmp_path_factory)
     assert len(names_of(text)) == 36  # two passes; three dtypes; 2, 3 and 4 classes, adjacent or not
     return text
-
-
-@pytest.fixture
-def on_host(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return set_up(Machine(native.extension, library), monkeypatch)
-
-
-@pytest.fixture
-def on_ptx(library: ctypes.CDLL, compiled: str, monkeypatch: pytest.MonkeyPatch) -> OnPtx:
-    machine = OnPtx(native.extension, library)
-    machine.text = compiled
-    return set_up(machine, monkeypatch)
-
-
-@pytest.fixture(params=["host", "ptx"])
-def machine(request: pytest.FixtureRequest) -> Machine:
-    return request.getfixturevalue(f"on_{request.param}")
 
 
 def dice(target: torch.Tensor, backend: str = "triton", **options: object) -> Callable[..., torch.Tensor]:
@@ -214,7 +195,7 @@ def test_the_voxels_are_counted_beside_the_loss(machine, monkeypatch):
     first, second = (evaluate(dice(target), x) for _ in range(2))
     assert torch.equal(first.value, second.value)
     assert torch.equal(first.gradients["input"], second.gradients["input"])
-    assert launched == 2 * ["finish_loss"]
+    assert launched == 2 * ["finish_dice"]
     divisors = {"mean": int((target != -100).sum()), "sum": 1}
     for reduction, wanted in divisors.items():
         spec = spec_of(target, reduction=reduction)
