@@ -29,7 +29,6 @@ from calseg.operations import Labels, LossSpec, LossTensors
 pytestmark = MARKS
 
 if choice.TRITON_ERROR is None:
-    from calseg.kernels import launch
     from calseg.kernels.launch import Geometry
 
     from calseg.backends import triton as engine
@@ -181,15 +180,8 @@ def test_no_voxel_counts(machine, layout):
     assert machine.launches == [1] * 9
 
 
-def test_the_voxels_are_counted_beside_the_loss(machine, monkeypatch):
+def test_the_voxels_are_counted_beside_the_loss(machine, launched):
     """No other kernel reads the labels, and the divisor is exact. Two calls give the same bits."""
-    launched, launch_kernel = [], launch.launch_kernel
-
-    def recorded(kernel, *arguments):
-        launched.append(kernel.fn.__name__)
-        launch_kernel(kernel, *arguments)
-
-    monkeypatch.setattr(launch, "launch_kernel", recorded)
     shape = (3, 3, 4800)
     x, target = few(*shape), labels(shape, ignore_index=-100)
     first, second = (evaluate(dice(target), x) for _ in range(2))
