@@ -13,13 +13,13 @@ import pytest
 # A part -> the other parts of calseg that it may import. Parts without an entry may import any.
 BASE = ("operations", "tensors", "checks")
 ALLOWED = {
-    "operations": (), "tensors": (), "checks": ("errors", "operations", "tensors"),
+    "operations": (), "tensors": (), "dice": (), "checks": ("errors", "operations", "tensors"),
     "installation": ("_version",), "native": ("installation", "tensors"), "cli.info": ("installation", "environment"),
     "kernels": (),
     "packing": ("operations",),
-    "backends": (*BASE, "installation", "native", "kernels"),
-    "autograd": (*BASE, "native", "packing", "backends"),
-    "functional": (*BASE, "native", "autograd", "backends.choice"),
+    "backends": (*BASE, "dice", "installation", "native", "kernels"),
+    "autograd": (*BASE, "dice", "native", "packing", "backends"),
+    "functional": (*BASE, "dice", "native", "autograd", "backends.choice"),
     "regions": ("tensors", "checks"), "calibration": (*BASE, "backends.choice", "regions"),
     "errors": (), "files": ("errors",), "runs": ("errors", "files"), "volumes": ("errors", "files"),
     "integrations.monai": ("checks", "functional", "tensors"),
