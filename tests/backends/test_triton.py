@@ -44,8 +44,9 @@ from test_vls_cross_entropy import gaussian, vls
 from test_vls_elbo import elbo
 
 import calseg
-from calseg import checks, installation
+from calseg import checks, dice, installation
 from calseg.backends import choice, rng
+from calseg.dice import DiceOptions
 from calseg.operations import UNIT, Labels, LossSpec, LossTensors, Sampling
 
 pytestmark = [
@@ -618,6 +619,39 @@ def test_overlap_launches_few_kernels(name, launched):
     backward = "hard_cross_entropy" if name == "hard_overlap" else "soft_cross_entropy"
     scaled = ["scale_gradients"] if name == "sampled_overlap" else []
     assert launched == ["scan_labels", forward, "finish_dice", backward, *scaled] * 2
+
+
+DICE = {
+    "usual": {},
+    "of several items": {
+        "batch_dice": True,
+        "include_background": True,
+        "dice_class_weight": torch.tensor([1.0, 0.0, 3.0]),
+    },
+    "other smoothing": {"smooth": (0.5, 0.0), "reduction": "sum", "scale": torch.tensor(-2.0)},
+    "Dice alone": {"ce_weight": 0.0, "dice_weight": -0.5, "dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("counted", [1, 0, -1], ids=["some", "none here", "none anywhere"])
+@pytest.mark.parametrize("name", DICE)
+def test_slopes_of_the_sums(name, counted, monkeypatch):
+    """The last kernel of the forward pass gives what autograd makes of the formula, with sums of other processes."""
+    usual = DiceOptions(1.0, 1.0, False, False, (1e-5, 1e-5), None, "mean", 1.0, torch.float32, None)
+    options, shape = usual._replace(**DICE[name]), (2, 3, 40)
+    monkeypatch.setattr(dice, "over_processes", lambda _, sums: 3 * sums + (counted >= 0))
+    monkeypatch.setattr(engine, "over_processes", dice.over_processes)
+    target = labels(shape, ignore_index=-100) if counted > 0 else torch.full((2, 40), -100)
+    spec = LossSpec("cross_entropy", Labels(target, -100), None, options.reduction, torch.float32)
+    tensors = LossTensors(scores(*shape, dtype=torch.float32))
+    (value, slopes), parts = (
+        engine.dice_loss(spec, options, tensors, LossTensors()), engine.loss_and_overlap(spec, tensors, LossTensors())
+    )  # fmt: skip
+    wanted, wanted_slopes = dice.dice_and_slopes(options, *parts)
+    assert value.dtype == options.dtype
+    assert_accurate(value, wanted, ulps=8, scale=1.0)
+    for got, of_sums in ((slopes[:-2], wanted_slopes[:-2]), (slopes[-2:], wanted_slopes[-2:])):
+        assert_accurate(got.float(), of_sums, ulps=8)
 
 
 def test_sums_of_programs_are_added_in_float64():
