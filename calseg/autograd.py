@@ -391,7 +391,7 @@ class DiceLoss(Function):
             return None, None, None, *_guarded(gradients, grad_output, *tensors)
         kept, made = _graph_is_kept(), ctx.made
         if not kept:
-            ctx.made = None
+            ctx.made = ctx.call = None
         slopes = slopes * grad_output.detach()
         of_sums, of_loss, of_voxel = slopes[:-2], slopes[-2], slopes[-1]
         if options.process_group is not None:
