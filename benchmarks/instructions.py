@@ -368,8 +368,12 @@ def rows_of(case: Case) -> list[dict[str, Any]]:
         binary = kernel.warmup(*arguments, grid=(programs,), num_warps=num_warps, enable_fp_fusion=True)
         resources = ahead_of_time.resources(binary.asm["cubin"])
         trips = case.trips if name.startswith("vls") else ()
+        voxels, tiles = like.numel() // like.shape[1], 1
+        if "per_item" in kernel.arg_names:  # a program takes several tiles, one after the other
+            tiles = -(-voxels // like.shape[0] // tile // arguments[kernel.arg_names.index("per_item")])
+            trips, tile = (tiles,), tile * tiles
         row = counted(binary.asm["cubin"], resources, tile, num_warps, trips)
-        voxels = like.numel() // like.shape[1]
+        row["phases"] *= tiles
         rows.append(
             {"kernel": name, "tile": tile, "num_warps": num_warps, **resources, **row,
              "bytes": bytes_moved(arguments, voxels)}

@@ -22,6 +22,7 @@ SECTOR_BYTES = 32  # the least length of a row of a tile
 MAX_WARPS = 16
 MAX_VOXELS = 8  # of a thread that holds all their classes: with more, the compiler loads them one after the other
 MAX_ALIGN = 16
+ENOUGH_WARPS = 8192  # of all programs: four times as many as an H100 or H200 holds at once, or more
 MAX_PROGRAMS = 2**31 - 1  # the limit of CUDA
 MAX_KEPT = 4096  # plans, and compiled kernels, that are kept for the next call of the same kind
 
@@ -36,19 +37,27 @@ class TileDemands(NamedTuple):
         fill: the least elements that a thread should get, if it holds all classes of its voxels.
         spread: the elements of a thread, if the classes of a voxel are spread over threads.
         noise: the kernel draws noise, which comes in quads.
+        classes: the most classes of which a thread can hold all, if fewer than ``held``: it has other numbers of each
+            class too. None if there are no such numbers.
+        adjacent: the most adjacent voxels that a thread loads at once, if the classes are spread over threads.
+        tiles: the most tiles that a program takes, one after the other. If above 1, threads add up what they have.
     """
 
     held: int
     fill: int
     spread: int
     noise: bool = False
+    classes: int | None = None
+    adjacent: int = 2
+    tiles: int = 1
 
 
 # The number of registers of a thread limits these numbers: see the resource figures in benchmarks/notes.md.
 HARD = TileDemands(held=66, fill=32, spread=64)
 WEIGHTED = TileDemands(held=32, fill=32, spread=16)  # a thread also holds the class weights
 SOFT = TileDemands(held=32, fill=16, spread=16)
-OVERLAP = TileDemands(held=32, fill=56, spread=32)  # one-hot labels, with sums over the voxels of a program
+OVERLAP = TileDemands(held=66, fill=8, spread=64, classes=44, adjacent=4, tiles=8)  # its sums, with one-hot labels
+SLOPES = TileDemands(held=32, fill=56, spread=64, classes=16)  # the gradient of that
 TOP_LABEL = TileDemands(held=56, fill=16, spread=32)  # calibration bins of the top label
 BINS = TileDemands(held=32, fill=16, spread=16)  # of every class
 SAMPLED = TileDemands(held=16, fill=8, spread=16, noise=True)
@@ -100,37 +109,51 @@ def choose_tile(demands: TileDemands, geometry: Geometry, itemsize: int) -> tupl
         align = common_alignment(S, *(stride for n, c, _ in scores for stride in (n, c)))
     # Noise is drawn with one voxel per thread. A tile of that layout needs no conversion.
     vector = 1 if demands.noise else min(align, VECTOR_BYTES // itemsize)
-    if rows <= demands.held:
+    if rows <= (demands.classes or demands.held):
         while vector * rows > demands.held:
             vector //= 2
         voxels = vector
         while 2 * voxels * rows <= demands.fill and voxels < MAX_VOXELS:
             voxels *= 2
-        return Tile(block, 4 * WARP * voxels, align, 1, 1, vector, quads), 4
-    width, narrowest, spread = WARP, SECTOR_BYTES // itemsize, demands.spread
+        return Tile(block, 4 * WARP * voxels, align, 1, 1, vector, quads, voxels // vector), 4
+    vector = min(vector, demands.adjacent)
+    width, narrowest, spread = WARP * max(1, vector // 2), SECTOR_BYTES // itemsize, demands.spread
+    if demands.classes is not None:  # with fewer adjacent voxels, a thread has more classes, and their numbers
+        spread = spread * vector // demands.adjacent
     if demands.noise and block > 64:
         spread //= 2  # with so many classes, one program would take all registers of a multiprocessor
+    width = max(width, WARP * spread // block)
     while block * width > 8 * WARP * spread and width > narrowest:
         width //= 2
     block = min(block, MAX_WARPS * WARP * spread // width)
-    return Tile(block, width, align, 1, 1, min(vector, 2), quads), block * width // (WARP * spread)
+    return Tile(block, width, align, 1, 1, vector, quads), block * width // (WARP * spread)
 
 
 def _channels_last(demands: TileDemands, geometry: Geometry, block: int, itemsize: int) -> tuple[Tile, int]:
     """Do as :func:`choose_tile` for tensors in which the classes of a voxel are adjacent."""
     align = common_alignment(*(stride for n, _, s in geometry.scores for stride in (n, s)))
     spread = 8 if demands.noise else min(demands.spread, 16)
+    if demands.tiles > 1 and not 4 < block < 32:  # in a loop, the compiler loads more one after the other
+        spread = 8
     block = min(block, MAX_WARPS * WARP * spread)
     vector = min(align, 4 if demands.noise else VECTOR_BYTES // itemsize, block)
     # If a thread loads one class at a time, the classes of a voxel lie in many threads. Let these be of one warp.
     voxels = max(1, (1 if vector == 1 else 4) * WARP * spread // block)
     warps = max(1, block * voxels // (WARP * spread))
-    return Tile(block, voxels, 1, align, vector, 1), warps
+    of_class = max(vector, block // WARP)  # that a thread holds of a voxel
+    return Tile(block, voxels, 1, align, vector, 1, GROUPS=max(1, min(voxels, spread // of_class))), warps
 
 
-def num_programs(geometry: Geometry, tile: Tile) -> int:
-    """Return the number of programs, which is the number of tiles."""
-    return geometry.N * -(-geometry.S // tile.TILE)
+def num_programs(geometry: Geometry, tile: Tile, num_warps: int, most_tiles: int) -> int:
+    """Return the number of programs, each with up to ``most_tiles`` tiles of one batch item.
+
+    They have fewer tiles if there were too few programs, so that those that are done last do not leave a GPU idle.
+    """
+    tiles = -(-geometry.S // tile.TILE)
+    if tile.BLOCK_C < geometry.C:
+        most_tiles = 1
+    of_program = min(most_tiles, geometry.N * tiles * num_warps // ENOUGH_WARPS)
+    return geometry.N * -(-tiles // max(1, of_program))
 
 
 class Plan(NamedTuple):
@@ -161,7 +184,7 @@ def plan(
         tile, num_warps = Tile(power_of_two(geometry.C), block_voxels), 4
     else:
         tile, num_warps = choose_tile(demands, geometry, min(tensor.element_size() for tensor in present))
-    programs = num_programs(geometry, tile)
+    programs = num_programs(geometry, tile, num_warps, 1 if block_voxels is not None else demands.tiles)
     if programs > MAX_PROGRAMS:
         voxels, most = geometry.N * geometry.S, MAX_PROGRAMS * tile.TILE
         raise ValueError(f"{tuple(present[0].shape)}: got {voxels} voxels, wanted up to {most} on a GPU")
@@ -186,7 +209,7 @@ class Call:
         self.scores, self.voxels = _views(scores, of_scores), _views(voxels, of_voxels)
 
     def launch(self, kernel: Any, *arguments: Any) -> None:
-        """Launch a kernel with one program per tile. The tile is added as its last argument."""
+        """Launch a kernel with the programs of the plan. The tile is added as its last argument."""
         launch_kernel(kernel, self.programs, self.like, (*arguments, self.tile), self.num_warps)
 
 

@@ -1,7 +1,7 @@
 """Overlap of the probabilities p with the labels Y: its sums over voxels, and the gradient of the logits.
 
 The overlap of a batch item and a class is the pair ``sum (p + Y)``, ``sum |p - Y|``. The kernels of the cross-entropies
-compute it beside the loss, if asked to: every program stores the sums over its tile, and the sums of the programs are
+compute it beside the loss, if asked to: every program stores the sums over its tiles, and the sums of the programs are
 added in float64, in a fixed order. In the backward pass, the kernels of :mod:`calseg.kernels.cross_entropy` get the
 gradient of the overlap, and add its part to the gradient of the logits.
 
@@ -16,8 +16,16 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from calseg.kernels.launch import OVERLAP, SAMPLED, SOFT, Call, TileDemands
+from calseg.kernels.launch import OVERLAP, SAMPLED, SLOPES, SOFT, Call, TileDemands
 from torch import Tensor
+
+
+@triton.jit
+def store_class_sums(overlap, both, apart, c, C: tl.constexpr):
+    """Store the sums over the second axis as this program's of classes ``c`` in ``overlap``, ``[programs, C, 2]``."""
+    to = overlap + 2 * (tl.program_id(0).to(tl.int64) * C + c)
+    tl.store(to, tl.sum(both, 1), mask=c < C)
+    tl.store(to + 1, tl.sum(apart, 1), mask=c < C)
 
 
 @triton.jit
@@ -26,12 +34,10 @@ def store_overlap(overlap, p, y, ok, c, C: tl.constexpr):
 
     Only voxels that are ``ok`` count. It is None if p and y are 0 elsewhere.
     """
-    to = overlap + 2 * (tl.program_id(0).to(tl.int64) * C + c)
     both, apart = p + y, tl.abs(p - y)
     if ok is not None:
         both, apart = tl.where(ok[None, :], both, 0.0), tl.where(ok[None, :], apart, 0.0)
-    tl.store(to, tl.sum(both, 1), mask=c < C)
-    tl.store(to + 1, tl.sum(apart, 1), mask=c < C)
+    store_class_sums(overlap, both, apart, c, C)
 
 
 @triton.jit
@@ -79,11 +85,13 @@ def one_hot_slope(above, below, label, c):
     return tl.where(c[:, None] == label[None, :], below[:, None], above[:, None])
 
 
-def tile_demands(tensors: Any) -> TileDemands:
-    """Return the demands of a kernel with these tensors. A thread also holds two numbers of every class."""
+def tile_demands(tensors: Any, *, backward: bool) -> TileDemands:
+    """Return the demands of a pass with these tensors."""
     if tensors.mu is not None:
         return SAMPLED
-    return OVERLAP if tensors.soft_labels is None else SOFT
+    if tensors.soft_labels is not None:
+        return SOFT
+    return SLOPES if backward else OVERLAP
 
 
 def empty_overlap(call: Call) -> Tensor:

@@ -19,7 +19,7 @@ import triton.language as tl
 from calseg.kernels import launch as host
 from calseg.kernels.labels import Labels, label_weights, load_labels
 from calseg.kernels.launch import Call
-from calseg.kernels.tile import Tile, View, locate, num_tiles, store_voxels, voxel_pointers
+from calseg.kernels.tile import Tile, View, locate, num_tiles, store_voxels, thread_sums, voxel_pointers
 from torch import Tensor
 
 SCAN_BYTES = 32  # that a thread of scan_labels loads at once
@@ -146,16 +146,15 @@ def scan_labels(
 ):
     """Compute the divisors of the mean: partial sums, one per program, and their totals."""
     steps = tl.cast(N, tl.int64) * num_tiles(S, tile)
-    VEC_S: tl.constexpr = tile.VEC_S
-    THREADS: tl.constexpr = tile.TILE // VEC_S
-    weights = tl.full([THREADS], 0.0, tl.float32)
-    counts = tl.full([THREADS], 0, tl.int32)
+    SUMS: tl.constexpr = tile.TILE // tile.VEC_S
+    weights = tl.full([SUMS], 0.0, tl.float32)
+    counts = tl.full([SUMS], 0, tl.int32)
     for step in range(tl.program_id(0).to(tl.int64), steps, NUM_SUMS):
         n, first, inside = locate(step, S, tile)
         label, ok, _ = load_labels(labels, n, first, inside, C, IS_MASK, tile)
-        counts += tl.sum(tl.reshape(ok.to(tl.int32), [THREADS, VEC_S]), 1)
+        counts += thread_sums(ok.to(tl.int32), tile)
         if weight is not None:
-            weights += tl.sum(tl.reshape(label_weights(weight, label, C), [THREADS, VEC_S]), 1)
+            weights += thread_sums(label_weights(weight, label, C), tile)
     count = tl.sum(counts, 0).to(tl.float32)
     tl.store(sums + NUM_SUMS + tl.program_id(0), count)
     tl.store(sums + tl.program_id(0), tl.sum(weights, 0) if weight is not None else count)

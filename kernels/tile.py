@@ -48,6 +48,7 @@ class Tile:
         VEC_S: number of adjacent voxels that one thread loads at once.
         LANE_MAJOR: the rows are ordered by lane: first class 0 of every noise quad, then class 1 of every quad, and so
             on. Where rows have few voxels, Triton spreads the rows over threads. This order keeps a quad in one thread.
+        GROUPS: number of groups of VEC_S adjacent voxels that one thread holds of a class.
 
     The compiler makes wide loads only if it knows the alignments.
     """
@@ -59,6 +60,7 @@ class Tile:
     VEC_C: int = 1
     VEC_S: int = 1
     LANE_MAJOR: bool = False
+    GROUPS: int = 1
 
 
 # ---- the place of a tile ----
@@ -85,8 +87,14 @@ def locate(step, S, tile: tl.constexpr):
     step, tiles = tl.cast(step, tl.uint32), tl.cast(num_tiles(S, tile), tl.uint32)
     n = (step // tiles).to(tl.int64)
     first = (step % tiles).to(tl.int64) * tile.TILE
+    return n, first, voxels_inside(first, S, tile)
+
+
+@triton.jit
+def voxels_inside(first, S, tile: tl.constexpr):
+    """Return a mask of the existing voxels of the tile whose first voxel is ``first``."""
     left = tl.minimum(multiple(S, tile.ALIGN_C) - first, tile.TILE).to(tl.int32)
-    return n, first, tl.arange(0, tile.TILE) < left
+    return tl.arange(0, tile.TILE) < left
 
 
 @triton.jit
@@ -142,6 +150,25 @@ def store(x, n, first, inside, c, values, C: tl.constexpr, tile: tl.constexpr):
     if TYPE.is_int():
         values = values * (2**TYPE.primitive_bitwidth - 1) + 0.5
     tl.store(pointers(x, n, first, c, tile), values.to(TYPE), mask=mask)
+
+
+# ---- sums over voxels ----
+
+
+@triton.jit
+def thread_sums(x, tile: tl.constexpr):
+    """Return the sums of every thread over its voxels, ``[TILE // (VEC_S * GROUPS)]`` or so many columns.
+
+    They are right however the compiler lays out the tile. If it does so as Tile says, threads exchange nothing.
+    """
+    VEC_S: tl.constexpr = tile.VEC_S
+    GROUPS: tl.constexpr = tile.GROUPS
+    SUMS: tl.constexpr = tile.TILE // (VEC_S * GROUPS)
+    if len(x.shape) == 1:
+        added = tl.sum(tl.sum(tl.reshape(x, [GROUPS, SUMS, VEC_S]), 2), 0)
+    else:
+        added = tl.sum(tl.sum(tl.reshape(x, [x.shape[0], GROUPS, SUMS, VEC_S]), 3), 1)
+    return added
 
 
 # ---- tensors without a class axis ----

@@ -187,7 +187,7 @@ def _launch_overlap(spec: LossSpec, tensors: LossTensors, made: LossTensors) -> 
     spec, tensors = _readable_loss(spec, tensors)
     label_tensor = None if spec.labels is None else spec.labels.tensor
     call = _call(
-        overlap_demands(tensors), (*tensors, *made), (label_tensor, None, None),
+        overlap_demands(tensors, backward=False), (*tensors, *made), (label_tensor, None, None),
         cuda.overlap_kernel_of(tensors, made, spec), items=True,
     )  # fmt: skip
     _check_labels(spec.labels, call.C)
@@ -210,7 +210,7 @@ def overlap_backward(spec: LossSpec, tensors: LossTensors, gradients: LossTensor
         return
     label_tensor = None if spec.labels is None else spec.labels.tensor
     call = _call(
-        overlap_demands(tensors), (*tensors, *gradients), (label_tensor, None, None),
+        overlap_demands(tensors, backward=True), (*tensors, *gradients), (label_tensor, None, None),
         cuda.overlap_kernel_of(tensors, gradients, spec), items=True,
     )  # fmt: skip
     grad_overlap = None if gradients.logits is None else grad_sums

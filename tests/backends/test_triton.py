@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -615,7 +616,7 @@ def test_overlap_launches_few_kernels(name, launched):
     first, second = evaluate(function, tensors), evaluate(function, tensors)
     assert torch.equal(first.value, second.value)
     assert all(torch.equal(second.gradients[key], gradient) for key, gradient in first.gradients.items())
-    forward = {"hard_overlap": "hard", "soft_overlap": "soft", "sampled_overlap": "vls"}[name] + "_cross_entropy"
+    forward = {"hard_overlap": "hard_overlap", "soft_overlap": "soft_cross_entropy"}.get(name, "vls_cross_entropy")
     backward = "hard_cross_entropy" if name == "hard_overlap" else "soft_cross_entropy"
     scaled = ["scale_gradients"] if name == "sampled_overlap" else []
     assert launched == ["scan_labels", forward, "finish_dice", backward, *scaled] * 2
@@ -652,6 +653,48 @@ def test_slopes_of_the_sums(name, counted, monkeypatch):
     assert_accurate(value, wanted, ulps=8, scale=1.0)
     for got, of_sums in ((slopes[:-2], wanted_slopes[:-2]), (slopes[-2:], wanted_slopes[-2:])):
         assert_accurate(got.float(), of_sums, ulps=8)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=["plain", "smoothed"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("C", "S"), [(2, 5000), (14, 1540), (33, 1028), (45, 532), (117, 270)])
+def test_programs_take_several_tiles(C, S, layout, options, monkeypatch):
+    """A program adds up its tiles, of which the last may be in part or not there. Ignored voxels hold any number."""
+    monkeypatch.setattr(engine, "_plans", {})
+    monkeypatch.setattr(launch, "ENOUGH_WARPS", 1)
+    monkeypatch.setattr(launch, "OVERLAP", launch.OVERLAP._replace(tiles=3))
+    monkeypatch.setattr("calseg.kernels.overlap.OVERLAP", launch.OVERLAP)
+    programs, launch_kernel = {}, launch.launch_kernel
+
+    def recorded(kernel, number, like, arguments, num_warps):
+        programs[kernel.fn.__name__] = number, arguments[-1]
+        launch_kernel(kernel, number, like, arguments, num_warps)
+
+    monkeypatch.setattr(launch, "launch_kernel", recorded)
+    shape = (2, C, S)
+    target, x = labels(shape, ignore_index=-100), scores(*shape).float()
+    x.movedim(1, -1)[target == -100] = torch.nan
+    function, oracle = (
+        partial(calseg.vls_dice_cross_entropy, target=target, backend=backend, **options)
+        for backend in ("triton", "reference")
+    )
+    tensors = {"input": LAYOUTS[layout](x)}
+    assert_matches(function, oracle, tensors, ulps=ULPS, scale=1.0, grad_scale=2.0 / target.numel())
+    number, tile = programs["hard_overlap"]
+    tiles = -(-S // tile.TILE)
+    assert tiles > 3, "an item has several programs"
+    assert number == 2 * -(-tiles // 3)
+
+
+def test_programs_are_enough():
+    """A program takes several tiles only where the programs are enough for a GPU, and it has all classes."""
+    tile, few, many = Tile(16, 512), Geometry(2, 14, 2**16, [], []), Geometry(2, 14, 2**22, [], [])
+    assert launch.num_programs(few, tile, 4, 8) == 2 * 2**7
+    assert launch.num_programs(many, tile, 4, 8) == 2 * 2**13 // 8
+    assert launch.num_programs(many, tile, 4, 1) == 2 * 2**13
+    assert launch.num_programs(many._replace(C=17), tile, 4, 8) == 2 * 2**13
+    between = Geometry(2, 14, 3 * 2**19 + 1, [], [])  # 2 * 3073 tiles of 4 warps: three times enough warps
+    assert launch.num_programs(between, tile, 4, 8) == 2 * 1025
 
 
 def test_sums_of_programs_are_added_in_float64():
@@ -1213,6 +1256,31 @@ def test_tiles(name, layout):
             assert tile.BLOCK_C >= 4
 
 
+@pytest.mark.parametrize("name", ["OVERLAP", "SLOPES"])
+@pytest.mark.parametrize("layout", ["first", "last", "odd"])
+def test_tiles_of_the_overlap(name, layout):
+    """Few voxels of many classes, or the other way round: a thread also holds numbers of each of its classes."""
+    kind = getattr(launch, name)
+    for C, itemsize in product((*range(2, 70), 100, 117, 128, 129, 500, 1000, 5000), (2, 4)):
+        tile, warps = launch.choose_tile(kind, geometry_of(C, 4095 if layout == "odd" else 4096, layout), itemsize)
+        for number in (tile.BLOCK_C, tile.TILE, tile.VEC_C, tile.VEC_S, tile.GROUPS, warps):
+            assert number > 0
+            assert number & (number - 1) == 0
+        assert warps <= 16
+        assert tile.TILE % (tile.VEC_S * tile.GROUPS) == 0
+        assert tile.TILE * itemsize >= 32 or layout == "last"
+        elements = tile.BLOCK_C * tile.TILE / (32 * warps)
+        if layout != "last" and C <= kind.classes:
+            assert tile.TILE == 128 * tile.VEC_S * tile.GROUPS
+            at_once = C * tile.VEC_S
+            assert at_once <= kind.held, (C, tile, warps)
+        else:
+            assert elements <= kind.spread, (C, tile, warps)
+            assert layout == "last" or elements / tile.VEC_S <= kind.spread / kind.adjacent, (C, tile, warps)
+        if layout == "first":
+            assert tile.VEC_S > 1 or kind.held // 2 < C <= kind.classes
+
+
 def test_alignment():
     assert launch.common_alignment(64, 16, 8) == 8
     assert launch.common_alignment(0, 32) == 16
@@ -1226,7 +1294,7 @@ def test_alignment():
 REGISTERS = {
     "cross_entropy": 184, "weighted_cross_entropy": 128, "soft_cross_entropy": 168, "vls_cross_entropy": 240,
     "vls_elbo": 208, "gaussian_kl": 128, "sample_soft_labels": 136, "accumulate_soft_labels": 96, "scale_gradients": 64,
-    "calibration_bins": 248, "hard_overlap": 208, "soft_overlap": 168, "sampled_overlap": 240,
+    "calibration_bins": 248, "hard_overlap": 256, "soft_overlap": 168, "sampled_overlap": 240,
 }  # fmt: skip
 COMPILED = [
     *({"operation": "cross_entropy", "C": C} for C in (2, 4, 14, 33, 117)),
