@@ -154,3 +154,11 @@ def test_passes_of_dice_compute_what_is_assumed(counted, name):
     for kernel, most in (("overlap_few", 0.1), ("overlap_gradient_few", 0.8)):
         beside = rows[kernel]["xu"] / 8 - C - 1 - (C > 2 and kernel == "overlap_few")
         assert 0 <= beside <= most
+
+
+@pytest.mark.parametrize("name", [name for name in INSTRUCTIONS if name.startswith("dice") and name not in IN_CUDA])
+def test_passes_of_dice_in_triton(counted, name):
+    """No kernel scans the labels. Forward, a thread computes an exponential for each class, and little beside them."""
+    C, rows = int(re.search(r"C=(\d+)", name)[1]), {row["kernel"]: row for row in counted[name]["rows"]}
+    assert rows.keys() == {"hard_overlap", "hard_cross_entropy"}
+    assert C <= rows["hard_overlap"]["xu"] / 8 <= 1.15 * C + 3
