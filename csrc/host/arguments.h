@@ -162,17 +162,16 @@ struct KernelTable {
 #undef CALSEG_KERNEL
 };
 
-// The kernels of an instruction set: those that compute in float, and those that compute in double.
-#define CALSEG_TABLES(isa)                \
-    namespace isa {                       \
-    extern const KernelTable kernels;     \
-    }                                     \
-    namespace isa##_double {              \
-        extern const KernelTable kernels; \
+// The kernels of an instruction set: those that compute in float, or those that compute in double.
+#define CALSEG_TABLE(isa)             \
+    namespace isa {                   \
+    extern const KernelTable kernels; \
     }
-CALSEG_TABLES(baseline)
-CALSEG_TABLES(avx2)
-CALSEG_TABLES(avx512)
-#undef CALSEG_TABLES
+CALSEG_TABLE(baseline)
+CALSEG_TABLE(baseline_double)
+CALSEG_TABLE(avx2)
+CALSEG_TABLE(avx2_double)
+CALSEG_TABLE(avx512)
+#undef CALSEG_TABLE
 
 }  // namespace calseg

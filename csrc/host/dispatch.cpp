@@ -46,7 +46,7 @@ struct Isa {
 // All instruction sets of this build, best first.
 const Isa isas[] = {
 #if defined(CALSEG_X86)
-    {"avx512", &avx512::kernels, &avx512_double::kernels, [] { return processor().avx512; }},
+    {"avx512", &avx512::kernels, &avx2_double::kernels, [] { return processor().avx512; }},
     {"avx2", &avx2::kernels, &avx2_double::kernels, [] { return processor().avx2; }},
 #endif
     {"baseline", &baseline::kernels, &baseline_double::kernels, [] { return true; }},
