@@ -59,6 +59,7 @@ def finish_dice(
     BLOCK: tl.constexpr,
 ):
     """Compute the loss and its slopes. The kernel has one program."""
+    ratios = tl.cast(ratios, tl.int64)
     loss, counted = added_loss(partials, upstream, beta, num_partials, WITH_KL, NUM_SUMS, SUMS_BLOCK)
     nothing_counts = mass_of(sums, items * ratios, BLOCK) == 0.0
     gap = tl.where(mass_of(all_sums, items * ratios, BLOCK) == 0.0, 0.0, gap)
