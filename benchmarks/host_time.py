@@ -2,9 +2,9 @@
 
 Triton's real launcher runs over a driver that only records (``tests/recorder``), on CPU tensors of 64 x 64 voxels and
 4 classes. So a time is that of Python, autograd, the backend and the launcher, forward and backward. It stands beside
-that of ``F.cross_entropy`` for four voxels on the CPU, which is dispatch and next to no arithmetic. In each of many
-short rounds, every call is timed once. A ratio is that of the least times, which other work on the machine changes
-least.
+those of ``F.cross_entropy``, and of nnU-Net's Dice + cross-entropy in PyTorch, for four voxels on the CPU: dispatch and
+next to no arithmetic. In each of many short rounds, every call is timed once. A ratio is that of the least times, which
+other work on the machine changes least.
 """
 
 from __future__ import annotations

@@ -1294,7 +1294,7 @@ def test_alignment():
 REGISTERS = {
     "cross_entropy": 184, "weighted_cross_entropy": 128, "soft_cross_entropy": 168, "vls_cross_entropy": 240,
     "vls_elbo": 208, "gaussian_kl": 128, "sample_soft_labels": 136, "accumulate_soft_labels": 96, "scale_gradients": 64,
-    "calibration_bins": 248, "hard_overlap": 256, "soft_overlap": 168, "sampled_overlap": 240,
+    "calibration_bins": 248, "hard_overlap": 208, "soft_overlap": 168, "sampled_overlap": 240,
 }  # fmt: skip
 COMPILED = [
     *({"operation": "cross_entropy", "C": C} for C in (2, 4, 14, 33, 117)),
@@ -1324,6 +1324,8 @@ COMPILED = [
     *({"operation": operation, "C": 4, "layout": "channels_last"} for operation in OVERLAPS),
 ]
 OPTIONS = {"dtype", "layout", "gradient", "ignore_index"}
+# Cases that may take all registers of a thread, by (Triton, operation, C). They must not spill either.
+ALL_REGISTERS = {("3.6", "hard_overlap", 33), ("3.6", "hard_overlap", 117), ("3.9", "hard_overlap", 117)}
 # Bytes of stack a thread, by (Triton, kernel, C, layout, architecture), summed over a case. All others have none.
 SPILLS = {
     ("3.7", "sample_statistics", 600, None, 90): 16,
@@ -1361,7 +1363,8 @@ def test_nothing_spills(machine_code, case):
     spills = Counter()
     for row in rows:
         assert row["local"] == 0, row
-        assert row["registers"] <= REGISTERS[case["operation"]], row
+        takes_all = (version, case["operation"], case["C"]) in ALL_REGISTERS
+        assert takes_all or row["registers"] <= REGISTERS[case["operation"]], row
         spills[version, row["kernel"], row["C"], row.get("layout"), row["architecture"]] += row["stack"]
     for key, stack in spills.items():
         assert stack <= SPILLS.get(key, 0), (key, rows)
