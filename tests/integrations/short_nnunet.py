@@ -1,4 +1,5 @@
-"""Commands of nnU-Net's for a test: on the CPU, in few processes, and with trainings of one epoch of two updates.
+"""Commands of nnU-Net's for a test: on the CPU, in few processes, and with trainings of one epoch of two updates
+of a small network.
 
 Their libraries take longer to import than all of these trainings together. So one process imports them, and is forked
 for each command. nnU-Net itself is imported by each command, as it reads its variables then.
@@ -12,7 +13,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -102,9 +103,27 @@ def _run(name: str, arguments: list[str], folder: str, variables: dict[str, str]
     getattr(import_module(module), function)()
 
 
+def plan_small(set_attribute: Callable[[Any, str, Any], None]) -> None:
+    """Let nnU-Net read little of the images when it plans, and plan small networks."""
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+    from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+
+    extract, prepare = DatasetFingerprintExtractor.run, ExperimentPlanner.__init__
+
+    def few(extractor: DatasetFingerprintExtractor, **options: bool) -> dict[str, Any]:
+        extractor.num_foreground_voxels_for_intensitystats = 10_000  # instead of 100 million
+        return extract(extractor, **options)
+
+    def small(planner: ExperimentPlanner, *arguments: Any, **options: Any) -> None:
+        prepare(planner, *arguments, **options)
+        planner.UNet_base_num_features = 4  # instead of 32
+
+    set_attribute(DatasetFingerprintExtractor, "run", few)
+    set_attribute(ExperimentPlanner, "__init__", small)
+
+
 def _shorten() -> None:
     import torch
-    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     whole = nnUNetTrainer.run_training
@@ -116,11 +135,5 @@ def _shorten() -> None:
         whole(trainer)
 
     nnUNetTrainer.run_training = short
-    extract = DatasetFingerprintExtractor.run
-
-    def few(extractor: DatasetFingerprintExtractor, **options: bool) -> dict[str, Any]:
-        extractor.num_foreground_voxels_for_intensitystats = 10_000  # instead of 100 million
-        return extract(extractor, **options)
-
-    DatasetFingerprintExtractor.run = few
     torch.set_num_threads = lambda count: None  # nnU-Net wants all cores; a fork may not use the threads of its parent
+    plan_small(setattr)

@@ -17,6 +17,7 @@ pytest.importorskip("nibabel")
 
 import nibabel
 import numpy as np
+import short_nnunet
 
 from calseg.simulation import DemoConfig, make_dataset
 from calseg.volumes.datasets import find_cases
@@ -35,19 +36,11 @@ SCORES = {"dice": "Dice", "ece near": "ECE near", "nll near": "NLL near", "ece a
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The folders of data and of a finished quick call. nnU-Net's processes are forks, which import nothing anew."""
-    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
-
     root = tmp_path_factory.mktemp("pairs")
     make_dataset(root / "data", DemoConfig(cases=CASES, raters=2, side=16))
-    run = DatasetFingerprintExtractor.run
-
-    def few(extractor: DatasetFingerprintExtractor, **options: bool) -> dict[str, Any]:
-        extractor.num_foreground_voxels_for_intensitystats = 10_000  # instead of 100 million
-        return run(extractor, **options)
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(multiprocessing.context._concrete_contexts, "spawn", multiprocessing.get_context("fork"))
-        patch.setattr(DatasetFingerprintExtractor, "run", few)
+        short_nnunet.plan_small(patch.setattr)
         keep_environment(patch)
         call(root)
         yield root
