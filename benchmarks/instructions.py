@@ -289,7 +289,15 @@ def cubin_of(name: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         to, specs = Path(folder) / "kernels.cubin", [ROOT / "csrc/python/specs.py", ROOT / "calseg/operations.py"]
         subprocess.run([sys.executable, *specs, Path(folder) / "specs.h"], check=True)
-        command = [NVCC, "-cubin", "-lineinfo", "-arch=sm_90", "-std=c++17", f"-I{ROOT / 'csrc'}", f"-I{folder}"]
+        command = [
+            NVCC,
+            "-cubin",
+            "-lineinfo",
+            "-gencode=arch=compute_80,code=sm_90",
+            "-std=c++17",
+            f"-I{ROOT / 'csrc'}",
+            f"-I{folder}",
+        ]
         source = ROOT / f"kernels/{name}.cu"
         subprocess.run([*command, source, "-o", to], check=True, capture_output=True)
         return to.read_bytes()

@@ -32,10 +32,10 @@ CALSEG_INLINE float minus_infinity(float) { return -INFINITY; }
 CALSEG_INLINE BF16 minus_infinity(BF16) { return {0xff80}; }
 CALSEG_INLINE F16 minus_infinity(F16) { return {0xfc00}; }
 
-// Returns the sum of the numbers of a warp in lane 0, and other numbers in the other lanes.
+// Returns the sum of the numbers of a warp, each below 2^43.
 CALSEG_INLINE unsigned long long sum_of_warp(unsigned long long x) {
-    for (int step = kCudaWarp / 2; step > 0; step /= 2) x += __shfl_down_sync(kAllLanes, x, step);
-    return x;
+    const unsigned low = __reduce_add_sync(kAllLanes, static_cast<unsigned>(x) & 0xffff);
+    return (static_cast<unsigned long long>(__reduce_add_sync(kAllLanes, static_cast<unsigned>(x >> 16))) << 16) + low;
 }
 
 // Adds to a sum in global memory.
@@ -79,6 +79,7 @@ class Bins {
     CALSEG_MEMBER void clear() {
         static_assert(sizeof(ColumnBin) * 2 == sizeof(SharedBin));
         const int words = bins_in_ == BinsIn::columns ? bins_ * kCudaThreads : bins_in_ == BinsIn::shared ? bins_ * 2 : 0;
+#pragma unroll 1
         for (int i = static_cast<int>(threadIdx.x); i < words; i += kCudaThreads) columns_[i] = {0, 0};
         __syncthreads();
     }
@@ -206,12 +207,23 @@ CALSEG_INLINE int up_to(int64_t left) {
     return left < kMost ? left < 0 ? 0 : static_cast<int>(left) : kMost;
 }
 
-// Reads the label of a voxel. Returns its class, kSkipped or kNoClass.
-CALSEG_INLINE int32_t load_class(const CalibrationLaunch& launch, int64_t n, int64_t s) {
+// Reads the labels of the voxels of a thread, which are s, s + kCudaThreads and so on. Each becomes its class, kSkipped or
+// kNoClass.
+template <int V>
+CALSEG_INLINE void load_classes(int32_t (&label)[V], const CalibrationLaunch& launch, int64_t n, int64_t s) {
+    const int64_t S = launch.args.shape.S;
+    load_labels<V, kCudaThreads>(label, launch.args.spec.labels.tensor, launch.labels, n, s, S);
     const TensorView& mask = launch.args.spec.mask;
-    if (mask.data && !static_cast<const uint8_t*>(mask.data)[n * mask.stride_n + s * mask.stride_s]) return kSkipped;
-    const int32_t label = load_label(launch.args.spec.labels.tensor, launch.labels, n, s);
-    return label == 0 && launch.args.spec.skip_background ? kSkipped : label;
+    if (mask.data) {
+        const uint8_t* from = static_cast<const uint8_t*>(mask.data) + (n * mask.stride_n + s * mask.stride_s);
+#pragma unroll
+        for (int v = 0; v < V; ++v, from += kCudaThreads * mask.stride_s)
+            if (s + v * kCudaThreads < S && !*from) label[v] = kSkipped;
+    }
+    if (launch.args.spec.skip_background) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) label[v] = label[v] == 0 ? kSkipped : label[v];
+    }
 }
 
 // Reads the scores of classes c to c + K for the voxels of a thread, which are s, s + kCudaThreads and so on. Places
@@ -340,14 +352,20 @@ CALSEG_INLINE bool add_totals(Totals& totals, const CalibrationLaunch& launch, c
     return binned;
 }
 
-// Adds K classes from c on to their bins. The probability of a class is x * scale.
+// Adds K classes from c on to their bins, and moves them in x. The probability of a class is x * scale. The loop has the code
+// for four classes, as that for all would take a minute to compile.
 template <int K>
-CALSEG_INLINE void add_classes(Bins& bins, const CalibrationLaunch& launch, int32_t label, int c, const float (&x)[K], float scale,
-                               bool binned) {
-    const int first = static_cast<int>(launch.args.spec.first_class), C = static_cast<int>(launch.args.shape.C);
+CALSEG_INLINE void add_classes(Bins& bins, const CalibrationLaunch& launch, int32_t label, int c, float (&x)[K], float scale, bool binned) {
+    constexpr int kAtOnce = 4;
+    const int first = static_cast<int>(launch.args.spec.first_class), C = static_cast<int>(launch.args.shape.C), end = c + K;
+#pragma unroll 1
+    for (; c < C && c < end; c += kAtOnce) {
 #pragma unroll
-    for (int j = 0; j < K; ++j)
-        if (c + j >= first && c + j < C) bins.add(c + j - first, x[j] * scale, label == c + j, binned);
+        for (int j = 0; j < kAtOnce; ++j)
+            if (c + j >= first && c + j < C) bins.add(c + j - first, x[j] * scale, label == c + j, binned);
+#pragma unroll
+        for (int j = 0; j + kAtOnce < K; ++j) x[j] = x[j + kAtOnce];
+    }
 }
 
 // Kernel whose threads hold K classes of V voxels at once. From is the type in which the scores are stored.
@@ -367,37 +385,50 @@ __global__ void __launch_bounds__(kCudaThreads, kCudaResident) calibration_bins(
     for (; tile < end; ++tile) {
         const int64_t first = of_item * (V * kCudaThreads) + threadIdx.x;
         float x[V][K];
-        load_scores(x, launch, n, first, 0, missing);
+        if constexpr (V > 1) load_scores(x, launch, n, first, 0, missing);
         int32_t label[V];
+        load_classes(label, launch, n, first);
+        // The loop has the code for two voxels, as that for all would take a minute to compile.
+        constexpr int kAtOnce = V > 1 ? 2 : 1;
+        int64_t position = n * S + first;
+#pragma unroll 1
+        for (int done = 0; done < V; done += kAtOnce) {
 #pragma unroll
-        for (int v = 0; v < V; ++v) label[v] = first + v * kCudaThreads < S ? load_class(launch, n, first + v * kCudaThreads) : kSkipped;
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-            Fold<kLogits> fold;
-            fold.add(label[v], 0, C, x[v]);
-            if constexpr (V == 1)
-                for (int c = K; c < C; c += K) {
-                    load_scores(x, launch, n, first, c, missing);
-                    fold.add(label[v], c, C, x[v]);
+            for (int v = 0; v < kAtOnce; ++v, position += kCudaThreads) {
+                Fold<kLogits> fold;
+                if constexpr (V > 1) {
+                    fold.add(label[v], 0, C, x[v]);
+                } else {
+#pragma unroll 1
+                    for (int c = 0; c < C; c += K) {
+                        load_scores(x, launch, n, first, c, missing);
+                        fold.add(label[v], c, C, x[v]);
+                    }
                 }
-            const auto sums = fold.result();
-            const float confidence = sums.confidence();
-            const bool binned = add_totals(totals, launch, sums, confidence, label[v], n * S + first + v * kCudaThreads);
-            if constexpr (!kClassWise) {
-                bins.add(0, confidence, label[v] == sums.top, binned);
-            } else {
-                const float scale = kLogits ? confidence : 1.0f;
-                for (int c = 0; c < C; c += K) {
-                    if constexpr (V == 1)
-                        if (C > K) {  // the thread does not hold all classes, so it reads them again
-                            load_scores(x, launch, n, first, c, missing);
-                            if constexpr (kLogits) {
-                                for (auto& each : x[v]) each -= fold.shift();
-                                exp_nonpositive(x[v]);
+                const auto sums = fold.result();
+                const float confidence = sums.confidence();
+                const bool binned = add_totals(totals, launch, sums, confidence, label[v], position);
+                if constexpr (!kClassWise) {
+                    bins.add(0, confidence, label[v] == sums.top, binned);
+                } else {
+                    for (int c = 0; c < C; c += K) {
+                        if constexpr (V == 1)
+                            if (C > K) {  // the thread does not hold all classes, so it reads them again
+                                load_scores(x, launch, n, first, c, missing);
+                                if constexpr (kLogits) {
+                                    for (auto& each : x[v]) each -= fold.shift();
+                                    exp_nonpositive(x[v]);
+                                }
                             }
-                        }
-                    add_classes(bins, launch, label[v], c, x[v], scale, binned);
+                        add_classes(bins, launch, label[v], c, x[v], kLogits ? confidence : 1.0f, binned);
+                    }
                 }
+            }
+#pragma unroll
+            for (int v = 0; v + kAtOnce < V; ++v) {
+                label[v] = label[v + kAtOnce];
+#pragma unroll
+                for (int j = 0; j < K; ++j) x[v][j] = x[v + kAtOnce][j];
             }
         }
         if (++of_item == launch.tiles_per_item) of_item = 0, ++n;

@@ -206,7 +206,9 @@ __global__ void __launch_bounds__(kRowVoxels, kRowBlocks) cross_entropy_rows(con
     if (!kPlain)
         for (int c = thread; c < C; c += kRowVoxels) weights[c] = a.spec.weight.data ? static_cast<float>(a.spec.weight.data[c]) : 1.0f;
     const bool inside = thread < voxels;
-    const int32_t label = inside ? load_label(a.spec.labels.tensor, launch.labels, n, first + thread) : kSkipped;
+    int32_t labels[1];
+    load_labels<1, 1>(labels, a.spec.labels.tensor, launch.labels, n, first + thread, first + voxels);
+    const int32_t label = labels[0];
     const Factors factors(launch);
     float upstream = factors.upstream;
     if (!kPlain && a.upstream.grad_output.data && inside) upstream *= load_number(a.upstream.grad_output, n, first + thread);

@@ -22,24 +22,31 @@ CALSEG_INLINE int32_t class_of(uint64_t bits, const LabelRange& range) {
     return bits >= range.classes ? kNoClass : static_cast<int32_t>(bits);
 }
 
-// Reads the label of a voxel. Returns its class, kSkipped or kNoClass.
-CALSEG_INLINE int32_t load_label(const TensorView& labels, const LabelRange& range, int64_t n, int64_t s) {
-    const int64_t at = n * labels.stride_n + s * labels.stride_s;
-    uint64_t bits = 0;
+// Reads the labels of V voxels, which are s, s + kStep and so on. Each becomes its class, kSkipped or kNoClass. A place from
+// `end` on is skipped.
+template <int V, int kStep>
+CALSEG_INLINE void load_labels(int32_t (&label)[V], const TensorView& labels, const LabelRange& range, int64_t n, int64_t s, int64_t end) {
+    uint64_t bits[V];
+    const auto read = [&](auto* data) {
+        const auto* from = data + (n * labels.stride_n + s * labels.stride_s);
+#pragma unroll
+        for (int v = 0; v < V; ++v, from += kStep * labels.stride_s) bits[v] = s + v * kStep < end ? *from : 0;
+    };
     switch (range.bytes) {
         case 1:
-            bits = static_cast<const uint8_t*>(labels.data)[at];
+            read(static_cast<const uint8_t*>(labels.data));
             break;
         case 2:
-            bits = static_cast<const uint16_t*>(labels.data)[at];
+            read(static_cast<const uint16_t*>(labels.data));
             break;
         case 4:
-            bits = static_cast<const uint32_t*>(labels.data)[at];
+            read(static_cast<const uint32_t*>(labels.data));
             break;
         default:
-            bits = static_cast<const uint64_t*>(labels.data)[at];
+            read(static_cast<const uint64_t*>(labels.data));
     }
-    return class_of(bits, range);
+#pragma unroll
+    for (int v = 0; v < V; ++v) label[v] = s + v * kStep < end ? class_of(bits[v], range) : kSkipped;
 }
 
 }  // namespace
