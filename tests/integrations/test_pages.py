@@ -25,9 +25,21 @@ MEASURED = ("lightning", "monai")
 """The pages that print scores near the foreground."""
 
 
+COMMAND = """
+def command(*arguments):
+    from calseg.cli.main import main
+
+    try:
+        main([*arguments])
+    except SystemExit as end:
+        assert not end.code, arguments
+"""
+"""Runs a command of calseg within the program, as each new process would import PyTorch again."""
+
+
 def program(page: str) -> str:
-    """Return the blocks of a page as one program. Commands of calseg run in place; those that install are left out."""
-    parts = ["import subprocess, sys"]
+    """Return the blocks of a page as one program, with commands of calseg. Those that install are left out."""
+    parts = [COMMAND]
     for language, block in BLOCK.findall(page):
         if language == "python":
             parts.append(block)
@@ -36,8 +48,7 @@ def program(page: str) -> str:
             name, *arguments = line.split()
             assert name in ("calseg", "pip"), line
             if name == "calseg":
-                call = "from calseg.cli.main import main; main()"
-                parts.append(f"subprocess.run([sys.executable, '-c', {call!r}, *{arguments!r}], check=True)")
+                parts.append(f"command(*{arguments!r})")
     return "\n\n".join(parts)
 
 
@@ -45,11 +56,11 @@ def program(page: str) -> str:
 def test_the_code_of_a_page_runs(name: str, tmp_path: Path) -> None:
     for package in PACKAGES.get(name, ()):
         pytest.importorskip(package)
-    script = tmp_path / "page.py"
-    script.write_text(program(PAGES[name].read_text()))
+    (tmp_path / "page.py").write_text(program(PAGES[name].read_text()))
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     run = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=900,
+        [sys.executable, "-c", "import page"],  # as processes that it starts run the main module again
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=900,
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
