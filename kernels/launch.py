@@ -7,7 +7,7 @@ classes, it takes them block by block. The module is plain Python, so tests call
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,8 @@ import triton
 from calseg.kernels.tile import Tile, View
 from torch import Tensor
 from triton.compiler import CompiledKernel
+
+from calseg.installation import extension
 
 WARP = 32
 VECTOR_BYTES = 16  # the widest load of a thread
@@ -227,40 +229,26 @@ def _views(tensors: Sequence[Tensor | None], strides: Sequence[Strides]) -> list
 _kept: dict[tuple[Any, ...], CompiledKernel] = {}
 
 
-def _describe(arguments: Iterable[Any], key: list[Any]) -> None:
-    """Add to a key what Triton looks at: dtype and alignment of a tensor, that a number is a float, other values.
+def _key(
+    kernel: Any, programs: int, device: int, arguments: Sequence[Any], num_warps: int
+) -> tuple[Any, ...] | None:  # fmt: skip
+    """Return the key of the compiled kernel for a launch on a device, or None if there is none.
 
-    Integers are told apart by their values, more than Triton does, for it asks whether they are 1 or multiples of 16.
+    Triton's interpreter compiles nothing, and without the extension Triton looks for the kernel itself.
     """
-    for value in arguments:
-        kind = type(value)
-        if kind is int or value is None:
-            key.append(value)
-        elif kind is float:
-            key.append(float)
-        elif isinstance(value, tuple):
-            key.append(len(value))
-            _describe(value, key)
-        elif isinstance(value, Tensor):
-            key.append(value.dtype)
-            key.append(value.data_ptr() % MAX_ALIGN == 0)
-        else:
-            key.append(value)
-
-
-def _key(kernel: Any, programs: int, device: int, arguments: Sequence[Any], num_warps: int) -> tuple[Any, ...]:
-    """Return the key of the compiled kernel for a launch on a device."""
+    if extension is None or not isinstance(kernel, triton.JITFunction):
+        return None
     key = [kernel.fn, programs, device, num_warps]
     if kernel.do_not_specialize:
         names = kernel.do_not_specialize
         arguments = [None if n in names else a for n, a in zip(kernel.arg_names, arguments, strict=True)]
-    _describe(arguments, key)
+    extension.add_to_launch_key(tuple(arguments), key)
     return tuple(key)
 
 
-def _keep(key: tuple[Any, ...], compiled: Any) -> None:
+def _keep(key: tuple[Any, ...] | None, compiled: Any) -> None:
     """Keep a compiled kernel for an NVIDIA GPU. For others, Triton looks at more: the size of a tensor, on AMD."""
-    if isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":
+    if key is not None and isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":
         if len(_kept) >= MAX_KEPT:
             _kept.clear()
         _kept[key] = compiled
@@ -295,9 +283,8 @@ def _launch(
     kernel: Any, programs: int, like: Tensor, device: int, arguments: Sequence[Any], num_warps: int
 ) -> None:  # fmt: skip
     """Launch a kernel on the current device."""
-    # Triton's interpreter compiles nothing.
-    key = _key(kernel, programs, device, arguments, num_warps) if isinstance(kernel, triton.JITFunction) else ()
-    compiled = _kept.get(key)
+    key = _key(kernel, programs, device, arguments, num_warps)
+    compiled = None if key is None else _kept.get(key)
     if compiled is not None and not _is_observed():
         stream = triton.runtime.driver.active.get_current_stream(device)
         compiled.run(

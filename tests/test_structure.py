@@ -15,7 +15,7 @@ BASE = ("operations", "tensors", "checks")
 ALLOWED = {
     "operations": (), "tensors": (), "dice": (), "checks": ("errors", "operations", "tensors"),
     "installation": ("_version",), "native": ("installation", "tensors"), "cli.info": ("installation", "environment"),
-    "kernels": (),
+    "kernels": ("installation",),
     "packing": ("operations",),
     "backends": (*BASE, "dice", "installation", "native", "kernels"),
     "autograd": (*BASE, "dice", "native", "packing", "backends"),

@@ -11,6 +11,7 @@
 #include "host/geometry.h"
 #include "host/operations.h"
 #include "host/parallel.h"
+#include "python/launch_key.h"
 #include "python/pooled_tensor.h"
 #include "python/reader.h"
 
@@ -230,6 +231,7 @@ PYBIND11_MODULE(_native, m) {
 #endif
 
     m.def("geometry", &geometry);
+    m.def("add_to_launch_key", &add_to_launch_key);
 
     m.def("empty_pooled", &empty_pooled);
     m.def("pool_trim", &pool_trim);
