@@ -40,6 +40,7 @@ MULTIPROCESSORS, CLOCK = 132, 1.755e9  # of an H100 and an H200; in Hz
 COPY = {"H100": 3.0e12, "H200": 4.3e12}  # bytes read and written in a second
 LATENCY = 1.0e-6  # seconds from a load to its data while the memory is busy
 PIPES = ("alu", "fma", "xu", "lsu")
+LABELS_TOGETHER = 1.25  # classes of the labels of 128 adjacent voxels
 REGISTERS, MOST_WARPS, MOST_PROGRAMS = 65536, 64, 32  # of a multiprocessor
 
 
@@ -81,6 +82,11 @@ def _cases() -> dict[str, Case]:
                 cases[name] = Case(call, 1.5)
             if NVCC is not None:
                 cases[name + ", CUDA C++"] = Case(call, 1.5, cuda=True)
+    for C in (5, 8, 14, 33, 117):
+        call = {"operation": "hard_overlap", "C": C, "dtype": "bfloat16"}
+        cases[f"dice C={C} bfloat16"] = Case(call, 1.5)
+        if NVCC is not None:
+            cases[f"dice C={C} bfloat16, CUDA C++"] = Case(call, 1.5, cuda=True)
     for C in classes:  # of 4 samples, two pairs; of up to 2 classes, all pairs at once
         trips = (1, 2) if C == 2 else (2, 2)
         cases[f"vls C={C}"] = Case({"operation": "vls_cross_entropy", "C": C}, 3.0, trips)
@@ -106,7 +112,7 @@ class Instruction(NamedTuple):
 
 UNUSUAL = (
     "<const uint16_t*>", "<const uint32_t*>", "<const uint64_t*>", "to[rest] = from[rest]", "read<2>", "read<4>",
-    "read<8>", "set_any(", "replace(",
+    "read<8>", "set_any(", "replace(", "_unusual(",
 )  # fmt: skip
 
 
@@ -159,7 +165,8 @@ def runs(
     targets = {}
     counter = next((place for place, each in enumerate(code) if each.name.startswith(COUNTER)), len(code))
     for place, each in enumerate(code):
-        found = re.search(r"\.L_\w+", each.arguments) if each.name.startswith("BRA") else None
+        is_branch = each.name.startswith("BRA") and each.name != "BRA.DIV"  # which is for lanes that have diverged
+        found = re.search(r"\.L_\w+", each.arguments) if is_branch else None
         if found and found[0] in labels:
             targets[place] = labels[found[0]]
     counts: list[float] = [0] * len(code)
@@ -324,14 +331,33 @@ def trips_of_rows(C: int, itemsize: int, voxels: int) -> tuple[float, ...]:
     return (rounds, rest, *walk, *walk, *walk, 0, 0, rounds, rest)
 
 
+def trips_of_tiles(kernel: str, C: int, parts: int) -> tuple[float, ...]:
+    """Return how often a warp runs each loop of a pass, for a full block in which no voxel is ignored.
+
+    ``parts`` are in shared memory at once. There are loops over rounds of parts, over copies, over groups of voxels,
+    and along the classes of a group: three walks. The sums take loops over the labels that adjacent voxels have, over
+    pairs of classes, and over the parts. Copies and walks have two loops: four at once, and what is left. A loop that
+    runs once is none.
+    """
+    steps, walk = C * parts // 4, (C // 4, C % 4)
+    copies, rounds = (steps // 4, steps % 4), (4 // parts,) * (parts < 4)
+    if kernel == "overlap_gradient_tiles":
+        return (*rounds, *copies, parts / 2, *walk, *walk, *walk, *copies)
+    of_parts = (parts,) * (parts > 1)
+    return (*rounds, *copies, parts / 2, *walk, *walk, LABELS_TOGETHER, -(-C // 2) / 4, *of_parts)
+
+
 def row_of_cuda(kernel: str, C: int, dtype: str, in_rows: bool, num_bytes: float) -> dict[str, Any]:
     """Return the row of a kernel, in a call without class weights and label smoothing."""
     import ahead_of_time
 
-    from calseg.backends.cuda import ALIGN, FEW_GROUPS, FEW_THREADS, ROW_VOXELS
+    from calseg.backends.cuda import ALIGN, FEW_GROUPS, FEW_THREADS, ROW_VOXELS, TILE_THREADS, TILE_VOXELS
 
     itemsize, number = (4, "If") if dtype == "float32" else (2, r"INS\w*4BF16E")
-    if kernel == "cross_entropy_rows":
+    parts = 4 if C <= 16 else 2 if C <= 32 else 1
+    if kernel.endswith("_tiles"):
+        instance, threads, tile, trips = f"Li{parts}E", TILE_THREADS, TILE_VOXELS, trips_of_tiles(kernel, C, parts)
+    elif kernel == "cross_entropy_rows":
         instance, threads = f"Li{classes_at_once(C)}ELb1E", ROW_VOXELS
         tile, trips = ROW_VOXELS, trips_of_rows(C, itemsize, ROW_VOXELS)
     else:
@@ -342,8 +368,15 @@ def row_of_cuda(kernel: str, C: int, dtype: str, in_rows: bool, num_bytes: float
     resources = ahead_of_time.resources(cubin, instance)
     sums = {"overlap_few": 10, "overlap_gradient_few": 2}.get(kernel, 1)
     has_rows = in_rows and kernel != "overlap_few"
-    resources["shared"] += 4 * num_warps * sums + (tile * C * itemsize if has_rows else 0)
+    if kernel.endswith("_tiles"):
+        of_voxels, of_classes = (8, 4) if kernel == "overlap_tiles" else (1, 2)
+        resources["shared"] = 32 + 256 * parts * (itemsize * C + of_voxels) + 4 * C * of_classes
+    else:
+        resources["shared"] += 4 * num_warps * sums + (tile * C * itemsize if has_rows else 0)
     row = counted(cubin, resources, tile, num_warps, trips, instance, in_order=True)
+    if kernel.endswith("_tiles"):
+        row["phases"] += 4 // parts - 1  # a block waits for the logits of each round
+        row["in_flight"] //= 4 // parts
     return {"kernel": kernel, "tile": tile, "num_warps": num_warps, **resources, **row, "bytes": num_bytes}
 
 
@@ -392,9 +425,8 @@ def rows_of(case: Case) -> list[dict[str, Any]]:
         voxels, C = spec.labels.tensor.numel(), given.logits.shape[1]
         moved = sum(tensor.nbytes for tensor in tensors) / voxels
         *_, overlap, slopes, _, _, _ = rest
-        kernel = "cross_entropy_few" if C in cuda.FEW_CLASSES else "cross_entropy_rows"
-        if overlap is not None or slopes is not None:
-            kernel = "overlap_gradient_few" if overlap is None else "overlap_few"
+        kernel = "cross_entropy" if overlap is slopes is None else "overlap_gradient" if overlap is None else "overlap"
+        kernel += "_few" if C in cuda.FEW_CLASSES else "_rows" if kernel == "cross_entropy" else "_tiles"
         rows.append(row_of_cuda(kernel, C, case.call["dtype"], given.logits.stride(1) == 1, moved))
 
     launch.launch_kernel = count

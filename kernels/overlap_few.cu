@@ -49,27 +49,6 @@ struct FewOverlap {
     }
 };
 
-// Adds K numbers, a power of two, over the lanes of a warp. Returns the sum of number `lane() / (kCudaWarp / K)`. In each step
-// a lane keeps half of its numbers and hands the others to the lane that keeps them.
-template <int K>
-CALSEG_INLINE float sum_over_lanes(float (&x)[K]) {
-    int step = kCudaWarp / 2;
-#pragma unroll
-    for (int half = K / 2; half > 0; half /= 2) {
-        const bool is_upper = lane() & step;
-#pragma unroll
-        for (int i = 0; i < half; ++i) {
-            const float kept = is_upper ? x[i + half] : x[i], sent = is_upper ? x[i] : x[i + half];
-            x[i] = kept + __shfl_xor_sync(kAllLanes, sent, step);
-        }
-        step /= 2;
-    }
-    float sum = x[0];
-#pragma unroll
-    for (int by = kCudaWarp / K / 2; by > 0; by /= 2) sum += __shfl_xor_sync(kAllLanes, sum, by);
-    return sum;
-}
-
 // Adds up over the threads of a block, and stores, the sums of the overlap, those of the losses, and how many voxels are not
 // ignored. `n` is how many voxels of the thread each class has.
 template <int C>

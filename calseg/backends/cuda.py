@@ -90,6 +90,11 @@ FEW_CLASSES = (2, 3, 4)
 FEW_GROUPS = {2: 4, 3: 3, 4: 2}  # of ALIGN bytes of each class, that a thread adds up, as in csrc/cuda/plan.h
 AT_ONCE_VOXELS = 2**21  # up to as many, Triton's kernels need a launch less
 
+# of tiles, beside an overlap, with the voxels of a class adjacent
+TILE_VOXELS, TILE_THREADS = 1024, 128  # of a block, as in csrc/cuda/plan.h
+TILE_CLASSES = range(5, 129)
+FEWEST_IN_TILES = 2**19  # with fewer, a GPU has too few blocks. Triton's kernels take smaller tiles
+
 
 def kernel_of(
     tensors: LossTensors, gradients: LossTensors, spec: LossSpec, voxels: Sequence[Tensor | None] = ()
@@ -105,28 +110,58 @@ def kernel_of(
     Returns:
         None if no kernel can compute it.
     """
-    logits, gradient = tensors.logits, gradients.logits
-    if spec.operation != "cross_entropy" or logits is None or tensors.soft_labels is not None or spec.labels is None:
+    given = _one_hot_given(tensors, spec)
+    if given is None or not _are_readable(*given, gradients.logits):
         return None
-    if logits.dtype not in LOSS_DTYPES or logits.device.type not in DEVICES or logits.data_ptr() % ALIGN:
-        return None
-    if gradient is not None and (gradient.dtype != logits.dtype or gradient.data_ptr() % ALIGN):
-        return None
-    labels = spec.labels.tensor
-    if labels.dtype.is_floating_point or labels.dtype == torch.bool or error(logits) is not None:
-        return None
+    logits, labels = given
     axis = class_axis(logits)
-    is_plain = spec.weight is None and not spec.label_smoothing and all(each is None for each in voxels)
-    if is_plain and logits.shape[axis] in FEW_CLASSES and labels.data_ptr() % ALIGN == 0:
+    is_plain = _is_plain(spec) and all(each is None for each in voxels)
+    if is_plain and logits.shape[axis] in FEW_CLASSES and _begins_aligned(labels):
         return "few"
     return "rows" if logits.stride(axis) == 1 else None
 
 
-def overlap_kernel_of(tensors: LossTensors, gradients: LossTensors, spec: LossSpec) -> str | None:
-    """Do as :func:`kernel_of` for a pass of a loss with an overlap: "overlap", or "overlap_gradient" to write one."""
-    if kernel_of(tensors, gradients, spec) != "few":
+def _is_plain(spec: LossSpec) -> bool:
+    """Return whether a loss has neither class weights nor label smoothing."""
+    return spec.weight is None and not spec.label_smoothing
+
+
+def _one_hot_given(tensors: LossTensors, spec: LossSpec) -> tuple[Tensor, Tensor] | None:
+    """Return the logits and the labels of a cross-entropy with one-hot labels, or None if the loss is another one."""
+    if spec.operation != "cross_entropy" or tensors.soft_labels is not None:
         return None
-    return "overlap" if gradients.logits is None else "overlap_gradient"
+    return None if tensors.logits is None or spec.labels is None else (tensors.logits, spec.labels.tensor)
+
+
+def _are_readable(logits: Tensor, labels: Tensor, gradient: Tensor | None) -> bool:
+    """Return whether the kernels have the dtypes and the device, and can read 16 bytes of the logits at once."""
+    if logits.dtype not in LOSS_DTYPES or logits.device.type not in DEVICES or logits.data_ptr() % ALIGN:
+        return False
+    if gradient is not None and (gradient.dtype != logits.dtype or gradient.data_ptr() % ALIGN):
+        return False
+    return not (labels.dtype.is_floating_point or labels.dtype == torch.bool) and error(logits) is None
+
+
+def overlap_kernel_of(tensors: LossTensors, gradients: LossTensors, spec: LossSpec) -> str | None:
+    """Do as :func:`kernel_of` for a pass of a loss with an overlap.
+
+    Returns:
+        "overlap" with few classes, or "overlap_tiles" with more. Where a gradient is written, "overlap_gradient" or
+        "overlap_gradient_tiles".
+    """
+    name = "overlap" if gradients.logits is None else "overlap_gradient"
+    if kernel_of(tensors, gradients, spec) == "few":
+        return name
+    given = _one_hot_given(tensors, spec)
+    if given is None or not (_is_plain(spec) and _begins_aligned(given[1]) and _are_readable(*given, gradients.logits)):
+        return None
+    logits = given[0]
+    return name + "_tiles" if logits.element_size() == 2 and logits.shape[class_axis(logits)] in TILE_CLASSES else None
+
+
+def _begins_aligned(tensor: Tensor) -> bool:
+    """Return whether a tensor begins at a multiple of 16 bytes."""
+    return tensor.data_ptr() % ALIGN == 0
 
 
 def block_voxels(kernel: str, geometry: Any, itemsize: int, label_itemsize: int) -> int | None:
@@ -139,7 +174,11 @@ def block_voxels(kernel: str, geometry: Any, itemsize: int, label_itemsize: int)
         label_itemsize: the bytes of a label.
     """
     N, C, S, scores, _ = geometry
-    if kernel != "rows" and _are_vectors(geometry, itemsize, label_itemsize):
+    if kernel.endswith("_tiles"):
+        fits = _has_vectors(geometry, itemsize, label_itemsize) and _are_planes(geometry, itemsize)
+        return TILE_VOXELS if fits and N * S >= FEWEST_IN_TILES else None
+    is_dense = _are_planes(geometry, itemsize) or _are_rows(geometry, itemsize)
+    if kernel != "rows" and is_dense and _has_vectors(geometry, itemsize, label_itemsize):
         enough = N * S >= FEWEST_ROWS if C == 3 and scores[0][1] == 1 else N * S > AT_ONCE_VOXELS
         groups = FEW_GROUPS[C] if kernel == "overlap" else 1
         return FEW_THREADS * ALIGN // itemsize * groups if enough else None
@@ -156,13 +195,16 @@ def _are_rows(geometry: Any, itemsize: int) -> bool:
     return all(c == 1 and s == C and n * itemsize % ALIGN == 0 for n, c, s in scores)
 
 
-def _are_vectors(geometry: Any, itemsize: int, label_itemsize: int) -> bool:
-    """Return whether a thread can have 16 bytes of each class, from a multiple of 16 bytes on, and labels likewise."""
-    _, _, S, scores, ((n, _, s), *_) = geometry
-    if S % (ALIGN // itemsize) or s != 1 or n * label_itemsize % ALIGN:
-        return False
-    in_planes = all(s == 1 and n * itemsize % ALIGN == c * itemsize % ALIGN == 0 for n, c, s in scores)
-    return in_planes or _are_rows(geometry, itemsize)
+def _are_planes(geometry: Any, itemsize: int) -> bool:
+    """Return whether each class of each item is dense, from a multiple of 16 bytes on."""
+    return all(s == 1 and n * itemsize % ALIGN == c * itemsize % ALIGN == 0 for n, c, s in geometry.scores)
+
+
+def _has_vectors(geometry: Any, itemsize: int, label_itemsize: int) -> bool:
+    """Return whether the voxels of an item are whole vectors of 16 bytes of a class, with dense and aligned labels."""
+    _, _, S, _, ((n, _, s), *_) = geometry
+    are_whole: bool = S % (ALIGN // itemsize) == 0
+    return are_whole and s == 1 and n * label_itemsize % ALIGN == 0
 
 
 def _is_faster_in_rows(num_classes: int, itemsize: int) -> bool:

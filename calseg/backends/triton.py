@@ -6,7 +6,8 @@ can be captured into a CUDA graph.
 
 Where the extension has it, the main kernel of cross-entropy with one-hot labels is one in CUDA C++, if the classes are
 few, or those of a voxel adjacent: see :func:`calseg.backends.cuda.kernel_of` and
-:func:`calseg.backends.cuda.block_voxels`. With few classes, so are those of Dice beside it.
+:func:`calseg.backends.cuda.block_voxels`. With few classes, or logits of 16 bits, so are those of Dice beside it: see
+:func:`calseg.backends.cuda.overlap_kernel_of`.
 """
 
 from __future__ import annotations

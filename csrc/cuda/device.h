@@ -31,6 +31,7 @@ static __device__ __forceinline__ float reciprocal_flushed(float x) {
 }
 
 static __device__ __forceinline__ float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+static __device__ __forceinline__ uint32_t bits_of_float(float x) { return __float_as_uint(x); }
 static __device__ __forceinline__ float widen_half(uint16_t bits) { return __half2float(__half_raw{bits}); }
 
 // Round to the nearest number of 16 bits, ties to even.
@@ -46,6 +47,18 @@ static __device__ __forceinline__ uint32_t narrow_halves(float low, float high) 
 static __device__ __forceinline__ uint32_t narrow_bfloats(float low, float high) {
     uint32_t word;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+
+// Return the larger numbers of two words with two halves each. If one is NaN, it is the other.
+static __device__ __forceinline__ uint32_t larger_halves(uint32_t a, uint32_t b) {
+    uint32_t word;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+    return word;
+}
+static __device__ __forceinline__ uint32_t larger_bfloats(uint32_t a, uint32_t b) {
+    uint32_t word;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
     return word;
 }
 

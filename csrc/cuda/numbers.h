@@ -26,6 +26,9 @@ CALSEG_INLINE float lower(F16, uint32_t word) { return widen_half(static_cast<ui
 CALSEG_INLINE float upper(F16, uint32_t word) { return widen_half(static_cast<uint16_t>(word >> 16)); }
 CALSEG_INLINE uint32_t pair(BF16, float low, float high) { return narrow_bfloats(low, high); }
 CALSEG_INLINE uint32_t pair(F16, float low, float high) { return narrow_halves(low, high); }
+// The larger numbers of two words.
+CALSEG_INLINE uint32_t larger_pair(BF16, uint32_t a, uint32_t b) { return larger_bfloats(a, b); }
+CALSEG_INLINE uint32_t larger_pair(F16, uint32_t a, uint32_t b) { return larger_halves(a, b); }
 
 // V adjacent numbers, as memory holds them.
 template <class From, int V>

@@ -77,6 +77,19 @@ void plan_few(CrossEntropyLaunch& launch, int itemsize) {
     launch.shared_bytes = launch.rows_offset + of_rows * kCopyBytes;
 }
 
+// Plans the kernels of tiles. A block has so many parts at once that enough bytes are on their way to a multiprocessor.
+void plan_tiles(CrossEntropyLaunch& launch, int itemsize) {
+    const int C = static_cast<int>(launch.args.shape.C), number = static_cast<int>(sizeof(float));
+    const bool has_sums = launch.pass == Pass::overlap;
+    launch.tile = kTileVoxels;
+    launch.parts = C <= 16 ? 4 : C <= 32 ? 2 : 1;
+    const int at_once = launch.parts * kPartVoxels;
+    launch.rows_offset = 2 * kTileThreads / kCudaWarp * number;
+    launch.voxels_offset = launch.rows_offset + C * at_once * itemsize;
+    launch.sums_offset = launch.voxels_offset + at_once * (has_sums ? 2 * number : 1);
+    launch.shared_bytes = launch.sums_offset + C * (has_sums ? 4 : kOverlapSums) * number;
+}
+
 // Plans the kernel of rows.
 void plan_rows(CrossEntropyLaunch& launch, int itemsize) {
     const int64_t C = launch.args.shape.C, row_bytes = C * kRowVoxels * itemsize;
@@ -164,10 +177,13 @@ CrossEntropyLaunch cross_entropy_launch(const LossArgs& args, Pass pass) {
     const TensorView& labels = a.spec.labels.tensor;
     const bool in_vectors = a.shape.S % (kCopyBytes / itemsize) == 0 && labels.stride_s == 1 && is_aligned(labels, launch.labels.bytes);
     launch.few = launch.plain && C >= kFewLeast && C <= kFewMost && in_vectors && (launch.in_rows || in_planes);
-    if (pass != Pass::loss && !launch.few) throw std::invalid_argument("cross_entropy on CUDA: wanted few classes beside an overlap");
-    if (!launch.few && !launch.in_rows)
+    const bool has_overlap = pass != Pass::loss;
+    const bool in_tiles = launch.plain && C >= kTileLeast && C <= kTileMost && itemsize == 2 && in_planes && in_vectors;
+    if (has_overlap && !launch.few && !in_tiles)
+        throw std::invalid_argument("cross_entropy on CUDA: wanted few classes, or planes of 16 bits, beside an overlap");
+    if (!has_overlap && !launch.few && !launch.in_rows)
         throw std::invalid_argument("cross_entropy on CUDA: wanted dense rows that begin at multiples of 16 bytes, or few classes");
-    (launch.few ? plan_few : plan_rows)(launch, itemsize);
+    (launch.few ? plan_few : has_overlap ? plan_tiles : plan_rows)(launch, itemsize);
     launch.tiles_per_item = static_cast<unsigned>((a.shape.S + launch.tile - 1) / launch.tile);
     launch.last_tile = static_cast<int>(a.shape.S - (int64_t{launch.tiles_per_item} - 1) * launch.tile);
     launch.per_item = quick_divisor(std::max(launch.tiles_per_item, 1u));

@@ -78,7 +78,7 @@ constexpr int kCopyBytes = 16;  // bytes that a thread reads, copies and writes 
 // Of rows:
 constexpr int kRowVoxels = 128;                  // voxels of a block: each thread has one
 constexpr int64_t kMostRowBytes = 64 * 1024;     // most bytes of a tile
-constexpr int64_t kMostSharedBytes = 68 * 1024;  // of a block, with class weights: every GPU from compute capability 8.0 on has them
+constexpr int64_t kMostSharedBytes = 72 * 1024;  // of a block, with class weights: every GPU from compute capability 8.0 on has them
 constexpr int64_t kAlwaysShared = 48 * 1024;     // bytes of shared memory that a block may have without asking
 
 // Of few classes:
@@ -88,6 +88,12 @@ template <int C>
 constexpr int kFewGroups = 6 - C;  // times kCopyBytes of every class that a thread has, where only sums are wanted
 template <int C>
 constexpr int kFewSlots = kCudaWarp * C * (C % 2 ? 8 : 9) / 8;  // vectors of kCopyBytes that a warp has room for, of rows
+
+// Of tiles, for an overlap of more classes:
+constexpr int kTileThreads = 128;               // threads of a block
+constexpr int kTileVoxels = 1024;               // voxels of a block
+constexpr int kPartVoxels = 256;                // voxels of a part: each lane of a warp has kCopyBytes of a class, of 16 bits a number
+constexpr int kTileLeast = 5, kTileMost = 128;  // classes
 
 // Numbers that make a division of a number below 2^31 a multiplication: number * multiplier >> 31 >> shift.
 struct QuickDivisor {
@@ -119,6 +125,7 @@ struct CrossEntropyLaunch {
     bool plain = false;  // no class weights, no label smoothing, and no tensor with a number for each voxel but the labels
     int vector = 1;      // classes that a thread reads at once, 1, 2, 4 or 8. Of few classes: its number of voxels
     float scale = 1.0f;  // of the loss, a part of the factor
+    int parts = 1;       // of tiles: parts that shared memory holds at once, 1, 2 or 4
     int tile = 0;        // voxels of a block
     int last_tile = 0;   // voxels of the last block of an item
     unsigned tiles_per_item = 0;
@@ -126,6 +133,9 @@ struct CrossEntropyLaunch {
     // Shared memory of a block, in bytes. It holds the sums of the warps or the slopes of the overlap, then the rows if there
     // are any, then the class weights.
     int rows_offset = 0, weights_offset = 0, shared_bytes = 0;
+    // Of tiles: it holds the sums of the warps, the logits from rows_offset on, numbers of each voxel, and the sums or the slopes of
+    // the overlap.
+    int voxels_offset = 0, sums_offset = 0;
     // If `vector` is 8: a row has a number of parts of kCopyBytes, and `row_gap` parts are left free after it.
     QuickDivisor per_row;  // by that number
     int row_gap = 0;
@@ -133,8 +143,7 @@ struct CrossEntropyLaunch {
     int64_t blocks() const { return args.shape.N * tiles_per_item; }
 };
 
-// Plans the launch. It takes the kernel of few classes if that can do it. Throws std::invalid_argument if no kernel can. The
-// overlap is for few classes only.
+// Plans the launch. It takes the kernel of few classes if that can do it. Throws std::invalid_argument if no kernel can.
 CrossEntropyLaunch cross_entropy_launch(const LossArgs& args, Pass pass);
 
 // Launch one of the kernels, with as many blocks as there are partials. They return once it is queued on the stream. They
@@ -142,10 +151,14 @@ CrossEntropyLaunch cross_entropy_launch(const LossArgs& args, Pass pass);
 void cuda_cross_entropy_few(const CrossEntropyLaunch& launch, int device, void* stream);
 void cuda_cross_entropy_rows(const CrossEntropyLaunch& launch, int device, void* stream);
 void cuda_overlap_few(const CrossEntropyLaunch& launch, int device, void* stream);
+void cuda_overlap_tiles(const CrossEntropyLaunch& launch, int device, void* stream);
 
 // Launches the one that the plan takes.
 inline void cuda_cross_entropy(const CrossEntropyLaunch& launch, int device, void* stream) {
-    (launch.pass != Pass::loss ? cuda_overlap_few : launch.few ? cuda_cross_entropy_few : cuda_cross_entropy_rows)(launch, device, stream);
+    const bool is_loss = launch.pass == Pass::loss;
+    const auto of_few = is_loss ? cuda_cross_entropy_few : cuda_overlap_few,
+               of_more = is_loss ? cuda_cross_entropy_rows : cuda_overlap_tiles;
+    (launch.few ? of_few : of_more)(launch, device, stream);
 }
 
 }  // namespace calseg

@@ -16,6 +16,27 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 CALSEG_INLINE int lane() { return static_cast<int>(threadIdx.x % kCudaWarp); }
 CALSEG_INLINE int warp() { return static_cast<int>(threadIdx.x / kCudaWarp); }
 
+// Adds K numbers, a power of two, over the lanes of a warp. Returns the sum of number `lane() / (kCudaWarp / K)`. In each step
+// a lane keeps half of its numbers and hands the others to the lane that keeps them.
+template <int K>
+CALSEG_INLINE float sum_over_lanes(float (&x)[K]) {
+    int step = kCudaWarp / 2;
+#pragma unroll
+    for (int half = K / 2; half > 0; half /= 2) {
+        const bool is_upper = lane() & step;
+#pragma unroll
+        for (int i = 0; i < half; ++i) {
+            const float kept = is_upper ? x[i + half] : x[i], sent = is_upper ? x[i] : x[i + half];
+            x[i] = kept + __shfl_xor_sync(kAllLanes, sent, step);
+        }
+        step /= 2;
+    }
+    float sum = x[0];
+#pragma unroll
+    for (int by = kCudaWarp / K / 2; by > 0; by /= 2) sum += __shfl_xor_sync(kAllLanes, sum, by);
+    return sum;
+}
+
 // Returns the class of a label, kSkipped or kNoClass, given its bits.
 CALSEG_INLINE int32_t class_of(uint64_t bits, const LabelRange& range) {
     if (range.ignores && bits == range.ignored) return kSkipped;

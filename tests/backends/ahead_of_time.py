@@ -38,7 +38,7 @@ from calseg.operations import (
 from calseg.tensors import voxel_shape
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-EDGES = {1: 128, 2: 128, 3: 128, 4: 128, 8: 128, 14: 128, 32: 96, 33: 96, 64: 64, 117: 64, 600: 32, 3000: 16}
+EDGES = {1: 128, 2: 128, 3: 128, 4: 128, 5: 128, 8: 128, 14: 128, 32: 96, 33: 96, 64: 64, 117: 64, 600: 32, 3000: 16}
 
 
 class Driver:

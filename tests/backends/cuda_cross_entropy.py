@@ -86,13 +86,15 @@ class OnPtx(Machine):
     text = ""
 
     def launch(self, call: Call, dtype: torch.dtype, blocks: int, used: list[torch.Tensor]) -> None:
-        to, plan = (ctypes.c_ubyte * 4096)(), (ctypes.c_int64 * 7)()
+        to, plan = (ctypes.c_ubyte * 4096)(), (ctypes.c_int64 * 8)()
         size = self.library.launch_bytes(ctypes.byref(call), plan, to)
-        planned, shared_bytes, vector, plain, few, in_rows, of_pass = plan
+        planned, shared_bytes, vector, plain, few, in_rows, of_pass, parts = plan
         assert planned == blocks
-        kernel = ["cross_entropy_few" if few else "cross_entropy_rows", "overlap_few", "overlap_gradient_few"][of_pass]
-        numbers = (call.shape[1], in_rows) if few else (vector, plain)
-        name = rf"\d{kernel}I{TYPES[dtype]}Li{numbers[0]}ELb{numbers[1]}EE"
+        kernel = ["cross_entropy", "overlap", "overlap_gradient"][of_pass]
+        kernel += "_few" if few else "_tiles" if of_pass else "_rows"
+        numbers = (call.shape[1], in_rows) if few else (parts,) if of_pass else (vector, plain)
+        instance = f"Li{numbers[0]}E" + "".join(f"Lb{flag}E" for flag in numbers[1:])
+        name = rf"\d{kernel}I{TYPES[dtype]}{instance}E"
         (entry,) = (entry for entry in names_of(self.text) if re.search(name, entry))
         run(self.text, bytes(to[:size]), blocks, list(map(span_of, used)), name=entry, shared_bytes=shared_bytes)
 
@@ -103,6 +105,7 @@ def set_up(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(cuda, "DEVICES", ("cpu",))
     monkeypatch.setattr(cuda, "FEWEST_ROWS", 1)
     monkeypatch.setattr(cuda, "AT_ONCE_VOXELS", 0)
+    monkeypatch.setattr(cuda, "FEWEST_IN_TILES", 1)
     monkeypatch.setattr(cuda, "_device_and_stream", lambda tensor: (0, 0))
     monkeypatch.setattr(engine, "_plans", {})
     return machine

@@ -303,7 +303,7 @@ def test_wrong_calls(on_host):
     x, target = LAYOUTS["channels_last"](few(1, 5, 40)["input"]), labels((1, 5, 40))
     places = {"overlap": (torch.empty(1, 5, 2), None), "gradient": (None, torch.empty(1, 5, 2, dtype=torch.float64))}
     for overlap, slopes in places.values():
-        with pytest.raises(RuntimeError, match="wanted few classes beside an overlap"):
+        with pytest.raises(RuntimeError, match="wanted few classes, or planes of 16 bits, beside an overlap"):
             on_host.cuda_cross_entropy(
                 LossTensors(x), spec_of(target), LossTensors(x.clone()), None, None, None, None, torch.empty(1), None,
                 overlap, slopes, 1, 0, 0,

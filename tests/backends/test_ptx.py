@@ -45,6 +45,8 @@ from ptx.parser import PtxError, parse
         ("cvt.rzi.s32.f32 %r1, 0f7FC00000", 0),
         ("cvt.rni.s32.f32 %r1, 0f40200000", 2),
         ("cvt.rn.bf16x2.f32 %r1, 0f3F808001, 0f3F808000", 0x3F813F80),
+        ("max.bf16x2 %r1, 0xBF807FC0, 0x3F804000", 0x3F804000),
+        ("max.f16x2 %r1, 0x3C00FC00, 0x3BFF7E00", 0x3C00FC00),
         ("fma.rn.f32 %r1, 0f3F800001, 0f3F800001, 0fBF800002", 0x28800000),
         ("mul.ftz.f32 %r1, 0f80800000, 0f3F000000", 0x80000000),
         ("mul.f32 %r1, 0f80800000, 0f3F000000", 0x80400000),

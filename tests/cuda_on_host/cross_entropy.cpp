@@ -2,6 +2,7 @@
 #include "../../kernels/cross_entropy_few.cu"
 #include "../../kernels/cross_entropy_rows.cu"
 #include "../../kernels/overlap_few.cu"
+#include "../../kernels/overlap_tiles.cu"
 
 #include "../../csrc/cuda/plan.cpp"
 #include "views.h"
@@ -63,13 +64,13 @@ void set_blocks(unsigned first, unsigned last) { on_host::device.first_block = f
 uint32_t quotient(uint32_t number, uint32_t divisor) { return calseg::CALSEG_ISA::operator/(number, calseg::quick_divisor(divisor)); }
 
 // Writes the bytes of the structure that the kernel takes, and the plan: blocks, bytes of shared memory, numbers at once,
-// whether the call is plain, of few classes, and of rows, and the pass. Returns the number of bytes.
+// whether the call is plain, of few classes, and of rows, the pass, and the parts of a tile. Returns the number of bytes.
 int64_t launch_bytes(const Call* call, int64_t* plan, unsigned char* to) {
     const calseg::CrossEntropyLaunch launch = call->launch();
     static_assert(std::is_trivially_copyable_v<calseg::CrossEntropyLaunch>);
     std::memcpy(to, &launch, sizeof launch);
     plan[0] = launch.blocks(), plan[1] = launch.shared_bytes, plan[2] = launch.vector, plan[3] = launch.plain;
-    plan[4] = launch.few, plan[5] = launch.in_rows, plan[6] = static_cast<int64_t>(launch.pass);
+    plan[4] = launch.few, plan[5] = launch.in_rows, plan[6] = static_cast<int64_t>(launch.pass), plan[7] = launch.parts;
     return sizeof launch;
 }
 

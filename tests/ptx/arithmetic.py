@@ -89,6 +89,8 @@ def _arithmetic(instruction: Instruction, kernel: Kernel) -> Step:
     function = ARITHMETIC[instruction.opcode]
     if type_name[0] in "us" and modifiers & {"wide", "hi"}:
         return _of_double_width(instruction, kernel, wide="wide" in modifiers)
+    if instruction.opcode == "max" and type_name in ("f16x2", "bf16x2") and not modifiers:
+        return _larger_of_pairs(instruction, kernel, type_name.removesuffix("x2"))
     if unknown := modifiers - PLAIN or type_name.endswith("x2"):
         raise PtxError(f"{instruction.opcode} with {unknown}")
     if "NaN" in modifiers:
@@ -103,6 +105,23 @@ def _arithmetic(instruction: Instruction, kernel: Kernel) -> Step:
     if dtype_of(type_name).kind != "f":
         return computed(instruction, kernel, function, type_name)
     return computed(instruction, kernel, lambda *values: _canonical(function(*values)), type_name)
+
+
+def _larger_of_pairs(instruction: Instruction, kernel: Kernel, part: str) -> Step:
+    """Return the step that computes the larger halves of two words. If one is NaN, it is the other."""
+
+    def widened(bits: Any) -> Any:
+        return (bits << np.uint32(16)).view(np.float32) if part == "bf16" else bits.astype(np.uint16).view(np.float16)
+
+    def function(a: Any, b: Any) -> Any:
+        word = np.zeros_like(a)
+        for shift in map(np.uint32, (0, 16)):
+            x, y = (number >> shift & np.uint32(0xFFFF) for number in (a, b))
+            takes_first = np.isnan(widened(y)) | (widened(x) > widened(y))
+            word |= np.where(takes_first, x, y) << shift
+        return word
+
+    return computed(instruction, kernel, function, "b32")
 
 
 def _of_double_width(instruction: Instruction, kernel: Kernel, *, wide: bool) -> Step:

@@ -287,6 +287,21 @@ inline uint16_t narrow_half(float x) {
 inline uint32_t narrow_halves(float low, float high) { return narrow_half(low) | static_cast<uint32_t>(narrow_half(high)) << 16; }
 inline uint32_t narrow_bfloats(float low, float high) { return narrow_bfloat(low) | static_cast<uint32_t>(narrow_bfloat(high)) << 16; }
 
+template <class Widen>
+uint32_t larger_of_words(uint32_t a, uint32_t b, const Widen& widen) {
+    uint32_t word = 0;
+    for (int shift = 0; shift < 32; shift += 16) {
+        const auto x = static_cast<uint16_t>(a >> shift), y = static_cast<uint16_t>(b >> shift);
+        const bool takes_first = widen(y) != widen(y) || widen(x) > widen(y);
+        word |= static_cast<uint32_t>(takes_first ? x : y) << shift;
+    }
+    return word;
+}
+inline uint32_t larger_halves(uint32_t a, uint32_t b) { return larger_of_words(a, b, widen_half); }
+inline uint32_t larger_bfloats(uint32_t a, uint32_t b) {
+    return larger_of_words(a, b, [](uint16_t bits) { return float_of_bits(static_cast<uint32_t>(bits) << 16); });
+}
+
 inline void copy_16_bytes(void* to, const void* from) {
     if (reinterpret_cast<uintptr_t>(from) % 16 || (static_cast<unsigned char*>(to) - shared_memory()) % 16)
         on_host::fail("a misaligned copy");
