@@ -81,7 +81,7 @@ class TileLabels {
     CALSEG_MEMBER uint32_t operator[](int v) const { return bits_of_float(*place(v)); }
 
  private:
-    CALSEG_MEMBER float* place(int v) const { return numbers_ + v / kTogether * kStride; }
+    CALSEG_MEMBER float* place(int v) const { return numbers_ + static_cast<unsigned>(v) / kTogether * kStride; }
 
     // The labels of a group, as memory holds them.
     template <class Label>
@@ -151,7 +151,10 @@ class TilePlanes {
         : data_(reinterpret_cast<From*>(shared_memory() + launch.rows_offset)), C_(static_cast<int>(launch.args.shape.C)) {}
 
     // Returns the place of voxel v of those in shared memory, in the first class. Those of other classes are kPartVoxels apart.
-    CALSEG_MEMBER From* at(int v) const { return data_ + (v / kPartVoxels * C_ * kPartVoxels + v % kPartVoxels); }
+    CALSEG_MEMBER From* at(int v) const {
+        const auto part = static_cast<int>(static_cast<unsigned>(v) / kPartVoxels);
+        return data_ + (part * (C_ - 1) * kPartVoxels + v);
+    }
     // Returns the vector of a lane in a class.
     CALSEG_MEMBER Vector* vector(int part, int c) const {
         return reinterpret_cast<Vector*>(data_ + ((part * C_ + c) * kPartVoxels + lane() * kLaneVoxels));
@@ -219,12 +222,12 @@ class TilePlanes {
 
 // ---- the softmax ----
 
-// Computes exp(x - largest) for adjacent voxels, where `top` is the largest logit in units of ln 2. A product and a difference
-// are rounded once. `top` is rounded too, but as it is the same for all classes, that has no effect on a probability.
+// Computes exp(x - largest) for adjacent voxels, where `shift` is the largest logit in units of -ln 2. A product and a sum are
+// rounded once. The shift is rounded too, but as it is the same for all classes, that has no effect on a probability.
 template <int K>
-CALSEG_INLINE void exp_of_logits(float (&x)[K], const float (&top)[K]) {
+CALSEG_INLINE void exp_of_logits(float (&x)[K], const float (&shift)[K]) {
 #pragma unroll
-    for (int i = 0; i < K; ++i) x[i] = exp2_flushed(fmaf(x[i], kLog2e, -top[i]));
+    for (int i = 0; i < K; ++i) x[i] = exp2_flushed(fmaf(x[i], kLog2e, shift[i]));
 }
 
 // Softmax of adjacent voxels. A voxel that is skipped has a factor of 0, and so no probability, and one without a class NaN.
@@ -236,7 +239,7 @@ struct GroupSoftmax {
     int32_t label[kTogether];
     bool is_usual;             // whether all labels are classes
     unsigned skipped = 0;      // number of voxels
-    float top[kTogether];      // largest logit in units of ln 2
+    float shift[kTogether];    // largest logit in units of -ln 2
     float others[kTogether];   // sum of e = exp(logit - largest) over the classes that are not the label
     float label_d[kTogether];  // the label's logit less the largest, in units of ln 2
     float label_e[kTogether];  // exp(logit - largest) of the label
@@ -253,10 +256,12 @@ struct GroupSoftmax {
         is_usual = (word & 0x80808080u) == 0;
         if (!is_usual) clear_unusual(planes, v);
         Group largest;
+        float top[kTogether];
 #pragma unroll
         for (int j = 0; j < kTogether; ++j) top[j] = -INFINITY;
         largest.write(top);
-        planes.walk(v, [&](int, const Group& group) {  // where a logit is NaN, so is the sum below
+        planes.walk(v, [&](int, const Group& place) {  // where a logit is NaN, so is the sum below
+            const Group group = place;
 #pragma unroll
             for (int i = 0; i < kTogether / 2; ++i) largest.words[i] = larger_pair(From(), group.words[i], largest.words[i]);
         });
@@ -264,19 +269,20 @@ struct GroupSoftmax {
         float size = 0.0f;
 #pragma unroll
         for (int j = 0; j < kTogether; ++j) size = fmaxf(size, fabsf(top[j]));
-        if (size > kLargest) subtract_unusual(planes, v);
+        if (size > kLargest) subtract_unusual(planes, v, top);
 #pragma unroll
         for (int j = 0; j < kTogether; ++j) {
             From* const place = label_place(planes, v, j);
-            top[j] *= kLog2e;
-            label_d[j] = fmaf(widened(*place), kLog2e, -top[j]);
+            shift[j] = top[j] * -kLog2e;
+            label_d[j] = fmaf(widened(*place), kLog2e, shift[j]);
             others[j] = 0.0f;
             narrow(-INFINITY, *place);
         }
-        planes.walk(v, [&](int c, const Group& group) {
+        planes.walk(v, [&](int c, const Group& place) {
+            const Group group = place;
             float x[kTogether];
             group.read(x);
-            exp_of_logits(x, top);
+            exp_of_logits(x, shift);
 #pragma unroll
             for (int j = 0; j < kTogether; ++j) others[j] += x[j];
             add(c, x);
@@ -315,7 +321,7 @@ struct GroupSoftmax {
 
     // Subtracts the largest logit of a voxel from those in shared memory, if it is above kLargest. Differences that 16 bits
     // cannot hold are so large then that their exponentials are 0.
-    CALSEG_MEMBER void subtract_unusual(const Planes& planes, int v) {
+    CALSEG_MEMBER void subtract_unusual(const Planes& planes, int v, float (&top)[kTogether]) const {
         float by[kTogether];
 #pragma unroll
         for (int j = 0; j < kTogether; ++j) {
@@ -405,10 +411,10 @@ class TileSums {
             if (label[j] >= 0) add_unusual(label[j], Integers(1, miss[j]));
     }
 
-    // Adds p of the classes that are not the label, given the logits in shared memory, and for each voxel there the largest
-    // logit in units of ln 2 and the factor. All threads of a block must call it.
+    // Adds p of the classes that are not the label, given the logits in shared memory, and the shift and the factor of each voxel
+    // there. All threads of a block must call it.
     template <class From, int kParts>
-    CALSEG_MEMBER void add_wrong(const TilePlanes<From, kParts>& planes, const float* top, const float* factor) const {
+    CALSEG_MEMBER void add_wrong(const TilePlanes<From, kParts>& planes, const float* shifts, const float* factors) const {
         using Vector = typename TilePlanes<From, kParts>::Vector;
 #pragma unroll 1
         for (int c = 2 * warp(); c < C_; c += 2 * kTileWarps) {  // if C is odd, the last pair has the last class twice
@@ -419,15 +425,15 @@ class TileSums {
             for (int part = 0; part < kParts; ++part) {
                 const int v = part * kPartVoxels + lane() * kLaneVoxels;
                 const Vector pair[2] = {place[0], place[other]};
-                float shift[kLaneVoxels], scale[kLaneVoxels], x[kLaneVoxels];
-                read_numbers(top + v, shift);
-                read_numbers(factor + v, scale);
+                float shift[kLaneVoxels], factor[kLaneVoxels], x[kLaneVoxels];
+                read_numbers(shifts + v, shift);
+                read_numbers(factors + v, factor);
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
                     pair[j].read(x);
                     exp_of_logits(x, shift);
 #pragma unroll
-                    for (int i = 0; i < kLaneVoxels; ++i) sums[j] = fmaf(x[i], scale[i], sums[j]);
+                    for (int i = 0; i < kLaneVoxels; ++i) sums[j] = fmaf(x[i], factor[i], sums[j]);
                 }
                 place += C_ * kCudaWarp;
             }
@@ -479,10 +485,10 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(kParts)) overlap_til
     const BlockTile tile(launch);
     const int thread = static_cast<int>(threadIdx.x);
     float* const of_warps = reinterpret_cast<float*>(shared_memory());  // [2][warps]
-    float* const top = reinterpret_cast<float*>(shared_memory() + launch.voxels_offset);
-    float* const factor = top + kAtOnce;
+    float* const shift = reinterpret_cast<float*>(shared_memory() + launch.voxels_offset);
+    float* const factor = shift + kAtOnce;
     const TilePlanes<From, kParts> planes(launch);
-    const TileLabels<kAtOnce, kTogether> labels(launch, top);  // until a thread writes the largest logits of its voxels there
+    const TileLabels<kAtOnce, kTogether> labels(launch, shift);  // until a thread writes the shifts of its voxels there
     const TileSums sums(launch);
     sums.reset();
     // The sum of the losses is the logarithm of the product of the sums of exponentials, less the sum of label_d.
@@ -497,7 +503,7 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(kParts)) overlap_til
 #pragma unroll 1
         for (int v = kTogether * thread; v < kAtOnce; v += kTogether * kTileThreads) {
             const GroupSoftmax<From, kParts> softmax(planes, labels, v, [](int, const float (&)[kTogether]) {});
-            store_numbers(softmax.top, top + v);
+            store_numbers(softmax.shift, shift + v);
             store_numbers(softmax.factor, factor + v);
             count += kTogether - softmax.skipped;
 #pragma unroll
@@ -508,7 +514,7 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(kParts)) overlap_til
             sums.add_labels(softmax);
         }
         __syncthreads();
-        sums.add_wrong(planes, top, factor);
+        sums.add_wrong(planes, shift, factor);
         __syncthreads();
     });
     sums.store(launch.overlap + static_cast<int64_t>(blockIdx.x) * (kOverlapSums * launch.args.shape.C));
@@ -569,13 +575,15 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(kParts)) overlap_gra
                 of_label[j] = softmax.label_e[j] * softmax.factor[j] * (slope + shift) - upstream;
                 scaled[j] = softmax.factor[j] * shift;
             }
-            planes.walk(v, [&](int c, typename Softmax::Group& group) {
+            planes.walk(v, [&](int c, typename Softmax::Group& place) {
+                typename Softmax::Group group = place;
                 float x[kTogether];
                 group.read(x);
-                exp_of_logits(x, softmax.top);
+                exp_of_logits(x, softmax.shift);
 #pragma unroll
                 for (int j = 0; j < kTogether; ++j) x[j] *= fmaf(softmax.factor[j], above[c], scaled[j]);
                 group.write(x);
+                place = group;
             });
 #pragma unroll
             for (int j = 0; j < kTogether; ++j) narrow(of_label[j], *softmax.label_place(planes, v, j));
