@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from ptx.execution import run, span_of
-from ptx.parser import names_of
+from ptx.parser import PtxError, names_of
 from test_cuda import compiled_for_host, view_of
 from test_cuda_ptx import TYPES
 
@@ -97,6 +99,18 @@ class OnPtx(Machine):
         name = rf"\d{kernel}I{TYPES[dtype]}{instance}E"
         (entry,) = (entry for entry in names_of(self.text) if re.search(name, entry))
         run(self.text, bytes(to[:size]), blocks, list(map(span_of, used)), name=entry, shared_bytes=shared_bytes)
+
+    def assert_found(
+        self, fault: tuple[str, str], call: Callable[[], object], error: Any = PtxError, match: str | None = None
+    ) -> None:  # fmt: skip
+        """Check that a call works, and that it raises an error with a fault in the PTX: what stands there, and what
+        takes its place.
+        """
+        call()
+        self.text, changes = re.subn(*fault, self.text)
+        assert changes
+        with pytest.raises(error, match=match):
+            call()
 
 
 def set_up(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:

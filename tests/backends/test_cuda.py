@@ -569,8 +569,7 @@ RESOURCES = {
     "cross_entropy_few": (18, 128, 7),  # three dtypes; 2, 3 and 4 classes, adjacent or not
     "cross_entropy_rows": (24, 128, 10),  # three dtypes, 1, 2, 4 and 8 classes at once, plain or not
     "overlap_few": (36, 128, 7),  # as cross_entropy_few, in two passes
-    "overlap_tiles": (6, 128, 8),  # two dtypes; 1, 2 and 4 parts
-    "overlap_gradient_tiles": (6, 128, 8),
+    "overlap_tiles": (12, 128, 8),  # two dtypes; 1, 2 and 4 parts; in two passes
 }
 
 
